@@ -1,0 +1,76 @@
+"""Identity of prompts and of noise.
+
+Every random decision of a rollout is a pure function of a 64-bit *noise key* and the response position
+(`csrc/include/spec_rollout/philox.h`). The key is derived from what a rollout *is* (seed, noise epoch,
+prompt, sample index), never from where it sits in a batch, so results do not depend on batch order,
+chunk size, engine or device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: str = "") -> bytes:
+    """Content hash of one prompt.
+
+    Args:
+        prompt_ids: Token ids of the prompt. [num_prompt_tokens], any integer type.
+        user_key: Optional namespace (a data source, say); equal prompts under different user keys stay apart.
+
+    Returns:
+        16 bytes (BLAKE2b-128 over the int32 ids and the user key).
+    """
+    ids = np.ascontiguousarray(np.asarray(prompt_ids, dtype=np.int32))
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=16)
+    if user_key:
+        digest.update(b"\x00" + user_key.encode())
+    return digest.digest()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit integers."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def noise_keys(
+    seed: int, noise_epoch: int, prompt_keys: Sequence[bytes], sample_ids: Sequence[int] | np.ndarray
+) -> torch.Tensor:
+    """Noise keys of a batch of rollouts.
+
+    Args:
+        seed: Seed of the run; any Python int, taken modulo 2**64.
+        noise_epoch: Changes whenever fresh noise is wanted: the training step for rules that need fresh
+            uniforms each step (`Lenient`), `epoch // refresh_epochs` for `Coupled`.
+        prompt_keys: `prompt_key` of each row. Length batch.
+        sample_ids: Index of the rollout within its prompt's group. [batch].
+
+    Returns:
+        Keys, 64 random-looking bits each. [batch], int64.
+
+    Raises:
+        ValueError: if `prompt_keys` and `sample_ids` differ in length, or a key has fewer than 8 bytes.
+    """
+    samples = np.asarray(sample_ids, dtype=np.int64).astype(np.uint64)
+    if len(prompt_keys) != len(samples):
+        raise ValueError(
+            f"sample_ids: expected one per prompt key ({len(prompt_keys)}), got {len(samples)}"
+        )
+    for key in prompt_keys:
+        if len(key) < 8:
+            raise ValueError(f"prompt_keys: expected at least 8 bytes each, got {len(key)}")
+    prompts = np.frombuffer(b"".join(k[:8] for k in prompt_keys), dtype="<u8")
+    with np.errstate(over="ignore"):
+        state = _mix(np.full(len(samples), seed & (2**64 - 1), dtype=np.uint64) + _GOLDEN)
+        state = _mix((state ^ np.uint64(noise_epoch & (2**64 - 1))) + _GOLDEN)
+        state = _mix((state ^ prompts) + _GOLDEN)
+        state = _mix((state ^ samples) + _GOLDEN)
+    return torch.from_numpy(state.view(np.int64).copy())

@@ -1,0 +1,239 @@
+"""The packed records that travel between cache, engines and trainers.
+
+"Packed": rows laid end to end, row r is `values[cu_lens[r]:cu_lens[r + 1]]`; no padding. All tensors are on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+
+import torch
+
+
+class FinishReason(IntEnum):
+    """Why a response ended."""
+
+    STOP = 0  # its last token is a stop token
+    LENGTH = 1  # it reached max_tokens (or the engine's model length)
+    ABORT = 2  # the engine gave it up; not stored in the cache
+
+
+def cu_lens_from(lens: torch.Tensor) -> torch.Tensor:
+    """Prefix sums with a leading zero: [batch] of any integer type -> [batch + 1], int64."""
+    cu = torch.zeros(lens.numel() + 1, dtype=torch.int64)
+    torch.cumsum(lens.to(torch.int64), 0, out=cu[1:])
+    return cu
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn, the same for every row of a call.
+
+    Attributes:
+        temperature: 0 is greedy. Log-probs are of the tempered (and filtered) distribution; at 0, of temperature 1.
+        top_k: Keep the k largest logits (ties with the k-th are kept); 0 is off.
+        top_p: Then keep the smallest set whose probability reaches top_p (ties kept); 1 is off.
+        max_tokens: Limit of the response length, reused tokens included.
+        stop_token_ids: A response ends with the first of these, which is part of it.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.temperature < float("inf")):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected >= 0 (0 is off), got {self.top_k}")
+        if not (0.0 < self.top_p <= 1.0):
+            raise ValueError(f"top_p: expected 0 < value <= 1, got {self.top_p}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: expected >= 1, got {self.max_tokens}")
+
+
+def _check_packed(name: str, values: torch.Tensor, cu_name: str, cu: torch.Tensor, batch: int) -> None:
+    if cu.shape != (batch + 1,) or cu.dtype != torch.int64:
+        raise ValueError(
+            f"{cu_name}: expected int64 of shape [{batch + 1}], got {cu.dtype} of shape {list(cu.shape)}"
+        )
+    if int(cu[0]) != 0 or bool((cu[1:] < cu[:-1]).any()):
+        raise ValueError(f"{cu_name}: expected non-decreasing values from 0")
+    if values.dim() != 1 or values.numel() != int(cu[-1]):
+        raise ValueError(
+            f"{name}: expected shape [{int(cu[-1])}] ({cu_name}[-1]), got {list(values.shape)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Cached responses of a batch; an empty row is a cache miss.
+
+    Attributes:
+        token_ids: [num_draft_tokens], int32.
+        cu_lens: [batch + 1], int64.
+        logprobs: Natural log, of the sampling distribution of the policy that drew them. [num_draft_tokens], float32;
+            None if not known.
+        finished: Whether the row's last token is a stop token (nothing follows if all of it is accepted).
+            [batch], bool.
+    """
+
+    token_ids: torch.Tensor
+    cu_lens: torch.Tensor
+    logprobs: torch.Tensor | None
+    finished: torch.Tensor
+
+    def __post_init__(self) -> None:
+        batch = self.finished.numel()
+        if self.finished.shape != (batch,) or self.finished.dtype != torch.bool:
+            raise ValueError(
+                f"finished: expected bool of shape [batch], got {self.finished.dtype} {list(self.finished.shape)}"
+            )
+        _check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, batch)
+        if self.token_ids.dtype != torch.int32:
+            raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
+        if self.logprobs is not None and (
+            self.logprobs.shape != self.token_ids.shape or self.logprobs.dtype != torch.float32
+        ):
+            raise ValueError(
+                f"logprobs: expected float32 of shape {list(self.token_ids.shape)}, "
+                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
+            )
+
+    @classmethod
+    def none(cls, batch: int) -> Drafts:
+        """No draft for any of `batch` rows."""
+        return cls(
+            token_ids=torch.empty(0, dtype=torch.int32),
+            cu_lens=torch.zeros(batch + 1, dtype=torch.int64),
+            logprobs=torch.empty(0, dtype=torch.float32),
+            finished=torch.zeros(batch, dtype=torch.bool),
+        )
+
+    @property
+    def lens(self) -> torch.Tensor:
+        """Draft lengths. [batch], int64."""
+        return self.cu_lens[1:] - self.cu_lens[:-1]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequests:
+    """What an engine is asked to generate: one row per rollout.
+
+    Attributes:
+        prompt_ids: [num_prompt_tokens], int32; every prompt has at least one token.
+        cu_prompt_lens: [batch + 1], int64.
+        keys: Noise keys (`spec_rollout.keys.noise_keys`). [batch], int64.
+        drafts: Drafts to verify; `Drafts.none(batch)` for plain generation.
+    """
+
+    prompt_ids: torch.Tensor
+    cu_prompt_lens: torch.Tensor
+    keys: torch.Tensor
+    drafts: Drafts
+
+    def __post_init__(self) -> None:
+        batch = self.keys.numel()
+        if self.keys.shape != (batch,) or self.keys.dtype != torch.int64:
+            raise ValueError(
+                f"keys: expected int64 of shape [batch], got {self.keys.dtype} {list(self.keys.shape)}"
+            )
+        _check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
+        if self.prompt_ids.dtype != torch.int32:
+            raise ValueError(f"prompt_ids: expected int32, got {self.prompt_ids.dtype}")
+        if bool((self.cu_prompt_lens[1:] == self.cu_prompt_lens[:-1]).any()):
+            row = int((self.cu_prompt_lens[1:] == self.cu_prompt_lens[:-1]).nonzero()[0])
+            raise ValueError(f"prompt_ids: expected at least one token per prompt, row {row} has none")
+        if self.drafts.finished.numel() != batch:
+            raise ValueError(f"drafts: expected {batch} rows, got {self.drafts.finished.numel()}")
+
+    @property
+    def batch(self) -> int:
+        return self.keys.numel()
+
+
+@dataclass(slots=True)
+class RolloutStats:
+    """Counts and seconds of one rollout call; everything it cost is in here. Plain sums, so calls add up."""
+
+    num_rollouts: int = 0
+    num_drafts: int = 0  # rows that came with a non-empty draft
+    num_draft_tokens: int = 0  # tokens of those drafts
+    num_reused_tokens: int = 0  # draft tokens kept
+    num_fully_reused: int = 0  # whole finished draft kept: nothing generated
+    num_response_tokens: int = 0
+    num_generated_tokens: int = 0  # response tokens that were sampled, not reused
+    num_verified_tokens: int = 0  # draft tokens the model computed (wasted ones included)
+    num_computed_tokens: int = 0  # all tokens the model computed: prompts, drafts, continuations, no padding
+    num_padding_tokens: int = 0  # computed only because a batch is rectangular
+    num_engine_steps: int = 0  # model forwards
+    num_decode_steps: int = 0  # of these, decoding steps
+    num_cache_misses: int = 0
+    rollout_seconds: float = 0.0  # wall time of everything below and between
+    lookup_seconds: float = 0.0
+    verification_seconds: float = 0.0  # prefill of prompts with drafts, verification, splicing
+    decode_seconds: float = 0.0
+    assembly_seconds: float = 0.0  # packing the result
+    store_seconds: float = 0.0
+
+    def __add__(self, other: RolloutStats) -> RolloutStats:
+        return RolloutStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def reused_fraction(self) -> float:
+        """Share of response tokens that came from drafts."""
+        return self.num_reused_tokens / max(1, self.num_response_tokens)
+
+    @property
+    def fully_reused_fraction(self) -> float:
+        """Share of rollouts that are a whole finished draft."""
+        return self.num_fully_reused / max(1, self.num_rollouts)
+
+    @property
+    def mean_accepted_len(self) -> float:
+        """Mean accepted prefix over the rows that had a draft."""
+        return self.num_reused_tokens / max(1, self.num_drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Finished rollouts, packed, in the order of the requests.
+
+    Attributes:
+        prompt_ids, cu_prompt_lens: As in the requests.
+        response_ids: Accepted prefix, then continuation. [num_response_tokens], int32.
+        cu_response_lens: [batch + 1], int64.
+        logprobs: Of every response token under the policy of *this* call (reused ones too), natural log, sampling
+            distribution. [num_response_tokens], float32.
+        accepted_lens: Tokens of each response that came from its draft. [batch], int32.
+        finish_reasons: `FinishReason` values. [batch], uint8.
+        policy_version: Number of weight updates the engine had seen.
+        stats: What the call cost.
+    """
+
+    prompt_ids: torch.Tensor
+    cu_prompt_lens: torch.Tensor
+    response_ids: torch.Tensor
+    cu_response_lens: torch.Tensor
+    logprobs: torch.Tensor
+    accepted_lens: torch.Tensor
+    finish_reasons: torch.Tensor
+    policy_version: int = 0
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+    @property
+    def batch(self) -> int:
+        return self.accepted_lens.numel()
+
+    @property
+    def response_lens(self) -> torch.Tensor:
+        """[batch], int64."""
+        return self.cu_response_lens[1:] - self.cu_response_lens[:-1]
+
+    @property
+    def prompt_lens(self) -> torch.Tensor:
+        """[batch], int64."""
+        return self.cu_prompt_lens[1:] - self.cu_prompt_lens[:-1]
