@@ -1,0 +1,1 @@
+"""A thin GRPO trainer on the embedded engine: config, data, rewards, losses, checkpoints."""
