@@ -1,0 +1,138 @@
+"""Reads what a run left behind, however it ended."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+
+
+@dataclass(slots=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        name: Shown in the legend; the directory's name unless given.
+        metrics: One dict per training step, in file order.
+        summary: `summary.json`; empty if there is none.
+        config: Text of the resolved config; None if none was saved.
+        samples: Rows of `samples.jsonl`.
+        environment: Machine and versions the run recorded about itself; None if it did not.
+        problems: What could not be read, in words; shown on the page.
+    """
+
+    name: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of the rows where `key` is a finite number."""
+        steps: list[float] = []
+        values: list[float] = []
+        for index, row in enumerate(self.metrics):
+            value = number(row.get(key))
+            if value is not None:
+                step = number(row.get("step"))
+                steps.append(index if step is None else step)
+                values.append(value)
+        return steps, values
+
+
+def number(value: object) -> float | None:
+    """`value` as a float if it is a finite number (bool is not one), else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; any other line (cut off by a crash, say) goes to `problems`."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return rows
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror or error}")
+        return rows
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            what = "is cut off" if index == last else "is not JSON"
+            problems.append(f"{path.name}: line {index + 1} {what}; left out")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            kind = type(row).__name__
+            problems.append(f"{path.name}: line {index + 1} is a {kind}, not an object; left out")
+    return rows
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: not readable ({type(error).__name__}); left out")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name}: is a {type(value).__name__}, not an object; left out")
+        return {}
+    return value
+
+
+def load_run(directory: Path, name: str | None = None) -> Run:
+    """Reads one run directory; missing or damaged files become `problems`, never an exception.
+
+    Raises:
+        ValueError: if `directory` is not a directory.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"run directory: expected an existing directory, got {directory}")
+    run = Run(name=name or directory.resolve().name)
+    run.metrics = read_jsonl(directory / METRICS, run.problems)
+    run.summary = _read_json(directory / "summary.json", run.problems)
+    run.samples = read_jsonl(directory / SAMPLES, run.problems)
+    config = directory / "config.toml"
+    if config.is_file():
+        run.config = config.read_text(encoding="utf-8", errors="replace")
+    environment = run.summary.get("environment") or _read_json(
+        directory / "environment.json", run.problems
+    )
+    run.environment = environment if isinstance(environment, dict) and environment else None
+    if not run.metrics:
+        run.problems.append(f"{METRICS}: no step recorded")
+    return run
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """`directory` itself if it holds a run, else its sub-directories that do, by name.
+
+    Raises:
+        ValueError: if there is no such directory or no run in it.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"run directory: expected an existing directory, got {directory}")
+    if (directory / METRICS).is_file():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob(f"*/{METRICS}"))
+    if not found:
+        raise ValueError(
+            f"run directory: expected {METRICS} in {directory} or a directory in it, found none"
+        )
+    return found

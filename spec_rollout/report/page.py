@@ -1,0 +1,265 @@
+"""The page: one self-contained file, no script, nothing loaded; every text is escaped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from spec_rollout.report.load import Run, number
+from spec_rollout.report.plots import PART_COLOURS, Panel, colour, panel_svg, seconds_svg
+from spec_rollout.report.style import CSS
+from spec_rollout.report.tokens import samples_html
+
+_FRESH = "Plain sampling of the current weights with fresh noise, no reuse."
+PANELS = (
+    Panel("reward", "Reward", "Mean over the step's rollouts, reused ones included.", smooth=True),
+    Panel("accuracy_train", "Fresh accuracy, training prompts", _FRESH, percent=True, points=True),
+    Panel(
+        "accuracy_heldout", "Fresh accuracy, held-out prompts", _FRESH, percent=True, points=True
+    ),
+    Panel(
+        "rollout_seconds", "Rollout seconds", "Wall time of a step's rollouts, everything counted."
+    ),
+    Panel(
+        "num_generated_tokens", "Generated tokens", "Response tokens sampled rather than reused."
+    ),
+    Panel("reused_fraction", "Reused", "Share of response tokens taken from drafts.", percent=True),
+    Panel(
+        "fully_reused_fraction",
+        "Fully reused",
+        "Share of rollouts that are a whole draft.",
+        percent=True,
+    ),
+    Panel(
+        "mean_accepted_len", "Mean accepted length", "Accepted draft tokens per row with a draft."
+    ),
+    Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
+    Panel("kl", "KL", "Of the policy to its reference, per token, in nats.", smooth=True),
+    Panel(
+        "clip_fraction",
+        "Clip fraction",
+        "Share of tokens whose ratio was clipped.",
+        percent=True,
+        smooth=True,
+    ),
+)
+
+
+def _swatch(background: str, text: str) -> str:
+    return f'<li><i style="background:{background}"></i>{escape(text)}</li>'
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    items = "".join(_swatch(colour(i), run.name) for i, run in enumerate(runs))
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _total(run: Run, key: str) -> float | None:
+    _, values = run.series(key)
+    return sum(values) if values else None
+
+
+def _share(run: Run, part: str, whole: str) -> float | None:
+    """Sum of `part` over sum of `whole`, over the steps that have both."""
+    pairs = [(number(row.get(part)), number(row.get(whole))) for row in run.metrics]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    below = sum(b for _, b in both)
+    return sum(a for a, _ in both) / below if below > 0 else None
+
+
+def _last(run: Run, key: str) -> float | None:
+    _, values = run.series(key)
+    return values[-1] if values else None
+
+
+def _reported(run: Run, key: str, group: str | None = None) -> float | None:
+    """A number of `summary.json`, possibly one level down."""
+    value = run.summary.get(key)
+    return number(value.get(group) if group and isinstance(value, dict) else value)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+_QUANTITIES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
+    ("training steps", ",.0f", lambda run: float(len(run.metrics))),
+    ("rollout seconds, everything counted", ",.1f", lambda run: _total(run, "rollout_seconds")),
+    ("of these verification", ",.1f", lambda run: _total(run, "verification_seconds")),
+    (
+        "effective speed-up from the second epoch on",
+        ".2f",
+        lambda run: _reported(run, "effective_speedup"),
+    ),
+    ("response tokens", ",.0f", lambda run: _total(run, "num_response_tokens")),
+    ("generated tokens", ",.0f", lambda run: _total(run, "num_generated_tokens")),
+    ("reused tokens", ".1%", lambda run: _share(run, "num_reused_tokens", "num_response_tokens")),
+    ("fully reused rollouts", ".1%", lambda run: _share(run, "num_fully_reused", "num_rollouts")),
+    ("reward at the last step", ".3f", lambda run: _last(run, "reward")),
+    (
+        "accuracy, training prompts, before",
+        ".1%",
+        lambda run: _reported(run, "accuracy_before", "train"),
+    ),
+    (
+        "accuracy, training prompts, after",
+        ".1%",
+        lambda run: _reported(run, "accuracy_after", "train"),
+    ),
+    (
+        "accuracy, held-out prompts, before",
+        ".1%",
+        lambda run: _reported(run, "accuracy_before", "heldout"),
+    ),
+    (
+        "accuracy, held-out prompts, after",
+        ".1%",
+        lambda run: _reported(run, "accuracy_after", "heldout"),
+    ),
+)
+
+
+def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """One row per quantity that at least one run has: its name, then its value per run."""
+    rows = [[name, *(_text(value(run), form) for run in runs)] for name, form, value in _QUANTITIES]
+    return [row for row in rows if any(cell != "–" for cell in row[1:])]
+
+
+def _summary_table(runs: Sequence[Run]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *(run.name for run in runs)])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in summary_rows(runs)
+    )
+    return (
+        '<section><h2>Summary</h2><div class="card scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def _figures(runs: Sequence[Run]) -> str:
+    cards = []
+    for index, panel in enumerate(PANELS):
+        svg = panel_svg(panel, runs, salt=f"p{index}")
+        if svg is not None:
+            caption = f"<h3>{escape(panel.title)}</h3><p>{escape(panel.note)}</p>"
+            cards.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
+    parts = []
+    if cards:
+        note = "Thick: running mean; thin: each step. Dotted: a new epoch begins."
+        parts.append(
+            f'<section><h2>Against the training step</h2>{_legend(runs)}<p class="soft">{note}</p>'
+            f'<div class="grid">{"".join(cards)}</div></section>'
+        )
+    seconds = seconds_svg(runs, salt="seconds")
+    if seconds is not None:
+        legend = "".join(_swatch(shade, name) for name, shade in PART_COLOURS.items())
+        parts.append(
+            "<section><h2>Where the rollout seconds go</h2><figure><figcaption><p>Seconds per step "
+            "(stacked); other is lookup, assembly, storing and all between.</p></figcaption>"
+            f'<ul class="legend">{legend}</ul>{seconds}</figure></section>'
+        )
+    return "".join(parts)
+
+
+def _samples(runs: Sequence[Run]) -> str:
+    shown = [(run.name, html) for run in runs if (html := samples_html(run))]
+    # The first run with something to see is unfolded.
+    unfolded = next((name for name, html in shown if "<mark" in html), None)
+    parts = [
+        f"<details{' open' if name == unfolded else ''}><summary>{escape(name)}</summary>"
+        f'<div class="samples">{html}</div></details>'
+        for name, html in shown
+    ]
+    if not parts:
+        return ""
+    note = 'What came from the cache is <mark class="reused">marked</mark>; the rest was generated.'
+    return f'<section><h2>Sample rollouts</h2><p class="soft">{note}</p>{"".join(parts)}</section>'
+
+
+def _fact_text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact_text(v)}" for key, v in value.items() if v is not None)
+    if isinstance(value, list):
+        return "; ".join(_fact_text(v) for v in value) or "none"
+    return "unknown" if value is None else str(value)
+
+
+def _environments(runs: Sequence[Run]) -> str:
+    """One table per distinct environment, naming the runs it belongs to."""
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for run in runs:
+        if run.environment is not None:
+            facts = {key: value for key, value in run.environment.items() if key != "date"}
+            groups.setdefault(json.dumps(facts, sort_keys=True), (facts, []))[1].append(run.name)
+    tables = []
+    for facts, names in groups.values():
+        rows = "".join(
+            f"<tr><td>{escape(str(key))}</td><td>{escape(_fact_text(value))}</td></tr>"
+            for key, value in facts.items()
+        )
+        tables.append(
+            f'<p class="soft">{escape(", ".join(names))}</p>'
+            f'<div class="card"><table class="facts">{rows}</table></div>'
+        )
+    if not tables:
+        tables.append('<p class="soft">Not recorded by these runs.</p>')
+    return f"<section><h2>Hardware and versions</h2>{''.join(tables)}</section>"
+
+
+def _configs(runs: Sequence[Run]) -> str:
+    parts = [
+        f"<details><summary>{escape(run.name)}</summary>"
+        f'<div class="card"><pre>{escape(run.config)}</pre></div></details>'
+        for run in runs
+        if run.config is not None
+    ]
+    return f"<section><h2>Resolved configuration</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _problems(runs: Sequence[Run]) -> str:
+    items = "".join(
+        f"<li>{escape(run.name)}: {escape(text)}</li>" for run in runs for text in run.problems
+    )
+    return f'<div class="problems">Incomplete:<ul>{items}</ul></div>' if items else ""
+
+
+def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
+    """The whole page as HTML.
+
+    Raises:
+        ValueError: if `runs` is empty.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one, got none")
+    intro = (
+        "Speculative reuse of the previous epoch's rollouts in on-policy reinforcement learning."
+    )
+    body = (
+        f'<h1>{escape(title)}</h1><p class="soft">{intro}</p>'
+        + _problems(runs)
+        + _summary_table(runs)
+        + _figures(runs)
+        + _samples(runs)
+        + _environments(runs)
+        + _configs(runs)
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def write_report(runs: Sequence[Run], path: Path, title: str = "spec_rollout report") -> Path:
+    """Writes the page to `path`; an older report stays until the new one is complete."""
+    text = render_page(runs, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path

@@ -1,0 +1,199 @@
+"""The figures of the page as inline SVG: curves against the training step.
+
+The same quantities as figures 4 to 6 of SPEC-RL (arXiv 2509.23232).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from spec_rollout.report.load import Run, number
+
+# Okabe and Ito's colours: told apart with any colour vision. Runs beyond the eighth share colours.
+RUN_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#444444",
+    "#b2a800",
+)
+PART_COLOURS = {"verification": "#d55e00", "decode": "#0072b2", "other": "#bbbbbb"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#3b4048",
+    "xtick.color": "#5b616b",
+    "ytick.color": "#5b616b",
+    "axes.grid": True,
+    "grid.color": "#e8eaed",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One small figure.
+
+    Attributes:
+        key: Key of the metrics rows.
+        title: Heading.
+        note: What the curve means, in one sentence.
+        percent: Values are fractions, shown in percent.
+        smooth: Noisy per step: drawn thin, with a running mean on top.
+        points: Few measured points (evaluations), marked.
+    """
+
+    key: str
+    title: str
+    note: str
+    percent: bool = False
+    smooth: bool = False
+    points: bool = False
+
+
+def colour(index: int) -> str:
+    """Colour of the run at `index`, the same in every figure and in the legend."""
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def smoothing_window(num_points: int) -> int:
+    """Width of the running mean: odd, about a tenth of the run, 1 (off) for short runs."""
+    return max(1, 2 * (num_points // 20) + 1)
+
+
+def running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Centred mean over `window` points, over fewer at the ends. [n], float64."""
+    array = np.asarray(values, dtype=np.float64)
+    cumulative = np.concatenate([[0.0], np.cumsum(array)])
+    index = np.arange(array.size)
+    low = np.maximum(index - window // 2, 0)
+    high = np.minimum(index + window // 2 + 1, array.size)
+    return (cumulative[high] - cumulative[low]) / (high - low)
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The figure as an <svg> element that fits its container and shares no ids with others."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    # Groups are numbered alike in every figure ("axes_1"); on one page ids must differ.
+    text = re.sub(r'\bid="([^"]*)"', rf'id="{salt}-\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{salt}-", text)
+    # The page's font, and the size of the container (the viewBox stays).
+    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
+    opening, rest = text.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", opening) + ">" + rest
+
+
+def _finish(axes: Axes, percent: bool) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.tick_params(length=0)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _epoch_starts(run: Run) -> list[float]:
+    """Steps at which `epoch` grows."""
+    steps, epochs = run.series("epoch")
+    return [step for step, a, b in zip(steps[1:], epochs, epochs[1:], strict=False) if b > a]
+
+
+def panel_svg(panel: Panel, runs: Sequence[Run], salt: str) -> str | None:
+    """Curves of `panel.key` of all runs, or None if no run recorded it."""
+    curves = [(index, *run.series(panel.key)) for index, run in enumerate(runs)]
+    curves = [curve for curve in curves if curve[1]]
+    if not curves:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.0, 2.35), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for index, steps, values in curves:
+            window = smoothing_window(len(values)) if panel.smooth else 1
+            if window > 1:
+                axes.plot(steps, values, color=colour(index), linewidth=0.8, alpha=0.28)
+            axes.plot(
+                steps,
+                running_mean(values, window),
+                color=colour(index),
+                linewidth=1.8,
+                # Every second run is dashed, so that equal curves do not hide each other.
+                linestyle=(0, (4, 2)) if index % 2 else "-",
+                marker="o" if panel.points or len(values) == 1 else None,
+                markersize=3.5,
+            )
+        for step in _epoch_starts(runs[curves[0][0]]):
+            axes.axvline(
+                step - 0.5, color="#b9bec6", linewidth=0.8, linestyle=(0, (2, 3)), zorder=0
+            )
+        _finish(axes, panel.percent)
+        return _svg(figure, salt)
+
+
+def seconds_parts(run: Run) -> tuple[list[float], dict[str, list[float]]]:
+    """Rollout seconds of every step split into verification, decode and all the rest."""
+    steps: list[float] = []
+    parts: dict[str, list[float]] = {name: [] for name in PART_COLOURS}
+    for index, row in enumerate(run.metrics):
+        total = number(row.get("rollout_seconds"))
+        if total is None:
+            continue
+        step = number(row.get("step"))
+        verification = number(row.get("verification_seconds")) or 0.0
+        decode = number(row.get("decode_seconds")) or 0.0
+        steps.append(index if step is None else step)
+        parts["verification"].append(verification)
+        parts["decode"].append(decode)
+        parts["other"].append(max(0.0, total - verification - decode))
+    return steps, parts
+
+
+def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
+    """Stacked rollout seconds per step, one frame per run on a common scale; None without any."""
+    stacks = [(run, *seconds_parts(run)) for run in runs]
+    stacks = [stack for stack in stacks if stack[1]]
+    if not stacks:
+        return None
+    columns = min(4, len(stacks))
+    lines = -(-len(stacks) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(max(4.0, 3.05 * columns), 2.35 * lines), layout="constrained")
+        FigureCanvasSVG(figure)
+        grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for axes in grid.flat[len(stacks) :]:
+            axes.set_visible(False)
+        for axes, (run, steps, parts) in zip(grid.flat, stacks, strict=False):
+            axes.stackplot(
+                steps,
+                *(parts[name] for name in PART_COLOURS),
+                colors=list(PART_COLOURS.values()),
+                step="mid",
+                linewidth=0,
+            )
+            axes.set_ylim(bottom=0)
+            # A run's name is the user's text: never parsed as a formula.
+            axes.set_title(run.name, loc="left", fontsize=9, color="#3b4048", parse_math=False)
+            _finish(axes, percent=False)
+        return _svg(figure, salt)

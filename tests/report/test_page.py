@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the report needs the extra 'train'")
+
+from spec_rollout.report import Run, find_runs, load_run, render_page, write_report
+from spec_rollout.report.page import PANELS, summary_rows
+from spec_rollout.report.plots import Panel, panel_svg, running_mean, seconds_parts
+from spec_rollout.report.tokens import pick_samples, response_html
+
+EVIL = "<script>alert('x')</script>\"&$x$"
+_VOID = {"meta", "br", "img"}
+
+
+class _Structure(HTMLParser):
+    """Records elements and their text; fails on tags that do not nest."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.links: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for name, value in attrs:
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name in ("src", "href", "xlink:href", "srcset", "data"):
+                self.links.append(value or "")
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in _VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parse(page: str) -> _Structure:
+    structure = _Structure()
+    structure.feed(page)
+    structure.close()
+    assert structure.open == []
+    return structure
+
+
+def metrics(num_steps: int, reused: int) -> list[dict[str, float]]:
+    """Rows as a run writes them: 100 response tokens a step, `reused` of them reused."""
+    return [
+        {
+            "step": step,
+            "epoch": step // 4,
+            "reward": 0.1 * step,
+            "num_rollouts": 10,
+            "num_fully_reused": reused // 20,
+            "num_response_tokens": 100,
+            "num_reused_tokens": reused,
+            "num_generated_tokens": 100 - reused,
+            "rollout_seconds": 2.0,
+            "verification_seconds": 0.25,
+            "decode_seconds": 1.5,
+            "reused_fraction": reused / 100,
+            "fully_reused_fraction": (reused // 20) / 10,
+            "mean_accepted_len": reused / 10,
+            "entropy": 0.3,
+            "kl": 0.01,
+            "clip_fraction": 0.02,
+            "accuracy_train": 0.5,
+            "accuracy_heldout": 0.4,
+        }
+        for step in range(num_steps)
+    ]
+
+
+def write_run(directory: Path, rows: list[dict[str, float]]) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def test_page_of_two_runs_holds_every_figure_and_loads_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "vanilla", metrics(8, 0))
+    write_run(tmp_path / "lenient", metrics(8, 60))
+    runs = [load_run(path) for path in find_runs(tmp_path)]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    structure = parse(page)
+    assert structure.tags["svg"] == len(PANELS) + 1  # and the stacked seconds
+    assert structure.tags["script"] == structure.tags["link"] == structure.tags["img"] == 0
+    assert all(link.startswith("#") for link in structure.links)
+    assert "url(http" not in page and "@import" not in page
+    # ids are unique over all figures and every reference resolves
+    assert max(structure.ids.values()) == 1
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {link[1:] for link in structure.links}
+    assert used and used <= set(structure.ids)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lenient", "report.html", "vanilla"]
+
+
+def test_summary_counts_are_sums_over_the_steps() -> None:
+    run = Run("lenient", metrics=metrics(8, 60))
+    table = dict(summary_rows([run]))
+    assert table["training steps"] == "8"
+    assert table["rollout seconds, everything counted"] == "16.0"
+    assert table["of these verification"] == "2.0"
+    assert table["generated tokens"] == "320"
+    assert table["reused tokens"] == "60.0%"
+    assert table["fully reused rollouts"] == "30.0%"
+    assert "effective speed-up from the second epoch on" not in table  # nobody reported it
+    run.summary = {"effective_speedup": 1.994, "accuracy_after": {"heldout": 0.625}}
+    table = dict(summary_rows([run]))
+    assert table["effective speed-up from the second epoch on"] == "1.99"
+    assert table["accuracy, held-out prompts, after"] == "62.5%"
+
+
+def test_every_text_of_a_run_is_escaped(tmp_path: Path) -> None:
+    run = Run(EVIL, metrics=metrics(3, 50), config=f"# {EVIL}", environment={EVIL: {EVIL: [EVIL]}})
+    run.problems = [EVIL]
+    run.samples = [
+        {"step": 1, "prompt": EVIL, "response": EVIL, "accepted_chars": 9, "reward": 1.0},
+        {"step": 2, "prompt": EVIL, "tokens": list(EVIL), "accepted_tokens": 9, "logprobs": [-1]},
+    ]
+    structure = parse(render_page([run], title=EVIL))
+    assert structure.tags["script"] == 0
+    # each of them is there, as text: title and heading, twice in legends, frame title, ...
+    assert "".join(structure.text).count(EVIL) >= 10
+
+
+def test_runs_without_steps_or_with_odd_fields_still_make_a_page() -> None:
+    empty = Run("empty", problems=["metrics.jsonl: no step recorded"])
+    odd = Run("odd", metrics=[{"step": "x", "reward": "high"}, {"rollout_seconds": 1.0}])
+    odd.samples = [{}, {"tokens": "abc", "accepted_chars": -4, "step": None, "logprobs": 3}]
+    odd.summary = {"accuracy_after": [1], "effective_speedup": "fast"}
+    structure = parse(render_page([empty, odd]))
+    text = "".join(structure.text)
+    assert "empty: metrics.jsonl: no step recorded" in text
+    assert structure.tags["svg"] == 2  # seconds as a curve and stacked
+    with pytest.raises(ValueError, match="runs: expected at least one"):
+        render_page([])
+
+
+def test_reused_prefix_is_marked_exactly() -> None:
+    by_char = {"response": "a<b>cd", "accepted_chars": 3}
+    assert response_html(by_char) == '<mark class="reused">a&lt;b</mark>&gt;cd'
+    by_token = {"tokens": ["1", "<", "3"], "accepted_tokens": 2, "logprobs": [-0.5, None]}
+    assert response_html(by_token) == (
+        '<mark class="reused"><span title="token 0, log-prob -0.500">1</span>'
+        '<span title="token 1">&lt;</span></mark><span title="token 2">3</span>'
+    )
+    assert "<mark" not in response_html({"response": "abc"})
+    assert response_html({"response": "abc", "accepted_chars": 99}).endswith("abc</mark>")
+
+
+def test_samples_are_spread_over_the_run() -> None:
+    samples = [{"step": step} for step in range(100)]
+    picked = [sample["step"] for sample in pick_samples(samples, 5)]
+    assert picked == [0, 25, 50, 74, 99]
+    assert pick_samples(samples[:3], 5) == samples[:3]
+
+
+def test_stacked_parts_add_up_to_the_rollout_seconds() -> None:
+    steps, parts = seconds_parts(Run("x", metrics=[*metrics(2, 0), {"step": 2, "reward": 1.0}]))
+    assert steps == [0, 1]  # a step without a time is left out
+    assert parts == {"verification": [0.25] * 2, "decode": [1.5] * 2, "other": [0.25] * 2}
+
+
+def test_running_mean_is_centred_and_shorter_at_the_ends() -> None:
+    assert running_mean([1.0, 2.0, 6.0, 3.0], 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert running_mean([1.0, 5.0], 1).tolist() == [1.0, 5.0]
+
+
+def test_a_panel_nobody_recorded_is_left_out() -> None:
+    assert panel_svg(Panel("reward", "", ""), [Run("x", metrics=[{"step": 1}])], "s") is None
