@@ -1,0 +1,51 @@
+"""Advantages of grouped responses (GRPO: Shao et al., 2024, arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class GroupAdvantages(NamedTuple):
+    """`advantages` [num_groups, group_size], float32; groups whose rewards are all equal, of `num_groups` counted."""
+
+    advantages: torch.Tensor
+    num_zero_variance: int
+    num_groups: int
+
+
+def group_advantages(rewards: torch.Tensor, *, normalize: bool = True, eps: float = 1e-4) -> GroupAdvantages:
+    """Reward minus the group's mean, over its standard deviation plus `eps`.
+
+    Responses with reward NaN (skipped ones) get advantage 0 and do not count in mean and deviation. A group with
+    fewer than two rewards, or with all rewards equal, gets zeros.
+
+    Args:
+        rewards: One row per prompt. [num_groups, group_size], floating point; NaN where skipped.
+        normalize: Divide by the standard deviation (of the sample: n - 1).
+        eps: Added to the standard deviation.
+
+    Raises:
+        ValueError: if `rewards` is not a matrix of floats or holds an infinity.
+    """
+    if rewards.dim() != 2 or not rewards.is_floating_point():
+        raise ValueError(
+            f"rewards: expected floats of shape [num_groups, group_size], got {rewards.dtype} {list(rewards.shape)}"
+        )
+    if bool(torch.isinf(rewards).any()):
+        raise ValueError("rewards: expected finite numbers (or NaN to skip), got an infinity")
+    rewards = rewards.double()
+    given = ~torch.isnan(rewards)
+    counts = given.sum(1, keepdim=True)
+    values = torch.where(given, rewards, torch.zeros_like(rewards))
+    centered = torch.where(given, values - values.sum(1, keepdim=True) / counts.clamp(min=1), values)
+    highest = torch.where(given, rewards, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(given, rewards, torch.inf).amin(1, keepdim=True)
+    flat = (counts < 2) | (highest == lowest)
+    # Equal rewards are told by comparison: their mean may be off by rounding, and eps would not hide that.
+    advantages = torch.where(flat, torch.zeros_like(centered), centered)
+    if normalize:
+        std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
+        advantages = advantages / (std + eps)
+    return GroupAdvantages(advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum()))

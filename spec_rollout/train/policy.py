@@ -1,0 +1,185 @@
+"""The policy: loading a model folder, and log-probs of responses with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spec_rollout.train.config import ConfigError, ModelConfig
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        model: In eval mode (dropout would make the engine's log-probs differ from the trainer's).
+        tokenizer: transformers tokenizer.
+        eos_token_ids: End-of-sequence tokens of model and tokenizer, ascending; may be empty.
+        vocab_size: Rows of the model's output.
+        max_length: Longest sequence the model takes; None if it does not say.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_length: int | None
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"model.device: expected auto, cpu or cuda[:n], got {device!r}") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"model.device: expected a device of this machine ({count} GPUs), got {device!r}")
+    return resolved
+
+
+def load_policy(config: ModelConfig, *, tokenizer_from: str | None = None) -> Policy:
+    """Loads model and tokenizer from a folder.
+
+    Args:
+        config: `path` is the folder.
+        tokenizer_from: Folder of the tokenizer; None is `config.path`.
+
+    Raises:
+        ConfigError: saying what was expected and what was found, for a folder that does not hold a whole causal
+            language model and its tokenizer.
+    """
+    import transformers
+
+    device = resolve_device(config.device)
+    model = load_model(config.path, config, device, "model.path")
+    folder = tokenizer_from or config.path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(
+            f"model.path: expected a tokenizer beside the model in {folder!r}, got {_first_line(error)}"
+        ) from error
+    eos: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        eos.update([value] if isinstance(value, int) else value or [])
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(f"model.path: expected a model with an output head, got {type(model).__name__}")
+    text_config = model.config.get_text_config()
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=tuple(sorted(eos)),
+        vocab_size=head.weight.shape[0],
+        max_length=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> torch.nn.Module:
+    """Loads the weights of a folder; every one of them must be there (transformers alone would make some up).
+
+    Args:
+        path: The folder.
+        config: Gives dtype and attention implementation.
+        key: Config key that named the folder, for messages.
+
+    Raises:
+        ConfigError: as `load_policy`.
+    """
+    import transformers
+
+    folder = Path(path)
+    expected = f"{key}: expected a folder with config.json, weights (*.safetensors) and tokenizer"
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ConfigError(f"{expected}, found {found} at {path!r}")
+    have = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{expected}, found no config.json in {path!r} (it holds {have})")
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ConfigError(f"{expected}, found no weights in {path!r} (it holds {have})")
+    try:
+        with _quiet_loading():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ConfigError(f"{expected}, cannot load {path!r}: {_first_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, report.get(problem) or ()))
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            what = "no weights for" if problem == "missing_keys" else "weights of another shape for"
+            raise ConfigError(f"{key}: expected weights for every parameter, found {what} {some} in {path!r}")
+    return model.to(device).eval()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar for loading: it would be torn apart by the trainer's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+
+
+def response_logits(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits at some positions of right-padded rows; the output head runs on these alone.
+
+    Causal attention never looks right, so right padding needs no mask, which keeps the fast attention kernels.
+
+    Args:
+        model: Hugging Face causal language model.
+        input_ids: Padded with any token id. [batch, length], int64.
+        positions: Flat positions row * length + column. [num_positions], int64.
+
+    Returns:
+        [num_positions, vocab], the model's dtype.
+    """
+    head = model.get_output_embeddings()
+
+    def select(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # On the head's input rather than after the base model: scaling or capping of logits stays in force.
+        hidden = args[0]
+        return (hidden.reshape(1, -1, hidden.shape[-1]).index_select(1, positions), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    if logits.shape[:2] != (1, positions.numel()):
+        raise RuntimeError(
+            f"model: expected logits of shape [1, {positions.numel()}, vocab] from {type(model).__name__}, "
+            f"got {list(logits.shape)}"
+        )
+    return logits[0]

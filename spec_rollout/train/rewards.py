@@ -1,0 +1,132 @@
+"""Rewards: plain callables `f(prompt, response, answer, **columns) -> float | None`; None leaves the response out."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spec_rollout.train.config import ConfigError, RewardConfig
+
+RewardFunction = Callable[..., "float | None"]
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+class RewardError(RuntimeError):
+    """A reward function raised or returned something that is not a number; the message names function and row."""
+
+
+def exact_match(prompt: str, response: str, answer: Any) -> float:
+    """1 if the response, stripped, is the answer, else 0."""
+    return float(response.strip() == str(answer).strip())
+
+
+def last_number(prompt: str, response: str, answer: Any) -> float:
+    """1 if the last number of the response equals the answer (thousands separators ignored), else 0."""
+    numbers = _NUMBER.findall(response)
+    if not numbers:
+        return 0.0
+    try:
+        return float(float(numbers[-1].replace(",", "")) == float(str(answer).replace(",", "")))
+    except ValueError:
+        return 0.0
+
+
+BUILTIN: Mapping[str, RewardFunction] = {"exact_match": exact_match, "last_number": last_number}
+
+
+def resolve(name: str) -> RewardFunction:
+    """The function behind a built-in name or "package.module:function".
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name in BUILTIN:
+        return BUILTIN[name]
+    module_name, colon, attribute = name.partition(":")
+    if not (colon and module_name and attribute):
+        raise ConfigError(
+            f"reward.functions: expected 'package.module:function' or one of {', '.join(BUILTIN)}, got {name!r}"
+        )
+    try:
+        function: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"reward.functions: cannot load {name!r}: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"reward.functions: expected a callable, got {type(function).__name__} at {name!r}")
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: str
+    function: RewardFunction
+    weight: float
+    takes: frozenset[str] | None  # names of the columns it takes; None: all
+
+
+class Rewards:
+    """The weighted sum of a run's reward functions.
+
+    Columns of the data are passed to the functions that name them (or take `**columns`).
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        weights = config.weights or (1.0,) * len(config.functions)
+        self._entries = [_entry(name, weight) for name, weight in zip(config.functions, weights)]
+
+    def __call__(
+        self, prompt: str, response: str, answer: Any, columns: Mapping[str, Any], source: str = "?"
+    ) -> float | None:
+        """Reward of one response: sum over functions, those that return None left out; None if all do.
+
+        Args:
+            source: Where the prompt comes from, for messages.
+
+        Raises:
+            RewardError: if a function raises or returns something else than a finite number or None.
+        """
+        total: float | None = None
+        for entry in self._entries:
+            extra = columns if entry.takes is None else {k: columns[k] for k in entry.takes if k in columns}
+            try:
+                value = entry.function(prompt, response, answer, **extra)
+            except Exception as error:
+                raise RewardError(
+                    f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of {source})"
+                ) from error
+            if value is None:
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number):
+                raise RewardError(
+                    f"reward {entry.name}: expected a finite number or None, got {value!r} (prompt of {source})"
+                )
+            total = (total or 0.0) + entry.weight * number
+        return total
+
+    def all(self, items: Sequence[tuple[str, str, Any, Mapping[str, Any], str]]) -> list[float | None]:
+        """Rewards of many responses: (prompt, response, answer, columns, source) each."""
+        return [self(*item) for item in items]
+
+
+def _entry(name: str, weight: float) -> _Entry:
+    function = resolve(name)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # built-in callables may have no signature
+        return _Entry(name, function, weight, None)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return _Entry(name, function, weight, None)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return _Entry(name, function, weight, frozenset(named - {"prompt", "response", "answer"}))

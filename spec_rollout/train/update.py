@@ -1,0 +1,238 @@
+"""One policy update from a batch of rollouts: minibatches, micro-batches, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spec_rollout.train.batching import MicroBatch, micro_batches
+from spec_rollout.train.config import TrainConfig
+from spec_rollout.train.losses import logprobs_and_entropy, policy_loss, token_weights
+from spec_rollout.train.policy import response_logits
+from spec_rollout.types import Rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What an update did; means are over the tokens it trained on.
+
+    Attributes:
+        loss: Mean over the minibatches.
+        entropy: Of the sampling distribution, nats per token.
+        approx_kl: KL(old || new), k3 estimate, nats per token.
+        kl: KL(new || reference), k3 estimate, nats per token; None without a reference.
+        clip_fraction: Share of tokens whose gradient the clip removed.
+        grad_norm: Before clipping, mean over the minibatches.
+        lr: Learning rate.
+        logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the first
+            optimizer step: rounding, unless something is wrong.
+        num_tokens: Tokens trained on.
+        num_skipped_updates: Minibatches left out because their gradient was not finite.
+    """
+
+    loss: float
+    entropy: float
+    approx_kl: float
+    kl: float | None
+    clip_fraction: float
+    grad_norm: float
+    lr: float
+    logprob_gap: float
+    num_tokens: int
+    num_skipped_updates: int
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Constant after a linear warm-up; `step` is 0-based."""
+    return config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+
+
+class PolicyUpdater:
+    """Updates a policy in place.
+
+    Args:
+        model: The policy, in eval mode.
+        optimizer: Over its parameters.
+        config: See `TrainConfig`.
+        temperature: Of the sampling distribution that the rollouts' log-probs are of.
+        reference: Frozen model of the KL term; None if `config.kl_coef` is 0.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        *,
+        temperature: float,
+        reference: torch.nn.Module | None = None,
+    ) -> None:
+        if config.kl_coef > 0 and reference is None:
+            raise ValueError(f"reference: expected a model with kl_coef = {config.kl_coef}, got None")
+        self._model = model
+        self._optimizer = optimizer
+        self._config = config
+        self._temperature = temperature
+        self._reference = reference
+        self._device = next(model.parameters()).device
+
+    def update(
+        self, rollouts: Rollouts, advantages: torch.Tensor, groups: Sequence[Sequence[int]], *, step: int
+    ) -> UpdateResult:
+        """One pass over a batch.
+
+        Args:
+            rollouts: With the engine's log-probs.
+            advantages: One per rollout. [batch], float32.
+            groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch takes whole groups.
+            step: 0-based, for the learning rate.
+        """
+        config = self._config
+        lr = learning_rate(config, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        all_rows = [row for group in groups for row in group]
+        old_logprobs = rollouts.logprobs
+        if config.recompute_logprobs:
+            old_logprobs = self._recompute(rollouts, all_rows)
+
+        sums = _Sums(self._device)
+        losses: list[float] = []
+        norms: list[float] = []
+        skipped = 0
+        size = -(-len(groups) // config.minibatches)
+        for start in range(0, len(groups), size or 1):
+            rows = [row for group in groups[start : start + size] for row in group]
+            if not rows:
+                continue
+            losses.append(self._accumulate(rollouts, old_logprobs, advantages, rows, sums, first=start == 0))
+            norm = float(
+                torch.nn.utils.clip_grad_norm_(
+                    self._model.parameters(), math.inf if config.grad_clip is None else config.grad_clip
+                )
+            )
+            if math.isfinite(norm):
+                self._optimizer.step()
+                norms.append(norm)
+            else:
+                skipped += 1
+        self._optimizer.zero_grad(set_to_none=True)
+        return sums.result(losses, norms, lr, skipped, has_reference=self._reference is not None)
+
+    def _accumulate(
+        self,
+        rollouts: Rollouts,
+        old_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        rows: list[int],
+        sums: _Sums,
+        *,
+        first: bool,
+    ) -> float:
+        """Gradients of one minibatch into `.grad`; its loss."""
+        config = self._config
+        weights = torch.zeros(rollouts.batch)
+        weights[rows] = token_weights(rollouts.response_lens[rows], config.loss_aggregation)
+        if config.skip_zero_advantage:
+            rows = [row for row in rows if float(advantages[row]) != 0.0]
+        # Zeros, not None: without any gradient AdamW must still decay its moments.
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        loss_sum = torch.zeros((), device=self._device)
+        for batch in self._batches(rollouts, rows):
+            logprobs, entropy = self._logprobs(self._model, batch)
+            ref_logprobs = None
+            if self._reference is not None:
+                with torch.no_grad():
+                    ref_logprobs, _ = self._logprobs(self._reference, batch)
+            old = old_logprobs[batch.token_index].to(self._device)
+            out = policy_loss(
+                logprobs,
+                old,
+                advantages[batch.token_rows].to(self._device),
+                weights[batch.token_rows].to(self._device),
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                ref_logprobs=ref_logprobs,
+                kl_coef=config.kl_coef,
+            )
+            out.loss.backward()
+            loss_sum += out.loss.detach()
+            sums.add(entropy.sum(), out.kl_sum, out.ref_kl_sum, out.num_clipped, logprobs.numel())
+            if first:
+                engine = rollouts.logprobs[batch.token_index].to(self._device)
+                sums.add_gap((engine - logprobs.detach()).abs().sum(), logprobs.numel())
+        return float(loss_sum)
+
+    def _batches(self, rollouts: Rollouts, rows: list[int]) -> Iterable[MicroBatch]:
+        for batch in micro_batches(rollouts, rows, self._config.micro_batch_tokens):
+            yield batch.to(self._device)
+
+    def _logprobs(self, model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = response_logits(model, batch.input_ids, batch.positions)
+        return logprobs_and_entropy(logits, batch.token_ids, self._temperature)
+
+    @torch.no_grad()
+    def _recompute(self, rollouts: Rollouts, rows: list[int]) -> torch.Tensor:
+        result = rollouts.logprobs.clone()
+        for batch in self._batches(rollouts, rows):
+            result[batch.token_index] = self._logprobs(self._model, batch)[0].cpu()
+        return result
+
+
+class _Sums:
+    """Sums over micro-batches, kept on the device: reading them once at the end synchronises once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._gap = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_tokens = 0
+        self._num_gap_tokens = 0
+
+    def add(
+        self,
+        entropy: torch.Tensor,
+        kl: torch.Tensor,
+        ref_kl: torch.Tensor,
+        clipped: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        self._sums += torch.stack([entropy.double(), kl.double(), ref_kl.double(), clipped.double()])
+        self._num_tokens += num_tokens
+
+    def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
+        self._gap += gap.double()
+        self._num_gap_tokens += num_tokens
+
+    def result(
+        self, losses: list[float], norms: list[float], lr: float, skipped: int, *, has_reference: bool
+    ) -> UpdateResult:
+        entropy, kl, ref_kl, clipped = (self._sums / max(1, self._num_tokens)).tolist()
+        return UpdateResult(
+            loss=sum(losses) / max(1, len(losses)),
+            entropy=entropy,
+            approx_kl=kl,
+            kl=ref_kl if has_reference else None,
+            clip_fraction=clipped,
+            grad_norm=sum(norms) / max(1, len(norms)),
+            lr=lr,
+            logprob_gap=float(self._gap) / max(1, self._num_gap_tokens),
+            num_tokens=self._num_tokens,
+            num_skipped_updates=skipped,
+        )
