@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="the report needs the extra 'train'")
-
 from spec_rollout.report import Run, find_runs, load_run, render_page, write_report
 from spec_rollout.report.page import PANELS, summary_rows
 from spec_rollout.report.plots import Panel, panel_svg, running_mean, seconds_parts

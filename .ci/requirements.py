@@ -1,0 +1,15 @@
+"""Prints the requirements of pyproject.toml that one purpose needs, one per line: `requirements.py build|lint`."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+purpose = sys.argv[1]
+if purpose == "build":
+    wanted = project["build-system"]["requires"]
+else:
+    wanted = project["project"]["optional-dependencies"][purpose]
+print("\n".join(wanted))

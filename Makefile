@@ -1,0 +1,81 @@
+# One command each, on a fresh machine: `make demo`, `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+# Any build of torch will do; this is the version the figures in README.md were measured with.
+TORCH ?= torch==2.13.0
+ENGINE ?= transformers
+OUT ?= runs/demo
+SEED ?= 0
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Python sources are used in place (editable install); only these need a rebuild.
+NATIVE := $(shell find csrc python_bindings -type f) CMakeLists.txt setup.py pyproject.toml
+FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-seeds test test-fast test-gpu bench lint format cuda-check clean
+.DELETE_ON_ERROR:
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+venv: $(VENV)/.installed ## Install into .venv: torch first, then the package with its extras
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
+	  f"error: spec_rollout needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	touch $@
+
+# The build requirements are installed once instead of into a fresh isolated environment per build.
+$(VENV)/.installed: $(VENV)/.torch $(NATIVE)
+	$(BIN)/python .ci/requirements.py build > $(VENV)/build-requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/build-requirements.txt
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+	touch $@
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.torch
+	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/lint-requirements.txt
+	touch $@
+
+ifeq ($(ENGINE),transformers)
+demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 10 minutes)
+	$(BIN)/python -m spec_rollout.demo_run --out $(OUT) --seed $(SEED)
+else
+demo:
+	@echo "error: ENGINE: expected transformers, got $(ENGINE) (the vLLM engine is planned, not in this version)" >&2; exit 2
+endif
+
+demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
+	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --seeds 0,1,2 --results benchmarks/results/demo_seeds.json
+
+test: cuda-check venv ## All tests
+	$(BIN)/python -m pytest
+
+test-fast: venv ## Tests of seconds
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-gpu: venv ## Tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+cuda-check: ## Compile every CUDA kernel for sm_80, sm_90 and sm_100, warnings and spills are errors
+	@.ci/cuda-check
+
+bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of README.md
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/readme_tables.py
+
+lint: $(VENV)/.lint ## ruff and clang-format, check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED_CPP)
+
+format: $(VENV)/.lint ## Apply what lint checks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED_CPP)
+
+clean: ## Remove what builds and runs left behind, .venv included
+	rm -rf $(VENV) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache
