@@ -37,6 +37,11 @@ class AcceptanceRule:
         return False
 
     @property
+    def uses_drafts(self) -> bool:
+        """Whether a draft token can ever be accepted; if not, the rollout leaves the cache alone."""
+        return True
+
+    @property
     def fresh_noise(self) -> bool:
         """Whether every step needs new noise for the rule's law to hold (true for all but `Coupled`)."""
         return True
@@ -96,6 +101,10 @@ class Lenient(AcceptanceRule):
         return math.isfinite(self.log_lenience)
 
     @property
+    def uses_drafts(self) -> bool:
+        return self.log_lenience > -math.inf
+
+    @property
     def kernel_params(self) -> tuple[int, float, float, float]:
         return int(self.kind), self.log_lenience, self.scale, self.min_target_prob
 
@@ -114,6 +123,11 @@ class Coupled(AcceptanceRule):
 
     def __post_init__(self) -> None:
         _check_finite_or_inf("log_lenience", self.log_lenience)
+        if self.log_lenience == -math.inf:
+            raise ValueError(
+                "log_lenience: expected > -inf, got -inf, which would forbid the drafted token; "
+                "for plain generation use NoReuse()"
+            )
 
     @property
     def kind(self) -> RuleKind:
@@ -182,6 +196,10 @@ class RandomCut(AcceptanceRule):
 @dataclass(frozen=True, slots=True)
 class NoReuse(AcceptanceRule):
     """Plain generation: drafts are ignored."""
+
+    @property
+    def uses_drafts(self) -> bool:
+        return False
 
     @property
     def lossless(self) -> bool:

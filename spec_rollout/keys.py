@@ -25,12 +25,22 @@ def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: 
         user_key: Optional namespace (a data source, say); equal prompts under different user keys stay apart.
 
     Returns:
-        16 bytes (BLAKE2b-128 over the int32 ids and the user key).
+        16 bytes (BLAKE2b-128 over the number of ids, the int32 ids and the user key).
+
+    Raises:
+        ValueError: if `prompt_ids` is not a row of integers in 0 .. 2**31 - 1.
     """
-    ids = np.ascontiguousarray(np.asarray(prompt_ids, dtype=np.int32))
-    digest = hashlib.blake2b(ids.tobytes(), digest_size=16)
-    if user_key:
-        digest.update(b"\x00" + user_key.encode())
+    ids = np.asarray(prompt_ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"prompt_ids: expected a row of integers, got {ids.dtype} of shape {list(ids.shape)}"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise ValueError(f"prompt_ids: expected 0 <= id < 2**31, got {ids.min()} to {ids.max()}")
+    # The length comes first, so that no user key can be mistaken for further ids.
+    digest = hashlib.blake2b(ids.size.to_bytes(8, "little"), digest_size=16)
+    digest.update(ids.astype("<i4").tobytes())
+    digest.update(user_key.encode())
     return digest.digest()
 
 

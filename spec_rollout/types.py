@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
+import numpy as np
 import torch
 
 
@@ -118,6 +119,33 @@ class Drafts:
         """Draft lengths. [batch], int64."""
         return self.cu_lens[1:] - self.cu_lens[:-1]
 
+    def cut_to(self, lens: torch.Tensor) -> Drafts:
+        """The first `lens` tokens of each row; a row that loses tokens is no longer finished.
+
+        Args:
+            lens: [batch], integer, 0 <= lens <= the present lengths.
+        """
+        lens = lens.to(torch.int64)
+        if lens.shape != self.finished.shape or bool(((lens < 0) | (lens > self.lens)).any()):
+            raise ValueError(
+                f"lens: expected {self.finished.numel()} lengths from 0 to the draft's own, "
+                f"got {lens.tolist() if lens.numel() < 9 else f'shape {list(lens.shape)}'}"
+            )
+        if torch.equal(lens, self.lens):
+            return self
+        rows = [slice(a, a + n) for a, n in zip(self.cu_lens.tolist(), lens.tolist(), strict=False)]
+
+        def cut(values: torch.Tensor) -> torch.Tensor:
+            array = values.numpy()
+            return torch.from_numpy(np.concatenate([array[row] for row in rows]))
+
+        return Drafts(
+            token_ids=cut(self.token_ids),
+            cu_lens=cu_lens_from(lens),
+            logprobs=None if self.logprobs is None else cut(self.logprobs),
+            finished=self.finished & (lens == self.lens),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequests:
@@ -223,6 +251,33 @@ class Rollouts:
     finish_reasons: torch.Tensor
     policy_version: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
+
+    def __post_init__(self) -> None:
+        batch = self.accepted_lens.numel()
+        for name, rows, dtype in (
+            ("accepted_lens", self.accepted_lens, torch.int32),
+            ("finish_reasons", self.finish_reasons, torch.uint8),
+        ):
+            if rows.shape != (batch,) or rows.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {dtype} of shape [{batch}], got {rows.dtype} {list(rows.shape)}"
+                )
+        if bool((self.finish_reasons > max(FinishReason)).any()):
+            raise ValueError(
+                f"finish_reasons: expected FinishReason values, got {int(self.finish_reasons.max())}"
+            )
+        _check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
+        _check_packed("response_ids", self.response_ids, "cu_response_lens", self.cu_response_lens, batch)
+        for name, values in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
+            if values.dtype != torch.int32:
+                raise ValueError(f"{name}: expected int32, got {values.dtype}")
+        if self.logprobs.shape != self.response_ids.shape or self.logprobs.dtype != torch.float32:
+            raise ValueError(
+                f"logprobs: expected float32 of shape {list(self.response_ids.shape)}, "
+                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
+            )
+        if bool((self.accepted_lens > self.response_lens).any()) or bool((self.accepted_lens < 0).any()):
+            raise ValueError("accepted_lens: expected 0 <= accepted length <= response length")
 
     @property
     def batch(self) -> int:

@@ -1,0 +1,7 @@
+"""Where the rollouts of earlier epochs wait to be drafts."""
+
+from __future__ import annotations
+
+from spec_rollout.cache.memory import CacheStats, RolloutCache
+
+__all__ = ["CacheStats", "RolloutCache"]

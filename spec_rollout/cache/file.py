@@ -1,0 +1,184 @@
+"""A whole cache as one file (format version 1, little-endian, no padding).
+
+    header   magic 8s, version u32, num_groups u64, file size u64, CRC-32 u32 of all before it
+    group    key length u32, num_samples u32, key, CRC-32 u32 of all before it in the group's header
+    entry    `entry.DESCRIPTION`, CRC-32 u32 (`entry.checksum_of`), token ids i32, log-probs f32
+
+Groups follow each other from the least to the most recently used, entries follow their group.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from spec_rollout.cache.entry import DESCRIPTION, Entry, arrays_present, checksum_of, describe
+from spec_rollout.types import FinishReason
+
+MAGIC = b"SPECROLL"
+VERSION = 1
+_PREAMBLE = struct.Struct("<8sI")
+_COUNTS = struct.Struct("<QQ")
+_GROUP = struct.Struct("<II")
+_CRC = struct.Struct("<I")
+_HEADER_BYTES = _PREAMBLE.size + _COUNTS.size + _CRC.size
+
+Groups = Mapping[bytes, Mapping[int, Entry]]
+
+
+def write(path: str | os.PathLike[str], groups: Groups) -> None:
+    """Writes beside `path`, flushes to the device, then renames.
+
+    A crash leaves the old file or the new one, nothing between.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as out:
+            _write_groups(out, groups)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # makes the rename itself survive a power cut
+    finally:
+        os.close(directory)
+
+
+def _write_groups(out: BinaryIO, groups: Groups) -> None:
+    size = _HEADER_BYTES + sum(
+        _GROUP.size
+        + len(key)
+        + _CRC.size
+        + sum(
+            DESCRIPTION.size + _CRC.size + sum(map(len, entry.arrays)) for entry in samples.values()
+        )
+        for key, samples in groups.items()
+    )
+    header = _PREAMBLE.pack(MAGIC, VERSION) + _COUNTS.pack(len(groups), size)
+    out.write(header + _CRC.pack(zlib.crc32(header)))
+    for key, samples in groups.items():
+        header = _GROUP.pack(len(key), len(samples)) + key
+        out.write(header + _CRC.pack(zlib.crc32(header)))
+        for sample_id, entry in samples.items():
+            out.write(describe(sample_id, entry) + _CRC.pack(entry.checksum))
+            out.writelines(entry.arrays)
+
+
+def read(path: str | os.PathLike[str]) -> dict[bytes, dict[int, Entry]]:
+    """Reads a whole file.
+
+    Raises:
+        ValueError: naming the path, what was expected and the byte offset.
+    """
+    with open(path, "rb") as stream:
+        return _Reader(path, stream).groups()
+
+
+class _Reader:
+    """Reads front to back, never more than the file has, whatever its length fields say."""
+
+    def __init__(self, path: str | os.PathLike[str], stream: BinaryIO) -> None:
+        self._path = os.fspath(path)
+        self._stream = stream
+        self._size = os.fstat(stream.fileno()).st_size
+        self._offset = 0
+
+    def groups(self) -> dict[bytes, dict[int, Entry]]:
+        num_groups = self._header()
+        groups: dict[bytes, dict[int, Entry]] = {}
+        for _ in range(num_groups):
+            start = self._offset
+            key, num_samples = self._group_header()
+            if key in groups:
+                raise self._error(start, "each prompt key once", f"{key.hex()} again")
+            groups[key] = {}
+            for _ in range(num_samples):
+                start = self._offset
+                sample_id, entry = self._entry(key)
+                if sample_id in groups[key]:
+                    raise self._error(start, "each sample id once per group", f"{sample_id} again")
+                groups[key][sample_id] = entry
+        if self._offset != self._size:
+            raise self._error(self._offset, "the end", f"{self._size - self._offset} more bytes")
+        return groups
+
+    def _header(self) -> int:
+        preamble = self._take(_PREAMBLE.size, "a header")
+        magic, version = _PREAMBLE.unpack(preamble)
+        if magic != MAGIC:
+            raise self._error(0, f"the magic {MAGIC!r} of a rollout cache", repr(magic))
+        if version != VERSION:
+            raise self._error(len(MAGIC), f"format version {VERSION}", str(version))
+        counts = self._take(_COUNTS.size, "a header")
+        self._check_crc(zlib.crc32(preamble + counts), self._take(_CRC.size, "a header"))
+        num_groups, size = _COUNTS.unpack(counts)
+        if size != self._size:
+            short = "truncated" if self._size < size else "too long"
+            raise self._error(
+                min(size, self._size), f"{size} bytes in all", f"{self._size} ({short})"
+            )
+        return num_groups
+
+    def _group_header(self) -> tuple[bytes, int]:
+        lens = self._take(_GROUP.size, "a group header")
+        key_len, num_samples = _GROUP.unpack(lens)
+        key = self._take(key_len, "a prompt key")
+        self._check_crc(zlib.crc32(lens + key), self._take(_CRC.size, "a group header"))
+        return key, num_samples
+
+    def _entry(self, key: bytes) -> tuple[int, Entry]:
+        start = self._offset
+        description = self._take(DESCRIPTION.size, "an entry header")
+        sample_id, policy_version, num_tokens, finish_reason, present = DESCRIPTION.unpack(
+            description
+        )
+        (checksum,) = _CRC.unpack(self._take(_CRC.size, "an entry header"))
+        try:
+            has_logprobs, has_trainer_logprobs = arrays_present(present)
+        except ValueError as error:
+            raise self._error(
+                start + DESCRIPTION.size - 1, "arrays 0 to 3", str(present)
+            ) from error
+        token_ids = self._take(4 * num_tokens, "token ids")
+        logprobs = self._take(4 * num_tokens, "log-probs") if has_logprobs else None
+        trainer = self._take(4 * num_tokens, "trainer log-probs") if has_trainer_logprobs else None
+        entry = Entry(token_ids, logprobs, trainer, finish_reason, policy_version, checksum)
+        self._check_crc(checksum_of(key, sample_id, entry), _CRC.pack(checksum), start)
+        if (
+            sample_id < 0
+            or num_tokens < 1
+            or finish_reason not in (FinishReason.STOP, FinishReason.LENGTH)
+        ):
+            got = f"sample {sample_id}, {num_tokens} tokens, finish reason {finish_reason}"
+            raise self._error(start, "a finished rollout", got)
+        return sample_id, entry
+
+    def _take(self, num_bytes: int, what: str) -> bytes:
+        if num_bytes > self._size - self._offset:
+            left = self._size - self._offset
+            raise self._error(self._offset, f"{what} of {num_bytes} bytes", f"{left} (truncated)")
+        data = self._stream.read(num_bytes)
+        if len(data) != num_bytes:  # the file shrank while it was read
+            got = f"{len(data)} (truncated)"
+            raise self._error(self._offset, f"{what} of {num_bytes} bytes", got)
+        self._offset += num_bytes
+        return data
+
+    def _check_crc(self, computed: int, stored: bytes, start: int | None = None) -> None:
+        (expected,) = _CRC.unpack(stored)
+        if computed != expected:
+            offset = self._offset - _CRC.size if start is None else start
+            raise self._error(offset, f"checksum {expected:08x}", f"{computed:08x}")
+
+    def _error(self, offset: int, expected: str, got: str) -> ValueError:
+        return ValueError(f"{self._path}: expected {expected} at byte {offset}, got {got}")

@@ -1,0 +1,259 @@
+"""One rollout step, whatever the engine.
+
+Drafts are looked up, the engine verifies and continues them, the result is stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
+from spec_rollout.cache import RolloutCache
+from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.keys import noise_keys, prompt_key
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+
+# Keeps the noise of evaluation apart from that of training with the same seed.
+_EVALUATION_SALT = 0x5DEECE66D2B79F1A
+
+
+class RolloutSession:
+    """Rolls prompts out with reuse of what the same prompts gave before.
+
+    Every random decision depends on (seed, noise epoch, prompt, sample index, position) alone. The
+    noise epoch is the training step for rules that need fresh noise and `epoch // refresh_epochs`
+    for `Coupled`, with reuse on or off, so that under a lossless coupling both give the same
+    tokens. Two calls with the same noise epoch and prompt draw the same noise: advance `step`.
+
+    Args:
+        engine: Generates and verifies.
+        rule: Acceptance rule, or a schedule of it over training steps.
+        cache: Where rollouts are kept between calls; None makes an unbounded one in memory.
+        seed: Any integer.
+        refresh_epochs: Epochs after which `Coupled` draws new noise (an epoch with new noise reuses
+            little); None is never. Other rules ignore it.
+        reuse: False generates every response from scratch, with the same noise, and leaves the
+            cache alone. So does a rule that accepts nothing (`NoReuse`).
+
+    Raises:
+        ValueError: naming the argument; also if the rule reads draft log-probs that the cache does
+            not keep.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rule: AcceptanceRule | Schedule,
+        *,
+        cache: RolloutCache | None = None,
+        seed: int = 0,
+        refresh_epochs: int | None = None,
+        reuse: bool = True,
+    ) -> None:
+        self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
+        if refresh_epochs is not None and refresh_epochs < 1:
+            raise ValueError(f"refresh_epochs: expected >= 1 or None (never), got {refresh_epochs}")
+        self.engine = engine
+        self.cache = RolloutCache() if cache is None else cache
+        self.seed = seed
+        self.refresh_epochs = refresh_epochs
+        self.reuse = reuse
+        if reuse and self.schedule.rule.needs_draft_logprobs and not self.cache.keep_logprobs:
+            raise ValueError(
+                f"cache: expected one that keeps log-probs, as {self.schedule.rule} needs, "
+                "got keep_logprobs=False"
+            )
+
+    def rollout(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        epoch: int,
+        user_keys: Sequence[str] | None = None,
+    ) -> Rollouts:
+        """Generates `num_samples` responses per prompt and keeps them as the next drafts.
+
+        A prompt may occur several times in a batch: occurrence k takes the sample indices from
+        k * num_samples on.
+
+        Args:
+            prompts: Token ids of each prompt; at least one prompt, each of at least one token.
+            num_samples: Rollouts per prompt.
+            sampling: The same for all rows. A draft longer than its `max_tokens` is cut; one that
+                contains a stop token ends there.
+            step: Training step, 0-based.
+            epoch: Pass over the data, 0-based.
+            user_keys: Namespace of each prompt (`prompt_key`).
+
+        Returns:
+            Rollouts of prompt 0's samples, then prompt 1's, and so on: batch = len(prompts) *
+            num_samples. `stats` covers this call from its first line to its last.
+
+        Raises:
+            ValueError: naming the argument, before anything is computed or stored; also if a cached
+                draft lacks the log-probs that the rule reads.
+        """
+        start = time.perf_counter()
+        _check_count("step", step)
+        _check_count("epoch", epoch)
+        rule = self.schedule.at(step)
+        batch = _Batch.of(prompts, num_samples, user_keys)
+        keys = noise_keys(
+            self.seed, self._noise_epoch(rule, step, epoch), batch.keys, batch.sample_ids
+        )
+        reuse = self.reuse and rule.uses_drafts
+
+        lookup_start = time.perf_counter()
+        drafts, num_misses = Drafts.none(batch.size), 0
+        if reuse:
+            drafts = self.cache.lookup(batch.keys, batch.sample_ids, max_tokens=sampling.max_tokens)
+            if rule.needs_draft_logprobs and drafts.logprobs is None:
+                raise ValueError(
+                    f"cache: expected drafts with log-probs, as {rule} needs, got entries without"
+                )
+            num_misses = int((drafts.lens == 0).sum())
+            drafts = _end_at_stop(drafts, sampling.stop_token_ids)
+            cut_lens = rule.cut_lens(drafts.lens, keys)
+            drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)
+        lookup_end = time.perf_counter()
+
+        rollouts = self._generate(batch, keys, drafts, sampling, rule)
+
+        store_start = time.perf_counter()
+        if reuse:
+            self.cache.store(batch.keys, batch.sample_ids, rollouts)
+        end = time.perf_counter()
+        stats = replace(
+            rollouts.stats,
+            num_cache_misses=num_misses,
+            rollout_seconds=end - start,
+            lookup_seconds=lookup_end - lookup_start,
+            store_seconds=end - store_start,
+        )
+        return replace(rollouts, stats=stats)
+
+    def evaluate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        user_keys: Sequence[str] | None = None,
+    ) -> Rollouts:
+        """Plain samples of the current weights, for judging them: no cache, no drafts.
+
+        The noise differs from that of every training step and changes with `step`. Reused rollouts
+        are no measure of the policy: their reward can rise while that of fresh samples falls.
+        Arguments as in `rollout`.
+        """
+        start = time.perf_counter()
+        _check_count("step", step)
+        batch = _Batch.of(prompts, num_samples, user_keys)
+        keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
+        rollouts = self._generate(batch, keys, Drafts.none(batch.size), sampling, NoReuse())
+        stats = replace(rollouts.stats, rollout_seconds=time.perf_counter() - start)
+        return replace(rollouts, stats=stats)
+
+    def _noise_epoch(self, rule: AcceptanceRule, step: int, epoch: int) -> int:
+        if rule.fresh_noise:
+            return step
+        return 0 if self.refresh_epochs is None else epoch // self.refresh_epochs
+
+    def _generate(
+        self,
+        batch: _Batch,
+        keys: torch.Tensor,
+        drafts: Drafts,
+        sampling: SamplingParams,
+        rule: AcceptanceRule,
+    ) -> Rollouts:
+        requests = RolloutRequests(batch.prompt_ids, batch.cu_prompt_lens, keys, drafts)
+        rollouts = self.engine.rollout(requests, sampling, rule)
+        if not torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens):
+            raise RuntimeError(
+                f"engine {type(self.engine).__name__}: expected the {batch.size} requests back in "
+                f"order, got {rollouts.batch} rows of other prompts"
+            )
+        return rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of a call: every prompt `num_samples` times in a row."""
+
+    prompt_ids: torch.Tensor
+    cu_prompt_lens: torch.Tensor
+    keys: list[bytes]
+    sample_ids: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Sequence[int]], num_samples: int, user_keys: Sequence[str] | None
+    ) -> _Batch:
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected >= 1, got {num_samples}")
+        if len(prompts) == 0:
+            raise ValueError("prompts: expected at least one, got none")
+        if user_keys is not None and len(user_keys) != len(prompts):
+            raise ValueError(
+                f"user_keys: expected one per prompt ({len(prompts)}), got {len(user_keys)}"
+            )
+        arrays, keys, first_ids = [], [], []
+        seen: Counter[bytes] = Counter()
+        for index, prompt in enumerate(prompts):
+            try:
+                key = prompt_key(prompt, "" if user_keys is None else user_keys[index])
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from error
+            if len(prompt) == 0:
+                raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+            arrays.append(np.asarray(prompt, dtype=np.int32))
+            keys.append(key)
+            first_ids.append(seen[key] * num_samples)
+            seen[key] += 1
+        lens = torch.tensor([array.size for array in arrays]).repeat_interleave(num_samples)
+        rows = [array for array in arrays for _ in range(num_samples)]
+        return cls(
+            prompt_ids=torch.from_numpy(np.concatenate(rows)),
+            cu_prompt_lens=cu_lens_from(lens),
+            keys=[key for key in keys for _ in range(num_samples)],
+            sample_ids=np.add.outer(np.array(first_ids), np.arange(num_samples)).ravel(),
+        )
+
+
+def _end_at_stop(drafts: Drafts, stop_token_ids: Sequence[int]) -> Drafts:
+    """Cuts each draft after its first stop token.
+
+    Such a draft is finished, one without a stop token is not, whatever the stop tokens were when
+    it was drawn.
+    """
+    tokens = drafts.token_ids.numpy()
+    is_stop = np.zeros(tokens.shape, dtype=bool)
+    for token in stop_token_ids:
+        is_stop |= tokens == token
+    stops = np.flatnonzero(is_stop)
+    cu = drafts.cu_lens.numpy()
+    rows, first = np.unique(np.searchsorted(cu, stops, side="right") - 1, return_index=True)
+    lens, finished = drafts.lens, torch.zeros_like(drafts.finished)
+    lens[rows] = torch.from_numpy(stops[first] + 1 - cu[rows])
+    finished[rows] = True
+    return replace(drafts.cut_to(lens), finished=finished)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected >= 0, got {value}")
