@@ -15,7 +15,9 @@ class GroupAdvantages(NamedTuple):
     num_groups: int
 
 
-def group_advantages(rewards: torch.Tensor, *, normalize: bool = True, eps: float = 1e-4) -> GroupAdvantages:
+def group_advantages(
+    rewards: torch.Tensor, *, normalize: bool = True, eps: float = 1e-4
+) -> GroupAdvantages:
     """Reward minus the group's mean, over its standard deviation plus `eps`.
 
     Responses with reward NaN (skipped ones) get advantage 0 and do not count in mean and deviation. A group with
@@ -39,7 +41,9 @@ def group_advantages(rewards: torch.Tensor, *, normalize: bool = True, eps: floa
     given = ~torch.isnan(rewards)
     counts = given.sum(1, keepdim=True)
     values = torch.where(given, rewards, torch.zeros_like(rewards))
-    centered = torch.where(given, values - values.sum(1, keepdim=True) / counts.clamp(min=1), values)
+    centered = torch.where(
+        given, values - values.sum(1, keepdim=True) / counts.clamp(min=1), values
+    )
     highest = torch.where(given, rewards, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(given, rewards, torch.inf).amin(1, keepdim=True)
     flat = (counts < 2) | (highest == lowest)
@@ -48,4 +52,6 @@ def group_advantages(rewards: torch.Tensor, *, normalize: bool = True, eps: floa
     if normalize:
         std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
         advantages = advantages / (std + eps)
-    return GroupAdvantages(advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum()))
+    return GroupAdvantages(
+        advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum())
+    )

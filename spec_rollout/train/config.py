@@ -32,6 +32,15 @@ def _require(ok: bool, key: str, expected: str, got: object) -> None:
         raise ConfigError(f"{key}: expected {expected}, got {got!r}")
 
 
+def _at_least(minimum: int, section: str, config: object, *names: str) -> None:
+    """Each named field is None or at least `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or value >= minimum, f"{section}.{name}", f"at least {minimum}", value
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The policy.
@@ -74,13 +83,7 @@ class DataConfig:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.max_rows is None or self.max_rows >= 1, "data.max_rows", "at least 1", self.max_rows)
-        _require(
-            self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
-            "data.max_prompt_tokens",
-            "at least 1",
-            self.max_prompt_tokens,
-        )
+        _at_least(1, "data", self, "max_rows", "max_prompt_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +128,14 @@ class RolloutConfig:
     cache_path: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.num_samples >= 1, "rollout.num_samples", "at least 1", self.num_samples)
-        _require(self.num_slots >= 1, "rollout.num_slots", "at least 1", self.num_slots)
+        _at_least(
+            1, "rollout", self, "num_samples", "num_slots", "refresh_epochs", "cache_max_bytes"
+        )
         _require(
             self.temperature > 0,
             "rollout.temperature",
             "a positive number (greedy samples of a group are all equal)",
             self.temperature,
-        )
-        _require(
-            self.refresh_epochs is None or self.refresh_epochs >= 1,
-            "rollout.refresh_epochs",
-            "at least 1, or left out",
-            self.refresh_epochs,
-        )
-        _require(
-            self.cache_max_bytes is None or self.cache_max_bytes >= 1,
-            "rollout.cache_max_bytes",
-            "at least 1, or left out",
-            self.cache_max_bytes,
         )
         if self.log_lenience is not None and self.rule not in ("lenient", "coupled"):
             raise ConfigError(
@@ -180,7 +172,9 @@ class RolloutConfig:
 
     def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
         """Sampling parameters of training rollouts."""
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.max_tokens, stop_token_ids)
+        return SamplingParams(
+            self.temperature, self.top_k, self.top_p, self.max_tokens, stop_token_ids
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +247,13 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "minibatches", "micro_batch_tokens"):
-            _require(getattr(self, name) >= 1, f"train.{name}", "at least 1", getattr(self, name))
-        for name in ("epochs", "max_steps", "threads"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"train.{name}", "at least 1, or left out", value)
+        _at_least(
+            1,
+            "train",
+            self,
+            *("prompts_per_step", "minibatches", "micro_batch_tokens"),
+            *("epochs", "max_steps", "threads"),
+        )
         _require(
             self.epochs is not None or self.max_steps is not None,
             "train.epochs",
@@ -267,14 +263,11 @@ class TrainConfig:
         _require(0 <= self.lr < math.inf, "train.lr", "a finite number >= 0", self.lr)
         _require(all(0 <= b < 1 for b in self.betas), "train.betas", "0 <= value < 1", self.betas)
         _require(self.eps > 0, "train.eps", "a positive number", self.eps)
-        _require(self.weight_decay >= 0, "train.weight_decay", "a number >= 0", self.weight_decay)
-        _require(self.warmup_steps >= 0, "train.warmup_steps", "at least 0", self.warmup_steps)
-        _require(
-            self.grad_clip is None or self.grad_clip > 0, "train.grad_clip", "a positive number", self.grad_clip
-        )
+        _at_least(0, "train", self, "weight_decay", "warmup_steps", "kl_coef")
+        grad_clip_ok = self.grad_clip is None or self.grad_clip > 0
+        _require(grad_clip_ok, "train.grad_clip", "a positive number", self.grad_clip)
         _require(0 < self.clip_low <= 1, "train.clip_low", "0 < value <= 1", self.clip_low)
         _require(self.clip_high > 0, "train.clip_high", "a positive number", self.clip_high)
-        _require(self.kl_coef >= 0, "train.kl_coef", "a number >= 0", self.kl_coef)
         _require(
             not (self.skip_zero_advantage and self.kl_coef > 0),
             "train.skip_zero_advantage",
@@ -309,26 +302,8 @@ class EvalConfig:
     every_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.num_train_prompts >= 0, "eval.num_train_prompts", "at least 0", self.num_train_prompts)
-        _require(
-            self.num_heldout_prompts is None or self.num_heldout_prompts >= 1,
-            "eval.num_heldout_prompts",
-            "at least 1, or left out",
-            self.num_heldout_prompts,
-        )
-        _require(self.num_samples >= 1, "eval.num_samples", "at least 1", self.num_samples)
-        _require(
-            self.temperature is None or self.temperature >= 0,
-            "eval.temperature",
-            "a number >= 0",
-            self.temperature,
-        )
-        _require(
-            self.every_steps is None or self.every_steps >= 1,
-            "eval.every_steps",
-            "at least 1, or left out",
-            self.every_steps,
-        )
+        _at_least(0, "eval", self, "num_train_prompts", "temperature")
+        _at_least(1, "eval", self, "num_heldout_prompts", "num_samples", "every_steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,13 +321,7 @@ class CheckpointConfig:
     at_end: bool = True
 
     def __post_init__(self) -> None:
-        _require(
-            self.every_steps is None or self.every_steps >= 1,
-            "checkpoint.every_steps",
-            "at least 1, or left out",
-            self.every_steps,
-        )
-        _require(self.keep_last >= 1, "checkpoint.keep_last", "at least 1", self.keep_last)
+        _at_least(1, "checkpoint", self, "every_steps", "keep_last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +340,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         _require(self.run_dir != "", "log.run_dir", "a folder", self.run_dir)
-        _require(self.samples_per_step >= 0, "log.samples_per_step", "at least 0", self.samples_per_step)
+        _at_least(0, "log", self, "samples_per_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,9 +357,12 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        if (self.rollout.top_k > 0 or self.rollout.top_p < 1) and not self.train.recompute_logprobs:
-            key, value = ("top_k", self.rollout.top_k) if self.rollout.top_k > 0 else ("top_p", self.rollout.top_p)
-            raise ConfigError(
-                f"rollout.{key}: expected train.recompute_logprobs = true with it (the engine's log-probs are of the "
-                f"filtered distribution, the trainer's of the whole), got {value!r}"
-            )
+        if self.train.recompute_logprobs:
+            return
+        for key, off in (("top_k", 0), ("top_p", 1.0)):
+            value = getattr(self.rollout, key)
+            if value != off:
+                raise ConfigError(
+                    f"rollout.{key}: expected train.recompute_logprobs = true with it (the engine's log-probs are "
+                    f"of the filtered distribution, the trainer's of the whole), got {value!r}"
+                )

@@ -14,7 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from spec_rollout.train.config import ConfigError, RunConfig
 
 
-def load_config(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()
+) -> RunConfig:
     """Reads a TOML file and applies overrides.
 
     Args:
@@ -29,7 +31,9 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Iterable[
         try:
             table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"config: expected a TOML file, found nothing at {str(path)!r}") from None
+            raise ConfigError(
+                f"config: expected a TOML file, found nothing at {str(path)!r}"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: expected a TOML file, got {str(path)!r}: {error}") from None
         except tomllib.TOMLDecodeError as error:
@@ -92,11 +96,15 @@ def _build(cls: type, table: Mapping[str, Any], prefix: str) -> Any:
     values: dict[str, Any] = {}
     for name, f in known.items():
         required = f.default is MISSING and f.default_factory is MISSING
-        if name in table and not (table[name] is None and not required and not _allows_none(hints[name])):
+        if name in table and not (
+            table[name] is None and not required and not _allows_none(hints[name])
+        ):
             values[name] = _convert(hints[name], table[name], prefix + name)
         elif required:
             if not is_dataclass(hints[name]):
-                raise ConfigError(f"{prefix}{name}: expected {_describe(hints[name])}, it is required but missing")
+                raise ConfigError(
+                    f"{prefix}{name}: expected {_describe(hints[name])}, it is required but missing"
+                )
             values[name] = _build(hints[name], {}, f"{prefix}{name}.")
     return cls(**values)
 
@@ -131,18 +139,25 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint_text = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint_text}")
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint_text}"
+            )
         return value
     if origin is tuple:
         args = get_args(hint)
-        if not isinstance(value, (list, tuple)) or (args[-1] is not Ellipsis and len(value) != len(args)):
+        if not isinstance(value, (list, tuple)) or (
+            args[-1] is not Ellipsis and len(value) != len(args)
+        ):
             raise ConfigError(f"{name}: expected {_describe(hint)}, got {value!r}")
         inner_hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in enumerate(zip(inner_hints, value)))
+        pairs = enumerate(zip(inner_hints, value, strict=True))
+        return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in pairs)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{name}: expected {_describe(hint)}, got {type(value).__name__} {value!r}")
+        raise ConfigError(
+            f"{name}: expected {_describe(hint)}, got {type(value).__name__} {value!r}"
+        )
     if hint is float and value != value:
         raise ConfigError(f"{name}: expected a number, got NaN")
     return value

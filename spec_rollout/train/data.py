@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ class PromptRow:
         prompt: Text handed to the rewards (decoded if the row held token ids).
         answer: The row's answer column; None if there is none.
         columns: All other columns.
+        user_key: Tells rows of equal prompts apart, so that each keeps its own cached rollouts and noise.
         source: "file:line", for messages.
     """
 
@@ -35,6 +37,7 @@ class PromptRow:
     prompt: str
     answer: Any
     columns: Mapping[str, Any]
+    user_key: str
     source: str
 
 
@@ -56,7 +59,9 @@ class PromptData:
         return len(self.rows)
 
 
-def read_records(path: str | os.PathLike[str], max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(
+    path: str | os.PathLike[str], max_rows: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a .jsonl or .parquet file, with "file:line" (for Parquet "file:row", 1-based too).
 
     Raises:
@@ -64,7 +69,9 @@ def read_records(path: str | os.PathLike[str], max_rows: int | None = None) -> I
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"data: expected a .jsonl or .parquet file, found {_found(path)} at {str(path)!r}")
+        raise DataError(
+            f"data: expected a .jsonl or .parquet file, found {_found(path)} at {str(path)!r}"
+        )
     if path.suffix == ".parquet":
         records: Iterator[tuple[str, dict[str, Any]]] = _read_parquet(path)
     elif path.suffix in (".jsonl", ".json", ".ndjson"):
@@ -90,7 +97,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{source}: expected a JSON object, got {_short(line)}: {error}") from None
+                raise DataError(
+                    f"{source}: expected a JSON object, got {_short(line)}: {error}"
+                ) from None
             if not isinstance(record, dict):
                 raise DataError(f"{source}: expected a JSON object, got {_short(line)}")
             yield source, record
@@ -100,7 +109,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DataError(f"data: reading {str(path)!r} needs pyarrow (pip install pyarrow)") from None
+        raise DataError(
+            f"data: reading {str(path)!r} needs pyarrow (pip install pyarrow)"
+        ) from None
     try:
         file = parquet.ParquetFile(path)
     except Exception as error:
@@ -146,6 +157,7 @@ def load_prompts(
     rows: list[PromptRow] = []
     digest = hashlib.blake2b(digest_size=16)
     dropped = 0
+    seen: Counter[bytes] = Counter()
     for source, record in read_records(path, max_rows):
         for column in (prompt_column, answer_column):
             if column is not None and column not in record:
@@ -165,9 +177,15 @@ def load_prompts(
         columns = {k: v for k, v in record.items() if k not in (prompt_column, answer_column)}
         for name in _RESERVED:
             if name in columns:
-                raise DataError(f"{source}: column {name!r} is reserved (it names an argument of the rewards)")
+                raise DataError(
+                    f"{source}: column {name!r} is reserved (it names an argument of the rewards)"
+                )
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        rows.append(PromptRow(ids, text, answer, columns, source))
+        occurrence = seen[ids.tobytes()]
+        seen[ids.tobytes()] += 1
+        rows.append(
+            PromptRow(ids, text, answer, columns, str(occurrence) if occurrence else "", source)
+        )
     if not rows:
         dropped_text = f", {dropped} dropped as too long" if dropped else ""
         raise DataError(f"data: expected at least one row in {str(path)!r}, got none{dropped_text}")
@@ -179,10 +197,14 @@ def _tokenize(value: Any, tokenizer: Any, vocab_size: int, where: str) -> tuple[
         text, ids = value, tokenizer(value)["input_ids"]
     elif isinstance(value, list) and value and all(_is_message(item) for item in value):
         if getattr(tokenizer, "chat_template", None) is None:
-            raise DataError(f"{where}: expected text, as the tokenizer has no chat template, got chat messages")
+            raise DataError(
+                f"{where}: expected text, as the tokenizer has no chat template, got chat messages"
+            )
         text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+    elif isinstance(value, list) and all(
+        isinstance(i, int) and not isinstance(i, bool) for i in value
+    ):
         for i in value:
             if not 0 <= i < vocab_size:
                 raise DataError(f"{where}: expected token ids from 0 to {vocab_size - 1}, got {i}")
@@ -198,7 +220,11 @@ def _tokenize(value: Any, tokenizer: Any, vocab_size: int, where: str) -> tuple[
 
 
 def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+    return (
+        isinstance(item, dict)
+        and isinstance(item.get("role"), str)
+        and isinstance(item.get("content"), str)
+    )
 
 
 class PromptOrder:
@@ -213,9 +239,13 @@ class PromptOrder:
         shuffle: New order each epoch; otherwise file order.
     """
 
-    def __init__(self, num_rows: int, prompts_per_step: int, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, num_rows: int, prompts_per_step: int, *, seed: int, shuffle: bool = True
+    ) -> None:
         if num_rows < 1 or prompts_per_step < 1:
-            raise ValueError(f"num_rows, prompts_per_step: expected at least 1, got {num_rows}, {prompts_per_step}")
+            raise ValueError(
+                f"num_rows, prompts_per_step: expected at least 1, got {num_rows}, {prompts_per_step}"
+            )
         self._num_rows = num_rows
         self._per_step = prompts_per_step
         self._seed = seed % 2**63

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-
 _MAX_LOG_RATIO = 20.0
 
 
@@ -79,12 +78,20 @@ def policy_loss(
     Raises:
         ValueError: if sizes differ, or the reference is missing.
     """
-    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("weights", weights)):
+    for name, value in (
+        ("old_logprobs", old_logprobs),
+        ("advantages", advantages),
+        ("weights", weights),
+    ):
         if value.shape != logprobs.shape:
-            raise ValueError(f"{name}: expected shape {list(logprobs.shape)} (logprobs), got {list(value.shape)}")
+            raise ValueError(
+                f"{name}: expected shape {list(logprobs.shape)} (logprobs), got {list(value.shape)}"
+            )
     if kl_coef > 0 and (ref_logprobs is None or ref_logprobs.shape != logprobs.shape):
         got = None if ref_logprobs is None else list(ref_logprobs.shape)
-        raise ValueError(f"ref_logprobs: expected shape {list(logprobs.shape)} with kl_coef > 0, got {got}")
+        raise ValueError(
+            f"ref_logprobs: expected shape {list(logprobs.shape)} with kl_coef > 0, got {got}"
+        )
     # A ratio that overflows would turn the gradient of a clipped token into 0 * inf.
     log_ratio = (logprobs - old_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()

@@ -48,7 +48,9 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"model.device: expected auto, cpu or cuda[:n], got {device!r}") from None
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"model.device: expected a device of this machine ({count} GPUs), got {device!r}")
+        raise ConfigError(
+            f"model.device: expected a device of this machine ({count} GPUs), got {device!r}"
+        )
     return resolved
 
 
@@ -79,7 +81,9 @@ def load_policy(config: ModelConfig, *, tokenizer_from: str | None = None) -> Po
         eos.update([value] if isinstance(value, int) else value or [])
     head = model.get_output_embeddings()
     if head is None:
-        raise ConfigError(f"model.path: expected a model with an output head, got {type(model).__name__}")
+        raise ConfigError(
+            f"model.path: expected a model with an output head, got {type(model).__name__}"
+        )
     text_config = model.config.get_text_config()
     return Policy(
         model=model,
@@ -129,7 +133,9 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
         if names:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             what = "no weights for" if problem == "missing_keys" else "weights of another shape for"
-            raise ConfigError(f"{key}: expected weights for every parameter, found {what} {some} in {path!r}")
+            raise ConfigError(
+                f"{key}: expected weights for every parameter, found {what} {some} in {path!r}"
+            )
     return model.to(device).eval()
 
 
@@ -152,7 +158,9 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
 
 
-def response_logits(model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def response_logits(
+    model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """Logits at some positions of right-padded rows; the output head runs on these alone.
 
     Causal attention never looks right, so right padding needs no mask, which keeps the fast attention kernels.

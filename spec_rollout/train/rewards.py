@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,9 @@ def resolve(name: str) -> RewardFunction:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"reward.functions: cannot load {name!r}: {error}") from error
     if not callable(function):
-        raise ConfigError(f"reward.functions: expected a callable, got {type(function).__name__} at {name!r}")
+        raise ConfigError(
+            f"reward.functions: expected a callable, got {type(function).__name__} at {name!r}"
+        )
     return function
 
 
@@ -80,7 +82,9 @@ class Rewards:
 
     def __init__(self, config: RewardConfig) -> None:
         weights = config.weights or (1.0,) * len(config.functions)
-        self._entries = [_entry(name, weight) for name, weight in zip(config.functions, weights)]
+        self._entries = [
+            _entry(name, weight) for name, weight in zip(config.functions, weights, strict=True)
+        ]
 
     def __call__(
         self, prompt: str, response: str, answer: Any, columns: Mapping[str, Any], source: str = "?"
@@ -95,7 +99,9 @@ class Rewards:
         """
         total: float | None = None
         for entry in self._entries:
-            extra = columns if entry.takes is None else {k: columns[k] for k in entry.takes if k in columns}
+            extra = columns
+            if entry.takes is not None:
+                extra = {k: columns[k] for k in entry.takes if k in columns}
             try:
                 value = entry.function(prompt, response, answer, **extra)
             except Exception as error:
@@ -114,10 +120,6 @@ class Rewards:
                 )
             total = (total or 0.0) + entry.weight * number
         return total
-
-    def all(self, items: Sequence[tuple[str, str, Any, Mapping[str, Any], str]]) -> list[float | None]:
-        """Rewards of many responses: (prompt, response, answer, columns, source) each."""
-        return [self(*item) for item in items]
 
 
 def _entry(name: str, weight: float) -> _Entry:

@@ -53,13 +53,19 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
     )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Constant after a linear warm-up; `step` is 0-based."""
-    return config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+    return (
+        config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
+    )
 
 
 class PolicyUpdater:
@@ -83,7 +89,9 @@ class PolicyUpdater:
         reference: torch.nn.Module | None = None,
     ) -> None:
         if config.kl_coef > 0 and reference is None:
-            raise ValueError(f"reference: expected a model with kl_coef = {config.kl_coef}, got None")
+            raise ValueError(
+                f"reference: expected a model with kl_coef = {config.kl_coef}, got None"
+            )
         self._model = model
         self._optimizer = optimizer
         self._config = config
@@ -92,7 +100,12 @@ class PolicyUpdater:
         self._device = next(model.parameters()).device
 
     def update(
-        self, rollouts: Rollouts, advantages: torch.Tensor, groups: Sequence[Sequence[int]], *, step: int
+        self,
+        rollouts: Rollouts,
+        advantages: torch.Tensor,
+        groups: Sequence[Sequence[int]],
+        *,
+        step: int,
     ) -> UpdateResult:
         """One pass over a batch.
 
@@ -120,10 +133,13 @@ class PolicyUpdater:
             rows = [row for group in groups[start : start + size] for row in group]
             if not rows:
                 continue
-            losses.append(self._accumulate(rollouts, old_logprobs, advantages, rows, sums, first=start == 0))
+            losses.append(
+                self._accumulate(rollouts, old_logprobs, advantages, rows, sums, first=start == 0)
+            )
             norm = float(
                 torch.nn.utils.clip_grad_norm_(
-                    self._model.parameters(), math.inf if config.grad_clip is None else config.grad_clip
+                    self._model.parameters(),
+                    math.inf if config.grad_clip is None else config.grad_clip,
                 )
             )
             if math.isfinite(norm):
@@ -184,7 +200,9 @@ class PolicyUpdater:
         for batch in micro_batches(rollouts, rows, self._config.micro_batch_tokens):
             yield batch.to(self._device)
 
-    def _logprobs(self, model: torch.nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _logprobs(
+        self, model: torch.nn.Module, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = response_logits(model, batch.input_ids, batch.positions)
         return logprobs_and_entropy(logits, batch.token_ids, self._temperature)
 
@@ -213,7 +231,9 @@ class _Sums:
         clipped: torch.Tensor,
         num_tokens: int,
     ) -> None:
-        self._sums += torch.stack([entropy.double(), kl.double(), ref_kl.double(), clipped.double()])
+        self._sums += torch.stack(
+            [entropy.double(), kl.double(), ref_kl.double(), clipped.double()]
+        )
         self._num_tokens += num_tokens
 
     def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
@@ -221,7 +241,13 @@ class _Sums:
         self._num_gap_tokens += num_tokens
 
     def result(
-        self, losses: list[float], norms: list[float], lr: float, skipped: int, *, has_reference: bool
+        self,
+        losses: list[float],
+        norms: list[float],
+        lr: float,
+        skipped: int,
+        *,
+        has_reference: bool,
     ) -> UpdateResult:
         entropy, kl, ref_kl, clipped = (self._sums / max(1, self._num_tokens)).tolist()
         return UpdateResult(

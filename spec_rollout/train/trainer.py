@@ -1,0 +1,340 @@
+"""The training loop: prompts -> rollouts -> rewards -> advantages -> update -> weights to the engine.
+
+One row per step goes to metrics.jsonl: `step` (updates done), `epoch` (0-based), `reward` and the like, all fields and
+ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`; `accuracy_train`, `accuracy_heldout`,
+`eval_reward_*` and `eval_seconds` where evaluated. Row 0 is the evaluation before the first update.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spec_rollout.environment import environment
+from spec_rollout.train.advantages import group_advantages
+from spec_rollout.train.checkpoint import (
+    CheckpointError,
+    TrainState,
+    list_checkpoints,
+    save_checkpoint,
+)
+from spec_rollout.train.config import RunConfig
+from spec_rollout.train.config_io import dump_config, load_config
+from spec_rollout.train.data import PromptRow
+from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
+from spec_rollout.train.run_files import (
+    METRICS,
+    SAMPLES,
+    JsonLines,
+    check_new_run_dir,
+    write_atomically,
+)
+from spec_rollout.train.scoring import evaluate, score
+from spec_rollout.train.setup import Components, build
+from spec_rollout.train.summary import RunSummary, summarize
+from spec_rollout.types import FinishReason, Rollouts, RolloutStats
+
+Row = dict[str, Any]
+
+
+def run(config: RunConfig, *, on_step: Callable[[Row], None] | None = None) -> RunSummary:
+    """Trains from the beginning.
+
+    Everything named in the config is loaded and checked first; only then is `log.run_dir` created. It receives
+    config.toml, environment.json, metrics.jsonl, samples.jsonl, checkpoints/ and, at the end, summary.json.
+
+    Args:
+        config: See `RunConfig`.
+        on_step: Called with each row of metrics.jsonl.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        ConfigError, DataError, ValueError: naming what was expected and what was found; nothing is written then.
+        RunInterrupted: on SIGINT or SIGTERM, a `SystemExit` with code 130 or 143; a checkpoint is written first.
+    """
+    run_dir = Path(config.log.run_dir)
+    check_new_run_dir(run_dir)
+    parts = build(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "config.toml", dump_config(config))
+    return _Run(config, parts, run_dir, on_step).fit()
+
+
+def resume(
+    run_dir: str | os.PathLike[str],
+    overrides: Iterable[str] = (),
+    *,
+    on_step: Callable[[Row], None] | None = None,
+) -> RunSummary:
+    """Continues an interrupted run from its newest checkpoint, as if it had not been interrupted.
+
+    Metrics of steps after the checkpoint are dropped; those steps are done again.
+
+    Args:
+        run_dir: Folder of the run; its config.toml applies.
+        overrides: "section.key=value" each, on top of it (a larger train.max_steps, say).
+        on_step: As in `run`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ValueError: as `run`; the run is left as it was.
+    """
+    run_dir = Path(run_dir)
+    found = list_checkpoints(run_dir / "checkpoints")
+    if not found:
+        what = "none" if run_dir.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"resume: expected a run with a checkpoint in {str(run_dir / 'checkpoints')!r}, got {what}"
+        )
+    config = load_config(
+        run_dir / "config.toml", [*overrides, f"log.run_dir={json.dumps(str(run_dir))}"]
+    )
+    parts = build(config, found[-1])
+    write_atomically(run_dir / "config.toml", dump_config(config))
+    return _Run(config, parts, run_dir, on_step).fit()
+
+
+class _Run:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Components,
+        run_dir: Path,
+        on_step: Callable[[Row], None] | None,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._run_dir = run_dir
+        self._on_step = on_step
+        self._step = parts.state.step
+        # The row of the last step while its evaluation is still to come.
+        self._pending: Row | None = parts.state.pending_row
+        if self._step == 0:
+            self._pending = {"step": 0, "epoch": 0}
+        kept = self._step - 1 if self._pending else self._step
+        self._metrics = JsonLines(run_dir / METRICS, keep_through=kept)
+        self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
+        self._environment = environment()
+        write_atomically(
+            run_dir / "environment.json", json.dumps(self._environment, indent=2) + "\n"
+        )
+
+    def fit(self) -> RunSummary:
+        """All remaining steps, the last checkpoint and the summary."""
+        try:
+            with StopRequest() as stop, self._progress() as bar:
+                try:
+                    self._steps(stop, bar)
+                except Aborted:
+                    assert stop.signum is not None
+                    raise self._interrupted(stop.signum) from None
+        finally:
+            self._metrics.close()
+            self._samples.close()
+        summary = summarize(
+            self._metrics.rows,
+            run_dir=str(self._run_dir),
+            rule=self._config.rollout.rule,
+            reuse=self._config.rollout.reuse,
+            seed=self._config.train.seed,
+            num_prompts=len(self._parts.data),
+            num_dropped_prompts=self._parts.data.num_dropped,
+            environment=self._environment,
+        )
+        write_atomically(
+            self._run_dir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n"
+        )
+        return summary
+
+    def _steps(self, stop: StopRequest, bar: Any) -> None:
+        total = self._parts.total_steps
+        if self._pending is not None:
+            self._finish_step(self._pending, stop, bar)
+        while self._step < total:
+            row = self._train_step(stop, bar)
+            self._step += 1
+            self._finish_step(row, stop, bar)
+            bar.update(1)
+            bar.set_postfix(reward=f"{row['reward']:.3f}", reused=f"{row['reused_fraction']:.0%}")
+        if self._config.checkpoint.at_end:
+            self._checkpoint()
+
+    def _train_step(self, stop: StopRequest, bar: Any) -> Row:
+        """One step up to and with the weight update; a stop request is heeded only before rollouts are stored."""
+        parts, config = self._parts, self._config
+        start = time.perf_counter()
+        epoch = parts.order.epoch_of(self._step)
+        rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
+        num_samples = config.rollout.num_samples
+        bar.set_description(f"epoch {epoch} rollout")
+        with stop.aborting(parts.policy.model):
+            rollouts = parts.session.rollout(
+                [row.prompt_ids for row in rows],
+                num_samples,
+                parts.sampling,
+                step=self._step,
+                epoch=epoch,
+                user_keys=[row.user_key for row in rows],
+            )
+        reward_start = time.perf_counter()
+        rewards = score(parts.rewards, parts.policy.tokenizer, rollouts, rows, num_samples)
+        grouped = group_advantages(rewards, normalize=config.train.normalize_advantages)
+        train_start = time.perf_counter()
+        bar.set_description(f"epoch {epoch} update")
+        update = parts.updater.update(
+            rollouts,
+            grouped.advantages.flatten(),
+            _trainable_rows(rollouts, rewards),
+            step=self._step,
+        )
+        parts.engine.update_weights(parts.policy.model.named_parameters())
+        end = time.perf_counter()
+        given = rewards[~torch.isnan(rewards)]
+        row: Row = {
+            "step": self._step + 1,
+            "epoch": epoch,
+            "reward": float(given.mean()) if given.numel() else 0.0,
+            "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
+            "num_skipped_rewards": rewards.numel() - given.numel(),
+            "zero_variance_fraction": grouped.num_zero_variance / max(1, grouped.num_groups),
+            "response_len": float(rollouts.response_lens.double().mean()),
+            "truncated_fraction": float(
+                (rollouts.finish_reasons == FinishReason.LENGTH).double().mean()
+            ),
+            **_stats_row(rollouts.stats),
+            **{key: value for key, value in asdict(update).items() if value is not None},
+            "reward_seconds": train_start - reward_start,
+            "train_seconds": end - train_start,
+            "step_seconds": end - start,
+        }
+        self._write_samples(rollouts, rewards, rows)
+        return row
+
+    def _finish_step(self, row: Row, stop: StopRequest, bar: Any) -> None:
+        """Evaluation if one is due, the metrics row, a checkpoint if one is due."""
+        self._pending = row
+        if self._evaluation_due():
+            bar.set_description(f"epoch {row['epoch']} evaluation")
+            # A new dict: an evaluation cut short leaves the pending row as it was.
+            with stop.aborting(self._parts.policy.model):
+                row = {**row, **self._evaluate()}
+        self._pending = None
+        if len(row) > 2:
+            self._metrics.write(row)
+            if self._on_step is not None:
+                self._on_step(row)
+        every = self._config.checkpoint.every_steps
+        if every is not None and self._step > 0 and self._step % every == 0:
+            self._checkpoint()
+
+    def _evaluation_due(self) -> bool:
+        config = self._config.eval
+        if not self._parts.eval_rows:
+            return False
+        if self._step == 0:
+            return config.at_start
+        if self._step == self._parts.total_steps and config.at_end:
+            return True
+        return config.every_steps is not None and self._step % config.every_steps == 0
+
+    def _evaluate(self) -> Row:
+        parts, config = self._parts, self._config.eval
+        row: Row = {}
+        seconds = 0.0
+        for name, rows in parts.eval_rows.items():
+            result = evaluate(
+                parts.session,
+                parts.rewards,
+                parts.policy.tokenizer,
+                rows,
+                config.num_samples,
+                parts.eval_sampling,
+                step=self._step,
+                correct_at=config.correct_at,
+            )
+            row[f"accuracy_{name}"] = result.accuracy
+            row[f"eval_reward_{name}"] = result.reward
+            seconds += result.seconds
+        return {**row, "eval_seconds": seconds}
+
+    def _write_samples(
+        self, rollouts: Rollouts, rewards: torch.Tensor, rows: list[PromptRow]
+    ) -> None:
+        """The first response of some prompts, token by token, for the report's viewer."""
+        tokenizer = self._parts.policy.tokenizer
+        for index, row in enumerate(rows[: self._config.log.samples_per_step]):
+            r = index * rewards.shape[1]
+            span = slice(int(rollouts.cu_response_lens[r]), int(rollouts.cu_response_lens[r + 1]))
+            reward = float(rewards[index, 0])
+            self._samples.write(
+                {
+                    "step": self._step + 1,
+                    "prompt": row.prompt,
+                    "tokens": [tokenizer.decode([i]) for i in rollouts.response_ids[span].tolist()],
+                    "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
+                    "accepted_tokens": int(rollouts.accepted_lens[r]),
+                    "finish_reason": FinishReason(int(rollouts.finish_reasons[r])).name.lower(),
+                    "reward": None if reward != reward else reward,
+                }
+            )
+
+    def _checkpoint(self) -> Path:
+        parts = self._parts
+        return save_checkpoint(
+            self._run_dir / "checkpoints",
+            TrainState(self._step, parts.data.fingerprint, self._pending),
+            model=parts.policy.model,
+            tokenizer=parts.policy.tokenizer,
+            optimizer=parts.optimizer,
+            cache=parts.cache,
+            keep_last=self._config.checkpoint.keep_last,
+        )
+
+    def _interrupted(self, signum: int) -> RunInterrupted:
+        self._checkpoint()
+        if self._pending is not None and len(self._pending) > 2:
+            self._metrics.write(self._pending)  # replaced on resume by the row with its evaluation
+        message = (
+            f"interrupted by {signal.Signals(signum).name} after step {self._step} of {self._parts.total_steps}; "
+            f"continue with: spec-rollout train --resume {self._run_dir}"
+        )
+        print(message, file=sys.stderr, flush=True)
+        return RunInterrupted(signum, message)
+
+    def _progress(self) -> Any:
+        from tqdm import tqdm
+
+        disable = {"auto": None, "on": False, "off": True}[self._config.log.progress]
+        total, initial = self._parts.total_steps, self._step
+        return tqdm(total=total, initial=initial, unit="step", disable=disable, dynamic_ncols=True)
+
+
+def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]]:
+    """Rows of each group that have a reward and a finished response of at least one token."""
+    usable = ~torch.isnan(rewards.flatten()) & (rollouts.response_lens > 0)
+    usable &= rollouts.finish_reasons != FinishReason.ABORT
+    size = rewards.shape[1]
+    return [
+        [row for row in range(start, start + size) if usable[row]]
+        for start in range(0, rollouts.batch, size)
+    ]
+
+
+def _stats_row(stats: RolloutStats) -> Row:
+    ratios = ("reused_fraction", "fully_reused_fraction", "mean_accepted_len")
+    return {
+        **{f.name: getattr(stats, f.name) for f in fields(RolloutStats)},
+        **{name: getattr(stats, name) for name in ratios},
+    }
