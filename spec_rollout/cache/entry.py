@@ -14,8 +14,8 @@ _HAS_LOGPROBS, _HAS_TRAINER_LOGPROBS = 1, 2
 # What CPython spends on an entry and on a group beside the token arrays: object headers, dictionary
 # slots, boxed integers. `num_bytes` counts it, so that a byte bound also holds for many short
 # responses.
-ENTRY_OVERHEAD_BYTES = 320
-GROUP_OVERHEAD_BYTES = 512
+ENTRY_OVERHEAD_BYTES = 256
+GROUP_OVERHEAD_BYTES = 448
 
 
 class Entry(NamedTuple):

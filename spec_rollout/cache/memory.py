@@ -142,11 +142,11 @@ class RolloutCache:
             entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found
         ]
         return Drafts(
-            token_ids=_join([entry.token_ids for entry in found], max_tokens, torch.int32),
+            token_ids=_join([entry.token_ids for entry in found], max_tokens, np.int32),
             cu_lens=cu_lens_from(lens),
             logprobs=None
             if any(a is None for a in logprobs)
-            else _join(logprobs, max_tokens, torch.float32),
+            else _join(logprobs, max_tokens, np.float32),
             finished=finished,
         )
 
@@ -319,13 +319,13 @@ def _view_bytes(
     return memoryview(values.detach().cpu().contiguous().numpy().view(np.uint8))
 
 
-def _join(arrays: Sequence[bytes], max_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+def _join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> torch.Tensor:
     """Packs arrays of 4-byte values, each cut to `max_tokens`, with one copy per row."""
     limit = 4 * max_tokens
     # NumPy asks for huge pages: at 50 MB twice as fast as filling a bytearray or a torch.empty.
-    packed = np.empty(sum(min(len(array), limit) for array in arrays), dtype=np.uint8)
-    view, end = memoryview(packed), 0
+    packed = np.empty(sum(min(len(array), limit) for array in arrays) // 4, dtype=dtype)
+    view, end = memoryview(packed.view(np.uint8)), 0
     for array in arrays:
         start, end = end, end + min(len(array), limit)
         view[start:end] = array if len(array) <= limit else memoryview(array)[:limit]
-    return torch.from_numpy(packed).view(dtype)
+    return torch.from_numpy(packed)
