@@ -1,0 +1,9 @@
+// Compiled once per instruction-set level, like the kernels it lists.
+#include "kernels.h"
+
+namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
+
+extern const Kernels kernels = {accept_prefix, token_logprobs, sample_tokens, verify_prefix,
+                                gumbel_noise};
+
+}  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

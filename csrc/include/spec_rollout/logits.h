@@ -1,0 +1,138 @@
+// Arithmetic on rows of logits that both back ends share: temperature, filter weights, and the bound that lets an argmax
+// under Gumbel noise skip almost all of the noise.
+#pragma once
+
+#include "spec_rollout/ops.h"
+#include "spec_rollout/philox.h"
+
+namespace spec_rollout {
+inline namespace SPEC_ROLLOUT_ISA {
+
+// One row's sampling parameters. x = logit * inv_temperature; greedy rows keep inv_temperature = 1.
+struct RowSampling {
+  float inv_temperature = 1.0f;
+  bool greedy = false;
+  int64_t top_k = 0;
+  float top_p = 1.0f;
+};
+
+SR_HD float row_temperature(const SamplingArgs& args, int64_t row) {
+  return args.temperatures != nullptr ? args.temperatures[row] : args.temperature;
+}
+SR_HD int64_t row_top_k(const SamplingArgs& args, int64_t row) {
+  return args.top_ks ? args.top_ks[row] : args.top_k;
+}
+SR_HD float row_top_p(const SamplingArgs& args, int64_t row) {
+  return args.top_ps != nullptr ? args.top_ps[row] : args.top_p;
+}
+
+SR_HD bool valid_temperature(float t) { return t >= 0.0f && t < INFINITY; }
+SR_HD bool valid_top_k(int64_t k) { return k >= 0; }
+SR_HD bool valid_top_p(float p) { return p > 0.0f && p <= 1.0f; }
+
+SR_HD float inverse_temperature(float t) {
+#if defined(__CUDA_ARCH__)
+  return t > 0.0f ? __fdiv_rn(1.0f, t) : 1.0f;
+#else
+  return t > 0.0f ? 1.0f / t : 1.0f;
+#endif
+}
+
+// Greedy rows have no filter: it could not change the argmax.
+SR_HD RowSampling row_sampling(const SamplingArgs& args, int64_t row, int64_t vocab) {
+  const float t = row_temperature(args, row);
+  RowSampling sampling;
+  sampling.inv_temperature = inverse_temperature(t);
+  sampling.greedy = !(t > 0.0f);
+  if (!sampling.greedy) {
+    const int64_t k = row_top_k(args, row);
+    sampling.top_k = k < vocab ? k : 0;
+    sampling.top_p = row_top_p(args, row);
+  }
+  return sampling;
+}
+
+// The best candidate of an argmax so far; of equal scores the lowest id wins, so the result does not depend on the order
+// of candidates.
+struct Best {
+  float score = -INFINITY;
+  int32_t id = -1;
+};
+
+SR_HD bool better(float score, int32_t id, const Best& best) {
+  return score > best.score || (score == best.score && static_cast<uint32_t>(id) <
+                                                           static_cast<uint32_t>(best.id));
+}
+SR_HD void consider(float score, int32_t id, Best& best) {
+  if (better(score, id, best)) {
+    best.score = score;
+    best.id = id;
+  }
+}
+
+// No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
+constexpr float kMaxGumbel = 22.9f;
+
+// An upper bound of gumbel_from_bits(bits), within 0.07 of it where noise is large, without a logarithm. With v the
+// uniform of the bits, -ln(-ln(1 - v)) <= -ln v; and the bits of a float read as a number are a piecewise linear
+// log2 that is never above the true one. 1e-4 covers all roundings. Because float addition is monotonic,
+// x + gumbel_bound(bits) < best means x + gumbel_from_bits(bits) < best.
+SR_HD float gumbel_bound(uint32_t bits) {
+  const int32_t log2_v = static_cast<int32_t>(float_bits(uniform_from_bits(bits)));
+  return exact_fma(static_cast<float>(log2_v), -0x1.62e43p-24f, 88.02969193f + 1e-4f);
+}
+
+// e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86. Polynomial of Cephes' expf
+// (S. Moshier).
+SR_HD float exact_exp(float x) {
+  if (!(x >= -86.0f)) return 0.0f;
+  const float shifted = exact_fma(x, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  const float n = exact_sub(shifted, 12582912.0f);
+  float f = exact_fma(n, -0.693359375f, x);
+  f = exact_fma(n, 2.12194440e-4f, f);
+  float p = 1.9875691500e-4f;
+  p = exact_fma(p, f, 1.3981999507e-3f);
+  p = exact_fma(p, f, 8.3334519073e-3f);
+  p = exact_fma(p, f, 4.1665795894e-2f);
+  p = exact_fma(p, f, 1.6666665459e-1f);
+  p = exact_fma(p, f, 5.0000001201e-1f);
+  p = exact_fma(exact_mul(p, f), f, f);
+  p = exact_add(p, 1.0f);
+  return float_from_bits(float_bits(p) + (float_bits(shifted) << 23));
+}
+
+// Weight of a token in the top-p sum: e^(x - max) in fixed point. Sums of integers do not depend on their order, so the
+// kept set is the same on every back end. Vocabularies below 2^23 cannot overflow.
+constexpr int64_t kMaxFilterVocab = int64_t{1} << 23;
+constexpr float kFilterRange = 28.0f;  // 2^-40 = e^-27.7: weights further below the maximum are 0
+SR_HD uint64_t top_p_weight(float x, float max) {
+  const float scaled = exact_mul(exact_exp(exact_sub(x, max)), 0x1p40f);
+#if defined(__CUDA_ARCH__)
+  return __float2ull_rz(scaled);
+#else
+  return static_cast<uint64_t>(static_cast<int64_t>(scaled));
+#endif
+}
+
+// What the kept tokens' weights must reach, out of `total`.
+SR_HD uint64_t top_p_target(uint64_t total, float top_p) {
+#if defined(__CUDA_ARCH__)
+  const double scaled = __dmul_rn(static_cast<double>(total), static_cast<double>(top_p));
+#else
+  const double scaled = static_cast<double>(total) * static_cast<double>(top_p);
+#endif
+  const uint64_t target = static_cast<uint64_t>(ceil(scaled));
+  return target < 1 ? 1 : (target > total ? total : target);
+}
+
+// Floats to integers of the same order (-0 below +0), and back.
+SR_HD uint32_t ordered_key(float x) {
+  const uint32_t bits = float_bits(x);
+  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+}
+SR_HD float from_ordered_key(uint32_t key) {
+  return float_from_bits((key & 0x80000000u) ? key & 0x7fffffffu : ~key);
+}
+
+}  // namespace SPEC_ROLLOUT_ISA
+}  // namespace spec_rollout

@@ -1,0 +1,237 @@
+#include "convert.h"
+
+namespace spec_rollout::python {
+namespace {
+
+// Torch's objects, looked up once. Never released: the interpreter may be gone when static destructors run.
+struct Torch {
+  PyObject* tensor_type;
+  struct {
+    PyObject* object;
+    DType dtype;
+    int32_t item_size;
+  } dtypes[7];
+  PyObject *s_dtype, *s_shape, *s_stride, *s_data_ptr, *s_is_cuda, *s_is_cpu, *s_get_device,
+      *s_element_size, *s_device;
+
+  Torch() {
+    py::module_ torch = py::module_::import("torch");
+    const auto get = [&](const char* name) -> PyObject* {
+      return py::object(torch.attr(name)).release().ptr();
+    };
+    tensor_type = get("Tensor");
+    dtypes[0] = {get("float32"), DType::kFloat32, 4};
+    dtypes[1] = {get("bfloat16"), DType::kBFloat16, 2};
+    dtypes[2] = {get("float16"), DType::kFloat16, 2};
+    dtypes[3] = {get("int32"), DType::kInt32, 4};
+    dtypes[4] = {get("int64"), DType::kInt64, 8};
+    dtypes[5] = {get("bool"), DType::kBool, 1};
+    dtypes[6] = {get("uint8"), DType::kUInt8, 1};
+    s_dtype = PyUnicode_InternFromString("dtype");
+    s_shape = PyUnicode_InternFromString("shape");
+    s_stride = PyUnicode_InternFromString("stride");
+    s_data_ptr = PyUnicode_InternFromString("data_ptr");
+    s_is_cuda = PyUnicode_InternFromString("is_cuda");
+    s_is_cpu = PyUnicode_InternFromString("is_cpu");
+    s_get_device = PyUnicode_InternFromString("get_device");
+    s_element_size = PyUnicode_InternFromString("element_size");
+    s_device = PyUnicode_InternFromString("device");
+  }
+};
+
+const Torch& torch() {
+  static const Torch* instance = new Torch;
+  return *instance;
+}
+
+py::object attr(py::handle object, PyObject* name) {
+  PyObject* result = PyObject_GetAttr(object.ptr(), name);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object call(py::handle object, PyObject* method) {
+  PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), method);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+int64_t to_int(py::handle value) {
+  const long long result = PyLong_AsLongLong(value.ptr());
+  if (result == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return result;
+}
+
+std::string shape_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.ndim; ++d) {
+    text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  }
+  return text + "]";
+}
+
+std::string expected_text(std::initializer_list<Size> shape) {
+  std::string text = "[";
+  bool first = true;
+  for (const Size& size : shape) {
+    if (!first) text += ", ";
+    first = false;
+    if (size.dim == nullptr) {
+      text += "*";
+      continue;
+    }
+    text += size.dim->name;
+    if (size.plus != 0) text += " + " + std::to_string(size.plus);
+    if (size.dim->value >= 0) text += " = " + std::to_string(size.dim->value + size.plus);
+  }
+  return text + "]";
+}
+
+std::string device_text(int device) {
+  return device < 0 ? "cpu" : "cuda:" + std::to_string(device);
+}
+
+}  // namespace
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat16: return "float16";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+    case DType::kBool: return "bool";
+    case DType::kUInt8: return "uint8";
+    case DType::kOther: break;
+  }
+  return "another dtype";
+}
+
+TensorView describe(py::handle value, const char* name) {
+  const Torch& t = torch();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) != t.tensor_type) {
+    const int is_tensor = PyObject_IsInstance(value.ptr(), t.tensor_type);
+    if (is_tensor < 0) throw py::error_already_set();
+    if (is_tensor == 0) fail(name, ": expected a torch.Tensor, got ", Py_TYPE(value.ptr())->tp_name);
+  }
+  TensorView view;
+  const py::object dtype = attr(value, t.s_dtype);
+  for (const auto& known : t.dtypes) {
+    if (known.object == dtype.ptr()) {
+      view.dtype = known.dtype;
+      view.item_size = known.item_size;
+    }
+  }
+  if (view.item_size == 0) view.item_size = static_cast<int32_t>(to_int(call(value, t.s_element_size)));
+  if (attr(value, t.s_is_cpu).ptr() == Py_True) {
+    view.device = -1;
+  } else if (attr(value, t.s_is_cuda).ptr() == Py_True) {
+    view.device = static_cast<int32_t>(to_int(call(value, t.s_get_device)));
+  } else {
+    fail(name, ": expected a CPU or CUDA tensor, got device ",
+         py::cast<std::string>(py::str(attr(value, t.s_device))));
+  }
+  const py::object shape = attr(value, t.s_shape), strides = call(value, t.s_stride);
+  const Py_ssize_t ndim = PyTuple_GET_SIZE(shape.ptr());
+  if (ndim > kMaxDims) fail(name, ": expected at most ", kMaxDims, " dimensions, got ", ndim);
+  view.ndim = static_cast<int32_t>(ndim);
+  for (Py_ssize_t d = 0; d < ndim; ++d) {
+    view.shape[d] = to_int(PyTuple_GET_ITEM(shape.ptr(), d));
+    view.strides[d] = to_int(PyTuple_GET_ITEM(strides.ptr(), d));
+  }
+  const py::object pointer = call(value, t.s_data_ptr);
+  view.data = PyLong_AsVoidPtr(pointer.ptr());
+  if (view.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return view;
+}
+
+TensorView ArgReader::tensor(py::handle value, const char* name, std::initializer_list<Size> shape,
+                             std::initializer_list<DType> dtypes, Contiguity contiguity) {
+  const TensorView view = describe(value, name);
+  bool dtype_ok = dtypes.size() == 0;
+  for (DType dtype : dtypes) dtype_ok = dtype_ok || view.dtype == dtype;
+  if (!dtype_ok) {
+    std::string wanted;
+    for (DType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    fail(name, ": expected ", wanted, ", got ",
+         view.dtype == DType::kOther
+             ? py::cast<std::string>(py::str(attr(value, torch().s_dtype))).substr(sizeof("torch"))
+             : std::string(dtype_name(view.dtype)));
+  }
+  bool shape_ok = view.ndim == static_cast<int32_t>(shape.size());
+  int d = 0;
+  for (const Size& size : shape) {
+    if (!shape_ok) break;
+    const int64_t actual = view.shape[d++];
+    if (size.dim == nullptr) continue;
+    if (size.dim->value < 0) {
+      if (actual < size.plus) {
+        shape_ok = false;
+      } else {
+        size.dim->value = actual - size.plus;
+      }
+    }
+    shape_ok = shape_ok && actual == size.dim->value + size.plus;
+  }
+  if (!shape_ok) {
+    fail(name, ": expected shape ", expected_text(shape), ", got ", shape_text(view));
+  }
+  int64_t stride = 1;
+  const int first_checked = contiguity == Contiguity::kFull ? 0 : view.ndim - 1;
+  for (int i = view.ndim - 1; i >= first_checked && i >= 0; --i) {
+    if (view.shape[i] > 1 && view.strides[i] != stride && view.numel() > 0) {
+      fail(name, contiguity == Contiguity::kFull ? ": expected a contiguous tensor"
+                                                 : ": expected a contiguous last dimension",
+           ", got stride ", view.strides[i], " in dimension ", i);
+    }
+    stride *= view.shape[i];
+  }
+  if (device_ == -2) {
+    device_ = view.device;
+    device_arg_ = name;
+  } else if (device_ != view.device) {
+    fail(name, ": expected device ", device_text(device_), " (that of ", device_arg_, "), got ",
+         device_text(view.device));
+  }
+  return view;
+}
+
+namespace {
+// An empty tensor may have a null pointer, which would read as "not given".
+const void* non_null(const void* data) {
+  static const int64_t zero = 0;
+  return data != nullptr ? data : &zero;
+}
+}  // namespace
+
+IntVec ArgReader::ints(py::handle value, const char* name, Size size, bool optional) {
+  if (optional && value.is_none()) return {};
+  const TensorView view = tensor(value, name, {size}, {DType::kInt32, DType::kInt64});
+  return {non_null(view.data), view.dtype == DType::kInt64};
+}
+
+IntVec ArgReader::int_matrix(py::handle value, const char* name, Dim& rows, Dim& cols) {
+  const TensorView view = tensor(value, name, {rows, cols}, {DType::kInt32, DType::kInt64});
+  return {non_null(view.data), view.dtype == DType::kInt64};
+}
+
+const int64_t* ArgReader::keys(py::handle value, Size size) {
+  return static_cast<const int64_t*>(tensor(value, "keys", {size}, {DType::kInt64}).data);
+}
+
+float* ArgReader::floats(py::handle value, const char* name, Size size, bool optional) {
+  if (optional && value.is_none()) return nullptr;
+  const TensorView view = tensor(value, name, {size}, {DType::kFloat32});
+  return static_cast<float*>(const_cast<void*>(non_null(view.data)));
+}
+
+LogitsView ArgReader::logits(py::handle value, Dim& rows, Dim& vocab) {
+  const TensorView view =
+      tensor(value, "logits", {rows, vocab}, {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+             Contiguity::kLastDim);
+  if (view.shape[1] < 1) fail("logits: expected a vocabulary of at least one token, got 0");
+  if (view.shape[1] > 0x7fffffff) fail("logits: expected a vocabulary below 2^31, got ", view.shape[1]);
+  return {view.data, view.dtype, view.shape[0], view.shape[1], view.strides[0]};
+}
+
+}  // namespace spec_rollout::python

@@ -1,0 +1,41 @@
+"""What every op needs on its way into the compiled core: the extension, the stream, the device guard."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+try:
+    from spec_rollout import _C
+except ImportError as error:  # pragma: no cover - exercised by the doctor's tests in a subprocess
+    raise ImportError(
+        "spec_rollout's compiled extension cannot be imported "
+        f"({error}); install the package with `pip install .` (`spec-rollout doctor` says what is missing)"
+    ) from error
+
+_NULL_CONTEXT: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def device_guard(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Makes the tensor's GPU the current one for a launch; nothing on CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NULL_CONTEXT
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """Torch's current stream on the tensor's device as an integer; 0 on CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def num_threads() -> int:
+    """CPU threads an op may use: torch's setting, so that one knob governs both."""
+    return torch.get_num_threads()
+
+
+def build_info() -> dict[str, object]:
+    """What the extension was built with: version, compiler, instruction-set levels, CUDA version and architectures."""
+    return _C.build_info()
+
+
+__all__ = ["_C", "build_info", "device_guard", "num_threads", "stream_of"]

@@ -1,0 +1,60 @@
+"""Errors in values that a CUDA kernel meets.
+
+Reading a value back would force a synchronisation, so kernels stay in bounds whatever the values are and set a bit in a
+status word, one per device. An engine reads it where it synchronises anyway (`check_status`);
+`SPEC_ROLLOUT_CHECK=1` makes every op read it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Bits of `StatusBit` in csrc/include/spec_rollout/ops.h.
+_MEANINGS = {
+    1: "cu_draft_lens / draft_lens: expected non-decreasing offsets within the tokens, got others",
+    2: "token_ids / draft_ids: expected ids within the vocabulary, got others",
+    4: "logits: expected numbers below +inf and at least one finite logit per row, got others",
+    8: "draft_logprobs / target_logprobs: expected numbers, got NaN",
+    16: "block_table / rows / starts: expected slots within the KV cache, got others",
+}
+_CHECK_EVERY_CALL = os.environ.get("SPEC_ROLLOUT_CHECK", "0") not in ("", "0")
+_words: dict[torch.device, torch.Tensor] = {}
+
+
+def status_word(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The status word of the tensor's device ([1], int32); None on CPU, where errors are raised directly."""
+    if not tensor.is_cuda:
+        return None
+    word = _words.get(tensor.device)
+    if word is None:
+        word = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+        _words[tensor.device] = word
+    return word
+
+
+def check_status(device: torch.device | str | None = None) -> None:
+    """Raises what kernels have reported since the last check, and clears it.
+
+    Args:
+        device: A CUDA device; None checks all that have run an op. Synchronises with it.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    devices = list(_words) if device is None else [torch.device(device)]
+    for dev in devices:
+        word = _words.get(dev)
+        if word is None:
+            continue
+        bits = int(word.item())
+        if bits:
+            word.zero_()
+            raise ValueError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit))
+
+
+def after_launch(tensor: torch.Tensor) -> None:
+    """Called by every op after its launch: checks at once if SPEC_ROLLOUT_CHECK is set."""
+    if _CHECK_EVERY_CALL and tensor.is_cuda:
+        check_status(tensor.device)

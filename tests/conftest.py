@@ -1,0 +1,31 @@
+"""Shared fixtures. Tests that need a GPU are parametrised over `device` and skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20250923)
+
+
+def random_keys(batch: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
