@@ -68,7 +68,9 @@ def measure(
         calls_per_repeat: Calls within one sample, for calls of microseconds; the sample is divided by it.
     """
     if repeats < 1 or calls_per_repeat < 1:
-        raise ValueError(f"repeats, calls_per_repeat: expected >= 1, got {repeats}, {calls_per_repeat}")
+        raise ValueError(
+            f"repeats, calls_per_repeat: expected >= 1, got {repeats}, {calls_per_repeat}"
+        )
     for _ in range(warmup):
         if setup is not None:
             setup()

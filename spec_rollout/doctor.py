@@ -80,10 +80,11 @@ def _self_test(device: str) -> str:
 
 
 def _missing_core(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing]:
-    missing = []
-    for package in ("torch", "numpy"):
-        if env["packages"][package] is None:
-            missing.append(Missing(f"{package} is not installed", "core", f"pip install {package}"))
+    missing = [
+        Missing(f"{package} is not installed", "core", f"pip install {package}")
+        for package in ("torch", "numpy")
+        if env["packages"][package] is None
+    ]
     if env["native"] is None:
         if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             what = "no C++17 compiler on PATH"
@@ -101,7 +102,7 @@ def _missing_training(env: dict[str, Any]) -> list[Missing]:
     wanted = [name for name in ("transformers", "matplotlib") if env["packages"][name] is None]
     if not wanted:
         return []
-    command = "pip install 'spec_rollout[train]'"
+    command = "pip install 'spec-rollout[train]'"
     return [Missing(f"{' and '.join(wanted)} not installed", "training", command)]
 
 
@@ -127,7 +128,9 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
         for gpu in env["gpus"]:
             if not _covers(archs, gpu["arch"]):
                 what = f"{gpu['name']} is {gpu['arch']}; CUDA objects are for {', '.join(archs)}"
-                missing.append(Missing(what, "GPU", f"add {gpu['arch']}, then: {REBUILD}"))
+                number = gpu["arch"].removeprefix("sm_")
+                fix = f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={number} {REBUILD}"
+                missing.append(Missing(what, "GPU", fix))
         if env["gpus"] and self_test.get("cuda") != "ok":
             what = f"the CUDA self-test fails: {self_test.get('cuda')}"
             missing.append(Missing(what, "GPU", REBUILD))
@@ -135,14 +138,22 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
 
 
 def _covers(archs: list[str], device_arch: str) -> bool:
-    """Whether objects for `archs` run on a device: same major version, minor not above its own."""
+    """Whether objects for `archs` run on a device.
 
-    def split(arch: str) -> tuple[int, int]:
-        digits = "".join(c for c in str(arch) if c.isdigit())
-        return int(digits[:-1]), int(digits[-1])
-
-    major, minor = split(device_arch)
-    return any(split(arch)[0] == major and split(arch)[1] <= minor for arch in archs)
+    Args:
+        archs: As CMake names them: "80-real" is machine code (runs on the same major version from
+            this minor version on), "80-virtual" PTX (compiled for the device when loaded, for any
+            version from this on), "80" both.
+        device_arch: "sm_90", say.
+    """
+    device = int(device_arch.removeprefix("sm_"))
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        if kind != "virtual" and device // 10 == int(number) // 10 and device >= int(number):
+            return True
+        if kind != "real" and device >= int(number):
+            return True
+    return False
 
 
 def _missing_vllm(env: dict[str, Any]) -> list[Missing]:
@@ -150,7 +161,7 @@ def _missing_vllm(env: dict[str, Any]) -> list[Missing]:
         what = "the vLLM engine is planned, not part of this version; use engine = transformers"
         return [Missing(what, "vLLM", None)]
     if env["packages"]["vllm"] is None:
-        return [Missing("vllm is not installed", "vLLM", "pip install 'spec_rollout[vllm]'")]
+        return [Missing("vllm is not installed", "vLLM", "pip install 'spec-rollout[vllm]'")]
     return []
 
 

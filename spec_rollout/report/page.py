@@ -38,7 +38,10 @@ PANELS = (
         "mean_accepted_len", "Mean accepted length", "Accepted draft tokens per row with a draft."
     ),
     Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
-    Panel("kl", "KL", "Of the policy to its reference, per token, in nats.", smooth=True),
+    Panel(
+        "approx_kl", "KL of a step", "Of the policy before to that after the update.", smooth=True
+    ),
+    Panel("kl", "KL to the reference", "Per token, in nats.", smooth=True),
     Panel(
         "clip_fraction",
         "Clip fraction",
@@ -82,12 +85,20 @@ def _reported(run: Run, key: str, group: str | None = None) -> float | None:
     return number(value.get(group) if group and isinstance(value, dict) else value)
 
 
+_NONE = "\N{EN DASH}"
+
+
 def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return _NONE if value is None else format(value, form)
+
+
+def _num_steps(run: Run) -> float:
+    """Rows of training steps: a row may also be an evaluation before the first one."""
+    return float(len(run.series("rollout_seconds")[0]))
 
 
 _QUANTITIES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
-    ("training steps", ",.0f", lambda run: float(len(run.metrics))),
+    ("training steps", ",.0f", _num_steps),
     ("rollout seconds, everything counted", ",.1f", lambda run: _total(run, "rollout_seconds")),
     ("of these verification", ",.1f", lambda run: _total(run, "verification_seconds")),
     (
@@ -126,7 +137,7 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
 def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
     """One row per quantity that at least one run has: its name, then its value per run."""
     rows = [[name, *(_text(value(run), form) for run in runs)] for name, form, value in _QUANTITIES]
-    return [row for row in rows if any(cell != "–" for cell in row[1:])]
+    return [row for row in rows if any(cell != _NONE for cell in row[1:])]
 
 
 def _summary_table(runs: Sequence[Run]) -> str:

@@ -64,11 +64,9 @@ def _facts(sample: dict[str, Any]) -> str:
 
 def samples_html(run: Run) -> str:
     """All chosen samples of a run; empty if it recorded none."""
-    cards = []
-    for sample in pick_samples(run.samples):
-        cards.append(
-            f'<article class="sample"><p class="facts">{escape(_facts(sample))}</p>'
-            f'<pre class="prompt">{escape(str(sample.get("prompt", "")))}</pre>'
-            f'<pre class="response">{response_html(sample)}</pre></article>'
-        )
-    return "".join(cards)
+    return "".join(
+        f'<article class="sample"><p class="facts">{escape(_facts(sample))}</p>'
+        f'<pre class="prompt">{escape(str(sample.get("prompt", "")))}</pre>'
+        f'<pre class="response">{response_html(sample)}</pre></article>'
+        for sample in pick_samples(run.samples)
+    )

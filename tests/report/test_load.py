@@ -35,7 +35,7 @@ def test_only_finite_numbers_are_plotted(tmp_path: Path, value: object) -> None:
 def test_a_run_that_wrote_nothing_is_loaded_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"a": ')
     run = load_run(tmp_path)
-    assert run.metrics == [] and run.summary == {} and run.environment is None
+    assert (run.metrics, run.summary, run.environment) == ([], {}, None)
     assert run.problems == [
         "summary.json: not readable (JSONDecodeError); left out",
         "metrics.jsonl: no step recorded",
@@ -43,7 +43,7 @@ def test_a_run_that_wrote_nothing_is_loaded_and_says_so(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_in_the_folder_itself_or_one_level_down(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected metrics.jsonl in"):
+    with pytest.raises(ValueError, match="expected metrics"):
         find_runs(tmp_path)
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
