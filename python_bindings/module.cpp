@@ -304,6 +304,13 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
   args.src_tokens = src_tokens.value;
   args.dst_outer = dst_outer.value;
   args.dst_tokens = dst_tokens.value;
+  for (const CacheView& view : dst_caches) {
+    if ((args.dst_outer > 1 && view.outer_stride == 0) ||
+        (args.dst_tokens > 1 && view.token_stride == 0) ||
+        (args.num_heads > 1 && view.head_stride == 0)) {
+      fail("dst: expected tensors whose elements do not share memory, got an expanded view");
+    }
+  }
   args.max_range_len = max_range_len;
   args.access_bytes = access_bytes(args.head_bytes, src_caches, dst_caches);
   args.status = status_word(reader, status);
@@ -384,6 +391,9 @@ void assemble(py::handle prompt_ids, py::handle cu_prompt_lens, py::handle prefi
   args.batch = batch.value;
   args.layout = static_cast<Layout>(layout);
   args.prompt_width = prompt_width;
+  if (args.layout == Layout::kSplit && prompt_width < 0) {
+    fail("prompt_width: expected >= 0, got ", prompt_width);
+  }
   args.pad_token_id = pad_token_id;
   const auto out = [&](py::handle value, const char* name, DType dtype) -> void* {
     if (value.is_none()) return nullptr;

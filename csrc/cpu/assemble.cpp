@@ -27,6 +27,20 @@ RowLens row_lens(const AssembleArgs& args, int64_t r) {
               : 0};
 }
 
+// Limits below 0 are none.
+void check_limits(const RowLens& lens, int64_t r, int64_t max_prompt_len,
+                  int64_t max_response_len) {
+  if (max_prompt_len >= 0 && lens.prompt > max_prompt_len) {
+    fail("max_prompt_len: expected prompts of at most ", max_prompt_len, " tokens, got ",
+         lens.prompt, " in row ", r);
+  }
+  if (max_response_len >= 0 && lens.response() > max_response_len) {
+    fail("max_response_len: expected responses of at most ", max_response_len,
+         " tokens, got accepted ", lens.accepted, " + continuation ", lens.continuation, " in row ",
+         r);
+  }
+}
+
 void check_inputs(const AssembleArgs& args) {
   check_cu_lens("cu_prompt_lens", args.cu_prompt_lens, args.batch, args.num_prompt_tokens);
   check_cu_lens("cu_prefix_lens", args.cu_prefix_lens, args.batch, args.num_prefix_tokens);
@@ -50,31 +64,16 @@ void check_fits(const AssembleArgs& args) {
   }
   for (int64_t r = 0; r < args.batch; ++r) {
     const RowLens lens = row_lens(args, r);
-    switch (args.layout) {
-      case Layout::kPacked:
-        if (args.cu_lens[r + 1] - args.cu_lens[r] != lens.total()) {
-          fail("cu_lens: expected ", lens.total(), " tokens in row ", r, ", got ",
-               args.cu_lens[r + 1] - args.cu_lens[r]);
-        }
-        break;
-      case Layout::kRight:
-      case Layout::kLeft:
-        if (lens.total() > args.width) {
-          fail("max_prompt_len, max_response_len: expected rows of at most ", args.width,
-               " tokens, got prompt ", lens.prompt, " + response ", lens.response(), " in row ", r);
-        }
-        break;
-      case Layout::kSplit:
-        if (lens.prompt > args.prompt_width) {
-          fail("max_prompt_len: expected prompts of at most ", args.prompt_width, " tokens, got ",
-               lens.prompt, " in row ", r);
-        }
-        if (lens.response() > args.width - args.prompt_width) {
-          fail("max_response_len: expected responses of at most ", args.width - args.prompt_width,
-               " tokens, got accepted ", lens.accepted, " + continuation ", lens.continuation,
-               " in row ", r);
-        }
-        break;
+    if (args.layout == Layout::kPacked) {
+      if (args.cu_lens[r + 1] - args.cu_lens[r] != lens.total()) {
+        fail("cu_lens: expected ", lens.total(), " tokens in row ", r, ", got ",
+             args.cu_lens[r + 1] - args.cu_lens[r]);
+      }
+    } else if (args.prompt_width >= 0) {
+      check_limits(lens, r, args.prompt_width, args.width - args.prompt_width);
+    } else if (lens.total() > args.width) {
+      fail("width: expected rows of at most ", args.width, " tokens, got prompt ", lens.prompt,
+           " + response ", lens.response(), " in row ", r);
     }
   }
 }
@@ -163,15 +162,7 @@ AssembleSizes assemble_sizes(const AssembleArgs& args, int64_t max_prompt_len,
   cu_lens[0] = 0;
   for (int64_t r = 0; r < args.batch; ++r) {
     const RowLens lens = row_lens(args, r);
-    if (max_prompt_len >= 0 && lens.prompt > max_prompt_len) {
-      fail("max_prompt_len: expected prompts of at most ", max_prompt_len, " tokens, got ",
-           lens.prompt, " in row ", r);
-    }
-    if (max_response_len >= 0 && lens.response() > max_response_len) {
-      fail("max_response_len: expected responses of at most ", max_response_len,
-           " tokens, got accepted ", lens.accepted, " + continuation ", lens.continuation,
-           " in row ", r);
-    }
+    check_limits(lens, r, max_prompt_len, max_response_len);
     sizes.longest_prompt = std::max(sizes.longest_prompt, lens.prompt);
     sizes.longest_response = std::max(sizes.longest_response, lens.response());
     sizes.longest_row = std::max(sizes.longest_row, lens.total());

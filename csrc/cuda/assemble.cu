@@ -46,26 +46,18 @@ __global__ void __launch_bounds__(kThreads)
       prefix.len = accepted;
     }
     int64_t out = r * args.width, width = args.width, first = 0;
-    int64_t prompt_room = width, room = width;  // columns for the prompt, for the whole row
-    switch (args.layout) {
-      case Layout::kPacked: {
-        const Piece row = piece_of(args.cu_lens, r, args.num_tokens, ok);
-        out = row.begin;
-        width = prompt_room = room = row.len;
-        ok = ok && row.len == prompt.len + prefix.len + continuation.len;
-        break;
-      }
-      case Layout::kSplit:
-        prompt_room = args.prompt_width;
-        break;
-      default:
-        break;
+    if (args.layout == Layout::kPacked) {
+      const Piece row = piece_of(args.cu_lens, r, args.num_tokens, ok);
+      out = row.begin;
+      width = row.len;
+      ok = ok && row.len == prompt.len + prefix.len + continuation.len;
     }
     // A row that does not fit becomes an empty one: padding, and a raised status.
     const int64_t total = prompt.len + prefix.len + continuation.len;
-    if (prompt.len > prompt_room || total > room ||
-        (args.layout == Layout::kSplit && total - prompt.len > width - prompt_room)) {
-      ok = false;
+    ok = ok && total <= width;
+    if (args.layout != Layout::kPacked && args.prompt_width >= 0) {
+      ok = ok && prompt.len <= args.prompt_width &&
+           total - prompt.len <= args.width - args.prompt_width;
     }
     if (!ok) {
       if (part == 0 && threadIdx.x == 0) raise_status(args.status, kStatusBadOffsets);
@@ -73,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t num_tokens = prompt.len + prefix.len + continuation.len;
     if (args.layout == Layout::kLeft) first = width - num_tokens;
-    if (args.layout == Layout::kSplit) first = prompt_room - prompt.len;
+    if (args.layout == Layout::kSplit) first = args.prompt_width - prompt.len;
 
     for (int64_t col = part * kThreads + threadIdx.x; col < width; col += splits * kThreads) {
       const int64_t i = col - first;  // place among the row's tokens

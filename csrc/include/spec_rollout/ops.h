@@ -131,7 +131,7 @@ struct AssembleArgs {
   int64_t num_prompt_tokens = 0, num_prefix_tokens = 0, num_continuation_tokens = 0;
   int64_t batch = 0;
   Layout layout = Layout::kPacked;
-  int64_t prompt_width = 0;    // kSplit: P
+  int64_t prompt_width = -1;   // columns for prompts: kSplit's P; kRight, kLeft: a limit, < 0 for none
   int64_t width = 0;           // columns of the padded layouts (kSplit: P + R)
   IntVec cu_lens;              // kPacked: [batch + 1] offsets of the output
   int64_t num_tokens = 0;      // kPacked: output length
