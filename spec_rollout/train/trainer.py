@@ -46,7 +46,12 @@ from spec_rollout.types import FinishReason, Rollouts, RolloutStats
 Row = dict[str, Any]
 
 
-def run(config: RunConfig, *, on_step: Callable[[Row], None] | None = None) -> RunSummary:
+def run(
+    config: RunConfig,
+    *,
+    on_step: Callable[[Row], None] | None = None,
+    on_rollouts: Callable[[int, Rollouts], None] | None = None,
+) -> RunSummary:
     """Trains from the beginning.
 
     Everything named in the config is loaded and checked first; only then is `log.run_dir` created. It receives
@@ -55,6 +60,7 @@ def run(config: RunConfig, *, on_step: Callable[[Row], None] | None = None) -> R
     Args:
         config: See `RunConfig`.
         on_step: Called with each row of metrics.jsonl.
+        on_rollouts: Called with the number of each step (from 1) and its rollouts, before they are rewarded.
 
     Returns:
         The summary, as in summary.json.
@@ -68,7 +74,7 @@ def run(config: RunConfig, *, on_step: Callable[[Row], None] | None = None) -> R
     parts = build(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.toml", dump_config(config))
-    return _Run(config, parts, run_dir, on_step).fit()
+    return _Run(config, parts, run_dir, on_step, on_rollouts).fit()
 
 
 def resume(
@@ -113,11 +119,13 @@ class _Run:
         parts: Components,
         run_dir: Path,
         on_step: Callable[[Row], None] | None,
+        on_rollouts: Callable[[int, Rollouts], None] | None = None,
     ) -> None:
         self._config = config
         self._parts = parts
         self._run_dir = run_dir
         self._on_step = on_step
+        self._on_rollouts = on_rollouts
         self._step = parts.state.step
         # The row of the last step while its evaluation is still to come.
         self._pending: Row | None = parts.state.pending_row
@@ -188,6 +196,8 @@ class _Run:
                 epoch=epoch,
                 user_keys=[row.user_key for row in rows],
             )
+        if self._on_rollouts is not None:
+            self._on_rollouts(self._step + 1, rollouts)
         reward_start = time.perf_counter()
         rewards = score(parts.rewards, parts.policy.tokenizer, rollouts, rows, num_samples)
         grouped = group_advantages(rewards, normalize=config.train.normalize_advantages)
