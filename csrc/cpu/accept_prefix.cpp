@@ -8,11 +8,44 @@ namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 namespace {
 
 constexpr int kLanes = 16;  // one AVX-512 register of floats; a row is left within this many tokens of its rejection
+constexpr int kBlock = 64;  // positions whose random bits are made together: kLanes Philox calls of four words
 
-// Thresholds and random bits of kLanes tokens at once: the loops are free of branches so that compilers vectorise them.
-// Returns the number of leading accepted tokens; sets `nan` if a log-prob among those read is NaN.
+// Random bits of the positions of one block, made when a token of it first needs its uniform.
+class BlockBits {
+ public:
+  explicit BlockBits(NoiseKey key) : key_(key) {}
+
+  const uint32_t* at(int64_t position) {
+    const uint64_t block = static_cast<uint64_t>(position) / kBlock;
+    if (block != block_) fill(block);
+    return bits_ + static_cast<uint64_t>(position) % kBlock;
+  }
+
+ private:
+  // The loop is free of branches so that compilers vectorise it over the calls.
+  void fill(uint64_t block) {
+    block_ = block;
+    const uint64_t first = block * (kBlock / 4);
+    const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+    uint32_t words[4][kLanes];
+    for (int i = 0; i < kLanes; ++i) {  // no carry into `high`: `first` is a multiple of kLanes
+      const Philox4 out = philox4x32_10(low + static_cast<uint32_t>(i), 0u, high, kStreamAccept,
+                                        key_.k0, key_.k1);
+      for (int w = 0; w < 4; ++w) words[w][i] = out.x[w];
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      for (int w = 0; w < 4; ++w) bits_[4 * i + w] = words[w][i];
+    }
+  }
+
+  NoiseKey key_;
+  uint64_t block_ = ~uint64_t{0};
+  uint32_t bits_[kBlock];
+};
+
+// Number of leading accepted tokens among kLanes, whose positions lie in one block. Sets `nan` if a log-prob is NaN.
 template <bool kReadsDraft>
-int accept_lanes(const RuleParams& rule, const float* target, const float* draft, NoiseKey key,
+int accept_lanes(const RuleParams& rule, const float* target, const float* draft, BlockBits& noise,
                  int64_t position, bool& nan) {
   float threshold[kLanes];
   int any_nan = 0, any_negative = 0;
@@ -24,46 +57,39 @@ int accept_lanes(const RuleParams& rule, const float* target, const float* draft
   }
   nan |= any_nan != 0;
   if (!any_negative) return kLanes;  // no token needs its uniform
-  uint32_t bits[kLanes];
-  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32);
-  const uint32_t low = static_cast<uint32_t>(position);
-  if (static_cast<uint64_t>(low) + kLanes <= 0xffffffffu) {
-    for (int i = 0; i < kLanes; ++i) {
-      bits[i] = philox4x32_10(low + static_cast<uint32_t>(i), 0u, high, kStreamAccept, key.k0, key.k1)
-                    .x[0];
-    }
-  } else {
-    for (int i = 0; i < kLanes; ++i) bits[i] = accept_bits(key, position + i);
-  }
-  int accepted[kLanes];
+  const uint32_t* bits = noise.at(position);
+  int count = kLanes;
   for (int i = 0; i < kLanes; ++i) {
-    accepted[i] = (threshold[i] >= 0.0f) |
-                  (exact_log(uniform_from_bits(bits[i])) <= threshold[i]);
+    const bool accepted =
+        (threshold[i] >= 0.0f) | (exact_log(uniform_from_bits(bits[i])) <= threshold[i]);
+    const int rejected_at = accepted ? kLanes : i;
+    count = rejected_at < count ? rejected_at : count;
   }
-  int count = 0;
-  while (count < kLanes && accepted[count]) ++count;
   return count;
 }
 
 template <bool kReadsDraft>
 int64_t accept_row(const AcceptPrefixArgs& args, int64_t row, int64_t draft_begin,
                    int64_t target_begin, int64_t len, bool& nan) {
-  const NoiseKey key(args.keys[row]);
-  const int64_t position = args.positions ? args.positions[row] : 0;
+  const int64_t start = args.positions ? args.positions[row] : 0;
   const float* target = args.target_logprobs + target_begin;
   const float* draft = kReadsDraft ? args.draft_logprobs + draft_begin : nullptr;
+  BlockBits noise{NoiseKey(args.keys[row])};
   int64_t i = 0;
-  for (; i + kLanes <= len; i += kLanes) {
-    const int count = accept_lanes<kReadsDraft>(args.rule, target + i,
-                                                kReadsDraft ? draft + i : nullptr, key, position + i,
-                                                nan);
-    if (count < kLanes) return i + count;
-  }
-  for (; i < len; ++i) {
+  while (i < len) {
+    const int64_t position = start + i;
+    if (i + kLanes <= len && position % kLanes == 0) {
+      const int count = accept_lanes<kReadsDraft>(
+          args.rule, target + i, kReadsDraft ? draft + i : nullptr, noise, position, nan);
+      if (count < kLanes) return i + count;
+      i += kLanes;
+      continue;
+    }
     const float q = kReadsDraft ? draft[i] : 0.0f;
     nan |= (target[i] != target[i]) | (q != q);
     const float threshold = accept_threshold(args.rule, target[i], q);
-    if (!accept_test(threshold, accept_bits(key, position + i))) return i;
+    if (!(threshold >= 0.0f) && !accept_test(threshold, *noise.at(position))) return i;
+    ++i;
   }
   return len;
 }

@@ -1,5 +1,6 @@
-// One warp per row: 32 tokens are tested at once, and the row is left at the first ballot with a rejection, so the
-// bytes read follow the accepted tokens. Rows are taken grid-stride, neighbours by neighbouring warps.
+// One warp per row: 128 tokens are tested at once, four per lane because one Philox call serves four positions, and the
+// row is left at the first ballot with a rejection, so the bytes read follow the accepted tokens. Rows are taken
+// grid-stride, neighbours by neighbouring warps.
 #include "launch.cuh"
 #include "spec_rollout/ops.h"
 
@@ -35,20 +36,34 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32)
     const NoiseKey key(args.keys[row]);
     const int64_t position = args.positions ? args.positions[row] : 0;
     int64_t accepted = len;
-    for (int64_t i = 0; i < len; i += 32) {
-      bool rejected = false;
-      if (i + lane < len) {
-        const float p = args.target_logprobs[target_begin + i + lane];
-        const float q = kReadsDraft ? args.draft_logprobs[draft_begin + i + lane] : 0.0f;
+    // Lanes take quads of positions, so the first one may begin before the row does.
+    for (int64_t first_of_warp = -(position & 3); first_of_warp < len; first_of_warp += 128) {
+      const int64_t i = first_of_warp + 4 * lane;
+      float threshold[4];
+      bool needs_bits = false;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        threshold[w] = INFINITY;
+        if (i + w < 0 || i + w >= len) continue;
+        const float p = args.target_logprobs[target_begin + i + w];
+        const float q = kReadsDraft ? args.draft_logprobs[draft_begin + i + w] : 0.0f;
         if (p != p || q != q) raise_status(args.status, kStatusNanLogprob);
-        const float threshold = accept_threshold(args.rule, p, q);
-        // Half the tokens of a slowly moving policy have a threshold above 0 and need no uniform.
-        rejected = !(threshold >= 0.0f) &&
-                   !accept_test(threshold, accept_bits(key, position + i + lane));
+        threshold[w] = accept_threshold(args.rule, p, q);
+        needs_bits |= !(threshold[w] >= 0.0f);
       }
-      const unsigned rejections = __ballot_sync(0xffffffffu, rejected);
+      int rejected_at = 4;
+      if (needs_bits) {
+        const Philox4 bits = accept_bits4(key, static_cast<uint64_t>(position + i) >> 2);
+#pragma unroll
+        for (int w = 3; w >= 0; --w) {
+          if (!(threshold[w] >= 0.0f) && !accept_test(threshold[w], bits.x[w])) rejected_at = w;
+        }
+      }
+      const unsigned rejections = __ballot_sync(0xffffffffu, rejected_at < 4);
       if (rejections != 0) {
-        accepted = i + __ffs(static_cast<int>(rejections)) - 1;
+        const int lane_of_first = __ffs(static_cast<int>(rejections)) - 1;
+        accepted = first_of_warp + 4 * lane_of_first +
+                   __shfl_sync(0xffffffffu, rejected_at, lane_of_first);
         break;
       }
     }

@@ -45,12 +45,14 @@ struct NoiseKey {
         k1(static_cast<uint32_t>(static_cast<uint64_t>(key) >> 32)) {}
 };
 
-// Random bits of the accept test at a response position.
+// Random bits of the accept test at response positions 4 * quad .. 4 * quad + 3.
+SR_HD Philox4 accept_bits4(NoiseKey key, uint64_t quad) {
+  return philox4x32_10(static_cast<uint32_t>(quad), 0u, static_cast<uint32_t>(quad >> 32),
+                       kStreamAccept, key.k0, key.k1);
+}
+
 SR_HD uint32_t accept_bits(NoiseKey key, int64_t position) {
-  const uint64_t p = static_cast<uint64_t>(position);
-  return philox4x32_10(static_cast<uint32_t>(p), 0u, static_cast<uint32_t>(p >> 32), kStreamAccept,
-                       key.k0, key.k1)
-      .x[0];
+  return accept_bits4(key, static_cast<uint64_t>(position) >> 2).x[position & 3];
 }
 
 // Random bits of the Gumbel noise of tokens 4 * quad .. 4 * quad + 3 at a response position.

@@ -36,10 +36,11 @@ def _words(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def accept_uniforms(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Uniforms in (0, 1] of the accept test; keys and positions broadcast together, int64. Returns float64."""
     k0, k1 = _words(keys)
-    p0, p1 = _words(positions)
+    p0, p1 = _words(positions >> 2)  # one call serves four positions
     zero = torch.zeros_like(p0)
-    bits = philox([p0, zero, p1, zero + STREAM_ACCEPT], [k0, k1])[0]
-    return (bits.double() + 0.5) * 2.0**-32
+    words = torch.stack(philox([p0, zero, p1, zero + STREAM_ACCEPT], [k0, k1]), dim=-1)
+    word = (positions & 3).expand(words.shape[:-1])[..., None]
+    return (words.gather(-1, word)[..., 0].double() + 0.5) * 2.0**-32
 
 
 def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
