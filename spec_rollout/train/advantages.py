@@ -51,7 +51,7 @@ def group_advantages(
     advantages = torch.where(flat, torch.zeros_like(centered), centered)
     if normalize:
         std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
-        advantages = advantages / (std + eps)
+        advantages = advantages / torch.where(flat, torch.ones_like(std), std + eps)
     return GroupAdvantages(
         advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum())
     )

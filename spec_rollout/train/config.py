@@ -1,6 +1,6 @@
 """What a training run is made of: one frozen dataclass per component, validated on construction.
 
-`config_io` reads and writes them as TOML. Unset is `None` (left out of the file). Relative paths are relative to the
+`config_io` reads and writes them as TOML. Unset is `None` ("none" in a file). Relative paths are relative to the
 working directory.
 """
 

@@ -7,7 +7,7 @@ import os
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +21,8 @@ def load_config(
 
     Args:
         path: TOML file; None starts from the defaults (the overrides must then give the required keys).
-        overrides: "section.key=value" each; the value is read as TOML, a bare word as a string, and `none` unsets.
+        overrides: "section.key=value" each; the value is read as TOML, a bare word as a string. `none` unsets
+            (as "none" does in a file).
 
     Raises:
         ConfigError: naming the key, what was expected and what was given; the nearest known key if it is unknown.
@@ -49,14 +50,18 @@ def from_dict(table: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain tables, resolved; `None` is left out as TOML has no such value."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return list(value) if isinstance(value, tuple) else value
-
-    return clean(asdict(config))
+    """Nested plain tables, resolved. TOML has no `None`: it is left out, or "none" where it is not the default."""
+    tables: dict[str, Any] = {}
+    for section in fields(config):
+        component = getattr(config, section.name)
+        table = tables[section.name] = {}
+        for f in fields(component):
+            value = getattr(component, f.name)
+            if value is not None:
+                table[f.name] = list(value) if isinstance(value, tuple) else value
+            elif f.default is not None:
+                table[f.name] = "none"
+    return tables
 
 
 def dump_config(config: RunConfig) -> str:
@@ -132,7 +137,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         return _build(hint, value, f"{name}.")
     if _allows_none(hint):
         inner = next(arg for arg in get_args(hint) if arg is not type(None))
-        return None if value is None else _convert(inner, value, name)
+        return None if value is None or value == "none" else _convert(inner, value, name)
     origin = get_origin(hint)
     if origin is Literal:
         choices = get_args(hint)

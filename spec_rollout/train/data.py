@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -78,10 +79,7 @@ def read_records(
         records = _read_jsonl(path)
     else:
         raise DataError(f"data: expected a .jsonl or .parquet file, got {str(path)!r}")
-    for index, record in enumerate(records):
-        if max_rows is not None and index >= max_rows:
-            return
-        yield record
+    yield from itertools.islice(records, max_rows)
 
 
 def _found(path: Path) -> str:

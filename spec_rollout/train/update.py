@@ -114,12 +114,16 @@ class PolicyUpdater:
             advantages: One per rollout. [batch], float32.
             groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch takes whole groups.
             step: 0-based, for the learning rate.
+
+        Raises:
+            ValueError: if a log-prob of these rows is not finite.
         """
         config = self._config
         lr = learning_rate(config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         all_rows = [row for group in groups for row in group]
+        _check_logprobs(rollouts, all_rows)
         old_logprobs = rollouts.logprobs
         if config.recompute_logprobs:
             old_logprobs = self._recompute(rollouts, all_rows)
@@ -212,6 +216,23 @@ class PolicyUpdater:
         for batch in self._batches(rollouts, rows):
             result[batch.token_index] = self._logprobs(self._model, batch)[0].cpu()
         return result
+
+
+def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
+    """A NaN would not show in the gradient: clamping the ratio gives it none."""
+    bad = (~torch.isfinite(rollouts.logprobs)).nonzero().flatten()
+    if not bad.numel():
+        return
+    for row, index in zip(
+        (torch.searchsorted(rollouts.cu_response_lens, bad, right=True) - 1).tolist(),
+        bad,
+        strict=True,
+    ):
+        if row in rows:
+            raise ValueError(
+                f"rollouts.logprobs: expected finite numbers from the engine, "
+                f"got {float(rollouts.logprobs[index])} in row {row}"
+            )
 
 
 class _Sums:
