@@ -114,6 +114,7 @@ class RolloutSession:
 
         lookup_start = time.perf_counter()
         drafts, num_misses = Drafts.none(batch.size), 0
+        draft_lens = drafts.lens
         if reuse:
             drafts = self.cache.lookup(batch.keys, batch.sample_ids, max_tokens=sampling.max_tokens)
             if rule.needs_draft_logprobs and drafts.logprobs is None:
@@ -122,7 +123,8 @@ class RolloutSession:
                 )
             num_misses = int((drafts.lens == 0).sum())
             drafts = _end_at_stop(drafts, sampling.stop_token_ids)
-            cut_lens = rule.cut_lens(drafts.lens, keys)
+            draft_lens = drafts.lens  # what the baselines throw away unseen was a draft too
+            cut_lens = rule.cut_lens(draft_lens, keys)
             drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)
         lookup_end = time.perf_counter()
 
@@ -134,6 +136,8 @@ class RolloutSession:
         end = time.perf_counter()
         stats = replace(
             rollouts.stats,
+            num_drafts=int((draft_lens > 0).sum()),
+            num_draft_tokens=int(draft_lens.sum()),
             num_cache_misses=num_misses,
             rollout_seconds=end - start,
             lookup_seconds=lookup_end - lookup_start,
@@ -179,7 +183,10 @@ class RolloutSession:
     ) -> Rollouts:
         requests = RolloutRequests(batch.prompt_ids, batch.cu_prompt_lens, keys, drafts)
         rollouts = self.engine.rollout(requests, sampling, rule)
-        if not torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens):
+        if not (
+            torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens)
+            and torch.equal(rollouts.prompt_ids, batch.prompt_ids)
+        ):
             raise RuntimeError(
                 f"engine {type(self.engine).__name__}: expected the {batch.size} requests back in "
                 f"order, got {rollouts.batch} rows of other prompts"

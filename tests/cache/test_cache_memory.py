@@ -300,9 +300,9 @@ def test_bad_stores_are_refused_and_store_nothing(
 
 
 def test_bad_limits_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_bytes: .*-1"):
+    with pytest.raises(ValueError, match=r"max_bytes: .*-1"):
         RolloutCache(max_bytes=-1)
-    with pytest.raises(ValueError, match="max_tokens: .*0"):
+    with pytest.raises(ValueError, match=r"max_tokens: .*0"):
         RolloutCache().lookup([A], [0], max_tokens=0)
 
 
