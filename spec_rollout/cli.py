@@ -88,9 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     demo = commands.add_parser(
-        "demo", help="train a tiny shipped model plain, with lenient and with lossless reuse"
+        "demo",
+        help="train a tiny shipped model plain, with lenient and with lossless reuse",
+        add_help=False,
+        allow_abbrev=False,
     )
-    demo.add_argument("arguments", nargs=argparse.REMAINDER, help="see spec-rollout demo --help")
     demo.set_defaults(run=_demo)
 
     doctor = commands.add_parser(
@@ -171,7 +173,7 @@ def _report(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from spec_rollout.demo_run import main as demo
 
-    return demo(args.arguments)
+    return demo(args.rest)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -197,7 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     try:
         parser = _parser()
-        args = parser.parse_args(argv)
+        # The demo has its own options; for all other commands, what is left over is a mistake.
+        args, args.rest = parser.parse_known_args(argv)
+        if args.rest and args.command != "demo":
+            parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
         if args.version:
             from spec_rollout.environment import package_version
 

@@ -28,17 +28,21 @@ def train(
             f"train: expected CONFIG.toml or --resume RUNDIR, got both ({config_path}, {resume_dir}); "
             "a resumed run has its own config, --set overrides it"
         )
-    from spec_rollout.report import load_run, write_report
     from spec_rollout.train.config_io import dump_config, load_config
+
+    # The config is read before torch is loaded: mistakes in it show at once.
+    config = None if config_path is None else load_config(config_path, overrides)
+
+    from spec_rollout.report import load_run, write_report
     from spec_rollout.train.trainer import resume, run
 
     if resume_dir is None:
-        config = load_config(config_path, overrides)
+        assert config is not None
         print(dump_config(config), flush=True)
         summary = run(config)
     else:
-        if resume_dir is True:
-            resume_dir = Path(load_config(config_path, overrides).log.run_dir)
+        if config is not None:
+            resume_dir = Path(config.log.run_dir)
         summary = resume(resume_dir, overrides)
     run_dir = Path(summary.run_dir)
     report = write_report([load_run(run_dir)], run_dir / "report.html")

@@ -1,0 +1,207 @@
+"""Writes the result tables of README.md from benchmarks/results/*.json.
+
+Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of benchmarks/results/NAME.json. `--check`
+changes nothing and exits with 1 if a table is not what its file gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, the others to the right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def provenance(content: Mapping[str, Any]) -> str:
+    """Where the figures come from, in one line."""
+    env = content["environment"]
+    gpus = ", ".join(gpu["name"] for gpu in env.get("gpus") or []) or "no GPU"
+    isa = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+    best = next((name for flag, name in isa.items() if flag in env["isa"]), "no AVX2")
+    commit = (env.get("commit") or "unknown")[:10] + (" + changes" if env.get("dirty") else "")
+    facts = [
+        f"{env['cpu']} ({best}), {env['cores']} cores",
+        *([f"{env['threads']} threads"] if env.get("threads") else []),
+        gpus,
+        f"torch {env['packages']['torch']}",
+        f"Python {env['python']}",
+        *([env["native"]["compiler"]] if env.get("native") else []),
+        f"commit {commit}",
+        content["date"][:10],
+    ]
+    return f"{', '.join(facts)}; `{content['command']}`"
+
+
+def seconds(value: float) -> str:
+    """With a unit that leaves one to three digits before the point."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
+        if value * factor >= 1 or unit == "µs":
+            return f"{value * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def size(num_bytes: float) -> str:
+    """In the binary unit that leaves at least one before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    raise AssertionError
+
+
+def benchmark_table(content: Mapping[str, Any]) -> str:
+    """A file of `_common.Results`: one line per row and peer."""
+    rows = []
+    for row in content["rows"]:
+        what = [f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
+                for key, value in (row.get("shape") or {}).items()]  # fmt: skip
+        if row.get("dtype"):
+            what.append(row["dtype"])
+        share = row.get("share_of_copy_bandwidth")
+        extra = row.get("peak_extra_bytes")
+        shared = [
+            f"`{row['op']}`",
+            ", ".join(what),
+            seconds(row["seconds"]["p50"]),
+            "" if share is None else f"{share:.0%}",
+            "" if extra is None else size(extra),
+        ]
+        for name, peer in (row.get("peers") or {"": None}).items():
+            against = ["", ""] if peer is None else [f"{name} ({seconds(peer['seconds']['p50'])})"]
+            against += [] if peer is None else [f"**{peer['speedup']:.3g}x**"]
+            rows.append([*shared, *against])
+            shared = [""] * len(shared)
+    header = [
+        "op",
+        "size",
+        "median",
+        "of copy bandwidth",
+        "peak extra memory",
+        "against",
+        "speed-up",
+    ]
+    kept = [c for c in range(len(header)) if any(row[c] for row in rows)]
+    table = markdown_table([header[c] for c in kept], [[row[c] for c in kept] for row in rows])
+    copy = content["copy_bandwidth_gb_per_s"]
+    return f"{table}\n\nCopy bandwidth in the same run: {copy} GB/s (read and written)."
+
+
+def _demo_cells(run: Mapping[str, Any]) -> list[str]:
+    def change(split: str) -> str:
+        before, after = run["accuracy_before"][split], run["accuracy_after"][split]
+        return f"{before:.1%} → {after:.1%}"
+
+    return [
+        f"{run['rollout_seconds']:.1f} s",
+        f"{run['verification_seconds']:.1f} s",
+        f"**{run['effective_speedup']:.2f}x**",
+        f"{run['generated_tokens']:,} of {run['response_tokens']:,}",
+        f"{run['reused_fraction']:.1%}",
+        f"{run['fully_reused_fraction']:.1%}",
+        change("train"),
+        change("heldout"),
+    ]
+
+
+_DEMO_HEADER = [
+    "rollouts",
+    "of it verification",
+    "effective speed-up",
+    "generated tokens",
+    "reused tokens",
+    "fully reused",
+    "accuracy, training prompts",
+    "accuracy, held-out prompts",
+]
+
+
+def demo_table(content: Mapping[str, Any]) -> str:
+    """`summary.json` of the demo."""
+    rows = [[name, *_demo_cells(run)] for name, run in content["runs"].items()]
+    table = markdown_table(["run", *_DEMO_HEADER], rows)
+    same = content.get("coupled_equals_off")
+    if same is None:
+        return table
+    return (
+        f"{table}\n\n`coupled` against the same run with the cache off: {same['identical']:,} of "
+        f"{same['total']:,} rollouts are the same, token for token."
+    )
+
+
+def demo_seeds_table(content: Mapping[str, Any]) -> str:
+    """The demo over several seeds: a line per run and seed."""
+    rows = [
+        [name, str(summary["seed"]), *_demo_cells(run)]
+        for name in content["summaries"][0]["runs"]
+        for summary in content["summaries"]
+        for run in [summary["runs"][name]]
+    ]
+    return markdown_table(["run", "seed", *_DEMO_HEADER], rows)
+
+
+_RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": demo_table,
+    "demo_seeds": demo_seeds_table,
+}
+
+
+def render(text: str, results: Path) -> str:
+    """`text` with every block between markers replaced by its table.
+
+    Raises:
+        ValueError: if a block's results file is missing, or a begin marker has no end.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = results / f"{name}.json"
+        if not path.is_file():
+            raise ValueError(
+                f"README.md: expected {path.name} in {results} for its block, found none"
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+        table = _RENDERERS.get(name, benchmark_table)(content)
+        return f"{match[1]}{table}\n\n<sub>{provenance(content)}</sub>\n{match[3]}"
+
+    if text.count("<!-- begin: ") != len(_BLOCK.findall(text)):
+        raise ValueError(
+            "README.md: expected an end marker of the same name after every begin marker"
+        )
+    return _BLOCK.sub(block, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
+    options.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = options.parse_args(argv)
+    old = args.readme.read_text(encoding="utf-8")
+    try:
+        new = render(old, args.results)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if old == new:
+        return 0
+    if args.check:
+        print("error: README.md: tables are not those of benchmarks/results", file=sys.stderr)
+        return 1
+    args.readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The demo: one tiny model, trained by GRPO plainly, with lenient and with lossless reuse of rollouts.
+
+    python -m spec_rollout.demo_run --out runs/demo
+
+Every run starts from the same checkpoint on the same prompts and differs in nothing but the acceptance rule.
+`coupled_off` is `coupled` with the cache off: its rollouts must be the same, token for token, which is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spec_rollout.demo_compare import ResponseLog, compare_responses
+from spec_rollout.environment import environment
+
+if TYPE_CHECKING:
+    from spec_rollout.train.config import RunConfig
+    from spec_rollout.train.summary import RunSummary
+
+RUNS: Mapping[str, Mapping[str, Any]] = {
+    "vanilla": {"rule": "none", "reuse": False},
+    "lenient": {"rule": "lenient", "log_lenience": 0.5},
+    "coupled": {"rule": "coupled"},
+    "coupled_off": {"rule": "coupled", "reuse": False},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSize:
+    """How much is trained and evaluated.
+
+    Attributes:
+        num_prompts: Training prompts.
+        prompts_per_step: Prompts of one training step; num_samples rollouts each.
+        epochs: Passes over the prompts; from the second on there is something to reuse.
+        num_eval_samples: Fresh samples per evaluated prompt, before and after training.
+    """
+
+    num_prompts: int = 256
+    num_heldout: int = 256
+    prompts_per_step: int = 32
+    num_samples: int = 8
+    epochs: int = 5
+    num_eval_samples: int = 4
+    lr: float = 3e-4
+
+
+SHORT = DemoSize(
+    num_prompts=8, num_heldout=8, prompts_per_step=4, num_samples=2, epochs=2, num_eval_samples=1
+)
+
+
+def demo_config(name: str, out: Path, size: DemoSize, seed: int) -> RunConfig:
+    """Config of one run, written to `out`/`name`; the prompts are expected in `out`."""
+    from spec_rollout.demo import model_dir
+    from spec_rollout.demo.task import MAX_RESPONSE_TOKENS
+    from spec_rollout.train.config import (
+        CheckpointConfig,
+        DataConfig,
+        EvalConfig,
+        LogConfig,
+        ModelConfig,
+        RewardConfig,
+        RolloutConfig,
+        RunConfig,
+        TrainConfig,
+    )
+
+    return RunConfig(
+        model=ModelConfig(path=str(model_dir()), device="cpu"),
+        data=DataConfig(path=str(out / "train.jsonl")),
+        rollout=RolloutConfig(
+            num_samples=size.num_samples, max_tokens=MAX_RESPONSE_TOKENS, **RUNS[name]
+        ),
+        reward=RewardConfig(functions=("spec_rollout.demo.task:reward",)),
+        train=TrainConfig(
+            seed=seed, prompts_per_step=size.prompts_per_step, epochs=size.epochs, lr=size.lr
+        ),
+        eval=EvalConfig(
+            path=str(out / "heldout.jsonl"),
+            num_train_prompts=size.num_prompts,
+            num_samples=size.num_eval_samples,
+        ),
+        checkpoint=CheckpointConfig(at_end=False),
+        log=LogConfig(run_dir=str(out / name)),
+    )
+
+
+def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
+    """Writes the prompts and makes room for the runs: earlier results of the same demo are removed.
+
+    Raises:
+        ValueError: if a run's folder holds something else than a run.
+    """
+    from spec_rollout.demo.task import heldout_problems, training_problems, write_jsonl
+
+    for name in names:
+        folder = out / name
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.toml").is_file():
+            raise ValueError(
+                f"--out: expected a new folder or an earlier demo, got {folder} with other files"
+            )
+    for name in names:
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(training_problems(size.num_prompts), out / "train.jsonl")
+    write_jsonl(heldout_problems(size.num_heldout), out / "heldout.jsonl")
+
+
+def run_one(name: str, out: Path, size: DemoSize, seed: int) -> RunSummary:
+    """Trains one run and saves the ids of all its training rollouts in responses.npz."""
+    from spec_rollout.train.trainer import run
+
+    responses = ResponseLog()
+    config = demo_config(name, out, size, seed)
+    summary = run(config, on_step=_ticker(name), on_rollouts=responses.add)
+    responses.save(out / name / "responses.npz")
+    return summary
+
+
+def _ticker(name: str) -> Callable[[Mapping[str, Any]], None] | None:
+    """One line per epoch's worth of progress where no progress bar is shown; None on a terminal."""
+    if sys.stderr.isatty():
+        return None
+    last = [-1]
+
+    def tick(row: Mapping[str, Any]) -> None:
+        if row["epoch"] != last[0] and "reward" in row:
+            last[0] = row["epoch"]
+            print(f"  {name}: epoch {row['epoch']}, reward {row['reward']:.3f}", flush=True)
+
+    return tick
+
+
+def run_facts(summary: RunSummary, vanilla: RunSummary | None) -> dict[str, Any]:
+    """What summary.json says about one run."""
+    totals, later = summary.totals, summary.after_first_epoch
+    speedup = None
+    if vanilla is not None and later.rollout_seconds > 0:
+        speedup = vanilla.after_first_epoch.rollout_seconds / later.rollout_seconds
+    return {
+        "seed": summary.seed,
+        "rule": summary.rule,
+        "reuse": summary.reuse,
+        "steps": totals.steps,
+        "epochs": summary.epochs,
+        "rollout_seconds": totals.rollout_seconds,
+        "verification_seconds": totals.verification_seconds,
+        "decode_seconds": totals.decode_seconds,
+        "train_seconds": totals.train_seconds,
+        "rollout_seconds_after_first_epoch": later.rollout_seconds,
+        "effective_speedup": speedup,
+        "generated_tokens": totals.generated_tokens,
+        "response_tokens": totals.response_tokens,
+        "reused_fraction": totals.reused_fraction,
+        "fully_reused_fraction": totals.fully_reused_fraction,
+        "reused_fraction_after_first_epoch": later.reused_fraction,
+        "accuracy_before": summary.accuracy_before,
+        "accuracy_after": summary.accuracy_after,
+        "reward_last_step": summary.reward_last,
+    }
+
+
+def demo(
+    out: Path, names: Sequence[str], size: DemoSize, seed: int, command: Sequence[str]
+) -> dict[str, Any]:
+    """Runs the demo once; writes and returns summary.json, and writes report.html."""
+    from spec_rollout.report import load_run, write_report
+
+    prepare(out, names, size)
+    summaries: dict[str, RunSummary] = {}
+    for index, name in enumerate(names):
+        print(f"run {index + 1} of {len(names)}: {name} (seed {seed})", flush=True)
+        summaries[name] = run_one(name, out, size, seed)
+    content: dict[str, Any] = {
+        "name": "demo",
+        "command": shlex.join(command),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "runs": {name: run_facts(s, summaries.get("vanilla")) for name, s in summaries.items()},
+        "environment": environment(),
+    }
+    if "coupled" in summaries and "coupled_off" in summaries:
+        content["coupled_equals_off"] = compare_responses(
+            out / "coupled" / "responses.npz", out / "coupled_off" / "responses.npz"
+        )
+    write_json(out / "summary.json", content)
+    runs = [load_run(out / name) for name in names]
+    for run in runs:
+        # The speed-up is known only once all runs are.
+        run.summary.update(content["runs"][run.name])
+    write_report(runs, out / "report.html", "spec_rollout demo: GRPO with and without reuse")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """The result as text, one column per run."""
+    runs = content["runs"]
+
+    def accuracy(run: Mapping[str, Any], split: str) -> str:
+        before, after = run["accuracy_before"].get(split), run["accuracy_after"].get(split)
+        return "-" if before is None or after is None else f"{before:.1%} -> {after:.1%}"
+
+    def speedup(run: Mapping[str, Any]) -> str:
+        return "-" if run["effective_speedup"] is None else f"{run['effective_speedup']:.2f}x"
+
+    lines: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("rollout seconds, everything counted", lambda r: f"{r['rollout_seconds']:.1f}"),
+        ("  of these verification", lambda r: f"{r['verification_seconds']:.1f}"),
+        ("effective speed-up from epoch 2 on", speedup),
+        ("response tokens", lambda r: f"{r['response_tokens']:,}"),
+        ("generated tokens", lambda r: f"{r['generated_tokens']:,}"),
+        ("reused tokens", lambda r: f"{r['reused_fraction']:.1%}"),
+        ("fully reused rollouts", lambda r: f"{r['fully_reused_fraction']:.1%}"),
+        ("accuracy, training prompts", lambda r: accuracy(r, "train")),
+        ("accuracy, held-out prompts", lambda r: accuracy(r, "heldout")),
+    ]
+    rows = [["", *runs], *([label, *map(cell, runs.values())] for label, cell in lines)]
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    text = "\n".join(
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+    same = content.get("coupled_equals_off")
+    if same is not None:
+        text += (
+            f"\n\ncoupled with the cache on and off: {same['identical']:,} of {same['total']:,} "
+            "rollouts identical, token for token"
+        )
+        if same["first_difference"] is not None:
+            text += f"\nfirst difference: {same['first_difference']}"
+    return text
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    options = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__.splitlines()[0])
+    options.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    options.add_argument("--runs", default=",".join(RUNS), help="default: %(default)s")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument(
+        "--seeds", help="several seeds, e.g. 0,1,2; each gets its own folder in OUT"
+    )
+    options.add_argument("--results", type=Path, help="with --seeds: also write all summaries here")
+    options.add_argument("--epochs", type=int, help="passes over the prompts")
+    options.add_argument(
+        "--short", action="store_true", help="seconds instead of minutes: does it run?"
+    )
+    args = options.parse_args(argv)
+    args.runs = args.runs.split(",")
+    for name in args.runs:
+        if name not in RUNS:
+            raise ValueError(f"--runs: expected names out of {', '.join(RUNS)}, got {name!r}")
+    try:
+        args.seeds = None if args.seeds is None else [int(s) for s in args.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds: expected integers with commas, got {args.seeds!r}") from None
+    if args.epochs is not None and args.epochs < 2:
+        raise ValueError(
+            f"--epochs: expected at least 2 (the first has nothing to reuse), got {args.epochs}"
+        )
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; 0 if it ran through and lossless reuse was lossless, else 1."""
+    from dataclasses import replace
+
+    args = _parse(argv)
+    size = SHORT if args.short else DemoSize()
+    if args.epochs is not None:
+        size = replace(size, epochs=args.epochs)
+    command = ["python", "-m", "spec_rollout.demo_run", *(sys.argv[1:] if argv is None else argv)]
+    seeds = [args.seed] if args.seeds is None else args.seeds
+    contents = []
+    for seed in seeds:
+        out = args.out if args.seeds is None else args.out / f"seed-{seed}"
+        contents.append(demo(out, args.runs, size, seed, command))
+        print(
+            f"\n{table(contents[-1])}\n\nsummary: {out / 'summary.json'}, report: {out / 'report.html'}"
+        )
+    if args.results is not None:
+        first = contents[0]
+        shared = {key: first[key] for key in ("command", "date", "environment")}
+        write_json(args.results, {"name": args.results.stem, **shared, "summaries": contents})
+        print(f"results: {args.results}")
+    lossless = all(
+        same["identical"] == same["total"]
+        for content in contents
+        if (same := content.get("coupled_equals_off")) is not None
+    )
+    return 0 if lossless else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
