@@ -214,6 +214,10 @@ def _tokenize(value: Any, tokenizer: Any, vocab_size: int, where: str) -> tuple[
         )
     if len(ids) == 0:
         raise DataError(f"{where}: expected at least one token, got none from {_short(value)}")
+    if max(ids) >= vocab_size:
+        raise DataError(
+            f"{where}: expected token ids below the model's {vocab_size}, the tokenizer gave {max(ids)}"
+        )
     return text, np.asarray(ids, dtype=np.int32)
 
 

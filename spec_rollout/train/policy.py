@@ -54,28 +54,16 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def load_policy(config: ModelConfig, *, tokenizer_from: str | None = None) -> Policy:
-    """Loads model and tokenizer from a folder.
-
-    Args:
-        config: `path` is the folder.
-        tokenizer_from: Folder of the tokenizer; None is `config.path`.
+def load_policy(config: ModelConfig) -> Policy:
+    """Loads model and tokenizer from the folder `config.path`.
 
     Raises:
         ConfigError: saying what was expected and what was found, for a folder that does not hold a whole causal
             language model and its tokenizer.
     """
-    import transformers
-
     device = resolve_device(config.device)
     model = load_model(config.path, config, device, "model.path")
-    folder = tokenizer_from or config.path
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"model.path: expected a tokenizer beside the model in {folder!r}, got {_first_line(error)}"
-        ) from error
+    tokenizer = _load_tokenizer(Path(config.path))
     eos: set[int] = set()
     for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
         eos.update([value] if isinstance(value, int) else value or [])
@@ -137,6 +125,21 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
                 f"{key}: expected weights for every parameter, found {what} {some} in {path!r}"
             )
     return model.to(device).eval()
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    expected = f"model.path: expected a tokenizer beside the model in {str(folder)!r}"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"{expected}, got {_first_line(error)}") from error
+    # Without any of its files transformers may hand out an empty tokenizer of the model's usual class.
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in names):
+        raise ConfigError(f"{expected}, found none of {', '.join(sorted(names))}")
+    return tokenizer
 
 
 @contextmanager

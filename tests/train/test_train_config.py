@@ -143,7 +143,7 @@ def test_required_key_missing():
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(ConfigError, match="found nothing at .*absent.toml"):
+    with pytest.raises(ConfigError, match=r"found nothing at .*absent\.toml"):
         load_config(tmp_path / "absent.toml")
     bad = tmp_path / "bad.toml"
     bad.write_text("[train\nlr = 1\n")

@@ -81,23 +81,31 @@ def test_bad_rows_are_named_with_their_line(line, message, write_rows, tokenizer
         load(path, tokenizer, max_prompt_tokens=5)
 
 
+def test_a_tokenizer_larger_than_the_model_is_noticed(write_rows, tokenizer):
+    path = write_rows([{"prompt": "1 +2", "answer": "3"}])
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: prompt: expected token ids below the model's 5"
+    ):
+        load_prompts(path, tokenizer, vocab_size=5)
+
+
 def test_long_prompts_are_dropped_and_counted(write_rows, tokenizer):
     path = write_rows([{"prompt": "x" * n, "answer": n} for n in (3, 9, 4, 8)])
     data = load(path, tokenizer, max_prompt_tokens=4, long_prompts="drop")
     assert [row.answer for row in data.rows] == [3, 4]
     assert data.num_dropped == 2
-    with pytest.raises(DataError, match="at least one row in .*, got none, 4 dropped as too long"):
+    with pytest.raises(DataError, match=r"at least one row in .*, got none, 4 dropped as too long"):
         load(path, tokenizer, max_prompt_tokens=2, long_prompts="drop")
 
 
 def test_bad_paths(tmp_path, write_rows, tokenizer):
-    with pytest.raises(DataError, match="found nothing at .*absent.jsonl"):
+    with pytest.raises(DataError, match=r"found nothing at .*absent\.jsonl"):
         load(tmp_path / "absent.jsonl", tokenizer)
     with pytest.raises(DataError, match="found a folder at"):
         load(tmp_path, tokenizer)
     with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file, got .*rows\.csv"):
         load(write_rows(["a,b"], "rows.csv"), tokenizer)
-    with pytest.raises(DataError, match="at least one row in .*, got none"):
+    with pytest.raises(DataError, match=r"at least one row in .*, got none"):
         load(write_rows([]), tokenizer)
     broken = write_rows(["not parquet"], "rows.parquet")
     with pytest.raises(

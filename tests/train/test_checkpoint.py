@@ -1,0 +1,169 @@
+"""Checkpoints: complete or absent, bounded in number, exact."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_batching import make_rollouts
+
+from spec_rollout.cache import RolloutCache
+from spec_rollout.keys import prompt_key
+from spec_rollout.train import checkpoint as module
+from spec_rollout.train.checkpoint import (
+    CheckpointError,
+    TrainState,
+    list_checkpoints,
+    load_state,
+    load_tensors,
+    save_checkpoint,
+)
+from spec_rollout.train.config import ModelConfig, TrainConfig
+from spec_rollout.train.policy import load_policy
+from spec_rollout.train.update import make_optimizer
+
+
+class Parts:
+    """A model a few optimizer steps in, with a cache."""
+
+    def __init__(self, model_dir, *, steps: int = 0) -> None:
+        self.policy = load_policy(ModelConfig(str(model_dir), device="cpu"))
+        self.model = copy.deepcopy(self.policy.model)
+        self.optimizer = make_optimizer(self.model, TrainConfig(lr=0.01))
+        self.cache = RolloutCache()
+        for _ in range(steps):
+            self.train()
+
+    def train(self) -> torch.Tensor:
+        ids = torch.randint(3, 40, (2, 5))  # from torch's generator, which a checkpoint restores
+        loss = self.model(ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def fill_cache(self) -> None:
+        keys = [prompt_key([1, 2]), prompt_key([3])]
+        self.cache.store(keys, [0, 0], make_rollouts([2, 1], [4, 6]))
+
+    def save(self, root, step=1, keep_last=2, pending=None):
+        return save_checkpoint(
+            root,
+            TrainState(step, "abc", pending),
+            model=self.model,
+            tokenizer=self.policy.tokenizer,
+            optimizer=self.optimizer,
+            cache=self.cache,
+            keep_last=keep_last,
+        )
+
+
+def test_training_goes_on_exactly(model_dir, tmp_path):
+    torch.manual_seed(1)
+    parts = Parts(model_dir, steps=3)
+    parts.fill_cache()
+    folder = parts.save(tmp_path, step=3, pending={"step": 3, "reward": 0.5})
+    drawn = [random.random(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
+    parts.train()
+
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    state = load_state(folder)
+    assert state == TrainState(3, "abc", {"step": 3, "reward": 0.5})
+    other = Parts(folder / "model")
+    load_tensors(folder, other.optimizer, other.cache)
+    assert [random.random(), np.random.rand(), float(torch.rand(()))] == drawn  # noqa: NPY002
+    other.train()
+    for (name, a), b in zip(parts.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    keys = [prompt_key([1, 2]), prompt_key([3])]
+    a, b = (c.lookup(keys, [0, 0], max_tokens=9) for c in (parts.cache, other.cache))
+    assert torch.equal(a.token_ids, b.token_ids)
+    assert a.token_ids.numel() == 10
+    assert torch.equal(a.logprobs, b.logprobs)
+
+
+def test_settings_are_the_configs_not_the_checkpoints(model_dir, tmp_path):
+    folder = Parts(model_dir, steps=1).save(tmp_path)
+    other = Parts(folder / "model")
+    other.optimizer = make_optimizer(other.model, TrainConfig(lr=0.5, betas=(0.5, 0.6)))
+    load_tensors(folder, other.optimizer, other.cache)
+    assert other.optimizer.param_groups[0]["lr"] == 0.5
+    assert other.optimizer.param_groups[1]["betas"] == (0.5, 0.6)
+    assert len(other.optimizer.state) == len(list(other.model.parameters()))
+
+
+def test_only_the_newest_are_kept(model_dir, tmp_path):
+    parts = Parts(model_dir)
+    for step in (2, 10, 9, 11):
+        parts.save(tmp_path, step=step, keep_last=3)
+    parts.save(tmp_path, step=11, keep_last=3, pending={"step": 11})
+    # The unevaluated one of a step is older than the evaluated one.
+    names = [p.name for p in list_checkpoints(tmp_path)]
+    assert names == ["step-00000010", "step-00000011-unevaluated", "step-00000011"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_failed_write_leaves_nothing(model_dir, tmp_path, monkeypatch):
+    parts = Parts(model_dir)
+    parts.save(tmp_path, step=1)
+
+    def full_disk(_folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_sync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        parts.save(tmp_path, step=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_leftovers_of_a_killed_writer_are_ignored_and_removed(model_dir, tmp_path):
+    parts = Parts(model_dir)
+    (tmp_path / ".tmp-step-00000001").mkdir(parents=True)
+    (tmp_path / "step-1-notes").mkdir()
+    assert list_checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path / "absent") == []
+    parts.save(tmp_path, step=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-1-notes"]
+
+
+@pytest.mark.parametrize("name", ["trainer.pt", "cache.bin", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damage_is_refused_by_name(model_dir, tmp_path, name, damage):
+    parts = Parts(model_dir, steps=1)
+    parts.fill_cache()
+    folder = parts.save(tmp_path)
+    path = folder / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def load():
+        load_state(folder)
+        load_tensors(folder, parts.optimizer, parts.cache)
+
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        load()
+
+
+def test_another_version_is_refused(model_dir, tmp_path):
+    folder = Parts(model_dir).save(tmp_path)
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match=r"state\.json: expected format_version 1, got 2"):
+        load_state(folder)
+
+
+def test_optimizer_of_another_model_is_refused(model_dir, tmp_path):
+    folder = Parts(model_dir, steps=1).save(tmp_path)
+    layer = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(layer, TrainConfig())
+    with pytest.raises(
+        CheckpointError, match=r"trainer\.pt: expected optimizer and random states of this"
+    ):
+        load_tensors(folder, optimizer, RolloutCache())

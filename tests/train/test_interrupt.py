@@ -1,0 +1,73 @@
+"""Signals: noted first, fatal the second time, handlers restored, aborts between forward passes only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_is_noted(signum):
+    before = signal.getsignal(signum)
+    with StopRequest() as stop:
+        stop.check()
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+        with pytest.raises(Aborted):
+            stop.check()
+    assert signal.getsignal(signum) is before
+
+
+def test_second_signal_has_its_usual_effect():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_aborts_between_forward_passes():
+    model = torch.nn.Linear(2, 2)
+    calls = 0
+
+    def forward_passes(stop):
+        nonlocal calls
+        with stop.aborting(model):
+            for _ in range(5):
+                model(torch.zeros(1, 2))
+                calls += 1
+                if calls == 2:
+                    stop.request()
+
+    with StopRequest() as stop:
+        for _ in range(2):  # the second time it does not even begin
+            with pytest.raises(Aborted):
+                forward_passes(stop)
+            assert calls == 2
+    model(torch.zeros(1, 2))  # nothing left behind
+
+
+def test_other_threads_get_no_handlers():
+    before = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def work():
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_exit_codes():
+    assert RunInterrupted(signal.SIGINT, "m").code == 130
+    assert RunInterrupted(signal.SIGTERM, "m").code == 143
+    assert str(RunInterrupted(signal.SIGTERM, "m")) == "m"
