@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(name: str) -> ModuleType:
+    """A script of benchmarks/, which is not a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load("readme_tables")
+common = load("_common")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    assert tables.main(["--check"]) == 0
+
+
+def test_every_results_file_says_where_it_comes_from() -> None:
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    for path in paths:
+        content = json.loads(path.read_text())
+        assert content["name"] == path.stem
+        assert content["command"].startswith("python ")
+        assert len(content["environment"]["commit"]) == 40, path.name
+        assert content["environment"]["cpu"]
+        assert content["environment"]["packages"]["torch"]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A results file written by the benchmarks' own helper, with made-up timings."""
+    results = common.Results("ops", tmp_path)
+    results.copy_bandwidth = 10e9
+    results.add(
+        "token_logprobs",
+        timing=common.Timing(1e-3, 2e-3, 3e-3, 5),
+        shape={"rows": 256, "vocab": 151936},
+        dtype="bfloat16",
+        bytes_moved=10_000_000,
+        peak_extra=2048,
+        peers={"log_softmax": common.Timing(0.01, 0.02, 0.03, 5)},
+    )
+    results.write()
+    return tmp_path
+
+
+def test_a_block_gets_the_table_of_its_file(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- begin: ops -->\nold\n<!-- end: ops -->\nz\n")
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert tables.main(arguments) == 0
+    assert tables.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    row = (
+        "| `token_logprobs` | rows 256, vocab 151,936, bfloat16 | 2 ms | 50% | 2 KiB "
+        "| log_softmax (20 ms) | **10x** |"
+    )
+    assert row in text.splitlines()
+    assert text.startswith("a\n<!-- begin: ops -->\n| op |")
+    assert text.endswith("<!-- end: ops -->\nz\n")
+    assert "Copy bandwidth in the same run: 10.0 GB/s" in text
+
+
+def test_a_block_without_file_or_end_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    for text, message in (
+        ("<!-- begin: x -->\n<!-- end: x -->\n", "expected x.json in"),
+        ("<!-- begin: x -->\n<!-- end: y -->\n", "expected an end marker"),
+    ):
+        readme.write_text(text)
+        assert tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+        assert readme.read_text() == text
+
+
+def test_demo_tables_hold_every_run() -> None:
+    run = {
+        "seed": 3,
+        "rollout_seconds": 10.0,
+        "verification_seconds": 1.0,
+        "effective_speedup": 1.5,
+        "generated_tokens": 1000,
+        "response_tokens": 4000,
+        "reused_fraction": 0.75,
+        "fully_reused_fraction": 0.5,
+        "accuracy_before": {"train": 0.4, "heldout": 0.3},
+        "accuracy_after": {"train": 0.6, "heldout": 0.5},
+    }
+    demo = {
+        "seed": 3,
+        "runs": {"vanilla": run, "lenient": run},
+        "coupled_equals_off": {"identical": 9, "total": 10, "first_difference": None},
+    }
+    cells = "10.0 s | 1.0 s | **1.50x** | 1,000 of 4,000 | 75.0% | 50.0% | 40.0% → 60.0% | 30.0% → 50.0% |"
+    text = tables.demo_table(demo)
+    assert f"| lenient | {cells}" in text
+    assert "9 of 10 rollouts are the same" in text
+    text = tables.demo_seeds_table({"summaries": [demo, {**demo, "seed": 4}]})
+    assert [line[:15] for line in text.splitlines()[2:]] == [
+        "| vanilla | 3 |",
+        "| vanilla | 4 |",
+        "| lenient | 3 |",
+        "| lenient | 4 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.5, "1.5 s"), (0.0215, "21.5 ms"), (3.21e-5, "32.1 µs"), (2e-7, "0.2 µs")]
+)
+def test_seconds_have_the_fitting_unit(value: float, text: str) -> None:
+    assert tables.seconds(value) == text
+
+
+def test_percentiles_are_of_the_repeats_without_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    durations = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+
+    def job() -> None:
+        clock[0] += next(durations)
+
+    assert common.measure(job, repeats=6, warmup=2) == common.Timing(2.0, 3.5, 5.0, 6)
+    durations = iter([1.0] * 12)
+    assert common.measure(job, repeats=2, warmup=0, min_seconds=5.0).repeats == 5
+    assert common.measure(job, repeats=2, warmup=0, calls_per_repeat=3).p50 == 1.0
+
+
+def test_peak_memory_counts_what_a_call_holds() -> None:
+    import torch
+
+    extra = common.peak_extra_bytes(lambda: torch.ones(1 << 26, dtype=torch.uint8))
+    if extra is None:
+        pytest.skip("this kernel does not let a process reset its high-water mark")
+    assert abs(extra - (1 << 26)) < 1 << 23
+
+
+def test_results_with_nan_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        common.write_json(tmp_path / "x.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
