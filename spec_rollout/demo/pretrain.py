@@ -59,7 +59,7 @@ class PretrainConfig:
     head_dim: int = 32
     intermediate_size: int = 256
     num_steps: int = 3000
-    batch_size: int = 64
+    batch_size: int = 32
     lr: float = 3e-3
     warmup_steps: int = 100
     seed: int = 0

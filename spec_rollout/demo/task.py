@@ -1,11 +1,11 @@
 """The demo task: work out a chain of additions and subtractions in words, in any order.
 
-A prompt is a start and four or five signed terms, `"62 +17 -8 +30 -11 =?\\n"`. A response walks to the total with one
-clause per term, `"from 62. then add 30 gives 92, minus 8 is 84; ... answer: 90"`. Terms may be taken in any order and
+A prompt is a start and four or five signed terms, `"62 +7 -8 +3 -5 =?\\n"`. A response walks to the total with one
+clause per term, `"from 62. then add 3 gives 65, minus 8 is 57; ... answer: 59"`. Terms may be taken in any order and
 each clause has many phrasings, so the policy keeps entropy, while only the number after the answer marker is graded.
 
 The teacher whose responses the model is pre-trained on makes mistakes, and more of them in hedged clauses
-(`"add 30 maybe 94"`) than in plain ones: there is something for a reward to sharpen.
+(`"add 3 maybe 64"`) than in plain ones: there is something for a reward to sharpen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Teacher:
     """How often the synthetic teacher gets a clause wrong.
 
     Attributes:
-        hedge_prob: Probability that a clause is hedged ("maybe 94").
+        hedge_prob: Probability that a clause is hedged ("maybe 64").
         plain_error: Error probability of a clause that is not hedged.
         hedged_error: Error probability of a hedged clause.
     """
@@ -69,14 +69,11 @@ def format_prompt(start: int, terms: Iterable[int]) -> str:
 
 
 def _draw(rng: random.Random) -> tuple[int, list[int]]:
-    """A start in 50..99 and 4 or 5 distinct terms of size 2..29 whose running totals stay in 0..999 in any order."""
-    start = rng.randint(50, 99)
-    num_terms = rng.choice((4, 5))
-    sizes = rng.sample(range(2, 30), num_terms)
+    """A start in 30..69 and 4 or 5 different terms of size 2..9; running totals stay in 13..99 in any order."""
+    start = rng.randint(30, 69)
+    sizes = rng.sample(range(2, 10), rng.choice((4, 5)))
     num_minus = rng.choice((1, 2))
     terms = [-size if i < num_minus else size for i, size in enumerate(sizes)]
-    if start + sum(t for t in terms if t < 0) < 0:
-        terms = [abs(t) for t in terms]
     rng.shuffle(terms)
     return start, terms
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from spec_rollout.ops._native import build_info
 from spec_rollout.ops._status import check_status
 from spec_rollout.ops.accept_prefix import accept_prefix
+from spec_rollout.ops.assemble import Assembled, assemble
+from spec_rollout.ops.splice_kv import splice_kv
 
 __all__ = [
+    "Assembled",
     "accept_prefix",
+    "assemble",
     "build_info",
     "check_status",
+    "splice_kv",
 ]

@@ -18,6 +18,7 @@ _MEANINGS = {
     4: "logits: expected numbers below +inf and at least one finite logit per row, got others",
     8: "draft_logprobs / target_logprobs: expected numbers, got NaN",
     16: "block_table / rows / starts: expected slots within the KV cache, got others",
+    32: "temperature / top_k / top_p: expected values in their ranges, got others",
 }
 _CHECK_EVERY_CALL = os.environ.get("SPEC_ROLLOUT_CHECK", "0") not in ("", "0")
 _words: dict[torch.device, torch.Tensor] = {}
