@@ -1,5 +1,6 @@
-// The few vector operations that compilers do not find by themselves in the loops over logits: float reductions (which
-// they may not reorder) and fused multiply-add. Everything else is plain loops.
+// The few vector operations that compilers do not find by themselves in the loops over logits:
+// float reductions (which they may not reorder) and fused multiply-add. Everything else is plain
+// loops.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,7 @@
 
 #include "spec_rollout/platform.h"
 
-namespace spec_rollout::cpu {
-inline namespace SPEC_ROLLOUT_ISA {
+namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
@@ -34,16 +34,8 @@ inline VecF load(const float* p) {
   return v;
 }
 
-// The larger of each pair; NaN in `b` is kept.
-inline VecF vec_max(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
+// The larger of each pair; NaN in `b` is kept. Compiles to one instruction.
+inline VecF vec_max(VecF a, VecF b) { return a > b ? a : b; }
 
 inline VecF vec_fma(VecF a, VecF b, VecF c) {
 #if defined(__AVX512F__)
@@ -61,8 +53,9 @@ inline float reduce_max(VecF v) {
   return best;
 }
 
-// e^x for x <= 0, relative error about 1e-7, not the same bits at every instruction-set level. At least e^-86 (so -inf
-// gives no zero but something far below the rounding of a sum that has a 1 in it); NaN gives NaN.
+// e^x for x <= 0, relative error about 1e-7, not the same bits at every instruction-set level. At
+// least e^-86 (so -inf gives no zero but something far below the rounding of a sum that has a 1 in
+// it); NaN gives NaN.
 inline VecF vec_exp(VecF x) {
   const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const VecF log2e = splat(1.44269504f);
@@ -70,11 +63,11 @@ inline VecF vec_exp(VecF x) {
   const VecF shifted = vec_fma(x, log2e, magic);
   const VecF f = vec_fma(x, log2e, magic - shifted);  // x log2(e) - n, in [-1/2, 1/2]
   // 2^f; coefficients minimise the largest relative error on that interval.
-  VecF p = splat(1.3333558e-3f);
-  p = vec_fma(p, f, splat(9.6181291e-3f));
-  p = vec_fma(p, f, splat(5.5504109e-2f));
-  p = vec_fma(p, f, splat(2.4022651e-1f));
-  p = vec_fma(p, f, splat(6.9314718e-1f));
+  VecF p = splat(1.326472720e-3f);
+  p = vec_fma(p, f, splat(9.671512640e-3f));
+  p = vec_fma(p, f, splat(5.550733743e-2f));
+  p = vec_fma(p, f, splat(2.402224209e-1f));
+  p = vec_fma(p, f, splat(6.931469776e-1f));
   p = vec_fma(p, f, splat(1.0f));
   VecI bits;
   std::memcpy(&bits, &shifted, sizeof bits);
@@ -84,5 +77,4 @@ inline VecF vec_exp(VecF x) {
   return p * scale;
 }
 
-}  // namespace SPEC_ROLLOUT_ISA
-}  // namespace spec_rollout::cpu
+}  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

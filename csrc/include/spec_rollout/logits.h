@@ -1,5 +1,5 @@
-// Arithmetic on rows of logits that both back ends share: temperature, filter weights, and the bound that lets an argmax
-// under Gumbel noise skip almost all of the noise.
+// Arithmetic on rows of logits that both back ends share: temperature, filter weights, and the
+// bound that lets an argmax under Gumbel noise skip almost all of the noise.
 #pragma once
 
 #include "spec_rollout/ops.h"
@@ -52,16 +52,16 @@ SR_HD RowSampling row_sampling(const SamplingArgs& args, int64_t row, int64_t vo
   return sampling;
 }
 
-// The best candidate of an argmax so far; of equal scores the lowest id wins, so the result does not depend on the order
-// of candidates.
+// The best candidate of an argmax so far; of equal scores the lowest id wins, so the result does
+// not depend on the order of candidates.
 struct Best {
   float score = -INFINITY;
   int32_t id = -1;
 };
 
 SR_HD bool better(float score, int32_t id, const Best& best) {
-  return score > best.score || (score == best.score && static_cast<uint32_t>(id) <
-                                                           static_cast<uint32_t>(best.id));
+  return score > best.score ||
+         (score == best.score && static_cast<uint32_t>(id) < static_cast<uint32_t>(best.id));
 }
 SR_HD void consider(float score, int32_t id, Best& best) {
   if (better(score, id, best)) {
@@ -73,17 +73,18 @@ SR_HD void consider(float score, int32_t id, Best& best) {
 // No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
 constexpr float kMaxGumbel = 22.9f;
 
-// An upper bound of gumbel_from_bits(bits), within 0.07 of it where noise is large, without a logarithm. With v the
-// uniform of the bits, -ln(-ln(1 - v)) <= -ln v; and the bits of a float read as a number are a piecewise linear
-// log2 that is never above the true one. 1e-4 covers all roundings. Because float addition is monotonic,
-// x + gumbel_bound(bits) < best means x + gumbel_from_bits(bits) < best.
+// An upper bound of gumbel_from_bits(bits), within 0.07 of it where noise is large, without a
+// logarithm. With v the uniform of the bits, -ln(-ln(1 - v)) <= -ln v; and the bits of a float read
+// as a number are a piecewise linear log2 that is never above the true one. 1e-4 covers all
+// roundings. Because float addition is monotonic, x + gumbel_bound(bits) < best means x +
+// gumbel_from_bits(bits) < best.
 SR_HD float gumbel_bound(uint32_t bits) {
   const int32_t log2_v = static_cast<int32_t>(float_bits(uniform_from_bits(bits)));
   return exact_fma(static_cast<float>(log2_v), -0x1.62e43p-24f, 88.02969193f + 1e-4f);
 }
 
-// e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86. Polynomial of Cephes' expf
-// (S. Moshier).
+// e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86.
+// Polynomial of Cephes' expf (S. Moshier).
 SR_HD float exact_exp(float x) {
   if (!(x >= -86.0f)) return 0.0f;
   const float shifted = exact_fma(x, 1.44269504f, 12582912.0f);  // 1.5 * 2^23: rounds to an integer
@@ -101,17 +102,21 @@ SR_HD float exact_exp(float x) {
   return float_from_bits(float_bits(p) + (float_bits(shifted) << 23));
 }
 
-// Weight of a token in the top-p sum: e^(x - max) in fixed point. Sums of integers do not depend on their order, so the
-// kept set is the same on every back end. Vocabularies below 2^23 cannot overflow.
+// Weight of a token in the top-p sum: e^(x - max) in fixed point. Sums of integers do not depend on
+// their order, so the kept set is the same on every back end. Vocabularies below 2^23 cannot
+// overflow.
 constexpr int64_t kMaxFilterVocab = int64_t{1} << 23;
 constexpr float kFilterRange = 28.0f;  // 2^-40 = e^-27.7: weights further below the maximum are 0
-SR_HD uint64_t top_p_weight(float x, float max) {
-  const float scaled = exact_mul(exact_exp(exact_sub(x, max)), 0x1p40f);
+SR_HD uint64_t fixed_point_weight(float exp_of_difference) {
+  const float scaled = exact_mul(exp_of_difference, 0x1p40f);
 #if defined(__CUDA_ARCH__)
   return __float2ull_rz(scaled);
 #else
   return static_cast<uint64_t>(static_cast<int64_t>(scaled));
 #endif
+}
+SR_HD uint64_t top_p_weight(float x, float max) {
+  return fixed_point_weight(exact_exp(exact_sub(x, max)));
 }
 
 // What the kept tokens' weights must reach, out of `total`.

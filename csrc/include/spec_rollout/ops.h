@@ -14,7 +14,8 @@ enum StatusBit : int32_t {
   kStatusBadTokenId = 2,    // token id outside the vocabulary
   kStatusBadLogits = 4,     // NaN or +inf logit, or a row without any finite logit
   kStatusNanLogprob = 8,    // NaN among the given log-probabilities
-  kStatusBadCacheSlot = 16  // row, position or block outside a KV cache
+  kStatusBadCacheSlot = 16,  // row, position or block outside a KV cache
+  kStatusBadSampling = 32    // temperature, top_k or top_p outside its range
 };
 
 // Lengths of the accepted prefixes from log-probabilities. Row r has lens[r] tokens from r * row_stride (padded), or
