@@ -95,7 +95,7 @@ class RolloutConfig:
         num_samples: Responses per prompt (the group).
         temperature, top_k, top_p, max_tokens: See `SamplingParams`.
         stop_tokens: Token strings that end a response; None takes the model's end-of-sequence tokens.
-        num_slots: Rows the engine decodes at once.
+        num_slots, max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`.
         reuse: False turns drafts off (the rule still decides which noise is used).
         rule: Acceptance rule (`spec_rollout.acceptance`).
         log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
@@ -115,6 +115,9 @@ class RolloutConfig:
     max_tokens: int = 256
     stop_tokens: tuple[str, ...] | None = None
     num_slots: int = 64
+    max_verify_tokens: int = 2048
+    verify_chunk: int = 32
+    batch_invariant: bool | None = None
     reuse: bool = True
     rule: Literal["lenient", "coupled", "one_hot", "random_reuse", "random_cut", "none"] = "coupled"
     log_lenience: float | None = None
@@ -129,7 +132,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            1, "rollout", self, "num_samples", "num_slots", "refresh_epochs", "cache_max_bytes"
+            1,
+            "rollout",
+            self,
+            *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
+            *("refresh_epochs", "cache_max_bytes"),
         )
         _require(
             self.temperature > 0,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from spec_rollout.engines.transformers import TransformersEngine
 
 from spec_rollout.cache import RolloutCache
+from spec_rollout.engines import TransformersEngine
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.config import ConfigError, RunConfig
@@ -91,7 +91,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             path, key = config.model.reference, "model.reference"
         device = next(policy.model.parameters()).device
         reference = load_model(path, config.model, device, key).requires_grad_(False)
-    engine = TransformersEngine(policy.model, num_slots=config.rollout.num_slots)
+    engine = _engine(config, policy)
     session = RolloutSession(
         engine,
         config.rollout.schedule(),
@@ -144,6 +144,21 @@ def _load_cache(config: RunConfig, *, fresh: bool) -> RolloutCache:
         except ValueError as error:
             raise ConfigError(f"rollout.cache_path: {error}") from error
     return cache
+
+
+def _engine(config: RunConfig, policy: Policy) -> TransformersEngine:
+    """Shares the policy's model: no second copy of the weights, nothing to move after an update."""
+    rollout = config.rollout
+    try:
+        return TransformersEngine(
+            policy.model,
+            num_slots=rollout.num_slots,
+            max_verify_tokens=rollout.max_verify_tokens,
+            verify_chunk=rollout.verify_chunk,
+            batch_invariant=rollout.batch_invariant,
+        )
+    except ValueError as error:
+        raise ConfigError(f"rollout.engine: {error}") from error
 
 
 def _load_data(

@@ -1,0 +1,494 @@
+"""Whole runs with the real engine and cache: learning, files, errors before writing, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
+from spec_rollout.train.config import ConfigError
+from spec_rollout.train.config_io import dump_config, load_config
+from spec_rollout.train.data import DataError
+from spec_rollout.train.interrupt import RunInterrupted
+from spec_rollout.train.rewards import RewardError
+from spec_rollout.train.trainer import resume, run
+from spec_rollout.types import RolloutStats
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def read_rows(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
+
+
+def final_weights(run_dir):
+    return load_file(
+        list_checkpoints(Path(run_dir) / "checkpoints")[-1] / "model" / "model.safetensors"
+    )
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_learns_and_writes_everything(make_config):
+    config = make_config(train={"epochs": 8, "lr": 1e-2}, eval={"every_steps": 5})
+    seen = []
+    summary = run(config, on_step=seen.append)
+    run_dir = Path(config.log.run_dir)
+    rows = read_rows(run_dir)
+    assert rows == seen
+    assert [row["step"] for row in rows] == list(range(17))  # 6 prompts, 3 per step, 8 epochs
+    assert [row["epoch"] for row in rows[1:]] == [s // 2 for s in range(16)]
+    assert [row["step"] for row in rows if "accuracy_train" in row] == [0, 5, 10, 15, 16]
+    # A random model picks digits at about the rate of its vocabulary; the reward is their share.
+    assert summary.eval_reward_after["train"] > summary.eval_reward_before["train"] + 0.15
+    assert rows[-1]["reward"] > rows[1]["reward"] + 0.15
+    for row in rows[1:]:
+        assert RolloutStats.__dataclass_fields__.keys() <= row.keys()
+        assert row["logprob_gap"] < 1e-5  # the engine's own log-probs are the trainer's
+        assert row["approx_kl"] < 1e-8
+        assert row["clip_fraction"] == 0.0  # one update per step is on-policy
+        assert row["num_response_tokens"] == row["num_generated_tokens"] + row["num_reused_tokens"]
+        assert row["num_tokens"] == row["num_response_tokens"]
+        assert row["grad_norm"] > 0
+        assert 0 < row["entropy"] < 4
+        assert row["step_seconds"] >= row["rollout_seconds"] + row["train_seconds"]
+    assert [row["num_drafts"] for row in rows[1:]] == [0] * 2 + [12] * 14
+    assert [row["num_cache_misses"] for row in rows[1:]] == [12] * 2 + [0] * 14
+    assert summary.totals.reused_fraction > 0.05
+    assert summary.after_first_epoch.steps == 14
+    assert summary.after_first_epoch.reused_fraction > summary.totals.reused_fraction
+
+    saved = json.loads((run_dir / "summary.json").read_text())
+    assert saved == json.loads(json.dumps(summary.to_dict()))
+    assert saved["generated_tokens"] == sum(row["num_generated_tokens"] for row in rows[1:])
+    assert saved["accuracy_after"].keys() == {"train"}
+    assert saved["seed"] == 7
+    assert load_config(run_dir / "config.toml") == config
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [s for s in range(1, 17) for _ in range(2)]
+    assert all(len(s["tokens"]) == len(s["logprobs"]) >= s["accepted_tokens"] for s in samples)
+    assert any(s["accepted_tokens"] > 0 for s in samples)
+    (checkpoint,) = list_checkpoints(run_dir / "checkpoints")
+    assert checkpoint.name == "step-00000016"
+
+
+def test_the_checkpoint_holds_the_trained_model(make_config, model_dir):
+    config = make_config()
+    run(config)
+    start, end = load_file(model_dir / "model.safetensors"), final_weights(config.log.run_dir)
+    assert start.keys() == end.keys()
+    assert all(not torch.equal(start[name], end[name]) for name in start)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = list_checkpoints(Path(config.log.run_dir) / "checkpoints")[-1] / "model"
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+
+
+def test_same_seed_same_run(make_config, tmp_path):
+    rows = []
+    for index, seed in enumerate((7, 7, 8)):
+        config = make_config(
+            rollout={"rule": "lenient"},
+            train={"seed": seed},
+            log={"run_dir": str(tmp_path / f"r{index}")},
+        )
+        run(config)
+        rows.append(without_seconds(read_rows(config.log.run_dir)))
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]
+
+
+def test_coupled_reuse_changes_nothing_but_the_work(make_config, tmp_path):
+    runs = {}
+    for reuse in (True, False):
+        config = make_config(
+            rollout={"rule": "coupled", "reuse": reuse},
+            log={"run_dir": str(tmp_path / f"reuse{reuse}")},
+        )
+        run(config)
+        runs[reuse] = read_rows(config.log.run_dir), final_weights(config.log.run_dir)
+    assert_same_weights(runs[True][1], runs[False][1])
+    for on, off in zip(runs[True][0], runs[False][0], strict=True):
+        for key in ("reward", "response_len", "entropy", "grad_norm", "accuracy_train"):
+            assert on.get(key) == off.get(key), (on["step"], key)
+    assert sum(row.get("num_reused_tokens", 0) for row in runs[True][0]) > 0
+    assert sum(row.get("num_reused_tokens", 0) for row in runs[False][0]) == 0
+
+
+@pytest.mark.parametrize("rule", ["lenient", "one_hot", "random_reuse", "random_cut", "none"])
+def test_every_rule_trains(make_config, rule):
+    config = make_config(rollout={"rule": rule}, train={"epochs": 2})
+    summary = run(config)
+    reused = summary.totals.reused_fraction
+    assert (reused == 0) == (rule == "none")
+    assert all(row["logprob_gap"] < 1e-5 for row in read_rows(config.log.run_dir)[1:])
+
+
+def test_options_of_the_update_together(make_config, write_rows):
+    heldout = write_rows([{"prompt": "2 2 =?\n", "answer": "4"}], "heldout.jsonl")
+    config = make_config(
+        rollout={"rule": "lenient", "top_p": 0.9, "top_k": 40},
+        train={
+            "minibatches": 3,
+            "kl_coef": 0.1,
+            "loss_aggregation": "seq_mean",
+            "recompute_logprobs": True,
+            "warmup_steps": 4,
+            "weight_decay": 0.01,
+            "micro_batch_tokens": 40,
+        },
+        eval={"path": str(heldout), "temperature": 0.0},
+    )
+    summary = run(config)
+    rows = read_rows(config.log.run_dir)
+    assert [row["lr"] for row in rows[1:]] == pytest.approx(
+        [3e-3 * min(1, s / 4) for s in range(1, 7)]
+    )
+    # The first minibatch of the first step is at the reference; from then on the policy moves away.
+    assert 0 < rows[1]["kl"] < rows[-1]["kl"]
+    assert all(row["approx_kl"] > 0 for row in rows[1:])
+    assert summary.accuracy_after.keys() == {"train", "heldout"}
+
+
+def test_max_steps_and_partial_batches(make_config):
+    config = make_config(train={"prompts_per_step": 4, "epochs": 5, "max_steps": 3})
+    run(config)
+    rows = read_rows(config.log.run_dir)
+    assert [row.get("num_rollouts") for row in rows] == [None, 16, 8, 16]
+    assert [row["epoch"] for row in rows[1:]] == [0, 0, 1]
+
+
+def test_no_evaluation_no_row_zero(make_config):
+    config = make_config(eval={"num_train_prompts": 0}, train={"max_steps": 1})
+    summary = run(config)
+    assert [row["step"] for row in read_rows(config.log.run_dir)] == [1]
+    assert summary.accuracy_before == summary.accuracy_after == {}
+
+
+def skip_most(prompt, response, answer):
+    return None if len(response) % 2 else float(len(response))
+
+
+def skip_all(prompt, response, answer):
+    return None
+
+
+@pytest.mark.parametrize("name", ["skip_most", "skip_all"])
+def test_skipped_rewards(make_config, name):
+    config = make_config(reward={"functions": [f"{__name__}:{name}"]}, train={"max_steps": 2})
+    run(config)
+    for row in read_rows(config.log.run_dir)[1:]:
+        assert row["num_skipped_rewards"] > 0
+        if name == "skip_all":
+            assert (row["num_tokens"], row["grad_norm"]) == (0, 0.0)
+        else:
+            assert 0 < row["num_tokens"] < row["num_response_tokens"]
+
+
+# ---- interruption ---------------------------------------------------------------------------------------------
+
+
+class SignalAtForward:
+    """Sends a signal to this process just before the n-th forward pass of a language model."""
+
+    def __init__(self, n: int, signum: int) -> None:
+        self.n, self.signum, self.count = n, signum, 0
+
+    def __enter__(self):
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._hook)
+        return self
+
+    def __exit__(self, *_):
+        self._handle.remove()
+
+    def _hook(self, module, _args):
+        if type(module).__name__ == "Qwen3ForCausalLM":
+            self.count += 1
+            if self.count == self.n:
+                os.kill(os.getpid(), self.signum)
+
+
+def interruption_config(make_config, run_dir, checkpoint=None, **train):
+    return make_config(
+        rollout={"rule": "lenient", "log_lenience": 0.5},
+        train={"minibatches": 2, **train},
+        eval={"every_steps": 3},
+        checkpoint=checkpoint or {},
+        log={"run_dir": str(run_dir)},
+    )
+
+
+@pytest.fixture
+def uninterrupted(make_config, tmp_path):
+    config = interruption_config(make_config, tmp_path / "whole")
+    with SignalAtForward(10**9, signal.SIGINT) as counter:
+        run(config)
+    return read_rows(config.log.run_dir), final_weights(config.log.run_dir), counter.count
+
+
+def test_resumed_runs_equal_the_uninterrupted_one(make_config, tmp_path, uninterrupted, capsys):
+    rows, weights, num_forwards = uninterrupted
+    # From the first evaluation to the last: every kind of place a signal may find the run in.
+    places = [1, 5] + [
+        round(num_forwards * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+    ]
+    kinds = set()
+    for index, place in enumerate(places):
+        config = interruption_config(make_config, tmp_path / f"interrupted{index}")
+        signum = (signal.SIGINT, signal.SIGTERM)[index % 2]
+        with SignalAtForward(place, signum), pytest.raises(RunInterrupted) as caught:
+            run(config)
+        assert caught.value.code == 128 + signum
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"interrupted by {signum.name} after step" in err
+        assert f"spec-rollout train --resume {config.log.run_dir}" in err
+        readable = read_rows(config.log.run_dir)  # every line is whole
+        assert without_seconds(readable)[:-1] == without_seconds(rows)[: max(0, len(readable) - 1)]
+        assert not (Path(config.log.run_dir) / "summary.json").exists()
+        (checkpoint,) = list_checkpoints(Path(config.log.run_dir) / "checkpoints")
+        kinds.add((checkpoint.name.endswith("unevaluated"), len(readable) > 0))
+        resume(config.log.run_dir)
+        assert without_seconds(read_rows(config.log.run_dir)) == without_seconds(rows), place
+        assert_same_weights(final_weights(config.log.run_dir), weights)
+        assert (Path(config.log.run_dir) / "summary.json").exists()
+    assert {unevaluated for unevaluated, _ in kinds} == {True, False}
+
+
+def test_interrupted_twice(make_config, tmp_path, uninterrupted):
+    rows, weights, _ = uninterrupted
+    config = interruption_config(make_config, tmp_path / "twice")
+    with SignalAtForward(60, signal.SIGINT), pytest.raises(RunInterrupted):
+        run(config)
+    with SignalAtForward(70, signal.SIGTERM), pytest.raises(RunInterrupted):
+        resume(config.log.run_dir)
+    resume(config.log.run_dir)
+    assert without_seconds(read_rows(config.log.run_dir)) == without_seconds(rows)
+    assert_same_weights(final_weights(config.log.run_dir), weights)
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint(make_config, tmp_path, uninterrupted):
+    rows, weights, _ = uninterrupted
+    checkpoints = {"every_steps": 2, "keep_last": 1}
+    config = interruption_config(make_config, tmp_path / "crashed", checkpoint=checkpoints)
+
+    def crash(row):
+        if row["step"] == 5:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(config, on_step=crash)
+    run_dir = Path(config.log.run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # as a killed process leaves it
+    assert [p.name for p in list_checkpoints(run_dir / "checkpoints")] == ["step-00000004"]
+    resume(run_dir)
+    assert without_seconds(read_rows(run_dir)) == without_seconds(rows)
+    assert_same_weights(final_weights(run_dir), weights)
+
+
+def test_resuming_with_more_steps(make_config, tmp_path):
+    config = interruption_config(make_config, tmp_path / "short", epochs=None, max_steps=3)
+    run(config)
+    longer = resume(config.log.run_dir, ["train.max_steps=5"])
+    assert longer.totals.steps == 5
+    assert load_config(Path(config.log.run_dir) / "config.toml").train.max_steps == 5
+    whole = interruption_config(make_config, tmp_path / "long", epochs=None, max_steps=5)
+    run(whole)
+    assert_same_weights(final_weights(config.log.run_dir), final_weights(whole.log.run_dir))
+
+
+def test_resuming_a_finished_run_changes_nothing(make_config, tmp_path):
+    config = interruption_config(make_config, tmp_path / "done")
+    first = run(config)
+    again = resume(config.log.run_dir)
+    assert again.totals == first.totals
+    assert again.accuracy_after == first.accuracy_after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside(make_config, tmp_path, signum):
+    config = make_config(train={"epochs": 10_000}, log={"run_dir": str(tmp_path / "outside")})
+    (tmp_path / "c.toml").write_text(dump_config(config))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from spec_rollout.train.config_io import load_config\n"
+        "from spec_rollout.train.trainer import run\n"
+        "run(load_config(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "c.toml"), str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.log.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "continue with: spec-rollout train --resume" in err
+    assert "Traceback" not in err
+    (checkpoint,) = list_checkpoints(Path(config.log.run_dir) / "checkpoints")
+    done = int(checkpoint.name[5:13])
+    assert [row["step"] for row in read_rows(config.log.run_dir)] == list(range(done + 1))
+    summary = resume(config.log.run_dir, ["train.epochs=none", f"train.max_steps={done + 1}"])
+    assert summary.totals.steps == done + 1
+
+
+# ---- bad input: one error, nothing written --------------------------------------------------------------------
+
+
+def truncated_cache(tmp_path):
+    from spec_rollout.cache import RolloutCache
+
+    path = tmp_path / "cache.bin"
+    RolloutCache().save(path)
+    path.write_bytes(path.read_bytes()[:-3])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        (
+            {"model": {"path": "absent"}},
+            ConfigError,
+            r"model\.path: expected a folder .* at 'absent'",
+        ),
+        (
+            {"model": {"reference": "absent"}, "train": {"kl_coef": 1.0}},
+            ConfigError,
+            r"model\.reference: ",
+        ),
+        ({"model": {"device": "cuda:77"}}, ConfigError, r"model\.device: expected a device"),
+        ({"model": {"attention": "flex"}}, ConfigError, r"model\.path: .*flex"),
+        (
+            {"data": {"path": "absent.jsonl"}},
+            DataError,
+            r"data: .*found nothing at 'absent\.jsonl'",
+        ),
+        (
+            {"data": {"answer_column": "gold"}},
+            DataError,
+            r"train\.jsonl:1: expected a column 'gold'",
+        ),
+        (
+            {"data": {"max_prompt_tokens": 3}},
+            DataError,
+            r"train\.jsonl:1: prompt: expected at most 3",
+        ),
+        ({"eval": {"path": "absent.jsonl"}}, DataError, r"found nothing at 'absent\.jsonl'"),
+        (
+            {"rollout": {"max_tokens": 125}},
+            DataError,
+            r"train\.jsonl:1: .*the model's 128 tokens.*= 125",
+        ),
+        ({"rollout": {"stop_tokens": ["<end>"]}}, ConfigError, r"rollout\.stop_tokens: .*'<end>'"),
+        (
+            {"rollout": {"cache_path": "absent.bin"}},
+            ConfigError,
+            r"rollout\.cache_path: .*found nothing",
+        ),
+        ({"reward": {"functions": ["absent:f"]}}, ConfigError, r"reward\.functions: cannot load"),
+    ],
+)
+def test_nothing_is_written_for_bad_input(make_config, sections, error, message):
+    config = make_config(**sections)
+    with pytest.raises(error, match=message):
+        run(config)
+    assert not Path(config.log.run_dir).exists()
+
+
+def test_a_damaged_cache_file_is_refused_and_kept(make_config, tmp_path):
+    path = truncated_cache(tmp_path)
+    before = path.read_bytes()
+    config = make_config(rollout={"cache_path": str(path)})
+    with pytest.raises(ConfigError, match=r"rollout\.cache_path: .*cache\.bin: .*byte"):
+        run(config)
+    assert not Path(config.log.run_dir).exists()
+    assert path.read_bytes() == before
+
+
+def test_a_run_dir_in_use_is_refused(make_config):
+    config = make_config(train={"max_steps": 1})
+    run(config)
+    before = (Path(config.log.run_dir) / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"log\.run_dir: expected a new or empty folder .*--resume"
+    ):
+        run(config)
+    assert (Path(config.log.run_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"resume: expected a run with a checkpoint .* no such folder"
+    ):
+        resume(tmp_path / "absent")
+    with pytest.raises(
+        CheckpointError, match=r"resume: expected a run with a checkpoint .* got none"
+    ):
+        resume(tmp_path)
+
+
+def test_other_data_is_not_resumed(make_config, write_rows):
+    config = make_config(train={"max_steps": 1})
+    run(config)
+    other = write_rows([{"prompt": "9 9", "answer": "18"}], "other.jsonl")
+    before = sorted((p, p.stat().st_mtime_ns) for p in Path(config.log.run_dir).rglob("*"))
+    with pytest.raises(
+        CheckpointError, match=r"data\.path: expected the prompts that the checkpoint"
+    ):
+        resume(config.log.run_dir, [f"data.path={other}", "train.max_steps=2"])
+    assert sorted((p, p.stat().st_mtime_ns) for p in Path(config.log.run_dir).rglob("*")) == before
+
+
+def broken_reward(prompt, response, answer):
+    raise RuntimeError("no verifier")
+
+
+def test_a_reward_that_raises_is_named(make_config):
+    config = make_config(reward={"functions": [f"{__name__}:broken_reward"]})
+    with pytest.raises(
+        RewardError, match=r"broken_reward: raised RuntimeError: no verifier .*train\.jsonl:1"
+    ):
+        run(config)
+
+
+def test_a_saved_cache_gives_drafts_from_the_first_step(make_config, tmp_path):
+    first = make_config(rollout={"rule": "lenient"}, train={"epochs": 1})
+    run(first)
+    cache = list_checkpoints(Path(first.log.run_dir) / "checkpoints")[-1] / "cache.bin"
+    second = make_config(
+        rollout={"rule": "lenient", "cache_path": str(cache)},
+        train={"epochs": 1},
+        log={"run_dir": str(tmp_path / "second")},
+    )
+    run(second)
+    assert [row.get("num_drafts") for row in read_rows(second.log.run_dir)] == [None, 12, 12]
