@@ -73,7 +73,7 @@ SR_HD void consider(float score, int32_t id, Best& best) {
 // No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
 constexpr float kMaxGumbel = 22.9f;
 
-// An upper bound of gumbel_from_bits(bits), within 0.07 of it where noise is large, without a
+// An upper bound of gumbel_from_bits(bits), within 0.11 of it where noise is large, without a
 // logarithm. With v the uniform of the bits, -ln(-ln(1 - v)) <= -ln v; and the bits of a float read
 // as a number are a piecewise linear log2 that is never above the true one. 1e-4 covers all
 // roundings. Because float addition is monotonic, x + gumbel_bound(bits) < best means x +

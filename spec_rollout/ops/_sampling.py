@@ -1,0 +1,36 @@
+"""Sampling parameters of the ops over logits: one number for all rows, or one value per row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def split_temperature(
+    value: float | torch.Tensor,
+) -> tuple[torch.Tensor | None, float]:
+    """(per-row tensor or None, number for all rows)."""
+    if isinstance(value, torch.Tensor):
+        return value, 1.0
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"temperature: expected 0 <= value < inf, got {value}")
+    return None, float(value)
+
+
+def split_top_k(value: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """(per-row tensor or None, number for all rows)."""
+    if isinstance(value, torch.Tensor):
+        return value, 0
+    if value < 0:
+        raise ValueError(f"top_k: expected 0 (off) or more, got {value}")
+    return None, int(value)
+
+
+def split_top_p(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(per-row tensor or None, number for all rows)."""
+    if isinstance(value, torch.Tensor):
+        return value, 1.0
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"top_p: expected 0 < value <= 1, got {value}")
+    return None, float(value)

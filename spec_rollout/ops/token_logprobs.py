@@ -1,0 +1,60 @@
+"""Log-probabilities of given tokens, straight from the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._registry import register_op
+from spec_rollout.ops._sampling import split_temperature
+from spec_rollout.ops._status import after_launch, status_word
+
+
+def token_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """Log-probability of one token per row: log_softmax(logits / temperature)[row, token_ids[row]].
+
+    Each row of logits is read once, in its own dtype; sums are float32 or better and nothing the size of the logits is
+    allocated.
+
+    Args:
+        logits: [num_tokens, vocab]; float32, float16 or bfloat16; the last dimension contiguous, rows any stride apart.
+            -inf is a token that cannot be drawn.
+        token_ids: [num_tokens], int32 or int64, in [0, vocab).
+        temperature: Positive, or 0 (greedy decoding, whose log-probs are those of temperature 1). A number, or a tensor
+            [num_tokens], float32.
+
+    Returns:
+        Natural log, -inf for a token that cannot be drawn. [num_tokens], float32.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, and, on CPU (on
+            CUDA: by `check_status`), ids outside the vocabulary, NaN or +inf logits, rows without a finite logit.
+    """
+    return _token_logprobs(logits, token_ids, *split_temperature(temperature))
+
+
+def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
+    return logits.new_empty(token_ids.shape, dtype=torch.float32)
+
+
+@register_op(
+    "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> Tensor",
+    fake=_token_logprobs_fake,
+)
+def _token_logprobs(logits, token_ids, temperatures, temperature):
+    logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
+    with device_guard(logits):
+        _C.token_logprobs(
+            logits,
+            token_ids,
+            temperatures,
+            temperature,
+            logprobs,
+            status_word(logits),
+            stream_of(logits),
+            num_threads(),
+        )
+    after_launch(logits)
+    return logprobs

@@ -1,0 +1,178 @@
+"""Verification of drafts against the target's logits, and the token after each accepted prefix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._registry import register_op
+from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
+from spec_rollout.ops._status import after_launch, status_word
+
+
+class VerifyResult(NamedTuple):
+    """What `verify_prefix` returns.
+
+    Attributes:
+        accepted_lens: Draft tokens accepted in each row. [batch], int32.
+        next_token_ids: The token after the accepted prefix: drawn in place of the first rejected token, or from the
+            bonus logits after a draft that was accepted whole; -1 where there are none. [batch], int32.
+        logprobs: Per logits row, natural log, sampling distribution: of the draft token where it was accepted, of the
+            next token at the row after; NaN where nothing was decided. [num_logits_rows], float32.
+    """
+
+    accepted_lens: torch.Tensor
+    next_token_ids: torch.Tensor
+    logprobs: torch.Tensor
+
+
+def verify_prefix(
+    logits: torch.Tensor,
+    draft_ids: torch.Tensor,
+    cu_draft_lens: torch.Tensor,
+    *,
+    rule: AcceptanceRule,
+    keys: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    draft_logprobs: torch.Tensor | None = None,
+    cu_logits_lens: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    top_k: int | torch.Tensor = 0,
+    top_p: float | torch.Tensor = 1.0,
+) -> VerifyResult:
+    """Tests drafts token by token and draws the token after each accepted prefix.
+
+    With p the sampling distribution of a logits row (see `sample_tokens`), y the drafted token, u and g the noise of
+    (key, position), a draft token is accepted
+
+    - under `Lenient` iff ln u <= scale * (log_lenience + ln p_y - ln q_y), q_y from `draft_logprobs` (SPEC-RL, arXiv
+      2509.23232, eq. 4); after a rejection the token is drawn from p;
+    - under `Coupled` iff y = argmax_v(logits_v / temperature + g_v), `log_lenience` added for v = y; after a rejection
+      the token is that argmax. At log_lenience 0 the result is what `sample_tokens` gives, whatever the draft;
+    - under `OneHot` iff ln u <= ln p_y; after a rejection the token is drawn from p without y (Leviathan et al., 2023).
+
+    A decision depends on the key and the response position alone: a draft verified in chunks (with `positions` moved
+    on) gives the same tokens. The logits are read once and stay in their dtype; on CPU, rows after a draft's first
+    rejection are not read.
+
+    Args:
+        logits: One row per draft token, predicting it, and optionally one more (the bonus row) per draft.
+            [num_logits_rows, vocab]; float32, float16 or bfloat16; the last dimension contiguous.
+        draft_ids: Packed draft tokens. [num_draft_tokens], int32 or int64, in [0, vocab).
+        cu_draft_lens: Draft r is tokens cu[r]:cu[r + 1]. [batch + 1], int32 or int64, from 0, non-decreasing.
+        rule: The acceptance rule. Baselines keep all of the draft: cut it first with `rule.cut_lens`.
+        keys: Noise keys (`spec_rollout.keys.noise_keys`). [batch], int64.
+        positions: Response position of each draft's first token, 0-based; None for 0. [batch], int32 or int64.
+        draft_logprobs: Natural log, of the drafted tokens under the policy that drew them. [num_draft_tokens], float32.
+            Needed by `Lenient` with a finite log_lenience; not read by other rules.
+        cu_logits_lens: Row r's logits are rows cu[r]:cu[r + 1], as many as its draft tokens or one more. None: one more
+            everywhere. [batch + 1], int32 or int64.
+        temperature: Positive; or 0, greedy: a draft token is accepted iff it is the argmax of the logits, under every
+            rule (log_lenience = inf still accepts all, -inf nothing). A number, or [batch] float32.
+        top_k: 0 is off. A number, or [batch] int32 or int64.
+        top_p: In (0, 1]; 1 is off. A number, or [batch] float32. Vocabularies up to 2**23 if used.
+
+    Returns:
+        accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows] float32.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, parameters out
+            of range, and, on CPU (on CUDA: by `check_status`), offsets, ids outside the vocabulary, NaN or +inf logits
+            and rows without a finite logit (in rows that are read), NaN log-probs.
+    """
+    if rule.needs_draft_logprobs and draft_logprobs is None:
+        raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
+    kind, log_lenience, scale, min_target_prob = rule.kernel_params
+    return VerifyResult(
+        *_verify_prefix(
+            logits,
+            draft_ids,
+            cu_draft_lens,
+            draft_logprobs if rule.needs_draft_logprobs else None,
+            cu_logits_lens,
+            keys,
+            positions,
+            *split_temperature(temperature),
+            *split_top_k(top_k),
+            *split_top_p(top_p),
+            kind,
+            log_lenience,
+            scale,
+            min_target_prob,
+        )
+    )
+
+
+def _verify_prefix_fake(
+    logits, draft_ids, cu_draft_lens, draft_logprobs, cu_logits_lens, keys, *args
+):
+    return (
+        logits.new_empty(keys.shape, dtype=torch.int32),
+        logits.new_empty(keys.shape, dtype=torch.int32),
+        logits.new_empty(logits.shape[:1], dtype=torch.float32),
+    )
+
+
+@register_op(
+    "verify_prefix(Tensor logits, Tensor draft_ids, Tensor cu_draft_lens, Tensor? draft_logprobs, "
+    "Tensor? cu_logits_lens, Tensor keys, Tensor? positions, Tensor? temperatures, float temperature, "
+    "Tensor? top_ks, int top_k, Tensor? top_ps, float top_p, int rule_kind, float log_lenience, float scale, "
+    "float min_target_prob) -> (Tensor, Tensor, Tensor)",
+    fake=_verify_prefix_fake,
+)
+def _verify_prefix(
+    logits,
+    draft_ids,
+    cu_draft_lens,
+    draft_logprobs,
+    cu_logits_lens,
+    keys,
+    positions,
+    temperatures,
+    temperature,
+    top_ks,
+    top_k,
+    top_ps,
+    top_p,
+    rule_kind,
+    log_lenience,
+    scale,
+    min_target_prob,
+):
+    device = logits.device
+    accepted_lens = torch.empty(keys.shape, dtype=torch.int32, device=device)
+    next_token_ids = torch.empty(keys.shape, dtype=torch.int32, device=device)
+    logprobs = torch.empty(logits.shape[:1], dtype=torch.float32, device=device)
+    workspace = None
+    if logits.is_cuda:
+        num_bytes = _C.verify_prefix_workspace_bytes(*logits.shape, keys.numel())
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    with device_guard(logits):
+        _C.verify_prefix(
+            logits,
+            draft_ids,
+            cu_draft_lens,
+            draft_logprobs,
+            cu_logits_lens,
+            keys,
+            positions,
+            temperatures,
+            temperature,
+            top_ks,
+            top_k,
+            top_ps,
+            top_p,
+            (rule_kind, log_lenience, scale, min_target_prob),
+            accepted_lens,
+            next_token_ids,
+            logprobs,
+            workspace,
+            status_word(logits),
+            stream_of(logits),
+            num_threads(),
+        )
+    after_launch(logits)
+    return accepted_lens, next_token_ids, logprobs
