@@ -328,8 +328,9 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
          SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
-// -> (longest_prompt, longest_response, longest_row, num_tokens); writes cu_lens [batch + 1]. CPU only.
-py::tuple assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
+// -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written; on CUDA, where the
+// values are out of reach, None after the checks of shapes and dtypes.
+py::object assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
                          py::handle accepted_lens, py::handle cu_continuation_lens,
                          int64_t num_prompt_tokens, int64_t num_prefix_tokens,
                          int64_t num_continuation_tokens, int64_t max_prompt_len,
@@ -347,7 +348,7 @@ py::tuple assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
   args.num_continuation_tokens = num_continuation_tokens;
   args.batch = batch.value;
   auto* out = output<int64_t>(reader, cu_lens, "cu_lens", {{batch, 1}}, DType::kInt64);
-  if (!reader.on_cpu()) fail("cu_prompt_lens: expected CPU tensors, got CUDA ones");
+  if (!reader.on_cpu()) return py::none();
   const AssembleSizes sizes = cpu::assemble_sizes(args, max_prompt_len, max_response_len, out);
   return py::make_tuple(sizes.longest_prompt, sizes.longest_response, sizes.longest_row,
                         sizes.num_tokens);

@@ -1,0 +1,332 @@
+"""Prompts, accepted prefixes and continuations to the tensors of an engine or a trainer."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._registry import register_op
+from spec_rollout.ops._status import after_launch, status_word
+
+Layout = Literal["packed", "right", "left", "split"]
+# `Layout` in csrc/include/spec_rollout/ops.h.
+_LAYOUTS = {"packed": 0, "right": 1, "left": 2, "split": 3}
+
+
+class Assembled(NamedTuple):
+    """Sequences of prompt, accepted prefix and continuation.
+
+    Shapes are [num_tokens] for layout "packed", otherwise [batch, width].
+
+    Attributes:
+        input_ids: Token ids; `pad_token_id` on padding. int64.
+        attention_mask: True on tokens, False on padding; None for "packed", which has none. bool.
+        position_ids: Place of each token in its row, from 0; 0 on padding. int64.
+        response_mask: True on response tokens (accepted prefix and continuation). bool.
+        logprobs: Log-probability of each response token, 0 elsewhere; None if none were given. float32.
+        cu_lens: Row r is tokens cu_lens[r]:cu_lens[r + 1]; None unless "packed". [batch + 1], int64.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    response_mask: torch.Tensor
+    logprobs: torch.Tensor | None
+    cu_lens: torch.Tensor | None
+
+
+def assemble(
+    prompt_ids: torch.Tensor,
+    cu_prompt_lens: torch.Tensor,
+    prefix_ids: torch.Tensor,
+    cu_prefix_lens: torch.Tensor,
+    accepted_lens: torch.Tensor,
+    continuation_ids: torch.Tensor | None = None,
+    cu_continuation_lens: torch.Tensor | None = None,
+    *,
+    layout: Layout = "packed",
+    prefix_logprobs: torch.Tensor | None = None,
+    continuation_logprobs: torch.Tensor | None = None,
+    pad_token_id: int = 0,
+    max_prompt_len: int | None = None,
+    max_response_len: int | None = None,
+) -> Assembled:
+    """Joins prompt, accepted prefix and continuation of each row, in the layout that a consumer wants.
+
+    Without continuations the result is what generation resumes from; with them it is what a trainer takes. Row r is
+
+        prompt r, the first accepted_lens[r] tokens of draft r, continuation r
+
+    | layout | shape | |
+    |---|---|---|
+    | "packed" | [num_tokens] | rows end to end, with `cu_lens` |
+    | "right" | [batch, width] | padding after the row |
+    | "left" | [batch, width] | padding before the row |
+    | "split" | [batch, P + R] | prompts end at column P, responses begin there (TRL, verl) |
+
+    P is `max_prompt_len`, or the longest prompt; R is `max_response_len`, or the longest response. "right" and "left" are
+    P + R wide if both limits are given, and as wide as the longest row otherwise. A row beyond a limit is an error in
+    every layout; nothing is cut.
+
+    Args:
+        prompt_ids: Prompts end to end. [num_prompt_tokens], int32 or int64.
+        cu_prompt_lens: Prompt r is prompt_ids[cu[r]:cu[r + 1]]. [batch + 1], int32 or int64, from 0, non-decreasing.
+        prefix_ids: Whole drafts end to end. [num_prefix_tokens], int32 or int64.
+        cu_prefix_lens: Draft r is prefix_ids[cu[r]:cu[r + 1]]. [batch + 1], int32 or int64.
+        accepted_lens: How much of each draft is used. [batch], int32 or int64.
+        continuation_ids: Tokens generated after the accepted prefixes, end to end. [num_continuation_tokens], int32 or
+            int64.
+        cu_continuation_lens: Their offsets; given exactly if `continuation_ids` is. [batch + 1], int32 or int64.
+        layout: See above.
+        prefix_logprobs: Log-probabilities of the drafts' tokens. [num_prefix_tokens], float32.
+        continuation_logprobs: The same for the continuations. [num_continuation_tokens], float32. With continuations,
+            both or neither are given.
+        pad_token_id: Fills the padding of `input_ids`.
+        max_prompt_len: Longest prompt allowed, in tokens.
+        max_response_len: Longest response (accepted prefix and continuation) allowed, in tokens.
+
+    Returns:
+        `Assembled`, newly allocated on the inputs' device.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what was given.
+
+    On CUDA, "packed", and the padded layouts without both limits, read the sizes of the output back from the device,
+    which synchronises. With both limits nothing is read back, and rows that do not fit, or offsets out of range, become
+    padding and are reported by `check_status`.
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    if (continuation_ids is None) != (cu_continuation_lens is None):
+        missing = "continuation_ids" if continuation_ids is None else "cu_continuation_lens"
+        raise ValueError(f"{missing}: expected a tensor with its counterpart given, got None")
+    if prefix_logprobs is None and continuation_logprobs is not None:
+        raise ValueError(
+            "prefix_logprobs: expected a tensor with continuation_logprobs given, got None"
+        )
+    for name, limit in (("max_prompt_len", max_prompt_len), ("max_response_len", max_response_len)):
+        if limit is not None and limit < 0:
+            raise ValueError(f"{name}: expected >= 0, got {limit}")
+    cu_lens: torch.Tensor | None = None
+    prompt_width = -1
+    if layout != "packed" and max_prompt_len is not None and max_response_len is not None:
+        prompt_width, width = max_prompt_len, max_prompt_len + max_response_len
+    else:
+        sizes, cu_lens = _sizes(
+            cu_prompt_lens,
+            cu_prefix_lens,
+            accepted_lens,
+            cu_continuation_lens,
+            prompt_ids.numel(),
+            prefix_ids.numel(),
+            0 if continuation_ids is None else continuation_ids.numel(),
+            -1 if max_prompt_len is None else max_prompt_len,
+            -1 if max_response_len is None else max_response_len,
+        )
+        longest_prompt, longest_response, longest_row, width = sizes
+        if layout == "split":
+            prompt_width = longest_prompt if max_prompt_len is None else max_prompt_len
+            width = prompt_width + (
+                longest_response if max_response_len is None else max_response_len
+            )
+        elif layout != "packed":
+            width = longest_row
+    input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(
+        prompt_ids,
+        cu_prompt_lens,
+        prefix_ids,
+        cu_prefix_lens,
+        accepted_lens,
+        continuation_ids,
+        cu_continuation_lens,
+        prefix_logprobs,
+        continuation_logprobs,
+        cu_lens if layout == "packed" else None,
+        _LAYOUTS[layout],
+        prompt_width,
+        width,
+        pad_token_id,
+    )
+    return Assembled(
+        input_ids,
+        None if layout == "packed" else attention_mask,
+        position_ids,
+        response_mask,
+        None if prefix_logprobs is None else logprobs,
+        cu_lens if layout == "packed" else None,
+    )
+
+
+def _sizes(
+    cu_prompt_lens,
+    cu_prefix_lens,
+    accepted_lens,
+    cu_continuation_lens,
+    num_prompt_tokens: int,
+    num_prefix_tokens: int,
+    num_continuation_tokens: int,
+    max_prompt_len: int,
+    max_response_len: int,
+) -> tuple[tuple[int, int, int, int], torch.Tensor]:
+    """(longest prompt, longest response, longest row, number of tokens) and cu_lens, inputs checked."""
+    cu_lens = cu_prompt_lens.new_empty(cu_prompt_lens.shape, dtype=torch.int64)
+    sizes = _C.assemble_sizes(
+        cu_prompt_lens,
+        cu_prefix_lens,
+        accepted_lens,
+        cu_continuation_lens,
+        num_prompt_tokens,
+        num_prefix_tokens,
+        num_continuation_tokens,
+        max_prompt_len,
+        max_response_len,
+        cu_lens,
+    )
+    if sizes is None:
+        most = num_prompt_tokens + num_prefix_tokens + num_continuation_tokens
+        sizes = _sizes_cuda(
+            cu_prompt_lens,
+            accepted_lens,
+            cu_continuation_lens,
+            most,
+            max_prompt_len,
+            max_response_len,
+            cu_lens,
+        )
+    return sizes, cu_lens
+
+
+def _sizes_cuda(
+    cu_prompt_lens,
+    accepted_lens,
+    cu_continuation_lens,
+    most: int,
+    max_prompt_len: int,
+    max_response_len: int,
+    cu_lens: torch.Tensor,
+) -> tuple[int, int, int, int]:
+    """The same, read back from the device at once; the offsets themselves are left to the kernel to check."""
+    cu_lens.zero_()
+    if accepted_lens.numel() == 0:
+        return 0, 0, 0, 0
+    prompt_lens = cu_prompt_lens.diff().long()
+    response_lens = accepted_lens.long()
+    if cu_continuation_lens is not None:
+        response_lens = response_lens + cu_continuation_lens.diff()
+    lens = prompt_lens + response_lens
+    torch.cumsum(lens, dim=0, out=cu_lens[1:])
+    (prompt, prompt_row), (response, response_row), (row, _), (num_tokens, _) = torch.stack(
+        [
+            *(torch.stack([x.max(), x.argmax()]) for x in (prompt_lens, response_lens, lens)),
+            cu_lens[-1:].expand(2),
+        ]
+    ).tolist()
+    if 0 <= max_prompt_len < prompt:
+        raise ValueError(
+            f"max_prompt_len: expected prompts of at most {max_prompt_len} tokens, "
+            f"got {prompt} in row {prompt_row}"
+        )
+    if 0 <= max_response_len < response:
+        raise ValueError(
+            f"max_response_len: expected responses of at most {max_response_len} tokens, "
+            f"got {response} in row {response_row}"
+        )
+    # Only nonsense in the offsets makes these negative, or larger than all the tokens there are.
+    prompt, response, row, num_tokens = (
+        min(max(size, 0), most) for size in (prompt, response, row, num_tokens)
+    )
+    return prompt, response, row, num_tokens
+
+
+def _outputs(prompt_ids, batch, layout, width, logprobs_given):
+    shape = (width,) if layout == 0 else (batch, width)
+
+    def empty(dtype, wanted=True):
+        return prompt_ids.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        empty(torch.int64),
+        empty(torch.bool, layout != 0),
+        empty(torch.int64),
+        empty(torch.bool),
+        empty(torch.float32, logprobs_given),
+    )
+
+
+def _assemble_fake(
+    prompt_ids,
+    cu_prompt_lens,
+    prefix_ids,
+    cu_prefix_lens,
+    accepted_lens,
+    continuation_ids,
+    cu_continuation_lens,
+    prefix_logprobs,
+    continuation_logprobs,
+    cu_lens,
+    layout,
+    prompt_width,
+    width,
+    pad_token_id,
+):
+    return _outputs(prompt_ids, accepted_lens.shape[0], layout, width, prefix_logprobs is not None)
+
+
+# An op's results are always tensors: what a layout does not have comes back as [0].
+@register_op(
+    "assemble(Tensor prompt_ids, Tensor cu_prompt_lens, Tensor prefix_ids, Tensor cu_prefix_lens, "
+    "Tensor accepted_lens, Tensor? continuation_ids, Tensor? cu_continuation_lens, "
+    "Tensor? prefix_logprobs, Tensor? continuation_logprobs, Tensor? cu_lens, int layout, "
+    "SymInt prompt_width, SymInt width, int pad_token_id) -> "
+    "(Tensor input_ids, Tensor attention_mask, Tensor position_ids, Tensor response_mask, "
+    "Tensor logprobs)",
+    fake=_assemble_fake,
+)
+def _assemble(
+    prompt_ids,
+    cu_prompt_lens,
+    prefix_ids,
+    cu_prefix_lens,
+    accepted_lens,
+    continuation_ids,
+    cu_continuation_lens,
+    prefix_logprobs,
+    continuation_logprobs,
+    cu_lens,
+    layout,
+    prompt_width,
+    width,
+    pad_token_id,
+):
+    outputs = _outputs(
+        prompt_ids, accepted_lens.numel(), layout, width, prefix_logprobs is not None
+    )
+    input_ids, attention_mask, position_ids, response_mask, logprobs = outputs
+    with device_guard(prompt_ids):
+        _C.assemble(
+            prompt_ids,
+            cu_prompt_lens,
+            prefix_ids,
+            cu_prefix_lens,
+            accepted_lens,
+            continuation_ids,
+            cu_continuation_lens,
+            prefix_logprobs,
+            continuation_logprobs,
+            layout,
+            prompt_width,
+            pad_token_id,
+            cu_lens,
+            input_ids,
+            position_ids,
+            None if layout == 0 else attention_mask,
+            response_mask,
+            None if prefix_logprobs is None else logprobs,
+            status_word(prompt_ids),
+            stream_of(prompt_ids),
+            num_threads(),
+        )
+    after_launch(prompt_ids)
+    return outputs
