@@ -47,7 +47,7 @@ class ModelConfig:
 
     Attributes:
         path: Folder with a Hugging Face causal language model and its tokenizer.
-        dtype: Of the weights, in training and in rollouts.
+        dtype: Of the weights, in training and in rollouts. In 16-bit weights the small steps of RL get lost.
         device: "auto" takes the first GPU if there is one.
         attention: Attention implementation, as transformers names it.
         reference: Folder of the KL reference; None takes the policy as it was at the start.
@@ -237,7 +237,7 @@ class TrainConfig:
     epochs: int | None = 1
     max_steps: int | None = None
     minibatches: int = 1
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 4096
     lr: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

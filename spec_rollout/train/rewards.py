@@ -14,7 +14,8 @@ from spec_rollout.train.config import ConfigError, RewardConfig
 
 RewardFunction = Callable[..., "float | None"]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# Digits in groups of any size, so that "1,2000" is one number as written rather than two.
+_NUMBER = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?")
 
 
 class RewardError(RuntimeError):
@@ -27,14 +28,12 @@ def exact_match(prompt: str, response: str, answer: Any) -> float:
 
 
 def last_number(prompt: str, response: str, answer: Any) -> float:
-    """1 if the last number of the response equals the answer (thousands separators ignored), else 0."""
-    numbers = _NUMBER.findall(response)
-    if not numbers:
+    """1 if the last numbers of response and answer are equal, else 0 (so an answer may be a worked solution)."""
+    numbers = _NUMBER.findall(response), _NUMBER.findall(str(answer))
+    if not all(numbers):
         return 0.0
-    try:
-        return float(float(numbers[-1].replace(",", "")) == float(str(answer).replace(",", "")))
-    except ValueError:
-        return 0.0
+    given, expected = (float(found[-1].replace(",", "")) for found in numbers)
+    return float(given == expected)
 
 
 BUILTIN: Mapping[str, RewardFunction] = {"exact_match": exact_match, "last_number": last_number}

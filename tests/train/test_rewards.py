@@ -52,6 +52,8 @@ def test_builtin():
     assert last_number("p", "7 then 8", 7) == 0.0
     assert last_number("p", "no digits", 0) == 0.0
     assert last_number("p", "7", "seven") == 0.0
+    assert last_number("p", "so it is 72.", "48 / 2 = 24, 48 + 24 = 72\n#### 72") == 1.0
+    assert last_number("p", "it is 1,", 1.0) == 1.0
 
 
 def test_weighted_sum_and_columns():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut
 from spec_rollout.train.config import ConfigError, DataConfig, ModelConfig, RolloutConfig, RunConfig
 from spec_rollout.train.config_io import dump_config, from_dict, load_config, to_dict
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
 
 
@@ -167,6 +169,15 @@ def test_rules_of_the_config():
     moving = RolloutConfig(rule="lenient", start_log_lenience=0.0, schedule_steps=10).schedule()
     assert moving.at(5) == Lenient(0.25)
     assert moving.at(99) == Lenient(0.5)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda p: p.stem)
+def test_examples_are_valid(path):
+    load_config(path).rollout.schedule()
+
+
+def test_there_are_examples():
+    assert len(list(EXAMPLES.glob("*.toml"))) >= 3
 
 
 def test_frozen():
