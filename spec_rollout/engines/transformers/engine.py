@@ -1,0 +1,203 @@
+"""The embedded engine: verifies drafts in the pass that fills the KV cache, and decodes on from there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.transformers.decode import Decoder
+from spec_rollout.engines.transformers.forward import ModelForward
+from spec_rollout.engines.transformers.requests import Plan
+from spec_rollout.engines.transformers.results import Results
+from spec_rollout.engines.transformers.verify import Verified, Verifier
+from spec_rollout.engines.transformers.weights import copy_weights
+from spec_rollout.types import RolloutRequests, Rollouts, RolloutStats, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Waiting requests are let in when this share of the slots is free: fewer, fuller prefills.
+_REFILL_SHARE = 0.125
+
+
+class TransformersEngine:
+    """A `RolloutEngine` around any Hugging Face causal LM with a standard KV cache.
+
+    Requests pass through two stages. The verifier runs prompt and draft through the model in
+    chunks, tests every draft token against the logits of that very pass, and stops a row at its
+    first rejection; a finished draft that is accepted whole never occupies a slot. For the others,
+    the KV of prompt and accepted tokens moves into a free slot and decoding goes on from the token
+    that verification drew. Finished rows' slots are refilled, and compacted away once nothing
+    waits, so that time follows the tokens computed. Log-probs come from the same passes.
+
+    Rules that cut drafts unseen (`RandomReuse`, `RandomCut`) do so in the rollout layer
+    (`AcceptanceRule.cut_lens`), before the engine sees the drafts.
+
+    The model may be shared with a trainer: its mode, attention and hooks are restored after each
+    call, and nothing is kept between calls but `policy_version`.
+
+    Args:
+        model: Causal LM with all parameters on one device, sdpa or eager attention.
+        num_slots: Responses decoded at a time.
+        max_verify_tokens: Most tokens of one verification forward; bounds the memory of its logits
+            (this many rows of the vocabulary).
+        verify_chunk: Most tokens of one row in one verification forward; what is computed after a
+            rejection is less than this.
+        max_model_len: Most tokens of prompt and response together; None is the model's
+            `max_position_embeddings`.
+        batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
+            the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
+            with a cache are then those without. None: yes for float32 on CPU, where it costs a few
+            percent; elsewhere it cannot be had. See `batch_invariance_error`.
+
+    Raises:
+        ValueError: naming the argument or what the model has that this engine cannot work with.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int = 64,
+        max_verify_tokens: int = 2048,
+        verify_chunk: int = 32,
+        max_model_len: int | None = None,
+        batch_invariant: bool | None = None,
+    ) -> None:
+        for name, value in (
+            ("num_slots", num_slots),
+            ("max_verify_tokens", max_verify_tokens),
+            ("verify_chunk", verify_chunk),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected >= 1, got {value}")
+        self._forward = ModelForward(model, batch_invariant)
+        longest = getattr(self._forward.config, "max_position_embeddings", None)
+        if max_model_len is not None and not (2 <= max_model_len <= (longest or max_model_len)):
+            raise ValueError(
+                f"max_model_len: expected 2 to {longest} (the model's max_position_embeddings), "
+                f"got {max_model_len}"
+            )
+        self.model = model
+        self.num_slots = num_slots
+        self.max_verify_tokens = max_verify_tokens
+        self.verify_chunk = min(verify_chunk, max_verify_tokens)
+        self.max_model_len = longest if max_model_len is None else max_model_len
+        self._policy_version = 0
+
+    @property
+    def policy_version(self) -> int:
+        """Number of `update_weights` calls so far."""
+        return self._policy_version
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the engine keeps to shapes for which results do not depend on the batch."""
+        return self._forward.batch_invariant
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies new weights into the model in place (`weights.copy_weights`).
+
+        Args:
+            named_tensors: Names of the model's state dict and tensors of the same shapes; not all
+                need be given. A parameter given as itself is not copied.
+
+        Raises:
+            ValueError: naming the tensor that is unknown, repeated or of another shape; nothing is
+                written then.
+        """
+        copy_weights(self.model, named_tensors)
+        self._policy_version += 1
+
+    def rollout(
+        self, requests: RolloutRequests, sampling: SamplingParams, acceptance: AcceptanceRule
+    ) -> Rollouts:
+        """Generates one response per request (see `RolloutEngine.rollout`).
+
+        A draft ends with its first stop token, whatever `Drafts.finished` says, and is cut to
+        `max_tokens`. Prompt and response together never exceed `max_model_len`.
+
+        Raises:
+            ValueError: if a prompt leaves no room for one token, an id is outside the vocabulary,
+                or the rule reads draft log-probs that are not there; nothing is computed then.
+        """
+        start = time.perf_counter()
+        stats = RolloutStats()
+        plan = Plan.of(
+            requests,
+            sampling,
+            acceptance,
+            vocab_size=self._forward.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        results = Results(plan, sampling.stop_token_ids)
+        if plan.batch:
+            with self._forward.session():
+                self._generate(plan, sampling, acceptance, results, stats)
+        packing = time.perf_counter()
+        rollouts = results.pack(requests, self._policy_version, stats)
+        end = time.perf_counter()
+        stats.assembly_seconds = end - packing
+        stats.rollout_seconds = end - start
+        return rollouts
+
+    def _generate(
+        self,
+        plan: Plan,
+        sampling: SamplingParams,
+        rule: AcceptanceRule,
+        results: Results,
+        stats: RolloutStats,
+    ) -> None:
+        num_slots = min(self.num_slots, plan.batch)
+        num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)
+        verifier = Verifier(
+            self._forward,
+            plan,
+            sampling,
+            rule,
+            num_lanes=num_lanes,
+            chunk=self.verify_chunk,
+            stats=stats,
+        )
+        decoder = Decoder(self._forward, plan, sampling, results, num_slots=num_slots, stats=stats)
+        waiting = deque(plan.order().tolist())
+        refill = max(1, int(num_slots * _REFILL_SHARE))
+        steps_before = self._forward.num_steps
+        while waiting or verifier.num_busy or decoder.num_live:
+            start = time.perf_counter()
+            if verifier.num_busy or (waiting and decoder.num_free >= refill):
+                room = min(decoder.num_free, num_lanes) - verifier.num_busy
+                for _ in range(min(room, len(waiting))):
+                    verifier.admit(waiting.popleft())
+                verified, share = verifier.step()
+                decoder.add(self._settle(verified, plan, results), verifier.cache)
+                seconds = time.perf_counter() - start
+                # Prefill of prompts that came without a draft is part of generating.
+                stats.verification_seconds += share * seconds
+                stats.decode_seconds += (1.0 - share) * seconds
+            else:
+                decoder.step()
+                stats.decode_seconds += time.perf_counter() - start
+        stats.num_engine_steps += self._forward.num_steps - steps_before
+
+    @staticmethod
+    def _settle(verified: list[Verified], plan: Plan, results: Results) -> list[Verified]:
+        """Records what verification gave; returns the requests that need decoding."""
+        unfinished = []
+        for item in verified:
+            response = results.responses[item.request]
+            response.accepted_len = item.accepted_len
+            response.logprobs.extend(item.logprobs)
+            if item.next_token_id is None:
+                continue
+            response.token_ids.append(np.array([item.next_token_id]))
+            if not results.is_last(item.request, item.accepted_len, item.next_token_id):
+                unfinished.append(item)
+        return unfinished

@@ -1,0 +1,187 @@
+"""One model forward over a slot cache: masks, positions, and logits only where they are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spec_rollout.engines.transformers.attention import (
+    BATCH_INVARIANT_ATTENTION,
+    MIN_ROWS,
+    batch_invariant_attention,
+)
+from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class ModelForward:
+    """Runs a Hugging Face causal LM on the first rows of a `SlotCache`.
+
+    Args:
+        model: A causal LM that takes `position_ids` and a 4-D `attention_mask`.
+        batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in the
+            batch; None: yes for float32 models on CPU.
+
+    Raises:
+        ValueError: naming what the model has that this engine cannot work with.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_invariant: bool | None = None) -> None:
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.device, self.dtype = _device_and_dtype(model)
+        self._masks = _mask_kinds(model, self.config)
+        self._head = model.get_output_embeddings()
+        if self._head is None:
+            raise ValueError(f"model: expected a causal LM, {type(model).__name__} has no output layer")
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.num_layers = self.config.num_hidden_layers
+        self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
+        self.min_rows = MIN_ROWS if self.batch_invariant else 1
+        self._select: torch.Tensor | None = None
+        self.num_steps = 0
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Evaluation and inference mode, our hook and attention; all as it was afterwards."""
+        training = [module for module in self.model.modules() if module.training]
+        attention = self.model.config._attn_implementation
+        hook = self._head.register_forward_pre_hook(self._keep_selected)
+        self.model.eval()
+        if self.batch_invariant:
+            self.model.config._attn_implementation = BATCH_INVARIANT_ATTENTION
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            hook.remove()
+            if self.batch_invariant:
+                self.model.config._attn_implementation = attention
+            for module in training:
+                module.training = True
+
+    def __call__(
+        self,
+        cache: SlotCache,
+        token_ids: torch.Tensor,
+        starts: torch.Tensor,
+        last_positions: torch.Tensor,
+        width: int,
+        select: torch.Tensor,
+    ) -> torch.Tensor:
+        """Computes tokens of the first rows of the cache and writes their keys and values there.
+
+        Args:
+            token_ids: [rows, tokens], int64; padding may follow a row's own tokens.
+            starts: Position of each row's first token. [rows], int64.
+            last_positions: Position of each row's last token that is not padding. [rows], int64.
+            width: Positions in use in the longest row.
+            select: Which tokens' logits to compute, as row * tokens + token. [n], int64.
+
+        Returns:
+            logits: [n, vocab], the model's dtype.
+        """
+        rows, tokens = token_ids.shape
+        positions = starts[:, None] + torch.arange(tokens, device=self.device)
+        width = round_up(width, WIDTH_MULTIPLE)
+        cache.place(positions, width)
+        num_selected = select.numel()
+        if num_selected < self.min_rows:
+            select = torch.nn.functional.pad(select, (0, self.min_rows - num_selected))
+        self._select = select
+        self.num_steps += 1
+        output = self.model(
+            input_ids=token_ids,
+            attention_mask=self._attention_mask(positions, width),
+            # Padding would lie past the last position that the model knows.
+            position_ids=torch.minimum(positions, last_positions[:, None]),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits[0, :num_selected]
+
+    def _attention_mask(
+        self, positions: torch.Tensor, width: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks [rows, 1, tokens, width]: each token sees its row up to itself."""
+        behind = positions[:, None, :, None] - torch.arange(width, device=self.device)
+
+        def additive(seen: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+            return mask.masked_fill_(~seen, float("-inf"))
+
+        masks = {
+            kind: additive(behind >= 0 if window is None else (behind >= 0) & (behind < window))
+            for kind, window in self._masks.items()
+        }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _keep_selected(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pre-hook of the output layer: only the selected tokens' hidden states go on."""
+        hidden, *rest = args
+        assert self._select is not None
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._select)[None], *rest)
+
+    def _resolve_batch_invariant(self, wanted: bool | None) -> bool:
+        reasons = []
+        if self.device.type != "cpu":
+            reasons.append(f"runs on {self.device}")
+        if self.dtype != torch.float32:
+            reasons.append(f"is {self.dtype}")
+        if self.model.config._attn_implementation != "sdpa":
+            reasons.append(f"uses {self.model.config._attn_implementation} attention")
+        if not getattr(self.model, "_supports_attention_backend", False):
+            reasons.append("takes no custom attention function")
+        if wanted and reasons:
+            raise ValueError(
+                "batch_invariant: expected a float32 model with sdpa attention on CPU, "
+                f"got one that {' and '.join(reasons)}"
+            )
+        if wanted is False or reasons:
+            return False
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(BATCH_INVARIANT_ATTENTION, batch_invariant_attention)
+        return True
+
+
+def _device_and_dtype(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise ValueError(f"model: expected all parameters on one device, got {sorted(map(str, devices))}")
+    return devices.pop(), model.dtype
+
+
+def _mask_kinds(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
+    """Attention windows by layer type; a model with one kind of layer takes a bare mask."""
+    name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"model: expected a forward with position_ids, {name} has none")
+    if model.config._attn_implementation not in _MASKED_ATTENTION:
+        raise ValueError(
+            f"model: expected attention {' or '.join(_MASKED_ATTENTION)} (per-row lengths need a "
+            f"mask), got {model.config._attn_implementation!r}; load it with attn_implementation='sdpa'"
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or not layer_types <= _KNOWN_LAYERS:
+        raise ValueError(
+            f"model: expected only layers with a standard KV cache, {name} has "
+            f"{sorted(layer_types - _KNOWN_LAYERS) or 'recurrent layers'}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in layer_types:
+        # Such models look their mask up by layer type, so both are given even if one is unused.
+        return {"full_attention": None, "sliding_attention": window}
+    if layer_types:
+        return {"full_attention": None}
+    return {"sliding_attention" if window else "full_attention": window or None}

@@ -1,0 +1,155 @@
+"""KV storage whose rows grow independently: written at per-row positions, never concatenated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from spec_rollout import ops
+
+# Widths handed to the attention are multiples of this: whole vectors on CPU, aligned masks on CUDA.
+WIDTH_MULTIPLE = 16
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+class SlotCache(Cache):
+    """Preallocated keys and values of `num_rows` sequences, all layers.
+
+    `place` says where the next forward writes; each layer's `update` then writes there and returns
+    the first `width` positions of the first rows. What lies beyond a row's own length is left from
+    earlier and must be masked. Layers are allocated at their first update, when their head count,
+    head size and dtype are known.
+
+    Args:
+        num_layers: Decoder layers of the model.
+        num_rows: Sequences held at a time.
+        capacity: Positions per row.
+    """
+
+    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+        self.num_rows = num_rows
+        self.capacity = round_up(capacity, WIDTH_MULTIPLE)
+        self.width = 0
+        self._positions: torch.Tensor | None = None
+        self._indices: dict[int, torch.Tensor] = {}
+        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+
+    def place(self, positions: torch.Tensor, width: int) -> None:
+        """Sets where the next forward's tokens go.
+
+        Args:
+            positions: Of each token in its row; row r of the forward is row r here.
+                [rows, tokens per row], int64.
+            width: Positions that the attention sees, a multiple of `WIDTH_MULTIPLE`.
+        """
+        self._positions = positions
+        self._indices = {}
+        self.width = width
+
+    def write_index(self, num_heads: int) -> torch.Tensor:
+        """Flat index over [num_rows * num_heads * capacity] of each (row, token, head) written."""
+        index = self._indices.get(num_heads)
+        if index is None:
+            assert self._positions is not None
+            positions = self._positions
+            rows = torch.arange(positions.shape[0], device=positions.device)
+            heads = torch.arange(num_heads, device=positions.device)
+            first = (rows[:, None] * num_heads + heads) * self.capacity
+            index = (first[:, None, :] + positions[:, :, None]).flatten()
+            self._indices[num_heads] = index
+        return index
+
+    def tensors(self) -> list[list[torch.Tensor]]:
+        """Keys and values of all layers, grouped by shape, as `ops.splice_kv` takes them."""
+        groups: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        for layer in self.layers:
+            if layer.is_initialized:
+                for tensor in (layer.keys, layer.values):
+                    groups.setdefault((tensor.shape[1::2], tensor.dtype), []).append(tensor)
+        return list(groups.values())
+
+    def allocate_like(self, other: SlotCache) -> None:
+        """Allocates the layers that `other` has, so that rows can be copied here before a forward."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if theirs.is_initialized and not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+
+    def move_rows(self, src_rows: list[int], dst_rows: list[int], lens: list[int]) -> None:
+        """Copies the first `lens` positions of rows to other rows; the ranges must not conflict."""
+        copy_rows(self, self, src_rows, dst_rows, lens)
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer of a `SlotCache`."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        def storage(like: torch.Tensor) -> torch.Tensor:
+            # Zeros, not garbage: a masked value is multiplied by zero, which NaN would survive.
+            shape = (self._cache.num_rows, like.shape[1], self._cache.capacity, like.shape[3])
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+        self.keys, self.values = storage(key_states), storage(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes [rows, heads, tokens, head_dim] states and returns all that the attention sees."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows, num_heads = key_states.shape[:2]
+        index = self._cache.write_index(num_heads)
+        for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            head_dim = states.shape[-1]
+            # Projections come as [rows, tokens, heads, head_dim] underneath: no copy here.
+            flat = states.transpose(1, 2).reshape(-1, head_dim)
+            storage.view(-1, head_dim).index_copy_(0, index, flat)
+        width = self._cache.width
+        return self.keys[:rows, :, :width], self.values[:rows, :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.width, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.width
+
+    def get_max_length(self) -> int:
+        return self._cache.capacity
+
+    def get_max_cache_shape(self) -> int:  # the name of get_max_length in earlier transformers
+        return self._cache.capacity
+
+
+def copy_rows(
+    src: SlotCache, dst: SlotCache, src_rows: list[int], dst_rows: list[int], lens: list[int]
+) -> None:
+    """Copies the first `lens` positions of rows of `src` into rows of `dst` (which may be `src`)."""
+    if not src_rows:
+        return
+    dst.allocate_like(src)
+    starts = torch.zeros(len(src_rows), dtype=torch.int64)
+    for src_tensors, dst_tensors in zip(src.tensors(), dst.tensors(), strict=True):
+        device = src_tensors[0].device
+        ops.splice_kv(
+            src_tensors,
+            dst_tensors,
+            src_rows=torch.tensor(src_rows).to(device),
+            src_starts=starts.to(device),
+            dst_rows=torch.tensor(dst_rows).to(device),
+            dst_starts=starts.to(device),
+            lens=torch.tensor(lens).to(device),
+        )

@@ -1,0 +1,227 @@
+"""Verification: prompts and drafts go through the model chunk by chunk until a draft token is rejected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from spec_rollout import ops
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.transformers.forward import ModelForward
+from spec_rollout.engines.transformers.requests import Plan
+from spec_rollout.engines.transformers.slot_cache import SlotCache, round_up
+from spec_rollout.types import RolloutStats, SamplingParams
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A request under verification: `fed` of its stream's tokens are in the cache."""
+
+    request: int
+    fed: int = 0
+    accepted_len: int = 0
+    logprobs: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A request whose verification has ended.
+
+    Attributes:
+        request: Its index.
+        lane: Row of the verifier's cache that holds its KV until the next step.
+        accepted_len: Draft tokens accepted.
+        next_token_id: The token after them; None if a finished draft was accepted whole.
+        logprobs: Of the accepted tokens and the next one, in pieces. float32.
+    """
+
+    request: int
+    lane: int
+    accepted_len: int
+    next_token_id: int | None
+    logprobs: list[np.ndarray]
+
+
+class Verifier:
+    """Feeds up to `num_lanes` requests at a time, each by at most `chunk` tokens of its stream a step.
+
+    A lane whose draft is rejected or used up is free for the next request at once, so every forward
+    is full while requests wait. A request without a draft is one whose "draft" of no tokens is
+    accepted: the token after it is the first of its response.
+
+    Args:
+        forward: The model.
+        plan: All requests.
+        sampling, rule: As given to the engine.
+        num_lanes: Requests under verification at a time.
+        chunk: Most tokens of one request per step; computation after a rejection is at most this.
+        stats: Counts are added here.
+    """
+
+    def __init__(
+        self,
+        forward: ModelForward,
+        plan: Plan,
+        sampling: SamplingParams,
+        rule: AcceptanceRule,
+        *,
+        num_lanes: int,
+        chunk: int,
+        stats: RolloutStats,
+    ) -> None:
+        self._forward = forward
+        self._plan = plan
+        self._sampling = sampling
+        self._rule = rule
+        self._chunk = chunk
+        self._stats = stats
+        self._lanes: list[_Lane | None] = []
+        self._feed_lens = plan.feed_lens
+        self.num_lanes = num_lanes
+        longest = int(self._feed_lens.max()) + max(chunk, forward.min_rows)
+        self.cache = SlotCache(forward.num_layers, num_lanes, longest)
+
+    @property
+    def num_busy(self) -> int:
+        """Requests under verification."""
+        return sum(lane is not None for lane in self._lanes)
+
+    def admit(self, request: int) -> None:
+        """Takes a request into a free lane."""
+        lane = _Lane(request)
+        if None in self._lanes:
+            self._lanes[self._lanes.index(None)] = lane
+        else:
+            assert len(self._lanes) < self.num_lanes
+            self._lanes.append(lane)
+
+    def step(self) -> tuple[list[Verified], float]:
+        """One forward over all lanes.
+
+        Returns:
+            The requests whose verification ended (their lanes are free from the next call on), and
+            the share of the computed tokens that belongs to requests with drafts.
+        """
+        self._close_gaps()
+        lanes = [lane for lane in self._lanes if lane is not None]
+        requests = np.array([lane.request for lane in lanes])
+        fed = np.array([lane.fed for lane in lanes])
+        left = self._feed_lens[requests] - fed
+        num_tokens = max(
+            min(self._chunk, int(left.max())), round_up(self._forward.min_rows, len(lanes)) // len(lanes)
+        )
+        counts = np.minimum(left, num_tokens)
+        ends = fed + counts
+        # Logits from the prompt's last token on: row i of them predicts draft token i.
+        prompt_ends = self._plan.prompt_lens[requests] - 1
+        first_rows = np.maximum(fed, prompt_ends)
+        num_rows = np.maximum(ends - first_rows, 0)
+        offsets = first_rows - prompt_ends
+        num_tests = np.minimum(num_rows, self._plan.draft_lens[requests] - offsets)
+        logits = self._run(requests, fed, counts, num_tokens, first_rows, num_rows)
+
+        self._stats.num_verified_tokens += int(num_tests.sum())
+        self._stats.num_computed_tokens += int(counts.sum())
+        self._stats.num_padding_tokens += len(lanes) * num_tokens - int(counts.sum())
+        share = float(counts[self._plan.had_draft[requests]].sum() / counts.sum())
+        tested = np.flatnonzero(num_rows)
+        verified = []
+        for lane, end in zip(lanes, ends, strict=True):
+            lane.fed = int(end)
+        if tested.size:
+            accepted, next_ids, logprobs, cu_rows = self._verify(
+                logits, requests[tested], offsets[tested], num_tests[tested], num_rows[tested]
+            )
+            for i, row in enumerate(tested):
+                lane, count, next_id = lanes[row], int(accepted[i]), int(next_ids[i])
+                lane.accepted_len += count
+                kept = count if next_id < 0 else count + 1
+                lane.logprobs.append(logprobs[cu_rows[i] : cu_rows[i] + kept])
+                if next_id >= 0 or lane.fed == self._feed_lens[lane.request]:
+                    next_token_id = next_id if next_id >= 0 else None
+                    verified.append(
+                        Verified(lane.request, int(row), lane.accepted_len, next_token_id, lane.logprobs)
+                    )
+                    self._lanes[row] = None
+        return verified, share
+
+    def _run(
+        self,
+        requests: np.ndarray,
+        fed: np.ndarray,
+        counts: np.ndarray,
+        num_tokens: int,
+        first_rows: np.ndarray,
+        num_rows: np.ndarray,
+    ) -> torch.Tensor:
+        """The forward; logits of the wanted tokens, lane after lane. [sum(num_rows), vocab]."""
+        token_ids = np.zeros((len(requests), num_tokens), dtype=np.int64)
+        starts = self._plan.stream_starts[requests] + fed
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            token_ids[row, :count] = self._plan.stream_ids[start : start + count]
+        columns = np.repeat(first_rows - fed, num_rows) + _ranges(num_rows)
+        select = np.repeat(np.arange(len(requests)) * num_tokens, num_rows) + columns
+        ends = fed + counts
+        device = self._forward.device
+        return self._forward(
+            self.cache,
+            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(fed).to(device),
+            torch.from_numpy(ends - 1).to(device),
+            int(ends.max()),
+            torch.from_numpy(select).to(device),
+        )
+
+    def _verify(
+        self,
+        logits: torch.Tensor,
+        requests: np.ndarray,
+        offsets: np.ndarray,
+        num_tests: np.ndarray,
+        num_rows: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Accepted counts and next tokens [rows], log-probs [sum(num_rows)], cu_rows [rows + 1]."""
+        plan, device = self._plan, self._forward.device
+        cu_rows = np.concatenate([[0], np.cumsum(num_rows)])
+        cu_tests = np.concatenate([[0], np.cumsum(num_tests)])
+        starts = plan.stream_starts[requests] + plan.prompt_lens[requests] + offsets
+        tested = np.repeat(starts, num_tests) + _ranges(num_tests)
+        draft_logprobs = None
+        if plan.draft_logprobs is not None:
+            draft_logprobs = torch.from_numpy(plan.draft_logprobs[tested]).to(device)
+        result = ops.verify_prefix(
+            logits,
+            torch.from_numpy(plan.stream_ids[tested]).to(device),
+            torch.from_numpy(cu_tests).to(device),
+            rule=self._rule,
+            keys=torch.from_numpy(plan.keys[requests]).to(device),
+            positions=torch.from_numpy(offsets).to(device),
+            draft_logprobs=draft_logprobs,
+            cu_logits_lens=torch.from_numpy(cu_rows).to(device),
+            temperature=self._sampling.temperature,
+            top_k=self._sampling.top_k,
+            top_p=self._sampling.top_p,
+        )
+        accepted, next_ids, logprobs = (tensor.cpu().numpy() for tensor in result)
+        return accepted, next_ids, logprobs, cu_rows
+
+    def _close_gaps(self) -> None:
+        """Moves the last lanes into free ones, so that the lanes in use come first."""
+        busy = [row for row, lane in enumerate(self._lanes) if lane is not None]
+        gaps = [row for row in range(len(busy)) if self._lanes[row] is None]
+        movers = busy[len(busy) - len(gaps) :]
+        lens = []
+        for gap, row in zip(gaps, movers, strict=True):
+            lane = self._lanes[row]
+            assert lane is not None
+            self._lanes[gap] = lane
+            lens.append(lane.fed)
+        del self._lanes[len(busy) :]
+        self.cache.move_rows(movers, gaps, lens)
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, ... end to end."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
