@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import RolloutCache
+from spec_rollout.train.policy import no_progress_bars
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})(-unevaluated)?")
@@ -68,7 +69,8 @@ def save_checkpoint(
     part = root / f".tmp-{final.name}"
     part.mkdir()
     try:
-        model.save_pretrained(part / "model")
+        with no_progress_bars():
+            model.save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
         torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state()}, part / "trainer.pt")
         cache.save(part / "cache.bin")

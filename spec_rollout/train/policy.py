@@ -106,7 +106,7 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise ConfigError(f"{expected}, found no weights in {path!r} (it holds {have})")
     try:
-        with _quiet_loading():
+        with no_progress_bars():
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
@@ -143,8 +143,8 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar for loading: it would be torn apart by the trainer's own."""
+def no_progress_bars() -> Iterator[None]:
+    """None of transformers' bars for loading and saving: they would break the trainer's own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -250,33 +250,43 @@ def uninterrupted(make_config, tmp_path):
     return read_rows(config.log.run_dir), final_weights(config.log.run_dir), counter.count
 
 
-def test_resumed_runs_equal_the_uninterrupted_one(make_config, tmp_path, uninterrupted, capsys):
+# From the first evaluation to the last: every kind of place a signal may find the run in. Shares of all forward passes.
+@pytest.mark.parametrize(
+    "shares",
+    [
+        (0.0, 0.5, 1.0),
+        pytest.param((0.03, 0.2, 0.35, 0.65, 0.8, 0.9, 0.99), marks=pytest.mark.slow),
+    ],
+    ids=["fast", "slow"],
+)
+def test_resumed_runs_equal_the_uninterrupted_one(
+    make_config, tmp_path, uninterrupted, capsys, shares
+):
     rows, weights, num_forwards = uninterrupted
-    # From the first evaluation to the last: every kind of place a signal may find the run in.
-    places = [1, 5] + [
-        round(num_forwards * share) for share in (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
-    ]
-    kinds = set()
-    for index, place in enumerate(places):
+    unevaluated = set()
+    for index, share in enumerate(shares):
         config = interruption_config(make_config, tmp_path / f"interrupted{index}")
+        run_dir = Path(config.log.run_dir)
         signum = (signal.SIGINT, signal.SIGTERM)[index % 2]
+        capsys.readouterr()
+        place = max(1, round(num_forwards * share))
         with SignalAtForward(place, signum), pytest.raises(RunInterrupted) as caught:
             run(config)
         assert caught.value.code == 128 + signum
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert f"interrupted by {signum.name} after step" in err
-        assert f"spec-rollout train --resume {config.log.run_dir}" in err
-        readable = read_rows(config.log.run_dir)  # every line is whole
+        assert f"spec-rollout train --resume {run_dir}" in err
+        readable = read_rows(run_dir)  # every line is whole
         assert without_seconds(readable)[:-1] == without_seconds(rows)[: max(0, len(readable) - 1)]
-        assert not (Path(config.log.run_dir) / "summary.json").exists()
-        (checkpoint,) = list_checkpoints(Path(config.log.run_dir) / "checkpoints")
-        kinds.add((checkpoint.name.endswith("unevaluated"), len(readable) > 0))
-        resume(config.log.run_dir)
-        assert without_seconds(read_rows(config.log.run_dir)) == without_seconds(rows), place
-        assert_same_weights(final_weights(config.log.run_dir), weights)
-        assert (Path(config.log.run_dir) / "summary.json").exists()
-    assert {unevaluated for unevaluated, _ in kinds} == {True, False}
+        assert not (run_dir / "summary.json").exists()
+        (checkpoint,) = list_checkpoints(run_dir / "checkpoints")
+        unevaluated.add(checkpoint.name.endswith("unevaluated"))
+        resume(run_dir)
+        assert without_seconds(read_rows(run_dir)) == without_seconds(rows), share
+        assert_same_weights(final_weights(run_dir), weights)
+        assert (run_dir / "summary.json").exists()
+    assert unevaluated == {True, False}
 
 
 def test_interrupted_twice(make_config, tmp_path, uninterrupted):
@@ -440,7 +450,7 @@ def test_a_run_dir_in_use_is_refused(make_config):
     run(config)
     before = (Path(config.log.run_dir) / "metrics.jsonl").read_bytes()
     with pytest.raises(
-        ConfigError, match=r"log\.run_dir: expected a new or empty folder .*--resume"
+        ConfigError, match=r"log\.run_dir: expected a new or empty folder.*--resume"
     ):
         run(config)
     assert (Path(config.log.run_dir) / "metrics.jsonl").read_bytes() == before
