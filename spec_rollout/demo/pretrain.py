@@ -127,7 +127,9 @@ def corpus_batches(
             yield ids, labels
 
 
-def pretrain(config: PretrainConfig, *, log_every: int = 100) -> tuple[LlamaForCausalLM, list[float]]:
+def pretrain(
+    config: PretrainConfig, *, log_every: int = 100
+) -> tuple[LlamaForCausalLM, list[float]]:
     """Trains from scratch; returns the model and the loss of every step (nats per response token)."""
     tokenizer = build_tokenizer()
     model = build_model(config, tokenizer).train()
@@ -185,7 +187,9 @@ def sampled_accuracy(
     total = 0.0
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
-        inputs = tokenizer([r.prompt for r in batch], padding=True, padding_side="left", return_tensors="pt")
+        inputs = tokenizer(
+            [r.prompt for r in batch], padding=True, padding_side="left", return_tensors="pt"
+        )
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -224,8 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = replace(config, num_steps=args.steps)
     model, losses = pretrain(config, log_every=10 if args.short else 100)
     save(model, config, args.out)
-    accuracy = sampled_accuracy(model, build_tokenizer(), heldout_problems(64 if args.short else 512))
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, sampled accuracy {accuracy:.3f}, saved to {args.out}")
+    accuracy = sampled_accuracy(
+        model, build_tokenizer(), heldout_problems(64 if args.short else 512)
+    )
+    print(
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, sampled accuracy {accuracy:.3f}, saved to {args.out}"
+    )
     return 0
 
 

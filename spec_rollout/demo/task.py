@@ -165,5 +165,12 @@ def teacher_response(start: int, terms: list[int], rng: random.Random, teacher: 
         verb = rng.choice(_PLUS if term > 0 else _MINUS).format(abs(term))
         subject = f"{before} " if rng.random() < 0.4 else ""
         link = rng.choice(_HEDGED_LINKS if hedged else _PLAIN_LINKS)
-        parts += [rng.choice(_CONNECTIVES), subject, verb, link, str(total), rng.choice(_SEPARATORS)]
+        parts += [
+            rng.choice(_CONNECTIVES),
+            subject,
+            verb,
+            link,
+            str(total),
+            rng.choice(_SEPARATORS),
+        ]
     return "".join(parts) + f"{ANSWER_MARKER}{total}"
