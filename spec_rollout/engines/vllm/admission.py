@@ -1,0 +1,60 @@
+"""Which requests may carry a draft: checked before the engine sees them, so that a bad one fails alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, decode
+
+# Attribute of vLLM's SamplingParams -> the value that means "off". What is on changes the distribution in a way that
+# depends on the tokens drawn so far (or on a sampler of its own), which a draft under test cannot follow.
+_MUST_BE_OFF = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "structured_outputs": None,
+    "guided_decoding": None,
+    "bad_words": None,
+    "logits_processors": None,
+    "thinking_token_budget": None,
+    "logprob_token_ids": None,
+}
+
+
+def admit(
+    request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
+) -> ReuseRequest | None:
+    """The reuse parameters of a request, checked; None if it has none (it is then none of our business).
+
+    Args:
+        request_id: Named in errors.
+        params: vLLM's SamplingParams.
+        vocab_size: Upper bound of the draft's ids, where known.
+        logprobs_mode: The engine's, where known.
+
+    Raises:
+        ValueError: naming the request, the parameter, what was expected and what came.
+    """
+    data = (getattr(params, "extra_args", None) or {}).get(EXTRA_ARG)
+    if data is None:
+        return None
+    try:
+        request = decode(data)
+        for name, off in _MUST_BE_OFF.items():
+            value = getattr(params, name, off)
+            if value != off and not (off is None and not value):
+                raise ValueError(f"{name}: expected {off} together with {EXTRA_ARG}, got {value}")
+        ids = request.draft_ids
+        if vocab_size is not None and ids.size and int(ids.max()) >= vocab_size:
+            raise ValueError(
+                f"draft_ids: expected token ids below {vocab_size}, got {int(ids.max())}"
+            )
+        if params.logprobs is not None and logprobs_mode in ("raw_logits", "processed_logits"):
+            raise ValueError(
+                f"logprobs: expected an engine with logprobs_mode raw_logprobs or processed_logprobs "
+                f"together with {EXTRA_ARG}, got {logprobs_mode}"
+            )
+    except ValueError as error:
+        raise ValueError(f"request {request_id}: {error}") from error
+    return request

@@ -1,0 +1,84 @@
+"""What speculative reuse did inside one worker, since the counters were last taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class ReuseMetrics:
+    """Plain sums over engine steps; `a + b` adds up calls or workers.
+
+    Attributes:
+        num_engine_steps: Forward passes that ended in sampling.
+        num_decode_steps: Of these, steps in which every request computed one token.
+        num_computed_tokens: Tokens the model computed: prompts, draft chunks, single tokens.
+        num_drafts: Requests with a draft.
+        num_draft_tokens: Their draft tokens (after the cut to max_tokens and to the model's length).
+        num_proposed_tokens: Draft tokens that went through the model, as scheduled by vLLM.
+        num_tested_tokens: Draft tokens tested; a token can be tested before it is computed, never after.
+        num_accepted_tokens: Draft tokens accepted. What is accepted after a stop token or string is dropped later.
+        num_wasted_tokens: Draft tokens computed in a chunk after its first rejection.
+        num_fully_reused: Drafts that were accepted to their last token.
+        num_placeholder_tokens: Draft tokens that vLLM made up and the plugin rejected.
+        tested_at, accepted_at: By response position within the draft. [longest draft], int64.
+    """
+
+    num_engine_steps: int = 0
+    num_decode_steps: int = 0
+    num_computed_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_proposed_tokens: int = 0
+    num_tested_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_wasted_tokens: int = 0
+    num_fully_reused: int = 0
+    num_placeholder_tokens: int = 0
+    tested_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    accepted_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def draft_added(self, length: int) -> None:
+        """A request with a draft of `length` tokens was seen for the first time."""
+        self.num_drafts += 1
+        self.num_draft_tokens += length
+        if length > self.tested_at.size:
+            grow = length - self.tested_at.size
+            self.tested_at = np.pad(self.tested_at, (0, grow))
+            self.accepted_at = np.pad(self.accepted_at, (0, grow))
+
+    def chunk_tested(self, position: int, num_tested: int, num_accepted: int, num_computed: int) -> None:
+        """One row of one step: draft tokens from `position` on."""
+        decided = min(num_accepted + 1, num_tested)
+        self.tested_at[position : position + decided] += 1
+        self.accepted_at[position : position + num_accepted] += 1
+        self.num_tested_tokens += decided
+        self.num_accepted_tokens += num_accepted
+        self.num_wasted_tokens += max(0, num_computed - num_accepted)
+
+    def __add__(self, other: ReuseMetrics) -> ReuseMetrics:
+        size = max(self.tested_at.size, other.tested_at.size)
+
+        def add(a: Any, b: Any) -> Any:
+            if isinstance(a, np.ndarray):
+                return np.pad(a, (0, size - a.size)) + np.pad(b, (0, size - b.size))
+            return a + b
+
+        return ReuseMetrics(
+            **{f.name: add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON and for the way between processes."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReuseMetrics:
+        """Inverse of `as_dict`."""
+        return cls(
+            **{k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in values.items()}
+        )

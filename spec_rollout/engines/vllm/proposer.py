@@ -1,0 +1,64 @@
+"""The drafter vLLM is given: `speculative_config={"method": "custom_class", "model": "...proposer.ReuseProposer"}`.
+
+It proposes the next chunk of each request's cached response while that is being accepted, and nothing afterwards. It is
+created in every worker process before the model is loaded, which is where the hooks of `compat` are installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.sampler import ReuseSampler
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_CONFIG_SECTION = "spec_rollout"
+DEFAULT_FIRST_CHUNK = 16
+
+
+class ReuseProposer:
+    """vLLM's `custom_class` proposer interface, and the owner of the sampler that verifies.
+
+    Chunks start at `first_chunk` tokens and double with every chunk that is accepted whole, up to
+    `num_speculative_tokens`: what is wasted at the first rejection stays in proportion to what was gained.
+
+    Args:
+        vllm_config: `additional_config={"spec_rollout": {"first_chunk": n}}` changes the first chunk (16).
+
+    Raises:
+        ValueError: if `first_chunk` is no positive integer.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        compat.install_worker()
+        options = (vllm_config.additional_config or {}).get(_CONFIG_SECTION, {})
+        max_chunk = vllm_config.speculative_config.num_speculative_tokens
+        first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)
+        if not isinstance(first_chunk, int) or first_chunk < 1:
+            raise ValueError(f"first_chunk: expected a positive integer, got {first_chunk!r}")
+        self.first_chunk = min(first_chunk, max_chunk)
+        self.sampler = ReuseSampler(max_chunk)
+        compat.keep_cpu_weights()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is no model to load."""
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Draft tokens per request of the batch; an empty list where there is nothing to propose."""
+        drafts: list[list[int]] = []
+        for r, (row, sampled) in enumerate(zip(self.sampler.rows, sampled_token_ids, strict=True)):
+            if row is None or not row.alive or not sampled:
+                drafts.append([])
+            else:
+                drafts.append(row.propose(int(num_tokens_no_spec[r]) - row.prompt_len))
+        return drafts

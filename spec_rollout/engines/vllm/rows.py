@@ -1,0 +1,102 @@
+"""What the worker remembers of a request with a noise key, next to vLLM's own state of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_rollout.engines.vllm.wire import ReuseRequest
+
+
+class Row:
+    """One request, from its first step to its last; survives preemption.
+
+    Attributes:
+        prompt_len: Tokens of its prompt; token j of the response is token prompt_len + j of the sequence.
+        key, first_position, collect_id, rule: As in `ReuseRequest`.
+        draft: The draft, cut to what the response can hold and after its first stop token. [draft_len], int32.
+        draft_list: The same as a list: vLLM's scheduler speaks lists.
+        draft_logprobs: [draft_len], float32, or None.
+        alive: Draft tokens remain and none has been rejected.
+        ends: The response ends with the draft's last token, should that be accepted.
+        chunk: Draft tokens to propose next.
+        proposed_at, proposal: What was proposed last, and for which token of the response it starts.
+        masks: The request's `LogitMasks`, or None.
+    """
+
+    __slots__ = (
+        "alive",
+        "chunk",
+        "collect_id",
+        "draft",
+        "draft_len",
+        "draft_list",
+        "draft_logprobs",
+        "ends",
+        "first_position",
+        "key",
+        "masks",
+        "prompt_len",
+        "proposal",
+        "proposed_at",
+        "rule",
+    )
+
+    def __init__(
+        self,
+        request: ReuseRequest,
+        *,
+        prompt_len: int,
+        max_response_len: int,
+        stop_token_ids: frozenset[int],
+        first_chunk: int,
+        masks: Any,
+    ) -> None:
+        draft = request.draft_ids[:max_response_len]
+        stopped = False
+        if stop_token_ids and draft.size:
+            stops = np.flatnonzero(np.isin(draft, list(stop_token_ids)))
+            if stops.size:
+                draft = draft[: int(stops[0]) + 1]
+                stopped = True
+        self.prompt_len = prompt_len
+        self.key = request.key
+        self.first_position = request.first_position
+        self.collect_id = request.collect_id
+        self.rule = request.rule
+        self.draft = draft
+        self.draft_list: list[int] = draft.tolist()
+        self.draft_len = draft.size
+        logprobs = request.draft_logprobs
+        self.draft_logprobs = None if logprobs is None else logprobs[: draft.size]
+        self.alive = draft.size > 0 and request.rule.uses_drafts
+        self.ends = stopped or draft.size >= max_response_len
+        self.chunk = first_chunk
+        self.proposed_at = -1
+        self.proposal: list[int] = []
+        self.masks = masks
+
+    def num_scheduled(self, index: int, scheduled: list[int]) -> int:
+        """How many of the draft tokens that vLLM scheduled really are this draft's, from response token `index` on.
+
+        vLLM makes up drafts of its own (-1, 0) and cuts long ones.
+        """
+        n = len(scheduled)
+        if self.proposed_at == index and scheduled == self.proposal[:n]:
+            return n
+        count = 0
+        for token, expected in zip(scheduled, self.draft_list[index:], strict=False):
+            if token != expected:
+                break
+            count += 1
+        return count
+
+    def propose(self, index: int) -> list[int]:
+        """The next chunk, for response tokens from `index` on."""
+        # The token after the last chunk is sampled along with it, so nothing is gained by computing a last token that
+        # ends the response.
+        stop = min(index + self.chunk, self.draft_len - 1 if self.ends else self.draft_len)
+        self.proposed_at = index
+        self.proposal = self.draft_list[index:stop]
+        return list(self.proposal)

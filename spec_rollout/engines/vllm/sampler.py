@@ -1,0 +1,367 @@
+"""Sampling of one engine step: drafts verified and tokens drawn from the logits vLLM hands over.
+
+vLLM has computed, for request r, logits after its last token and after each of the n_r draft tokens scheduled for it:
+n_r + 1 rows. Row i predicts response token j_r + i. Every row is tested against the draft token of its position where
+there is one: also the row at the end of a prompt's prefill (n_r = 0), and the last row of a chunk (vLLM's "bonus"), so
+that an accepted draft never loses a step at a chunk border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec_rollout import ops
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.vllm.collect import Collector
+from spec_rollout.engines.vllm.logprobs import SampledLogprobs
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.rows import Row
+
+
+# (request, first logits row, its tokens, their log-probs) of the requests served in one step
+_Runs = list[tuple[int, int, np.ndarray, np.ndarray]]
+
+
+@dataclass(slots=True)
+class Step:
+    """What the sampler needs of one step of the model runner.
+
+    Attributes:
+        rows: Per request of the batch, in its order: our state of it, or None for a request without a key.
+        lens: Tokens of prompt and response so far. [batch], int64 (numpy).
+        scheduled: Draft tokens vLLM scheduled, per request (its own inventions included).
+        discard: Whether vLLM throws the sample away (prefill not finished). [batch], bool (numpy).
+        logits: [sum(len(scheduled) + 1), vocab].
+        temperature, top_k, top_p: As the ops take them: a number, or [batch] on the logits' device.
+        sample_stock: Logits [batch, vocab] -> vLLM's own sampler output for them.
+        logprobs: What vLLM wants returned, or None.
+    """
+
+    rows: list[Row | None]
+    lens: np.ndarray
+    scheduled: list[list[int]] | None
+    discard: np.ndarray
+    logits: torch.Tensor
+    temperature: float | torch.Tensor
+    top_k: int | torch.Tensor
+    top_p: float | torch.Tensor
+    sample_stock: Callable[[torch.Tensor], Any]
+    logprobs: SampledLogprobs | None
+
+
+@dataclass(slots=True)
+class _Segment:
+    """Logits rows first_row..first_row + num_rows of one request, tested against `num_tested` draft tokens."""
+
+    request: int
+    first_row: int
+    num_rows: int
+    index: int = 0  # response token that the first row predicts
+    num_tested: int = 0
+    num_proposed: int = 0  # of the draft's own tokens computed in this step
+    row: Row | None = None  # None: nobody reads the result
+
+
+class ReuseSampler:
+    """Draws the tokens of every request that has a noise key; leaves the others to vLLM's sampler."""
+
+    def __init__(self, max_chunk: int) -> None:
+        self.max_chunk = max_chunk
+        self.metrics = ReuseMetrics()
+        self.collector = Collector()
+        self.rows: list[Row | None] = []  # of the last step, for the proposer
+        self._plain: _PlainBatch | None = None
+
+    def __call__(self, step: Step) -> tuple[torch.Tensor, Any]:
+        """Samples one step.
+
+        Returns:
+            Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's LogprobsTensors or None.
+        """
+        self.rows = step.rows
+        if step.scheduled is None and self._is_plain(step):
+            return self._draw_plain(step)
+        self._plain = None
+        return self._verify(step)
+
+    def count(self, num_tokens: int, num_requests: int) -> None:
+        """A step in which the model computed `num_tokens` tokens for `num_requests` requests."""
+        self.metrics.num_engine_steps += 1
+        self.metrics.num_computed_tokens += num_tokens
+        self.metrics.num_decode_steps += num_tokens == num_requests
+
+    # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
+
+    def _is_plain(self, step: Step) -> bool:
+        plain = self._plain
+        if plain is not None and plain.rows == step.rows and not step.discard.any():
+            return True
+        for row in step.rows:
+            if row is None or row.alive or row.masks is not None:
+                return False
+        if step.discard.any():
+            return False
+        self._plain = _PlainBatch.of(step.rows, step.logits.device)
+        return True
+
+    def _draw_plain(self, step: Step) -> tuple[torch.Tensor, Any]:
+        plain = self._plain
+        assert plain is not None
+        indices = step.lens - plain.prompt_lens
+        positions = torch.from_numpy(indices + plain.first_positions)
+        result = ops.sample_tokens(
+            step.logits,
+            keys=plain.keys,
+            positions=positions.to(step.logits.device, non_blocking=True),
+            temperature=step.temperature,
+            top_k=step.top_k,
+            top_p=step.top_p,
+        )
+        if plain.any_collected:
+            self.collector.add(plain.collect_ids, indices.astype(np.int32), result.logprobs)
+        tokens = result.token_ids[:, None]
+        if step.logprobs is None:
+            return tokens, None
+        every = torch.arange(len(step.rows), device=tokens.device)
+        return tokens, step.logprobs.gather(step.logits, every, every, result.token_ids, result.logprobs)
+
+    # -- The general step.
+
+    def _verify(self, step: Step) -> tuple[torch.Tensor, Any]:
+        batch = len(step.rows)
+        counts = [1] * batch if step.scheduled is None else [len(s) + 1 for s in step.scheduled]
+        first_rows = np.zeros(batch + 1, np.int64)
+        np.cumsum(counts, out=first_rows[1:])
+        tokens = np.full((batch, max(counts)), -1, np.int32)
+        emitted: _Runs = []
+        logprobs = step.logprobs
+
+        stock = [r for r, row in enumerate(step.rows) if row is None]
+        stock_output = None
+        if stock:
+            # Whatever drafts vLLM made up for them, their next token is sampled from the first row.
+            self.metrics.num_placeholder_tokens += sum(counts[r] - 1 for r in stock)
+            rows_of = torch.from_numpy(first_rows[:-1]).to(step.logits.device)
+            stock_output = step.sample_stock(step.logits[rows_of])
+            tokens[stock, 0] = stock_output.sampled_token_ids[:, 0].cpu().numpy()[stock]
+        if logprobs is not None:
+            logprobs.keep_raw(step.logits, any(row is not None and row.masks for row in step.rows))
+
+        groups = self._segments(step, first_rows) if len(stock) < batch else {}
+        for rule, segments in groups.items():
+            self._verify_group(step, rule, segments, len(groups) == 1 and not stock, tokens, emitted)
+
+        output = torch.from_numpy(tokens)
+        if logprobs is None:
+            return output, None
+        return output, logprobs.scatter(step.logits, tokens.shape, emitted, stock, stock_output)
+
+    def _segments(
+        self, step: Step, first_rows: np.ndarray
+    ) -> dict[AcceptanceRule, list[_Segment]]:
+        """Logits rows by acceptance rule, in order; together they own every row of the keyed requests."""
+        order: list[tuple[AcceptanceRule | None, _Segment]] = []  # None: nothing to test, any rule will do
+        for r, row in enumerate(step.rows):
+            if row is None:
+                continue
+            first, count = int(first_rows[r]), int(first_rows[r + 1] - first_rows[r])
+            index = int(step.lens[r]) - row.prompt_len
+            if step.discard[r]:
+                order.append((None, _Segment(r, first, 1)))
+                used = 1
+            else:
+                num_real = 0
+                if count > 1:
+                    assert step.scheduled is not None
+                    num_real = row.num_scheduled(index, step.scheduled[r]) if row.alive else 0
+                    self.metrics.num_proposed_tokens += num_real
+                    self.metrics.num_placeholder_tokens += count - 1 - num_real
+                num_tested = min(num_real + 1, row.draft_len - index) if row.alive else 0
+                used = max(num_tested, min(num_real, num_tested) + 1)
+                segment = _Segment(r, first, used, index, num_tested, num_real, row)
+                order.append((row.rule if num_tested else None, segment))
+                if row.masks is not None:
+                    row.masks.apply(step.logits[first : first + used], index + row.first_position)
+            if used < count:  # rows computed for draft tokens that vLLM made up
+                order.append((None, _Segment(r, first + used, count - used)))
+        rules = [rule for rule, _ in order if rule is not None]
+        default = rules[0] if rules else next(row.rule for row in step.rows if row is not None)
+        groups: dict[AcceptanceRule, list[_Segment]] = {}
+        for rule, segment in order:
+            groups.setdefault(default if rule is None else rule, []).append(segment)
+        return groups
+
+    def _verify_group(
+        self,
+        step: Step,
+        rule: AcceptanceRule,
+        segments: list[_Segment],
+        owns_all: bool,
+        tokens: np.ndarray,
+        emitted: _Runs,
+    ) -> None:
+        device = step.logits.device
+        logits = step.logits
+        if not owns_all:
+            segments = [s for s in segments if s.row is not None]
+            if not segments:
+                return
+            wanted = np.concatenate(
+                [np.arange(s.first_row, s.first_row + s.num_rows) for s in segments]
+            )
+            logits = logits[torch.from_numpy(wanted).to(device)]
+        batch = _Batch.of(segments, rule, device)
+        requests = batch.requests
+        if requests.size == len(step.rows) and bool((requests[1:] > requests[:-1]).all()):
+            sampling = (step.temperature, step.top_k, step.top_p)
+        else:
+            where = torch.from_numpy(requests).to(device)
+            sampling = tuple(
+                value[where] if isinstance(value, torch.Tensor) else value
+                for value in (step.temperature, step.top_k, step.top_p)
+            )
+        result = ops.verify_prefix(
+            logits,
+            batch.draft_ids,
+            batch.cu_draft_lens,
+            rule=rule,
+            keys=batch.keys,
+            positions=batch.positions,
+            draft_logprobs=batch.draft_logprobs,
+            cu_logits_lens=batch.cu_logits_lens,
+            temperature=sampling[0],
+            top_k=sampling[1],
+            top_p=sampling[2],
+        )
+        accepted, drawn, logprobs = _to_host(result)
+        offset = 0
+        for s, a, token in zip(segments, accepted.tolist(), drawn.tolist(), strict=True):
+            if s.row is not None:
+                self._settle(s, s.row, a, token, logprobs[offset : offset + s.num_rows], tokens, emitted)
+            offset += s.num_rows
+
+    def _settle(
+        self,
+        segment: _Segment,
+        row: Row,
+        accepted: int,
+        token: int,
+        logprobs: np.ndarray,
+        tokens: np.ndarray,
+        emitted: _Runs,
+    ) -> None:
+        """Books the outcome of one request."""
+        index, out = segment.index, tokens[segment.request]
+        out[:accepted] = row.draft[index : index + accepted]
+        num_tokens = accepted
+        if token >= 0:
+            out[accepted] = token
+            num_tokens += 1
+        if segment.num_tested:
+            self.metrics.chunk_tested(index, segment.num_tested, accepted, segment.num_proposed)
+            if accepted < segment.num_tested:
+                row.alive = False
+            elif index + accepted >= row.draft_len:
+                row.alive = False
+                self.metrics.num_fully_reused += 1
+            elif segment.num_proposed >= row.chunk:
+                row.chunk = min(2 * row.chunk, self.max_chunk)
+        if row.collect_id >= 0:
+            self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], accepted)
+        emitted.append((segment.request, segment.first_row, out[:num_tokens], logprobs[:num_tokens]))
+
+
+@dataclass(slots=True)
+class _PlainBatch:
+    """A batch in which nothing is left to verify."""
+
+    rows: list[Row | None]
+    keys: torch.Tensor
+    prompt_lens: np.ndarray
+    first_positions: np.ndarray
+    collect_ids: np.ndarray
+    any_collected: bool
+
+    @classmethod
+    def of(cls, rows: list[Row | None], device: torch.device) -> _PlainBatch:
+        collect_ids = np.array([row.collect_id for row in rows], np.int32)
+        return cls(
+            rows=rows,
+            keys=torch.tensor([row.key for row in rows], dtype=torch.int64, device=device),
+            prompt_lens=np.array([row.prompt_len for row in rows], np.int64),
+            first_positions=np.array([row.first_position for row in rows], np.int64),
+            collect_ids=collect_ids,
+            any_collected=bool((collect_ids >= 0).any()),
+        )
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Segments as `verify_prefix` takes them."""
+
+    requests: np.ndarray
+    draft_ids: torch.Tensor
+    draft_logprobs: torch.Tensor | None
+    cu_draft_lens: torch.Tensor
+    cu_logits_lens: torch.Tensor
+    keys: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: list[_Segment], rule: AcceptanceRule, device: torch.device) -> _Batch:
+        n = len(segments)
+        ids, logprobs = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+        numbers = np.zeros((4, n + 1), np.int64)  # cu_draft, cu_logits, keys, positions
+        for i, s in enumerate(segments):
+            if s.row is None:
+                # Nobody reads these rows; a draft of token 0 makes them one row of work.
+                tested = s.num_rows
+                ids.append(np.zeros(tested, np.int32))
+                logprobs.append(np.full(tested, np.inf, np.float32))
+            else:
+                tested = s.num_tested
+                numbers[2, i] = s.row.key
+                numbers[3, i] = s.row.first_position + s.index
+                if tested:
+                    ids.append(s.row.draft[s.index : s.index + tested])
+                    if rule.needs_draft_logprobs:
+                        logprobs.append(s.row.draft_logprobs[s.index : s.index + tested])
+            numbers[0, i + 1] = tested
+            numbers[1, i + 1] = s.num_rows
+        np.cumsum(numbers[:2], axis=1, out=numbers[:2])
+        packed = _to_device(numbers, device)
+        return cls(
+            requests=np.array([s.request for s in segments], np.int64),
+            draft_ids=_to_device(np.concatenate(ids), device),
+            draft_logprobs=_to_device(np.concatenate(logprobs), device)
+            if rule.needs_draft_logprobs
+            else None,
+            cu_draft_lens=packed[0],
+            cu_logits_lens=packed[1],
+            keys=packed[2, :n],
+            positions=packed[3, :n],
+        )
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The three outputs with one synchronisation."""
+    accepted, drawn, logprobs = result
+    if not accepted.is_cuda:
+        return accepted.numpy(), drawn.numpy(), logprobs.numpy()
+    packed = torch.cat([accepted, drawn, logprobs.view(torch.int32)]).cpu()
+    ops.check_status(accepted.device)
+    n = accepted.numel()
+    return packed[:n].numpy(), packed[n : 2 * n].numpy(), packed[2 * n :].view(torch.float32).numpy()
+

@@ -1,0 +1,46 @@
+"""What every vLLM worker can be asked for through `collective_rpc`: `worker_extension_cls="...worker.ReuseWorker"`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+
+
+class ReuseWorker:
+    """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
+
+    def spec_rollout_take(self) -> tuple[bytes, ...]:
+        """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`)."""
+        return compat.proposer_of(self).sampler.collector.take()
+
+    def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
+        """Counters (`metrics.ReuseMetrics.as_dict`), optionally starting them anew."""
+        sampler = compat.proposer_of(self).sampler
+        values = sampler.metrics.as_dict()
+        if reset:
+            sampler.metrics = ReuseMetrics()
+        return values
+
+    def spec_rollout_load(self, named_tensors: list[tuple[str, Any]]) -> None:
+        """Copies weights into the model in place.
+
+        Args:
+            named_tensors: Names as in the checkpoint, and tensors or (dtype name, shape, bytes) of them.
+        """
+
+        def tensor(value: Any) -> torch.Tensor:
+            if isinstance(value, torch.Tensor):
+                return value
+            dtype, shape, data = value
+            flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype))
+            return flat.reshape(tuple(shape))
+
+        compat.load_weights(self, ((name, tensor(value)) for name, value in named_tensors))
+
+    def spec_rollout_weights_loaded(self) -> None:
+        """After the last `spec_rollout_load` of an update."""
+        compat.weights_loaded(self)
