@@ -448,6 +448,9 @@ py::dict build_info() {
 }
 
 }  // namespace
+
+void bind_suffix_index(py::module_& module);  // suffix_index.cpp
+
 }  // namespace spec_rollout::python
 
 PYBIND11_MODULE(_C, module) {
@@ -464,6 +467,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("assemble", &assemble);
   module.def("gumbel_noise", &gumbel_noise);
   module.def("build_info", &build_info);
+  bind_suffix_index(module);
   // Scalars of the shared arithmetic, for tests.
   module.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                           uint32_t k1) {

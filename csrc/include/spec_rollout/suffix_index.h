@@ -1,0 +1,82 @@
+// Longest-suffix matching over the rollouts of one prompt: what followed the last time the text went like this?
+//
+// Every position of every row whose next token is known is a node of a binary search tree, ordered by its context read
+// backwards from the position (one tree per last token). A node is inserted as the root of its tree, which is split on
+// the way down, as in the match finder of LZMA: the newest nodes stay on top, so of several longest matches the most
+// recently added is found, and both insertion and search are one walk. Contexts that agree on `max_match` tokens are
+// one node, the newer: a looping model costs no depth.
+//
+// Memory: 4 bytes for the token, 8 for the two links.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace spec_rollout {
+
+class SuffixIndex {
+ public:
+  static constexpr int64_t kMaxRows = 1 << 12;
+  static constexpr int64_t kMaxRowTokens = (1 << 20) - 2;
+
+  struct Match {
+    int32_t len = 0;     // tokens of context that agree, the start of a row counting as one; 0: no match
+    int32_t row = -1;    // where the matching context ends
+    int32_t offset = -1; // its last token; the proposal begins at the next
+  };
+
+  explicit SuffixIndex(int32_t max_match);
+
+  // A new, empty row; `capacity` tokens are reserved. Returns its number.
+  int64_t add_row(int64_t capacity);
+  void append(int64_t row, int32_t token);
+  // Longest suffix of the row that occurs before a known token, in any row. At most max_match long.
+  Match find(int64_t row) const;
+  // Tokens that followed the match: writes at most max_tokens, returns how many.
+  int64_t continuation(const Match& match, int64_t max_tokens, int32_t* out) const;
+
+  int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
+  int64_t num_tokens() const { return num_tokens_; }
+  int64_t num_bytes() const;
+
+ private:
+  using NodeId = uint32_t;  // row << 20 | offset
+  static constexpr NodeId kNone = 0xffffffffu;
+  static constexpr int kOffsetBits = 20;
+  static constexpr int32_t kStart = -1;  // first "token" of every row
+
+  struct Links {
+    NodeId less = kNone, greater = kNone;
+  };
+  struct Row {
+    std::vector<int32_t> tokens;
+    std::vector<Links> links;
+  };
+  struct Root {
+    int32_t token = 0;
+    NodeId node = kNone;
+  };
+
+  const int32_t* token_at(NodeId id) const {
+    return rows_[id >> kOffsetBits].tokens.data() + (id & ((1u << kOffsetBits) - 1));
+  }
+  Links& links_at(NodeId id) {
+    return rows_[id >> kOffsetBits].links[id & ((1u << kOffsetBits) - 1)];
+  }
+  const Links& links_at(NodeId id) const {
+    return rows_[id >> kOffsetBits].links[id & ((1u << kOffsetBits) - 1)];
+  }
+  int32_t common_context(const int32_t* a, const int32_t* b, int32_t from) const;
+  void insert(NodeId id);
+  NodeId* root_slot(int32_t token);
+  NodeId root_of(int32_t token) const;
+  void grow_roots();
+
+  int32_t max_match_;
+  int64_t num_tokens_ = 0;
+  std::vector<Row> rows_;
+  std::vector<Root> roots_;  // open addressing by token; a power of two
+  int64_t num_roots_ = 0;
+};
+
+}  // namespace spec_rollout
