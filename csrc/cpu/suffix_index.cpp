@@ -148,7 +148,7 @@ SuffixIndex::NodeId SuffixIndex::root_of(int32_t token) const {
 }
 
 SuffixIndex::NodeId* SuffixIndex::root_slot(int32_t token) {
-  if (2 * (num_roots_ + 1) > static_cast<int64_t>(roots_.size())) grow_roots();
+  if (4 * (num_roots_ + 1) > 3 * static_cast<int64_t>(roots_.size())) grow_roots();
   const size_t mask = roots_.size() - 1;
   size_t i = hash_token(token) & mask;
   while (roots_[i].node != kNone && roots_[i].token != token) i = (i + 1) & mask;
