@@ -23,6 +23,22 @@ struct ShareWeight {
   uint64_t operator()(float e) const { return fixed_point_weight(e); }
 };
 
+// The bin, counted from the top, in which the sum reaches `target`; what is above it is taken off
+// `target`. Whole runs of bins are stepped over first: their sums vectorise.
+inline uint32_t bin_at(const uint64_t* histogram, uint32_t num_bins, uint64_t& target) {
+  constexpr uint32_t kRun = 64;
+  uint32_t end = num_bins;
+  for (; end > kRun; end -= kRun) {
+    uint64_t sum = 0;
+    for (uint32_t i = end - kRun; i < end; ++i) sum += histogram[i];
+    if (sum >= target) break;
+    target -= sum;
+  }
+  uint32_t bin = end - 1;
+  while (bin > 0 && histogram[bin] < target) target -= histogram[bin--];
+  return bin;
+}
+
 // The largest t with the weights of x_v >= t at least `target`, by radix selection on
 // ordered_key(x): three passes over the blocks that reach `lower`, a value known not to be above t.
 template <class Weight>
@@ -60,9 +76,7 @@ float select_threshold(const LogitsRow& row, const float* block_max, float lower
         }
       }
     }
-    uint32_t bin = mask;
-    while (bin > 0 && histogram[bin] < target) target -= histogram[bin--];
-    prefix = (prefix << digit.bits) | bin;
+    prefix = (prefix << digit.bits) | bin_at(histogram, mask + 1, target);
   }
   return from_ordered_key(prefix);
 }
