@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import time
+import itertools
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,7 +202,7 @@ def test_coupled_noise_is_renewed_every_refresh_epochs_and_only_then() -> None:
     rolled = [
         session.rollout([[0], [1]], 4, SAMPLING, step=step, epoch=step // 3) for step in range(15)
     ]
-    same = [responses(a) == responses(b) for a, b in pairwise(rolled)]
+    same = [responses(a) == responses(b) for a, b in itertools.pairwise(rolled)]
     assert [step + 1 for step, equal in enumerate(same) if not equal] == [6, 12]
     forever = RolloutSession(MarkovEngine(policy(3)), Coupled())
     first, last = (forever.rollout([[0]], 4, SAMPLING, step=e, epoch=e) for e in (0, 1000))
@@ -394,21 +394,41 @@ def test_a_schedule_moves_the_rule_with_the_step() -> None:
     assert reused(0) < 0.05 < 0.3 < reused(5) < 0.9 < reused(10)
 
 
-def test_the_stats_cover_the_whole_call() -> None:
+def test_the_stats_count_the_batch() -> None:
     session = RolloutSession(MarkovEngine(policy(3)), Lenient(0.5))
     prompts = [[i % VOCAB, i // VOCAB] for i in range(25)]
     for step in range(2):
-        start = time.perf_counter()
         rolled = session.rollout(prompts, 40, SAMPLING, step=step, epoch=step)
-        wall = time.perf_counter() - start
         stats = rolled.stats
-        assert 0 < stats.lookup_seconds < stats.rollout_seconds
-        assert 0 < stats.store_seconds < stats.rollout_seconds
-        assert stats.lookup_seconds + stats.store_seconds < stats.rollout_seconds
-        assert 0.9 * wall < stats.rollout_seconds <= wall
+        assert stats.num_rollouts == rolled.batch == 1000
         assert stats.num_cache_misses == (1000 if step == 0 else 0)
         assert stats.num_drafts == 1000 - stats.num_cache_misses
         assert stats.num_response_tokens == rolled.response_ids.numel()
+        assert stats.num_reused_tokens == int(rolled.accepted_lens.sum())
+
+
+def test_what_a_baseline_throws_away_counts_as_draft() -> None:
+    session = RolloutSession(MarkovEngine(policy(3)), RandomReuse(0.25))
+    first = session.rollout([[0]], 400, SAMPLING, step=0, epoch=0)
+    again = session.rollout([[0]], 400, SAMPLING, step=1, epoch=1)
+    assert again.stats.num_drafts == 400
+    assert again.stats.num_draft_tokens == first.stats.num_response_tokens
+    assert 0.15 < again.stats.num_reused_tokens / again.stats.num_draft_tokens < 0.35
+
+
+def test_rollout_seconds_run_from_the_first_line_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock that ticks once per look, lookup and storing take one tick each."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr("spec_rollout.rollout.time", clock)
+    session = RolloutSession(MarkovEngine(policy(3)), Lenient(0.5))
+    stats = session.rollout([[0]], 4, SAMPLING, step=0, epoch=0).stats
+    looks = next(ticks)
+    assert stats.rollout_seconds == looks - 1
+    assert stats.lookup_seconds == stats.store_seconds == 1
+    assert session.evaluate([[0]], 4, SAMPLING, step=0).stats.rollout_seconds == 1
 
 
 def test_the_test_engine_is_an_engine() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import tracemalloc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -306,6 +308,16 @@ def test_bad_limits_are_refused() -> None:
         RolloutCache().lookup([A], [0], max_tokens=0)
 
 
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads that change as often as the interpreter lets them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_threads_see_whole_rollouts_and_the_byte_count_stays_right() -> None:
     cache = RolloutCache(max_bytes=6 * _group_bytes(4, 30))
     keys = [bytes([key]) * 8 for key in range(10)]
