@@ -6,18 +6,22 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.transformers import TransformersEngine
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train.config import ConfigError, ModelConfig, RolloutConfig
-from spec_rollout.train.data import PromptData, load_prompts
+from spec_rollout.train.data import PromptRow, load_prompts, read_records
 from spec_rollout.train.policy import Policy, load_policy
-from spec_rollout.types import FinishReason, Rollouts
+from spec_rollout.types import FinishReason, Rollouts, RolloutStats
+
+_PORTION_SLOTS = 16  # times the engine's slots: rollouts between two updates of the progress bar
 
 
 def rollout(args: argparse.Namespace) -> int:
@@ -39,12 +43,14 @@ def rollout(args: argparse.Namespace) -> int:
     if args.cache_in is not None:
         cache.load(args.cache_in)
     policy = load_policy(ModelConfig(args.model, dtype=args.dtype, device=args.device))
+    # An answer column is taken as such, so that training data can be used as it is.
+    _, first = next(read_records(args.prompts, 1), ("", {}))
     data = load_prompts(
         args.prompts,
         policy.tokenizer,
         vocab_size=policy.vocab_size,
         prompt_column=args.prompt_column,
-        answer_column=None,
+        answer_column="answer" if "answer" in first else None,
     )
     session = RolloutSession(
         TransformersEngine(policy.model, num_slots=config.num_slots),
@@ -52,16 +58,29 @@ def rollout(args: argparse.Namespace) -> int:
         cache=cache,
         seed=args.seed,
     )
-    rollouts = session.rollout(
-        [row.prompt_ids for row in data.rows],
-        config.num_samples,
-        config.sampling(policy.eos_token_ids),
-        step=args.pass_index,
-        epoch=args.pass_index,
-        user_keys=[row.user_key for row in data.rows],
-    )
-    _write_lines(args.out, _rows(rollouts, data, policy, config.num_samples))
-    stats = _stats(rollouts)
+    total = RolloutStats()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal total
+        # In portions, to show progress. Samples do not depend on them.
+        portion = max(1, _PORTION_SLOTS * config.num_slots // config.num_samples)
+        with tqdm(total=len(data) * config.num_samples, unit="rollout", disable=None) as bar:
+            for start in range(0, len(data), portion):
+                chosen = data.rows[start : start + portion]
+                rollouts = session.rollout(
+                    [row.prompt_ids for row in chosen],
+                    config.num_samples,
+                    config.sampling(policy.eos_token_ids),
+                    step=args.pass_index,
+                    epoch=args.pass_index,
+                    user_keys=[row.user_key for row in chosen],
+                )
+                total += rollouts.stats
+                yield from _rows(rollouts, chosen, start, policy, config.num_samples)
+                bar.update(rollouts.batch)
+
+    _write_lines(args.out, rows())
+    stats = _stats(total)
     _write_lines(stats_path, [stats])
     if args.cache_out is not None:
         cache.save(args.cache_out)
@@ -98,17 +117,19 @@ def _config(args: argparse.Namespace) -> RolloutConfig:
 
 
 def _rows(
-    rollouts: Rollouts, data: PromptData, policy: Policy, num_samples: int
+    rollouts: Rollouts, prompts: Sequence[PromptRow], start: int, policy: Policy, num_samples: int
 ) -> Iterator[dict[str, Any]]:
+    """One output row per rollout; `start` is the index of the first prompt in its file."""
     cu = rollouts.cu_response_lens.tolist()
     ids, logprobs = rollouts.response_ids.tolist(), rollouts.logprobs.tolist()
     accepted, finish = rollouts.accepted_lens.tolist(), rollouts.finish_reasons.tolist()
     for row in range(rollouts.batch):
+        index, sample = divmod(row, num_samples)
         response = ids[cu[row] : cu[row + 1]]
         yield {
-            "prompt_index": row // num_samples,
-            "sample": row % num_samples,
-            "prompt": data.rows[row // num_samples].prompt,
+            "prompt_index": start + index,
+            "sample": sample,
+            "prompt": prompts[index].prompt,
             "response": policy.tokenizer.decode(response, skip_special_tokens=True),
             "response_ids": response,
             "logprobs": [round(value, 6) for value in logprobs[cu[row] : cu[row + 1]]],
@@ -117,8 +138,7 @@ def _rows(
         }
 
 
-def _stats(rollouts: Rollouts) -> dict[str, Any]:
-    stats = rollouts.stats
+def _stats(stats: RolloutStats) -> dict[str, Any]:
     return {
         **asdict(stats),
         "reused_fraction": stats.reused_fraction,
@@ -127,7 +147,7 @@ def _stats(rollouts: Rollouts) -> dict[str, Any]:
     }
 
 
-def _write_lines(path: Path, rows: Any) -> None:
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line; the file appears complete or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:

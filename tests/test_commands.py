@@ -1,0 +1,163 @@
+"""The commands that load a model, from the command line down, on the demo's model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec_rollout import cli
+from spec_rollout.demo import model_dir
+from spec_rollout.demo.task import training_problems, write_jsonl
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    write_jsonl(training_problems(3), path)
+    return path
+
+
+def rollout(prompts: Path, name: str, *options: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and statistics of one pass of two samples per prompt."""
+    out = prompts.with_name(name)
+    argv = ["rollout", "--model", str(model_dir()), "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*argv, "--num-samples", "2", "--max-tokens", "60", *options]) == 0
+    return rows_of(out), json.loads(out.with_suffix(".stats.json").read_text())
+
+
+def test_a_second_pass_with_the_first_ones_cache_reuses_it(prompts: Path) -> None:
+    cache = str(prompts.with_name("cache.bin"))
+    first, stats = rollout(prompts, "first.jsonl", "--cache-out", cache)
+    assert stats["num_rollouts"] == len(first) == 6
+    assert stats["num_reused_tokens"] == 0
+    assert [(row["prompt_index"], row["sample"]) for row in first] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1),
+    ]  # fmt: skip
+    for row in first:
+        assert len(row["response_ids"]) == len(row["logprobs"]) <= 60
+        assert (row["finish_reason"] == "length") == (len(row["response_ids"]) == 60)
+        assert row["prompt"].endswith("=?\n")
+    # the same weights and noise: everything is kept, and nothing changes
+    second, stats = rollout(prompts, "second.jsonl", "--cache-in", cache, "--pass", "1")
+    assert [row["response_ids"] for row in second] == [row["response_ids"] for row in first]
+    assert stats["reused_fraction"] == 1.0
+    assert all(row["accepted_len"] == len(row["response_ids"]) for row in second)
+    # lenient draws new noise each pass, and with equal policies accepts everything
+    _, stats = rollout(prompts, "third.jsonl", "--cache-in", cache, "--rule", "lenient")
+    assert stats["reused_fraction"] == 1.0
+    _, stats = rollout(prompts, "fourth.jsonl", "--cache-in", cache, "--rule", "none")
+    assert stats["num_reused_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-samples", "0"], "--num-samples: expected at least 1, got 0"),
+        (["--top-p", "0"], "--top-p: expected 0 < value <= 1, got 0.0"),
+        (["--rule", "none", "--log-lenience", "1"], "--log-lenience: expected to be left out"),
+        (["--pass", "-1"], "--pass: expected >= 0, got -1"),
+        (["--cache-in", "nowhere.bin"], "nowhere.bin: No such file"),
+        (
+            ["--cache-out", "nowhere/cache.bin"],
+            "--cache-out: expected a file in an existing folder",
+        ),
+        (["--prompt-column", "question"], "{prompts}:1: expected a column 'question'"),
+        (["--model", "nowhere"], "model.path: expected a folder with config.json"),
+        (["--device", "cuda:99"], "model.device: expected a device of this machine"),
+    ],
+)
+def test_rollout_mistakes_are_one_line_and_nothing_is_written(
+    prompts: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = prompts.with_name("out.jsonl")
+    argv = ["rollout", "--model", str(model_dir()), "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*argv, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message.format(prompts=prompts)}")
+    assert error.count("\n") == 1
+    assert [path.name for path in prompts.parent.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_damaged_cache_is_refused_and_kept(
+    prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prompts.with_name("cache.bin")
+    rollout(prompts, "first.jsonl", "--cache-out", str(cache))
+    damaged = cache.read_bytes()[:-5]
+    cache.write_bytes(damaged)
+    capsys.readouterr()
+    out = prompts.with_name("second.jsonl")
+    argv = ["rollout", "--model", str(model_dir()), "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*argv, "--cache-in", str(cache)]) == 2
+    assert str(cache) in capsys.readouterr().err
+    assert cache.read_bytes() == damaged
+    assert not out.exists()
+
+
+def test_train_writes_a_report_and_resumes(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'[model]\npath = "{model_dir()}"\n[data]\npath = "{prompts}"\n'
+        '[rollout]\nnum_samples = 2\nmax_tokens = 24\n[reward]\nfunctions = ["last_number"]\n'
+        "[train]\nprompts_per_step = 3\nmax_steps = 1\nepochs = 4\n"
+        f'[eval]\nat_start = false\nat_end = false\n[log]\nrun_dir = "{run_dir}"\n'
+    )
+    assert cli.main(["train", str(config), "--set", "train.seed=5"]) == 0
+    out = capsys.readouterr().out
+    assert "seed = 5" in out  # the resolved config
+    assert "prompts_per_step = 3" in out
+    assert [row["step"] for row in rows_of(run_dir / "metrics.jsonl")] == [1]
+    assert "<svg" in (run_dir / "report.html").read_text()
+    assert cli.main(["train", str(config)]) == 2
+    assert "log.run_dir: expected a new or empty folder" in capsys.readouterr().err
+    assert cli.main(["train", str(config), "--resume", "--set", "train.max_steps=2"]) == 0
+    assert cli.main(["train", "--resume", str(run_dir), "--set", "train.max_steps=3"]) == 0
+    rows = rows_of(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[1]["num_reused_tokens"] > 0
+    assert json.loads((run_dir / "summary.json").read_text())["seed"] == 5
+
+
+@pytest.mark.slow
+def test_the_short_demo_reports_every_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["demo", "--short", "--out", str(tmp_path / "demo"), "--seed", "3"]
+    assert cli.main(argv) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert list(summary["runs"]) == ["vanilla", "lenient", "coupled", "coupled_off"]
+    for name, run in summary["runs"].items():
+        assert run["seed"] == 3
+        assert run["steps"] == 4
+        assert 0 < run["verification_seconds"] < run["rollout_seconds"] or name in (
+            "vanilla",
+            "coupled_off",
+        )
+        assert 0 < run["generated_tokens"] <= run["response_tokens"]
+        assert set(run["accuracy_before"]) == set(run["accuracy_after"]) == {"train", "heldout"}
+    runs = summary["runs"]
+    assert runs["vanilla"]["effective_speedup"] == 1.0
+    assert runs["vanilla"]["reused_fraction"] == runs["coupled_off"]["reused_fraction"] == 0
+    assert runs["lenient"]["reused_fraction"] > 0
+    assert runs["coupled"]["reused_fraction"] > 0
+    assert runs["coupled"]["accuracy_after"] == runs["coupled_off"]["accuracy_after"]
+    assert summary["coupled_equals_off"] == {"total": 32, "identical": 32, "first_difference": None}
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert 'class="reused"' in page
+    assert "vanilla" in capsys.readouterr().out
+    # again into the same folder: the earlier runs are replaced, other files are refused
+    assert cli.main([*argv, "--runs", "vanilla"]) == 0
+    (tmp_path / "other" / "vanilla").mkdir(parents=True)
+    (tmp_path / "other" / "vanilla" / "mine.txt").touch()
+    assert cli.main(["demo", "--short", "--out", str(tmp_path / "other")]) == 2
+    assert (tmp_path / "other" / "vanilla" / "mine.txt").exists()
