@@ -237,9 +237,8 @@ class _Run:
         self._pending = row
         if self._evaluation_due():
             bar.set_description(f"epoch {row['epoch']} evaluation")
-            # A new dict: an evaluation cut short leaves the pending row as it was.
             with stop.aborting(self._parts.policy.model):
-                row = {**row, **self._evaluate()}
+                row.update(self._evaluate())
         self._pending = None
         if len(row) > 2:
             self._metrics.write(row)

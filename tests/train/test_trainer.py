@@ -139,13 +139,30 @@ def test_coupled_reuse_changes_nothing_but_the_work(make_config, tmp_path):
     assert sum(row.get("num_reused_tokens", 0) for row in runs[False][0]) == 0
 
 
+def test_a_policy_that_stands_still_is_reused_whole_and_evaluated_afresh(make_config):
+    config = make_config(train={"lr": 0.0}, eval={"every_steps": 1})
+    run(config)
+    rows = read_rows(config.log.run_dir)
+    assert [row["reused_fraction"] for row in rows[3:]] == [1.0] * 4
+    assert rows[1]["reward"] + rows[2]["reward"] == pytest.approx(
+        rows[3]["reward"] + rows[4]["reward"]
+    )
+    # Evaluations share no noise with each other (nor with the training rollouts).
+    assert len({row["eval_reward_train"] for row in rows}) == len(rows)
+
+
 @pytest.mark.parametrize("rule", ["lenient", "one_hot", "random_reuse", "random_cut", "none"])
 def test_every_rule_trains(make_config, rule):
     config = make_config(rollout={"rule": rule}, train={"epochs": 2})
     summary = run(config)
-    reused = summary.totals.reused_fraction
-    assert (reused == 0) == (rule == "none")
-    assert all(row["logprob_gap"] < 1e-5 for row in read_rows(config.log.run_dir)[1:])
+    rows = read_rows(config.log.run_dir)[1:]
+    assert all(row["logprob_gap"] < 1e-5 for row in rows)
+    if rule == "none":
+        assert [row["num_drafts"] for row in rows] == [0] * 4
+    else:
+        assert sum(row["num_drafts"] for row in rows) > 0
+    if rule not in ("none", "one_hot"):  # one-hot keeps next to nothing of a random model's drafts
+        assert summary.totals.reused_fraction > 0
 
 
 def test_options_of_the_update_together(make_config, write_rows):
