@@ -58,7 +58,7 @@ class PretrainConfig:
     num_heads: int = 4
     head_dim: int = 32
     intermediate_size: int = 256
-    num_steps: int = 3000
+    num_steps: int = 4000
     batch_size: int = 32
     lr: float = 3e-3
     warmup_steps: int = 100
