@@ -18,7 +18,7 @@ class ReuseMetrics:
         num_computed_tokens: Tokens the model computed: prompts, draft chunks, single tokens.
         num_drafts: Requests with a draft.
         num_draft_tokens: Their draft tokens (after the cut to max_tokens and to the model's length).
-        num_proposed_tokens: Draft tokens that went through the model, as scheduled by vLLM.
+        num_verified_tokens: Draft tokens that went through the model, wasted ones included.
         num_tested_tokens: Draft tokens tested; a token can be tested before it is computed, never after.
         num_accepted_tokens: Draft tokens accepted. What is accepted after a stop token or string is dropped later.
         num_wasted_tokens: Draft tokens computed in a chunk after its first rejection.
@@ -32,7 +32,7 @@ class ReuseMetrics:
     num_computed_tokens: int = 0
     num_drafts: int = 0
     num_draft_tokens: int = 0
-    num_proposed_tokens: int = 0
+    num_verified_tokens: int = 0
     num_tested_tokens: int = 0
     num_accepted_tokens: int = 0
     num_wasted_tokens: int = 0

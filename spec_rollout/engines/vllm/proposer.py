@@ -30,7 +30,7 @@ class ReuseProposer:
         vllm_config: `additional_config={"spec_rollout": {"first_chunk": n}}` changes the first chunk (16).
 
     Raises:
-        ValueError: if `first_chunk` is no positive integer.
+        ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's token budget.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -40,6 +40,13 @@ class ReuseProposer:
         first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)
         if not isinstance(first_chunk, int) or first_chunk < 1:
             raise ValueError(f"first_chunk: expected a positive integer, got {first_chunk!r}")
+        budget = vllm_config.scheduler_config.max_num_batched_tokens
+        if max_chunk >= budget:
+            # vLLM would wait forever to admit a request whose prompt is cached but for one token.
+            raise ValueError(
+                f"num_speculative_tokens: expected fewer than max_num_batched_tokens ({budget}), "
+                f"got {max_chunk}"
+            )
         self.first_chunk = min(first_chunk, max_chunk)
         self.sampler = ReuseSampler(max_chunk)
         compat.keep_cpu_weights()

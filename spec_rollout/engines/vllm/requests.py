@@ -222,7 +222,7 @@ class Responses:
             num_fully_reused=int(whole.sum()),
             num_response_tokens=self.ids.numel(),
             num_generated_tokens=self.ids.numel() - num_reused,
-            num_verified_tokens=metrics.num_proposed_tokens,
+            num_verified_tokens=metrics.num_verified_tokens,
             num_computed_tokens=metrics.num_computed_tokens,
             num_padding_tokens=0,
             num_engine_steps=metrics.num_engine_steps,

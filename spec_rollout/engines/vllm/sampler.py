@@ -179,7 +179,7 @@ class ReuseSampler:
                 if count > 1:
                     assert step.scheduled is not None
                     num_real = row.num_scheduled(index, step.scheduled[r]) if row.alive else 0
-                    self.metrics.num_proposed_tokens += num_real
+                    self.metrics.num_verified_tokens += num_real
                     self.metrics.num_placeholder_tokens += count - 1 - num_real
                 num_tested = min(num_real + 1, row.draft_len - index) if row.alive else 0
                 used = max(num_tested, min(num_real, num_tested) + 1)
@@ -269,7 +269,11 @@ class ReuseSampler:
             elif index + accepted >= row.draft_len:
                 row.alive = False
                 self.metrics.num_fully_reused += 1
-            elif segment.num_proposed >= row.chunk:
+                self.metrics.num_verified_tokens += token < 0 and not row.ends
+            else:
+                # The last accepted token is the next step's input.
+                self.metrics.num_verified_tokens += 1
+            if row.alive and segment.num_proposed >= row.chunk:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
         if row.collect_id >= 0:
             self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], accepted)

@@ -1,0 +1,71 @@
+"""Engines for the tests of the vLLM plugin: in this process, on the CPU, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by vLLM when it is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+@pytest.fixture(scope="session")
+def vllm_installed() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+
+
+@pytest.fixture(scope="session")
+def model_dir(vllm_installed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vllm_samples import make_model
+
+    folder = tmp_path_factory.mktemp("tiny_qwen3")
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_model(model_dir: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_dir).float().eval()
+
+
+MakeEngine = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def make_engine(model_dir: Path) -> Iterator[MakeEngine]:
+    """`make_engine(num_speculative_tokens=64, strategy="inflight", **llm_args)`; equal arguments share an engine."""
+    from vllm_samples import LLM_ARGS
+
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    engines: dict[str, Any] = {}
+
+    def make(*, num_speculative_tokens: int = 64, first_chunk: int | None = None, strategy: Any = "inflight", **llm_args: Any) -> Any:
+        name = repr((num_speculative_tokens, first_chunk, strategy, sorted(llm_args.items())))
+        if name not in engines:
+            engines[name] = VLLMEngine(
+                str(model_dir),
+                strategy=strategy,
+                num_speculative_tokens=num_speculative_tokens,
+                first_chunk=first_chunk,
+                llm_args={**LLM_ARGS, **llm_args},
+            )
+        return engines[name]
+
+    yield make
+    engines.clear()
+
+
+@pytest.fixture(scope="session")
+def engine(make_engine: MakeEngine) -> Any:
+    return make_engine()
