@@ -66,7 +66,13 @@ def batch_invariant_attention(
         queries = torch.nn.functional.pad(queries, (0, 0, 0, padded - folded))
         mask = torch.nn.functional.pad(mask, (0, 0, 0, padded - folded))
     parts = [
-        _attend(queries[:, :, i : i + _MAX_QUERIES], key, value, mask[:, :, i : i + _MAX_QUERIES], scaling)
+        _attend(
+            queries[:, :, i : i + _MAX_QUERIES],
+            key,
+            value,
+            mask[:, :, i : i + _MAX_QUERIES],
+            scaling,
+        )
         for i in range(0, padded, _MAX_QUERIES)
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -94,7 +94,9 @@ class Decoder:
                 self._plan.rooms[item.request],
                 self._plan.keys[item.request],
             )
-        self._state[:, first : first + len(verified)] = torch.from_numpy(state).to(self._state.device)
+        self._state[:, first : first + len(verified)] = torch.from_numpy(state).to(
+            self._state.device
+        )
         copy_rows(lanes, self.cache, [item.lane for item in verified], slots, self._kv_lens[first:])
 
     def step(self) -> None:
@@ -138,7 +140,10 @@ class Decoder:
     def _finish(self, done: list[int]) -> None:
         """Hands the responses of some slots over and moves the last slots in use into the free ones."""
         for ids, logprobs, slot in zip(
-            self._token_ids[done].cpu().numpy(), self._logprobs[done].cpu().numpy(), done, strict=True
+            self._token_ids[done].cpu().numpy(),
+            self._logprobs[done].cpu().numpy(),
+            done,
+            strict=True,
         ):
             request = self._requests[slot]
             begin = self._first_positions[slot]

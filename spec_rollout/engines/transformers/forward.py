@@ -42,7 +42,9 @@ class ModelForward:
         self._masks = _mask_kinds(model, self.config)
         self._head = model.get_output_embeddings()
         if self._head is None:
-            raise ValueError(f"model: expected a causal LM, {type(model).__name__} has no output layer")
+            raise ValueError(
+                f"model: expected a causal LM, {type(model).__name__} has no output layer"
+            )
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
@@ -90,7 +92,7 @@ class ModelForward:
         Returns:
             logits: [n, vocab], the model's dtype.
         """
-        rows, tokens = token_ids.shape
+        tokens = token_ids.shape[1]
         positions = starts[:, None] + torch.arange(tokens, device=self.device)
         width = round_up(width, WIDTH_MULTIPLE)
         cache.place(positions, width)
@@ -158,7 +160,9 @@ class ModelForward:
 def _device_and_dtype(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
-        raise ValueError(f"model: expected all parameters on one device, got {sorted(map(str, devices))}")
+        raise ValueError(
+            f"model: expected all parameters on one device, got {sorted(map(str, devices))}"
+        )
     return devices.pop(), model.dtype
 
 

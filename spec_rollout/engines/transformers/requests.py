@@ -22,7 +22,6 @@ class Plan:
         draft_logprobs: Aligned with `stream_ids`, NaN on prompts; None if not needed. float32.
         rooms: Most response tokens of each request. [batch], int64.
         draft_ends: Whether nothing follows a wholly accepted draft. [batch], bool.
-        had_draft: Whether the request came with a draft. [batch], bool.
         keys: Noise keys. [batch], int64.
     """
 
@@ -33,7 +32,6 @@ class Plan:
     draft_logprobs: np.ndarray | None
     rooms: np.ndarray
     draft_ends: np.ndarray
-    had_draft: np.ndarray
     keys: np.ndarray
 
     @classmethod
@@ -55,7 +53,10 @@ class Plan:
         drafts = requests.drafts if rule.uses_drafts else Drafts.none(requests.batch)
         if rule.needs_draft_logprobs and drafts.logprobs is None and drafts.token_ids.numel():
             raise ValueError(f"drafts.logprobs: expected log-probs, as {rule} needs, got None")
-        for name, ids in (("prompt_ids", requests.prompt_ids), ("drafts.token_ids", drafts.token_ids)):
+        for name, ids in (
+            ("prompt_ids", requests.prompt_ids),
+            ("drafts.token_ids", drafts.token_ids),
+        ):
             _check_ids(name, ids, vocab_size)
         prompt_lens = np.diff(requests.cu_prompt_lens.numpy())
         rooms = np.full(requests.batch, sampling.max_tokens, dtype=np.int64)
@@ -68,7 +69,10 @@ class Plan:
                     f"row {row} has {prompt_lens[row]} tokens"
                 )
         draft_lens, at_stop = _usable_lens(drafts, sampling.stop_token_ids, rooms)
-        prompt_starts, draft_starts = requests.cu_prompt_lens[:-1].numpy(), drafts.cu_lens[:-1].numpy()
+        prompt_starts, draft_starts = (
+            requests.cu_prompt_lens[:-1].numpy(),
+            drafts.cu_lens[:-1].numpy(),
+        )
         stream_lens = prompt_lens + draft_lens
         stream_starts = np.cumsum(stream_lens) - stream_lens
         stream_ids = np.empty(int(stream_lens.sum()), dtype=np.int64)
@@ -87,13 +91,17 @@ class Plan:
             draft_logprobs=draft_logprobs,
             rooms=rooms,
             draft_ends=at_stop | (draft_lens == rooms),
-            had_draft=requests.drafts.lens.numpy() > 0,
             keys=requests.keys.numpy(),
         )
 
     @property
     def batch(self) -> int:
         return self.keys.size
+
+    @property
+    def has_draft(self) -> np.ndarray:
+        """Whether there is a draft to verify. [batch], bool."""
+        return self.draft_lens > 0
 
     @property
     def feed_lens(self) -> np.ndarray:
@@ -105,7 +113,7 @@ class Plan:
 
         A request without a draft has its whole response to decode; among the rest, long rows first.
         """
-        return np.lexsort((-self.feed_lens, self.draft_lens > 0))
+        return np.lexsort((-self.feed_lens, self.has_draft))
 
     def draft_ids(self, request: int) -> np.ndarray:
         """The cut draft. [draft_len], int64."""

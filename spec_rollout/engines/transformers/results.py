@@ -39,9 +39,7 @@ class Results:
         """Whether the response ends with this token at this response position."""
         return token_id in self._stop or position + 1 >= self._plan.rooms[request]
 
-    def pack(
-        self, requests: RolloutRequests, policy_version: int, stats: RolloutStats
-    ) -> Rollouts:
+    def pack(self, requests: RolloutRequests, policy_version: int, stats: RolloutStats) -> Rollouts:
         """All responses in request order; fills the counts of `stats` that they determine."""
         plan = self._plan
         pieces, logprobs, lens, accepted_lens = [], [], [], []
@@ -58,7 +56,7 @@ class Results:
         stopped = np.isin(last_ids, list(self._stop))
         accepted = np.asarray(accepted_lens, dtype=np.int32)
         stats.num_rollouts = plan.batch
-        stats.num_drafts = int(plan.had_draft.sum())
+        stats.num_drafts = int(plan.has_draft.sum())
         stats.num_draft_tokens = int(plan.draft_lens.sum())
         stats.num_reused_tokens = int(accepted.sum())
         stats.num_fully_reused = int((plan.draft_ends & (accepted == plan.draft_lens)).sum())

@@ -110,7 +110,8 @@ class Verifier:
         fed = np.array([lane.fed for lane in lanes])
         left = self._feed_lens[requests] - fed
         num_tokens = max(
-            min(self._chunk, int(left.max())), round_up(self._forward.min_rows, len(lanes)) // len(lanes)
+            min(self._chunk, int(left.max())),
+            round_up(self._forward.min_rows, len(lanes)) // len(lanes),
         )
         counts = np.minimum(left, num_tokens)
         ends = fed + counts
@@ -125,7 +126,7 @@ class Verifier:
         self._stats.num_verified_tokens += int(num_tests.sum())
         self._stats.num_computed_tokens += int(counts.sum())
         self._stats.num_padding_tokens += len(lanes) * num_tokens - int(counts.sum())
-        share = float(counts[self._plan.had_draft[requests]].sum() / counts.sum())
+        share = float(counts[self._plan.has_draft[requests]].sum() / counts.sum())
         tested = np.flatnonzero(num_rows)
         verified = []
         for lane, end in zip(lanes, ends, strict=True):
@@ -142,7 +143,9 @@ class Verifier:
                 if next_id >= 0 or lane.fed == self._feed_lens[lane.request]:
                     next_token_id = next_id if next_id >= 0 else None
                     verified.append(
-                        Verified(lane.request, int(row), lane.accepted_len, next_token_id, lane.logprobs)
+                        Verified(
+                            lane.request, int(row), lane.accepted_len, next_token_id, lane.logprobs
+                        )
                     )
                     self._lanes[row] = None
         return verified, share

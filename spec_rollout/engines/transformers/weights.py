@@ -22,7 +22,9 @@ def copy_weights(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torc
     for name, tensor in named_tensors:
         target = targets.get(name)
         if not isinstance(target, torch.Tensor):
-            raise ValueError(f"named_tensors: expected names of the model's state dict, got {name!r}")
+            raise ValueError(
+                f"named_tensors: expected names of the model's state dict, got {name!r}"
+            )
         if name in updates:
             raise ValueError(f"named_tensors: expected each name once, got {name!r} again")
         if tensor.shape != target.shape:

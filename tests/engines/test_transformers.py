@@ -1,0 +1,503 @@
+"""The embedded engine on tiny real models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import (
+    SAMPLING,
+    STOP,
+    VOCAB,
+    assert_same,
+    build,
+    draft_rows,
+    drafts_of,
+    first_rows,
+    full_logprobs,
+    perturbed,
+    prompts,
+    random_requests,
+    responses,
+    with_drafts,
+    with_keys,
+)
+
+from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomReuse
+from spec_rollout.engines import RolloutEngine, TransformersEngine
+from spec_rollout.types import (
+    Drafts,
+    FinishReason,
+    RolloutRequests,
+    SamplingParams,
+    cu_lens_from,
+)
+
+MODELS = ["qwen3", "llama", "gpt2"]
+SLIDING = ["qwen3_sliding", "mistral_sliding"]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(STOP,))
+
+
+@pytest.fixture(scope="module")
+def old_rollouts():
+    """What the policy before a small step generated for 40 prompts."""
+    requests = random_requests(40)
+    rollouts = TransformersEngine(build("qwen3")).rollout(requests, SAMPLING, NoReuse())
+    assert 0.3 < (rollouts.finish_reasons == FinishReason.STOP).float().mean() < 0.95
+    return requests, rollouts
+
+
+@pytest.fixture(scope="module")
+def new_model():
+    return perturbed(build("qwen3"), 0.01)
+
+
+# --- Generation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS + SLIDING)
+def test_greedy_is_generate(name: str, attention: str) -> None:
+    model = build(name, attn_implementation=attention)
+    requests = random_requests(10)
+    rollouts = TransformersEngine(model, num_slots=4).rollout(requests, GREEDY, NoReuse())
+    for prompt, response in zip(prompts(requests), responses(rollouts), strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=STOP
+        )
+        assert response == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS + SLIDING)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_a_plain_forwards(name: str, temperature: float) -> None:
+    """Of generated tokens, of reused ones, and of those after a splice."""
+    old, new = build(name), perturbed(build(name), 0.02)
+    sampling = SamplingParams(temperature=temperature, max_tokens=40, stop_token_ids=(STOP,))
+    requests = random_requests(12)
+    drafts = drafts_of(TransformersEngine(old).rollout(requests, sampling, NoReuse()))
+    engine = TransformersEngine(new, num_slots=5, verify_chunk=9)
+    rollouts = engine.rollout(with_drafts(requests, drafts), sampling, Lenient(0.5))
+    assert rollouts.stats.num_reused_tokens > 30
+    assert rollouts.stats.num_generated_tokens > 30
+    for row, (prompt, response) in enumerate(
+        zip(prompts(requests), responses(rollouts), strict=True)
+    ):
+        actual = rollouts.logprobs[
+            rollouts.cu_response_lens[row] : rollouts.cu_response_lens[row + 1]
+        ]
+        expected = full_logprobs(new, prompt, response, temperature)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_top_k_and_top_p_limit_the_tokens() -> None:
+    model = build("llama")
+    requests = random_requests(30)
+    sampling = SamplingParams(max_tokens=10, top_k=3, top_p=0.8)
+    rollouts = TransformersEngine(model).rollout(requests, sampling, NoReuse())
+    ranks = []
+    for prompt, response in zip(prompts(requests), responses(rollouts), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        order = logits.argsort(-1, descending=True)
+        ranks += (order == torch.tensor(response)[:, None]).nonzero()[:, 1].tolist()
+    assert max(ranks) == 2
+    # A filtered distribution is renormalised: some positions have one token left, of log-prob 0.
+    assert rollouts.logprobs.max() == 0.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sampled_tokens_follow_the_noise_not_the_batch(name: str) -> None:
+    """Slots, chunks and order change nothing, bit for bit; other keys change the tokens."""
+    model = build(name)
+    requests = random_requests(24)
+    expected = TransformersEngine(model).rollout(requests, SAMPLING, NoReuse())
+    for slots, chunk in ((3, 5), (7, 1), (64, 200)):
+        engine = TransformersEngine(model, num_slots=slots, verify_chunk=chunk)
+        assert_same(engine.rollout(requests, SAMPLING, NoReuse()), expected)
+    other = TransformersEngine(model).rollout(with_keys(requests, 9), SAMPLING, NoReuse())
+    assert responses(other) != responses(expected)
+
+
+def test_300_requests_through_8_slots() -> None:
+    requests = random_requests(300, seed=5)
+    model = build("llama")
+    few = TransformersEngine(model, num_slots=8).rollout(requests, SAMPLING, NoReuse())
+    many = TransformersEngine(model, num_slots=300).rollout(requests, SAMPLING, NoReuse())
+    assert_same(few, many)
+    assert few.stats.num_decode_steps > 4 * many.stats.num_decode_steps
+    # Rows move into the slots of finished ones, so a step computes live rows only.
+    assert few.stats.num_computed_tokens == many.stats.num_computed_tokens
+
+
+def test_order_of_requests_does_not_matter(old_rollouts, new_model) -> None:
+    requests, rollouts = old_rollouts
+    drafts = drafts_of(rollouts)
+    order = torch.randperm(requests.batch, generator=torch.Generator().manual_seed(3)).tolist()
+
+    def shuffled(values: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values[cu[row] : cu[row + 1]] for row in order])
+
+    lens = (requests.cu_prompt_lens.diff()[order], drafts.lens[order])
+    mixed = RolloutRequests(
+        shuffled(requests.prompt_ids, requests.cu_prompt_lens),
+        cu_lens_from(lens[0]),
+        requests.keys[order],
+        Drafts(
+            shuffled(drafts.token_ids, drafts.cu_lens),
+            cu_lens_from(lens[1]),
+            shuffled(drafts.logprobs, drafts.cu_lens),
+            drafts.finished[order],
+        ),
+    )
+    engine = TransformersEngine(new_model, num_slots=6)
+    expected = engine.rollout(with_drafts(requests, drafts), SAMPLING, Lenient(0.3))
+    actual = engine.rollout(mixed, SAMPLING, Lenient(0.3))
+    assert responses(actual) == [responses(expected)[row] for row in order]
+    assert actual.accepted_lens.tolist() == expected.accepted_lens[order].tolist()
+    assert torch.equal(actual.logprobs, shuffled(expected.logprobs, expected.cu_response_lens))
+
+
+# --- Reuse --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_coupled_with_drafts_is_plain_sampling(old_rollouts, new_model, slots, chunk) -> None:
+    requests, rollouts = old_rollouts
+    requests = with_drafts(requests, drafts_of(rollouts))
+    if slots == 1:
+        requests = first_rows(requests, 12)
+    engine = TransformersEngine(new_model, num_slots=slots, verify_chunk=chunk)
+    off = engine.rollout(requests, SAMPLING, NoReuse())
+    on = engine.rollout(requests, SAMPLING, Coupled())
+    assert_same(on, off)
+    assert on.stats.num_reused_tokens > 3 * requests.batch
+    assert on.stats.num_generated_tokens > 3 * requests.batch
+
+
+@pytest.mark.parametrize("name", MODELS + SLIDING)
+def test_unchanged_policy_reuses_everything_and_decodes_nothing(name: str) -> None:
+    requests = random_requests(20)
+    engine = TransformersEngine(build(name))
+    first = engine.rollout(requests, SAMPLING, Coupled())
+    again = engine.rollout(with_drafts(requests, drafts_of(first)), SAMPLING, Coupled())
+    assert_same(again, first)
+    assert again.stats.num_decode_steps == 0
+    assert again.stats.num_generated_tokens == 0
+    assert again.stats.num_fully_reused == 20
+    assert torch.equal(again.accepted_lens.long(), first.response_lens)
+
+
+def test_drafts_of_every_shape_change_nothing_under_coupled(new_model) -> None:
+    """Empty, one token, wrong, with a stop inside, too long, cut short, with tokens after the end."""
+    requests = random_requests(14, seed=8)
+    engine = TransformersEngine(new_model, num_slots=4, verify_chunk=5)
+    plain = engine.rollout(requests, SAMPLING, Coupled())
+    rows = responses(plain)
+    tails = [5, 6, STOP, 7] * 15
+    drafts = [
+        [],
+        rows[1][:1],
+        [rows[2][0] ^ 1],
+        [3, STOP, 4, 4],
+        rows[4] + tails,
+        rows[5][: len(rows[5]) // 2],
+        rows[6][:-1],
+        rows[7],
+        [*rows[8][:3], STOP],
+        [*rows[9][:-1], (rows[9][-1] + 1) % VOCAB],
+        [STOP],
+        rows[11][:2] + tails,
+        [9] * 200,
+        rows[13] + rows[13],
+    ]
+    on = engine.rollout(with_drafts(requests, draft_rows(drafts)), SAMPLING, Coupled())
+    assert_same(on, plain)
+    for row in (1, 4, 7, 13):  # the whole response, or the one token, was there to reuse
+        assert on.accepted_lens[row] == (1 if row == 1 else len(rows[row]))
+    assert on.accepted_lens[0] == on.accepted_lens[2] == 0
+    assert on.accepted_lens[5] == len(rows[5]) // 2
+
+
+def test_full_reuse_keeps_drafts_up_to_stop_and_limit(new_model) -> None:
+    """`Lenient(inf)` accepts all there is: what is kept shows where a draft ends."""
+    requests = random_requests(6, seed=4)
+    sampling = SamplingParams(max_tokens=6, stop_token_ids=(STOP, 2))
+    drafts = draft_rows([[5, 6, STOP, 7, 8], [5] * 6, [5] * 9, [6, 2], [6, 7], []])
+    rollouts = TransformersEngine(new_model).rollout(
+        with_drafts(requests, drafts), sampling, Lenient(math.inf)
+    )
+    rows = responses(rollouts)
+    assert rows[:4] == [[5, 6, STOP], [5] * 6, [5] * 6, [6, 2]]
+    assert rows[4][:2] == [6, 7]
+    assert len(rows[4]) > 2  # the draft was not finished: it goes on
+    assert rows[5]
+    assert rollouts.accepted_lens.tolist() == [3, 6, 6, 2, 2, 0]
+    reasons = rollouts.finish_reasons.tolist()
+    assert reasons[:4] == [
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+        FinishReason.LENGTH,
+        FinishReason.STOP,
+    ]
+    stats = rollouts.stats
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_fully_reused) == (5, 19, 4)
+    assert stats.num_reused_tokens == 19
+    assert stats.num_response_tokens == sum(map(len, rows)) == 19 + stats.num_generated_tokens
+
+
+def test_a_draft_cut_by_the_old_limit_goes_on(new_model) -> None:
+    requests = random_requests(16, seed=6)
+    engine = TransformersEngine(new_model)
+    short = engine.rollout(
+        requests, SamplingParams(max_tokens=9, stop_token_ids=(STOP,)), Coupled()
+    )
+    long = engine.rollout(with_drafts(requests, drafts_of(short)), SAMPLING, Coupled())
+    assert_same(long, engine.rollout(requests, SAMPLING, Coupled()))
+    assert torch.equal(long.accepted_lens.long(), short.response_lens)
+
+
+def test_no_reuse_ignores_drafts(old_rollouts, new_model) -> None:
+    requests, rollouts = old_rollouts
+    engine = TransformersEngine(new_model)
+    ignored = engine.rollout(with_drafts(requests, drafts_of(rollouts)), SAMPLING, NoReuse())
+    assert_same(ignored, engine.rollout(requests, SAMPLING, NoReuse()))
+    assert ignored.stats.num_drafts == 0
+    assert ignored.stats.verification_seconds == 0.0
+
+
+@pytest.mark.parametrize("rule", [Lenient(0.2), OneHot(), RandomReuse(0.5), Coupled(0.5)])
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_chunks_change_no_decision(old_rollouts, new_model, rule, chunk) -> None:
+    requests, rollouts = old_rollouts
+    requests = with_keys(with_drafts(requests, drafts_of(rollouts)), 11)
+    whole = TransformersEngine(new_model, verify_chunk=500).rollout(requests, SAMPLING, rule)
+    chunked = TransformersEngine(new_model, verify_chunk=chunk, num_slots=5)
+    actual = chunked.rollout(requests, SAMPLING, rule)
+    assert_same(actual, whole)
+    assert torch.equal(actual.accepted_lens, whole.accepted_lens)
+    assert whole.stats.num_reused_tokens > 0
+    assert actual.stats.num_verified_tokens <= whole.stats.num_verified_tokens
+
+
+def test_rows_stop_at_their_first_rejection(new_model) -> None:
+    """A draft rejected at once costs one chunk, not its length."""
+    requests = random_requests(32, seed=7, longest=1)
+    drafts = draft_rows([[5] * 90] * 32)
+    sampling = SamplingParams(max_tokens=100, stop_token_ids=(STOP,))
+    engine = TransformersEngine(new_model, verify_chunk=4)
+    rollouts = engine.rollout(with_drafts(requests, drafts), sampling, Coupled())
+    assert rollouts.stats.num_reused_tokens < 32
+    assert rollouts.stats.num_verified_tokens < 32 * 8
+
+
+def test_greedy_drafts_are_tested_greedily(new_model) -> None:
+    requests = random_requests(10)
+    engine = TransformersEngine(new_model)
+    plain = engine.rollout(requests, GREEDY, Coupled())
+    again = engine.rollout(with_drafts(requests, drafts_of(plain)), GREEDY, Coupled())
+    assert_same(again, plain)
+    assert again.stats.num_generated_tokens == 0
+
+
+def test_model_length_ends_a_response(new_model) -> None:
+    requests = random_requests(20, seed=3, longest=12)
+    engine = TransformersEngine(new_model, max_model_len=16)
+    sampling = SamplingParams(max_tokens=100)
+    rollouts = engine.rollout(requests, sampling, Coupled())
+    assert torch.equal(rollouts.prompt_lens + rollouts.response_lens, torch.full((20,), 16))
+    assert (rollouts.finish_reasons == FinishReason.LENGTH).all()
+    longer = TransformersEngine(new_model).rollout(
+        requests, SamplingParams(max_tokens=16), Coupled()
+    )
+    again = engine.rollout(with_drafts(requests, drafts_of(longer)), sampling, Coupled())
+    assert_same(again, rollouts)
+    assert again.stats.num_generated_tokens == 0
+
+
+# --- Bookkeeping --------------------------------------------------------------------------------
+
+
+def test_counts_add_up(old_rollouts, new_model) -> None:
+    requests, rollouts = old_rollouts
+    engine = TransformersEngine(new_model, num_slots=8, verify_chunk=6, batch_invariant=False)
+    on = engine.rollout(with_drafts(requests, drafts_of(rollouts)), SAMPLING, Lenient(0.0))
+    stats = on.stats
+    assert stats.num_rollouts == stats.num_drafts == 40
+    assert stats.num_draft_tokens == rollouts.stats.num_response_tokens
+    assert stats.num_reused_tokens == on.accepted_lens.sum()
+    assert stats.num_response_tokens == on.response_ids.numel()
+    assert stats.num_reused_tokens <= stats.num_verified_tokens <= stats.num_draft_tokens
+    assert 0 < stats.num_decode_steps < stats.num_engine_steps
+    # Every token but a response's last goes through the model once, and some that are rejected.
+    floor = requests.prompt_ids.numel() + stats.num_response_tokens - 40
+    assert floor <= stats.num_computed_tokens <= floor + 40 * 6
+    parts = stats.verification_seconds + stats.decode_seconds + stats.assembly_seconds
+    assert 0.5 * stats.rollout_seconds < parts <= stats.rollout_seconds
+    assert min(stats.verification_seconds, stats.decode_seconds, stats.assembly_seconds) > 0
+
+
+def test_plain_generation_spends_nothing_on_verification(new_model) -> None:
+    stats = TransformersEngine(new_model).rollout(random_requests(5), SAMPLING, NoReuse()).stats
+    assert stats.verification_seconds == 0.0
+    assert stats.decode_seconds > 0.0
+    assert stats.num_verified_tokens == stats.num_drafts == stats.num_fully_reused == 0
+
+
+def test_empty_batch(new_model) -> None:
+    rollouts = TransformersEngine(new_model).rollout(random_requests(0), SAMPLING, Coupled())
+    assert rollouts.batch == rollouts.response_ids.numel() == rollouts.stats.num_engine_steps == 0
+
+
+def test_is_a_rollout_engine(new_model) -> None:
+    assert isinstance(TransformersEngine(new_model), RolloutEngine)
+
+
+# --- The model stays the caller's ---------------------------------------------------------------
+
+
+def test_model_is_left_as_it_was_and_can_be_trained() -> None:
+    model = build("llama").train()
+    model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    engine = TransformersEngine(model)
+    engine.rollout(random_requests(4), SAMPLING, NoReuse())
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.lm_head._forward_pre_hooks
+    ids = torch.tensor([[3, 4, 5]])
+    output = model(ids, labels=ids)
+    assert output.logits.shape == (1, 3, VOCAB)
+    output.loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_model_is_restored_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama").train()
+    engine = TransformersEngine(model)
+    expected = engine.rollout(random_requests(4), SAMPLING, NoReuse())
+
+    def broken(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.norm, "forward", broken)
+        with pytest.raises(KeyboardInterrupt):
+            engine.rollout(random_requests(4), SAMPLING, NoReuse())
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.lm_head._forward_pre_hooks
+    assert_same(engine.rollout(random_requests(4), SAMPLING, NoReuse()), expected)
+
+
+def test_dropout_is_off_while_generating() -> None:
+    requests = random_requests(6)
+    expected = TransformersEngine(build("gpt2")).rollout(requests, SAMPLING, NoReuse())
+    model = build("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
+    assert_same(TransformersEngine(model).rollout(requests, SAMPLING, NoReuse()), expected)
+
+
+def test_bfloat16() -> None:
+    model = build("llama").to(torch.bfloat16)
+    requests = random_requests(12)
+    engine = TransformersEngine(model, num_slots=5)
+    assert not engine.batch_invariant
+    first = engine.rollout(requests, SAMPLING, Coupled())
+    again = engine.rollout(with_drafts(requests, drafts_of(first)), SAMPLING, Lenient(1.0))
+    assert again.stats.reused_fraction > 0.9
+    assert first.logprobs.dtype == torch.float32
+
+
+# --- Bad input ----------------------------------------------------------------------------------
+
+
+def test_rejects_what_it_cannot_generate(new_model) -> None:
+    engine = TransformersEngine(new_model, max_model_len=12)
+    requests = random_requests(5, seed=1, longest=20)
+    longest = int(requests.cu_prompt_lens.diff().max())
+    assert longest > 12
+    with pytest.raises(ValueError, match=rf"prompt_ids.*max_model_len \(12\).*{longest} tokens"):
+        engine.rollout(requests, SAMPLING, NoReuse())
+    requests = random_requests(3, longest=3)
+    bad = RolloutRequests(
+        torch.full_like(requests.prompt_ids, VOCAB),
+        requests.cu_prompt_lens,
+        requests.keys,
+        requests.drafts,
+    )
+    with pytest.raises(ValueError, match=r"prompt_ids: expected 0 <= id < 32, got 32"):
+        engine.rollout(bad, SAMPLING, NoReuse())
+    drafts = draft_rows([[-1], [], []])
+    with pytest.raises(ValueError, match=r"drafts.token_ids: expected 0 <= id < 32, got -1"):
+        engine.rollout(with_drafts(requests, drafts), SAMPLING, Coupled())
+    drafts = draft_rows([[4], [], []], logprob=None)
+    with pytest.raises(ValueError, match=r"drafts.logprobs"):
+        engine.rollout(with_drafts(requests, drafts), SAMPLING, Lenient(0.0))
+    assert engine.rollout(with_drafts(requests, drafts), SAMPLING, Coupled()).batch == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("num_slots", 0),
+        ("max_verify_tokens", 0),
+        ("verify_chunk", 0),
+        ("max_model_len", 1),
+        ("max_model_len", 129),
+    ],
+)
+def test_rejects_bad_arguments(new_model, argument: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: expected .* got {value}"):
+        TransformersEngine(new_model, **{argument: value})
+
+
+def test_rejects_models_it_cannot_run(new_model) -> None:
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="model: expected"):
+        TransformersEngine(mamba)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="position_ids"):
+        TransformersEngine(bloom)
+    with pytest.raises(ValueError, match=r"batch_invariant.*eager"):
+        TransformersEngine(build("llama", attn_implementation="eager"), batch_invariant=True)
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def test_update_weights_replaces_the_policy(new_model) -> None:
+    model = build("qwen3")
+    engine = TransformersEngine(model)
+    requests = random_requests(8)
+    assert engine.rollout(requests, SAMPLING, NoReuse()).policy_version == 0
+    addresses = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    engine.update_weights(new_model.named_parameters())
+    rollouts = engine.rollout(requests, SAMPLING, NoReuse())
+    assert engine.policy_version == rollouts.policy_version == 1
+    assert_same(rollouts, TransformersEngine(new_model).rollout(requests, SAMPLING, NoReuse()))
+    assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == addresses
+    engine.update_weights(model.state_dict().items())  # itself: nothing to copy
+    assert engine.policy_version == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.7.weight", torch.zeros(1), "model.layers.7.weight"),
+        ("model.norm.weight", torch.zeros(31), r"'model.norm.weight' of shape \[32\], got \[31\]"),
+        ("lm_head.weight", torch.zeros(VOCAB, 32), "'lm_head.weight' again"),
+    ],
+)
+def test_update_weights_refuses_before_it_writes(name, tensor, message) -> None:
+    model = build("qwen3")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    engine = TransformersEngine(model)
+    updates = [("lm_head.weight", torch.zeros(VOCAB, 32)), (name, tensor)]
+    with pytest.raises(ValueError, match=message):
+        engine.update_weights(updates)
+    assert engine.policy_version == 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
