@@ -41,6 +41,11 @@ class TrainState:
     data_fingerprint: str
     pending_row: dict[str, Any] | None = None
 
+    @property
+    def num_recorded(self) -> int:
+        """Steps whose metrics row was complete."""
+        return max(0, self.step - 1) if self.pending_row else self.step
+
 
 def save_checkpoint(
     root: Path,

@@ -22,7 +22,7 @@ def load_config(
     Args:
         path: TOML file; None starts from the defaults (the overrides must then give the required keys).
         overrides: "section.key=value" each; the value is read as TOML, a bare word as a string. `none` unsets
-            (as "none" does in a file).
+            what may be unset (as "none" does in a file).
 
     Raises:
         ConfigError: naming the key, what was expected and what was given; the nearest known key if it is unknown.
@@ -80,10 +80,6 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     if not isinstance(group, dict):
         raise ConfigError(f"{section}: expected a section, got {group!r}")
     text = text.strip()
-    if text.lower() in ("none", "null"):
-        # The key is kept: an unknown one must still be noticed.
-        group[key] = None
-        return
     try:
         group[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -101,9 +97,7 @@ def _build(cls: type, table: Mapping[str, Any], prefix: str) -> Any:
     values: dict[str, Any] = {}
     for name, f in known.items():
         required = f.default is MISSING and f.default_factory is MISSING
-        if name in table and not (
-            table[name] is None and not required and not _allows_none(hints[name])
-        ):
+        if name in table:
             values[name] = _convert(hints[name], table[name], prefix + name)
         elif required:
             if not is_dataclass(hints[name]):
@@ -133,11 +127,11 @@ def _allows_none(hint: Any) -> bool:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, f"{name}.")
     if _allows_none(hint):
         inner = next(arg for arg in get_args(hint) if arg is not type(None))
-        return None if value is None or value == "none" else _convert(inner, value, name)
+        return None if value in (None, "none") else _convert(inner, value, name)
     origin = get_origin(hint)
     if origin is Literal:
         choices = get_args(hint)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 _MAX_LOG_RATIO = 20.0
+_ENTROPY_ELEMENTS = 1 << 24
 
 
 class LossOutput(NamedTuple):
@@ -123,8 +124,16 @@ def logprobs_and_entropy(
     Returns:
         logprobs [num_tokens], float32; entropy [num_tokens], float32.
     """
-    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
-    with torch.no_grad():
-        # A masked token has p = 0 and ln p = -inf, whose product would be NaN.
-        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    logp = torch.log_softmax(logits, dim=-1)
+    # In slices: whole, its temporaries would be the largest tensors of a training step.
+    rows = max(1, _ENTROPY_ELEMENTS // logp.shape[-1])
+    entropy = torch.cat([_entropy(part) for part in logp.detach().split(rows)])
     return logp.gather(-1, token_ids[:, None]).squeeze(-1), entropy
+
+
+def _entropy(logp: torch.Tensor) -> torch.Tensor:
+    # A masked token has p = 0 and ln p = -inf, whose product would be NaN.
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spec_rollout.train.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -27,7 +30,7 @@ class Policy:
         max_length: Longest sequence the model takes; None if it does not say.
     """
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     eos_token_ids: tuple[int, ...]
     vocab_size: int
@@ -82,7 +85,7 @@ def load_policy(config: ModelConfig) -> Policy:
     )
 
 
-def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> torch.nn.Module:
+def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> PreTrainedModel:
     """Loads the weights of a folder; every one of them must be there (transformers alone would make some up).
 
     Args:
@@ -162,7 +165,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def response_logits(
-    model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor
+    model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Logits at some positions of right-padded rows; the output head runs on these alone.
 

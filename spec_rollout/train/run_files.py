@@ -37,6 +37,15 @@ def check_new_run_dir(run_dir: Path) -> None:
         raise ConfigError(f"log.run_dir: expected a folder, got the file {str(run_dir)!r}")
 
 
+def check_steps(path: Path, num_steps: int) -> None:
+    """Raises ConfigError unless a metrics file has the rows of steps 1 to `num_steps` in order."""
+    steps = [row["step"] for row in _read(path) if 0 < row["step"] <= num_steps]
+    if steps != list(range(1, num_steps + 1)):
+        raise ConfigError(
+            f"{path}: expected the rows of steps 1 to {num_steps}, which the checkpoint follows, got {len(steps)} rows"
+        )
+
+
 class JsonLines:
     """A JSON-lines file of rows with a "step", appended to and flushed row by row.
 

@@ -25,6 +25,7 @@ from spec_rollout.train.checkpoint import (
     CheckpointError,
     TrainState,
     list_checkpoints,
+    load_state,
     save_checkpoint,
 )
 from spec_rollout.train.config import RunConfig
@@ -36,6 +37,7 @@ from spec_rollout.train.run_files import (
     SAMPLES,
     JsonLines,
     check_new_run_dir,
+    check_steps,
     write_atomically,
 )
 from spec_rollout.train.scoring import evaluate, score
@@ -82,6 +84,7 @@ def resume(
     overrides: Iterable[str] = (),
     *,
     on_step: Callable[[Row], None] | None = None,
+    on_rollouts: Callable[[int, Rollouts], None] | None = None,
 ) -> RunSummary:
     """Continues an interrupted run from its newest checkpoint, as if it had not been interrupted.
 
@@ -90,7 +93,7 @@ def resume(
     Args:
         run_dir: Folder of the run; its config.toml applies.
         overrides: "section.key=value" each, on top of it (a larger train.max_steps, say).
-        on_step: As in `run`.
+        on_step, on_rollouts: As in `run`.
 
     Raises:
         ConfigError, DataError, CheckpointError, ValueError: as `run`; the run is left as it was.
@@ -102,12 +105,13 @@ def resume(
         raise CheckpointError(
             f"resume: expected a run with a checkpoint in {str(run_dir / 'checkpoints')!r}, got {what}"
         )
+    check_steps(run_dir / METRICS, load_state(found[-1]).num_recorded)
     config = load_config(
         run_dir / "config.toml", [*overrides, f"log.run_dir={json.dumps(str(run_dir))}"]
     )
     parts = build(config, found[-1])
     write_atomically(run_dir / "config.toml", dump_config(config))
-    return _Run(config, parts, run_dir, on_step).fit()
+    return _Run(config, parts, run_dir, on_step, on_rollouts).fit()
 
 
 class _Run:
@@ -119,7 +123,7 @@ class _Run:
         parts: Components,
         run_dir: Path,
         on_step: Callable[[Row], None] | None,
-        on_rollouts: Callable[[int, Rollouts], None] | None = None,
+        on_rollouts: Callable[[int, Rollouts], None] | None,
     ) -> None:
         self._config = config
         self._parts = parts
@@ -131,7 +135,7 @@ class _Run:
         self._pending: Row | None = parts.state.pending_row
         if self._step == 0:
             self._pending = {"step": 0, "epoch": 0}
-        kept = self._step - 1 if self._pending else self._step
+        kept = parts.state.num_recorded if self._step > 0 else -1
         self._metrics = JsonLines(run_dir / METRICS, keep_through=kept)
         self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
         self._environment = environment()

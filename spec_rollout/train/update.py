@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from spec_rollout.train.config import TrainConfig
 from spec_rollout.train.losses import logprobs_and_entropy, policy_loss, token_weights
 from spec_rollout.train.policy import response_logits
 from spec_rollout.types import Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +85,12 @@ class PolicyUpdater:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         *,
         temperature: float,
-        reference: torch.nn.Module | None = None,
+        reference: PreTrainedModel | None = None,
     ) -> None:
         if config.kl_coef > 0 and reference is None:
             raise ValueError(
@@ -205,7 +209,7 @@ class PolicyUpdater:
             yield batch.to(self._device)
 
     def _logprobs(
-        self, model: torch.nn.Module, batch: MicroBatch
+        self, model: PreTrainedModel, batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = response_logits(model, batch.input_ids, batch.positions)
         return logprobs_and_entropy(logits, batch.token_ids, self._temperature)

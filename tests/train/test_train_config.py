@@ -47,6 +47,16 @@ def test_file_then_overrides(tmp_path):
     assert config.reward.functions == ("a.b:c", "exact_match")
 
 
+def test_none_unsets_or_is_the_choice_of_that_name():
+    required = ["model.path=m", "data.path=d"]
+    config = load_config(
+        None, [*required, "rollout.rule=none", "train.grad_clip=none", "data.answer_column=none"]
+    )
+    assert config.rollout.acceptance() == NoReuse()
+    assert config.train.grad_clip is None
+    assert config.data.answer_column is None
+
+
 def test_overrides_alone_are_enough():
     config = load_config(None, ["model.path=m", "data.path=d"])
     assert config == RunConfig(ModelConfig("m"), DataConfig("d"))
@@ -131,7 +141,7 @@ def test_mistakes_are_named(sections, message):
         ("lr=1", "expected section.key=value"),
         ("train.lrr=none", r"train\.lrr: unknown key; did you mean train\.lr\?"),
         ("train.lr=[1]", r"train\.lr: expected a number, got list"),
-        ("data.path=none", r"data\.path: expected a string, got NoneType None"),
+        ("train.lr=none", r"train\.lr: expected a number, got str 'none'"),
     ],
 )
 def test_override_mistakes_are_named(override, message):

@@ -484,6 +484,19 @@ def test_nothing_to_resume(tmp_path):
         resume(tmp_path)
 
 
+def test_lost_metrics_are_noticed(make_config):
+    config = make_config(train={"max_steps": 3})
+    run(config)
+    path = Path(config.log.run_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+    with pytest.raises(
+        ConfigError, match=r"metrics\.jsonl: expected the rows of steps 1 to 3.*got 2"
+    ):
+        resume(config.log.run_dir, ["train.max_steps=4"])
+    assert path.read_text() == "".join(lines[:2] + lines[3:])
+
+
 def test_other_data_is_not_resumed(make_config, write_rows):
     config = make_config(train={"max_steps": 1})
     run(config)
