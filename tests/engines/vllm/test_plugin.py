@@ -1,0 +1,374 @@
+"""The plugin for people who run vLLM themselves: stock requests untouched, parameters honoured, errors that stay alone."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm_samples import EOS, LLM_ARGS, VOCAB, random_prompts
+
+from spec_rollout.acceptance import Coupled, Lenient, OneHot
+from spec_rollout.engines.vllm.wire import ReuseRequest, encode, extra_args
+
+PROMPTS = random_prompts(12, seed=21)
+
+
+def tokenizer_files(folder: Path) -> None:
+    """One character per token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    chars = [chr(ord("0") + i) for i in range(VOCAB - len(special))]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(special + chars)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def text_model_dir(model_dir: Path) -> Path:
+    tokenizer_files(model_dir)
+    return model_dir
+
+
+@pytest.fixture(scope="module")
+def stock(text_model_dir: Path) -> Any:
+    from vllm import LLM
+
+    return LLM(str(text_model_dir), **LLM_ARGS)
+
+
+@pytest.fixture(scope="module")
+def plugged(text_model_dir: Path) -> Any:
+    from vllm import LLM
+
+    from spec_rollout.engines.vllm import engine_args
+
+    return LLM(str(text_model_dir), **LLM_ARGS, **engine_args(8))
+
+
+def generate(llm: Any, params: Any, prompts: Any = PROMPTS) -> list[Any]:
+    inputs = [{"prompt_token_ids": p.tolist()} for p in prompts]
+    return [o.outputs[0] for o in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def tokens(outputs: list[Any]) -> list[list[int]]:
+    return [list(o.token_ids) for o in outputs]
+
+
+def keyed(key: int, draft: Any = (), rule: Any = None) -> dict[str, Any]:
+    rule = Coupled() if rule is None else rule
+    draft = np.asarray(draft, np.int32)
+    logprobs = np.zeros(draft.size, np.float32) if rule.needs_draft_logprobs else None
+    return extra_args(ReuseRequest(key, rule, draft, logprobs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 1.0, "logprobs": 0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0, "min_p": 0.05, "logit_bias": {7: 2.0}},
+        {"temperature": 1.0, "presence_penalty": 1.0, "repetition_penalty": 1.2},
+        {"temperature": 1.0, "min_tokens": 10, "bad_words": ["A"]},
+        {"temperature": 1.0, "allowed_token_ids": list(range(2, 30))},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_request_without_key_is_as_in_stock_vllm(stock: Any, plugged: Any, options: Any) -> None:
+    from vllm import SamplingParams
+
+    params = [SamplingParams(max_tokens=30, seed=100 + i, **options) for i in range(len(PROMPTS))]
+    expected, found = generate(stock, params), generate(plugged, params)
+    assert tokens(found) == tokens(expected)
+    assert [o.text for o in found] == [o.text for o in expected]
+    if "logprobs" in options:
+        for a, b in zip(found, expected, strict=True):
+            assert [{t: lp.rank for t, lp in d.items()} for d in a.logprobs] == [
+                {t: lp.rank for t, lp in d.items()} for d in b.logprobs
+            ]
+
+
+def test_stock_and_keyed_requests_in_one_batch(stock: Any, plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "logprobs": 1}
+    alone = [SamplingParams(seed=i, **options) for i in range(len(PROMPTS))]
+    expected_stock = generate(stock, alone)
+    with_key = [SamplingParams(extra_args=keyed(i), **options) for i in range(len(PROMPTS))]
+    expected_keyed = generate(plugged, with_key)
+    drafts = tokens(expected_keyed)
+    rules = [Coupled(), Lenient(float("inf")), Coupled()]
+    mixed = [
+        alone[i]
+        if i % 2
+        else SamplingParams(extra_args=keyed(i, drafts[i], rules[i % 3]), **options)
+        for i in range(len(PROMPTS))
+    ]
+    found = generate(plugged, mixed)
+    for i, output in enumerate(found):
+        expected = (expected_stock if i % 2 else expected_keyed)[i]
+        assert list(output.token_ids) == list(expected.token_ids)
+        for a, b in zip(output.logprobs, expected.logprobs, strict=True):
+            assert {t: lp.rank for t, lp in a.items()} == {t: lp.rank for t, lp in b.items()}
+            assert all(abs(lp.logprob - b[t].logprob) < 1e-4 for t, lp in a.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "min_p": 0.2},
+        {"temperature": 1.0, "min_tokens": 25},
+        {"temperature": 1.0, "logit_bias": {9: 3.0, EOS: -100.0}},
+        {"temperature": 1.0, "allowed_token_ids": list(range(2, 20)), "top_k": 10},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_restrictions_hold_with_and_without_a_draft(plugged: Any, options: Any) -> None:
+    from vllm import SamplingParams
+
+    def run(drafts: Any) -> list[Any]:
+        return generate(
+            plugged,
+            [
+                SamplingParams(max_tokens=30, logprobs=0, extra_args=keyed(i, d), **options)
+                for i, d in enumerate(drafts)
+            ],
+        )
+
+    plain = run([[]] * len(PROMPTS))
+    for output in plain:
+        ids = list(output.token_ids)
+        if "allowed_token_ids" in options:
+            assert set(ids) <= set(options["allowed_token_ids"])
+        if "min_tokens" in options:
+            assert EOS not in ids[:25]
+            assert len(ids) >= 25
+        if "logit_bias" in options:
+            assert EOS not in ids
+    again = run(tokens(plain))
+    assert tokens(again) == tokens(plain)
+    wrong = [[*ids[:5], EOS, *ids[5:]] for ids in tokens(plain)]
+    assert tokens(run(wrong)) == tokens(plain)
+
+
+def test_min_p_keeps_to_its_tokens(plugged: Any, hf_model: Any) -> None:
+    from vllm import SamplingParams
+
+    with torch.no_grad():
+        probs = hf_model(torch.tensor([PROMPTS[0].tolist()])).logits[0, -1].div(0.7).softmax(-1)
+    kept = set((probs >= 0.2 * probs.max()).nonzero().flatten().tolist())
+    params = [
+        SamplingParams(max_tokens=1, temperature=0.7, min_p=0.2, extra_args=keyed(i)) for i in range(300)
+    ]
+    found = {t for ids in tokens(generate(plugged, params, [PROMPTS[0]] * 300)) for t in ids}
+    assert found <= kept
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("stop_in_output", [True, False])
+def test_stop_strings_end_in_mid_chunk(plugged: Any, stop_in_output: bool) -> None:
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0}
+    plain = generate(plugged, [SamplingParams(extra_args=keyed(i), **options) for i in range(12)])
+    stops = [o.text[len(o.text) // 2 : len(o.text) // 2 + 2] or "never" for o in plain]
+
+    def run(drafts: Any) -> list[Any]:
+        return generate(
+            plugged,
+            [
+                SamplingParams(
+                    stop=stop, include_stop_str_in_output=stop_in_output, extra_args=keyed(i, d), **options
+                )
+                for i, (stop, d) in enumerate(zip(stops, drafts, strict=True))
+            ],
+        )
+
+    expected, found = run([[]] * 12), run(tokens(plain))
+    assert [o.text for o in found] == [o.text for o in expected]
+    assert tokens(found) == tokens(expected)
+    assert [o.stop_reason for o in found] == [o.stop_reason for o in expected]
+    assert sum(o.stop_reason == s for o, s in zip(found, stops, strict=True)) > 6
+
+
+def test_eos_ends_a_response_in_mid_chunk(plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    drafts = [[*range(10, 14), EOS, *range(20, 30)]] * 12
+    params = [
+        SamplingParams(max_tokens=40, extra_args=keyed(i, d, Lenient(float("inf"))))
+        for i, d in enumerate(drafts)
+    ]
+    outputs = generate(plugged, params)
+    assert tokens(outputs) == [[*range(10, 14), EOS]] * 12
+    assert {o.finish_reason for o in outputs} == {"stop"}
+    params = [
+        SamplingParams(max_tokens=40, ignore_eos=True, extra_args=keyed(i, d, Lenient(float("inf"))))
+        for i, d in enumerate(drafts)
+    ]
+    assert [ids[:15] for ids in tokens(generate(plugged, params))] == drafts
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"spec_rollout": b"rubbish"}, "spec_rollout"),
+        ({"spec_rollout": 7}, "expected bytes, got int"),
+        ({"spec_rollout": encode(ReuseRequest(1, Coupled()))[:-3]}, "spec_rollout"),
+        ({"spec_rollout": b"sr\x09" + encode(ReuseRequest(1, Coupled()))[3:]}, "version 1, got 9"),
+        (keyed(1, [VOCAB]), f"below {VOCAB}, got {VOCAB}"),
+    ],
+    ids=["rubbish", "type", "short", "version", "vocabulary"],
+)
+def test_malformed_request_fails_alone(plugged: Any, bad: Any, message: str) -> None:
+    from vllm import SamplingParams
+
+    engine = plugged.llm_engine
+    prompt = {"prompt_token_ids": PROMPTS[0].tolist()}
+    good = SamplingParams(max_tokens=5, extra_args=keyed(3))
+    engine.add_request("before", prompt, good)
+    with pytest.raises(ValueError, match=f"(?s)request the-bad-one: .*{message}"):
+        engine.add_request("the-bad-one", prompt, SamplingParams(max_tokens=5, extra_args=bad))
+    engine.add_request("after", prompt, good)
+    done = {}
+    while engine.has_unfinished_requests():
+        done.update({o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished})
+    assert set(done) == {"before", "after"}
+    assert done["before"] == done["after"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"bad_words": ["A"]},
+        {"n": 2},
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_what_a_draft_cannot_follow_is_refused(plugged: Any, options: Any) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=5, extra_args=keyed(1, [5]), **options)
+    with pytest.raises(ValueError, match=f"request .*: {next(iter(options))}: expected"):
+        generate(plugged, params, PROMPTS[:1])
+    assert len(generate(plugged, SamplingParams(max_tokens=5), PROMPTS[:1])[0].token_ids) > 0
+
+
+def test_structured_output_is_refused(plugged: Any) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = SamplingParams(
+        max_tokens=5, extra_args=keyed(1), structured_outputs=StructuredOutputsParams(regex="[0-9]+")
+    )
+    with pytest.raises(ValueError, match=r"structured_outputs: expected None"):
+        generate(plugged, params, PROMPTS[:1])
+
+
+def test_engine_without_the_plugin_says_so(stock: Any, plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    with pytest.raises(ValueError, match="expected an engine started with"):
+        generate(stock, SamplingParams(max_tokens=5, extra_args=keyed(1)), PROMPTS[:1])
+
+
+def test_base64_for_http_clients(plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    as_bytes = keyed(5, [4, 5], OneHot())
+    as_text = {k: base64.b64encode(v).decode() for k, v in as_bytes.items()}
+    a, b = (
+        tokens(generate(plugged, SamplingParams(max_tokens=20, extra_args=x), PROMPTS[:1]))
+        for x in (as_bytes, as_text)
+    )
+    assert a == b
+
+
+def test_abort_in_mid_verification(plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    engine = plugged.llm_engine
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 1.0, "ignore_eos": True}
+    plain = tokens(
+        generate(plugged, [SamplingParams(extra_args=keyed(i), **options) for i in range(12)])
+    )
+
+    def add(name: str, i: int) -> None:
+        params = SamplingParams(extra_args=keyed(i, plain[i]), **options)
+        engine.add_request(name, {"prompt_token_ids": PROMPTS[i].tolist()}, params)
+
+    for i in range(12):
+        add(f"first-{i}", i)
+    done: dict[str, list[int]] = {}
+
+    def step() -> None:
+        done.update({o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished})
+
+    for _ in range(3):  # drafts of 100 tokens in chunks of 8: under way
+        step()
+    engine.abort_request([f"first-{i}" for i in range(0, 12, 2)])
+    for i in range(0, 12, 2):
+        add(f"second-{i}", i)
+    while engine.has_unfinished_requests():
+        step()
+    assert set(done) == {f"{'second' if i % 2 == 0 else 'first'}-{i}" for i in range(12)}
+    assert all(ids == plain[int(name.split("-")[1])] for name, ids in done.items())
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+@pytest.mark.parametrize("num_logprobs", [0, 3])
+def test_logprobs_as_vllm_returns_them(
+    text_model_dir: Path, hf_model: Any, mode: str, num_logprobs: int, engines_by_mode: Any
+) -> None:
+    from vllm import SamplingParams
+
+    llm = engines_by_mode(mode)
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    params = [
+        SamplingParams(extra_args=keyed(i), logprobs=num_logprobs, **options) for i in range(12)
+    ]
+    plain = generate(llm, params)
+    params = [
+        SamplingParams(extra_args=keyed(i, d), logprobs=num_logprobs, **options)
+        for i, d in enumerate(tokens(plain))
+    ]
+    for prompt, output, again in zip(PROMPTS, plain, generate(llm, params), strict=True):
+        assert list(output.token_ids) == list(again.token_ids)
+        ids = [*prompt.tolist(), *output.token_ids]
+        with torch.no_grad():
+            x = hf_model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].double()
+        order = x.argsort(-1, descending=True)
+        if mode == "processed_logprobs":
+            x = x / 0.7
+            x[x < x.topk(20).values[:, -1:]] = -torch.inf
+            top = x.sort(-1, descending=True)
+            probs = top.values.softmax(-1)
+            dropped = probs.cumsum(-1) - probs >= 0.9
+            x.scatter_(1, top.indices, top.values.masked_fill(dropped, -torch.inf))
+        expected = x.log_softmax(-1)
+        for i, token in enumerate(output.token_ids):
+            for found in (output.logprobs[i], again.logprobs[i]):
+                assert abs(found[token].logprob - float(expected[i, token])) < 1e-4
+                assert found[token].rank == int((order[i] == token).nonzero()) + 1
+                assert len(found) - num_logprobs in (0, 1)
+
+
+@pytest.fixture(scope="module")
+def engines_by_mode(text_model_dir: Path, plugged: Any) -> Any:
+    from vllm import LLM
+
+    from spec_rollout.engines.vllm import engine_args
+
+    other = LLM(str(text_model_dir), **LLM_ARGS, **engine_args(8), logprobs_mode="processed_logprobs")
+    return {"raw_logprobs": plugged, "processed_logprobs": other}.__getitem__
