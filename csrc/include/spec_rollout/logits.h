@@ -70,6 +70,44 @@ SR_HD void consider(float score, int32_t id, Best& best) {
   }
 }
 
+// e^x where the exact bits do not matter: terms of a log-sum-exp.
+SR_HD float softmax_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+#else
+  return std::exp(x);
+#endif
+}
+
+// sum_v e^(x_v) of the values seen so far, held as the maximum and sum_v e^(x_v - max). NaN or +inf
+// among the values makes the sum NaN.
+struct OnlineSum {
+  float max = -3.402823466e38f;
+  float sum = 0.0f;
+};
+
+template <int kCount>
+SR_HD void add_to_sum(OnlineSum& total, const float (&x)[kCount]) {
+  float max = total.max;
+  for (int i = 0; i < kCount; ++i) max = fmaxf(max, x[i]);  // the number, if one is NaN
+  float sum = total.sum * softmax_exp(total.max - max);
+  for (int i = 0; i < kCount; ++i) sum += softmax_exp(x[i] - max);
+  total.max = max;
+  total.sum = sum;
+}
+
+SR_HD OnlineSum merge_sums(const OnlineSum& a, const OnlineSum& b) {
+  OnlineSum merged;
+  merged.max = fmaxf(a.max, b.max);
+  merged.sum = a.sum * softmax_exp(a.max - merged.max) + b.sum * softmax_exp(b.max - merged.max);
+  return merged;
+}
+
+// A good row has the 1 of its maximum in the sum.
+SR_HD bool valid_sum(const OnlineSum& total) { return total.sum >= 0.5f; }
+
 // No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
 constexpr float kMaxGumbel = 22.9f;
 

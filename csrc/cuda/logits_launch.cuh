@@ -1,0 +1,41 @@
+// Launch shapes and dtype dispatch of the kernels over logits.
+#pragma once
+
+#include "launch.cuh"
+#include "logits_row.cuh"
+
+namespace spec_rollout::cuda {
+
+constexpr int kLogitsThreads = 32 * kMaxWarps;  // most threads of a block
+
+inline int num_processors() {
+  int device = 0, processors = 1;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return processors;
+}
+
+// Threads for `rows` blocks that each read a row. A small vocabulary does not fill a large block.
+// Two blocks of half the size share a processor better (one reads while the other reduces), where
+// there are that many rows.
+inline int logits_threads(int64_t vocab, int64_t rows, int processors) {
+  if (vocab <= 8192) return 128;
+  return rows >= 2 * static_cast<int64_t>(processors) ? kLogitsThreads / 2 : kLogitsThreads;
+}
+
+template <class Launch>
+void dispatch_dtype(DType dtype, Launch launch) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return launch(BFloat16Logit{});
+    case DType::kFloat16:
+      return launch(Float16Logit{});
+    case DType::kFloat32:
+      return launch(Float32Logit{});
+    default:
+      fail("logits: expected float32, float16 or bfloat16, got another dtype");
+  }
+}
+
+}  // namespace spec_rollout::cuda

@@ -1,0 +1,43 @@
+// One block per row, one read of the row.
+#include "launch.cuh"
+#include "logits_launch.cuh"
+#include "logits_row.cuh"
+
+namespace spec_rollout::cuda {
+namespace {
+
+template <class Logit>
+__global__ void __launch_bounds__(kLogitsThreads)
+    token_logprobs_kernel(const TokenLogprobsArgs args) {
+  __shared__ RowShared shared;
+  for (int64_t r = blockIdx.x; r < args.logits.num_rows; r += gridDim.x) {
+    const float temperature =
+        args.temperatures != nullptr ? args.temperatures[r] : args.temperature;
+    const DeviceRow<Logit> row(args.logits, r, inverse_temperature(temperature));
+    const OnlineSum total = block_sum(row, shared);
+    if (threadIdx.x == 0) {
+      const int64_t token = args.token_ids[r];
+      const bool known = token >= 0 && token < args.logits.vocab;
+      if (!known) raise_status(args.status, kStatusBadTokenId);
+      if (!valid_sum(total)) raise_status(args.status, kStatusBadLogits);
+      if (!valid_temperature(temperature)) raise_status(args.status, kStatusBadSampling);
+      args.logprobs[r] = known ? logprob_of(row.at(token), total) : NAN;
+    }
+  }
+}
+
+}  // namespace
+
+void token_logprobs(const TokenLogprobsArgs& args, Stream stream) {
+  if (args.logits.num_rows == 0) return;
+  const dim3 grid(grid_size(args.logits.num_rows));
+  const dim3 block(logits_threads(args.logits.vocab, args.logits.num_rows, num_processors()));
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  dispatch_dtype(args.logits.dtype, [&](auto logit) {
+    using Logit = decltype(logit);
+    token_logprobs_kernel<Logit><<<grid, block, 0, cuda_stream>>>(args);
+  });
+  check_launch("token_logprobs");
+}
+
+}  // namespace spec_rollout::cuda
