@@ -65,7 +65,7 @@ class StopRequest:
 
     @contextmanager
     def aborting(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within this block a stop request aborts between two forward passes of `model`, and on entry and exit."""
+        """Within this block a stop request aborts before the next forward pass of `model`, and on entry."""
         self.check()
         handle = model.register_forward_pre_hook(lambda _module, _args: self.check())
         try:

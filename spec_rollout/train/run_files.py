@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from spec_rollout.train.config import ConfigError
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -71,7 +73,11 @@ class JsonLines:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    # NaN and infinity are not JSON.
+    values = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

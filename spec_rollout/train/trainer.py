@@ -35,6 +35,7 @@ from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
 from spec_rollout.train.run_files import (
     METRICS,
     SAMPLES,
+    SUMMARY,
     JsonLines,
     check_new_run_dir,
     check_steps,
@@ -138,6 +139,7 @@ class _Run:
         kept = parts.state.num_recorded if self._step > 0 else -1
         self._metrics = JsonLines(run_dir / METRICS, keep_through=kept)
         self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of the run before it was prolonged
         self._environment = environment()
         write_atomically(
             run_dir / "environment.json", json.dumps(self._environment, indent=2) + "\n"
@@ -145,13 +147,13 @@ class _Run:
 
     def fit(self) -> RunSummary:
         """All remaining steps, the last checkpoint and the summary."""
+        stop = StopRequest()
         try:
-            with StopRequest() as stop, self._progress() as bar:
-                try:
-                    self._steps(stop, bar)
-                except Aborted:
-                    assert stop.signum is not None
-                    raise self._interrupted(stop.signum) from None
+            with stop, self._progress() as bar:
+                self._steps(stop, bar)
+        except Aborted:
+            assert stop.signum is not None
+            raise self._interrupted(stop.signum) from None
         finally:
             self._metrics.close()
             self._samples.close()
@@ -165,9 +167,7 @@ class _Run:
             num_dropped_prompts=self._parts.data.num_dropped,
             environment=self._environment,
         )
-        write_atomically(
-            self._run_dir / "summary.json", json.dumps(summary.to_dict(), indent=2) + "\n"
-        )
+        write_atomically(self._run_dir / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
         return summary
 
     def _steps(self, stop: StopRequest, bar: Any) -> None:

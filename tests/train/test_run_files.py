@@ -12,8 +12,9 @@ from spec_rollout.train.run_files import JsonLines, check_new_run_dir, write_ato
 
 def test_rows_are_in_the_file_at_once(tmp_path):
     log = JsonLines(tmp_path / "m.jsonl", keep_through=0)
-    log.write({"step": 1, "text": "ü\n"})
-    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "text": "ü\n"}
+    log.write({"step": 1, "text": "ü\n", "loss": float("nan")})
+    row = json.loads((tmp_path / "m.jsonl").read_text())
+    assert row == {"step": 1, "text": "ü\n", "loss": None}
     log.close()
 
 
