@@ -3,12 +3,16 @@
 #include "kernels.h"
 #include "offsets.h"
 #include "parallel.h"
+#include "philox_block.h"
+#include "simd.h"
 
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 namespace {
 
-constexpr int kLanes = 16;  // one AVX-512 register of floats; a row is left within this many tokens of its rejection
-constexpr int kBlock = 64;  // positions whose random bits are made together: kLanes Philox calls of four words
+constexpr int kLanes =
+    16;  // one AVX-512 register of floats; a row is left within this many tokens of its rejection
+constexpr uint32_t kAllBits = (1u << kVecLanes) - 1;
+constexpr int kBlock = kPhiloxWords;  // positions whose random bits are made together
 
 // Random bits of the positions of one block, made when a token of it first needs its uniform.
 class BlockBits {
@@ -22,50 +26,85 @@ class BlockBits {
   }
 
  private:
-  // The loop is free of branches so that compilers vectorise it over the calls.
   void fill(uint64_t block) {
     block_ = block;
-    const uint64_t first = block * (kBlock / 4);
-    const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-    uint32_t words[4][kLanes];
-    for (int i = 0; i < kLanes; ++i) {  // no carry into `high`: `first` is a multiple of kLanes
-      const Philox4 out = philox4x32_10(low + static_cast<uint32_t>(i), 0u, high, kStreamAccept,
-                                        key_.k0, key_.k1);
-      for (int w = 0; w < 4; ++w) words[w][i] = out.x[w];
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      for (int w = 0; w < 4; ++w) bits_[4 * i + w] = words[w][i];
-    }
+    const uint64_t first = block * (kBlock / 4);  // no carry: a multiple of kPhiloxCalls
+    philox_block(static_cast<uint32_t>(first), 0u, static_cast<uint32_t>(first >> 32),
+                 kStreamAccept, key_.k0, key_.k1, bits_);
   }
 
   NoiseKey key_;
   uint64_t block_ = ~uint64_t{0};
-  uint32_t bits_[kBlock];
+  alignas(64) uint32_t bits_[kBlock];
 };
 
-// Number of leading accepted tokens among kLanes, whose positions lie in one block. Sets `nan` if a log-prob is NaN.
+// One bit per lane of a comparison.
+inline uint32_t lane_bits(VecI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kVecLanes; ++i) bits |= (mask[i] != 0 ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+
+// Number of leading accepted tokens among kLanes, whose positions lie in one block. Sets `nan` if a
+// log-prob is NaN.
+//
+// ln u <= u - 1, so a token is surely accepted where u - 1 is below its threshold by more than the
+// rounding of either side. That takes no logarithm, and is unsure about as seldom as a token is
+// rejected: P(unsure) <= 1.6 P(rejected).
 template <bool kReadsDraft>
 int accept_lanes(const RuleParams& rule, const float* target, const float* draft, BlockBits& noise,
                  int64_t position, bool& nan) {
-  float threshold[kLanes];
-  int any_nan = 0, any_negative = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    const float q = kReadsDraft ? draft[i] : 0.0f;
-    threshold[i] = accept_threshold(rule, target[i], q);
-    any_nan |= (target[i] != target[i]) | (q != q);
-    any_negative |= !(threshold[i] >= 0.0f);
+  const VecF zero = splat(0.0f);
+  alignas(64) float threshold[kLanes];
+  uint32_t any_nan = 0, any_negative = 0;
+  for (int i = 0; i < kLanes; i += kVecLanes) {
+    const VecF p = load(target + i), q = kReadsDraft ? load(draft + i) : zero;
+    VecF t = p;  // accept_threshold, operation for operation
+    if (rule.kind != RuleKind::kOneHot) {
+      t = splat(rule.scale) * ((p - q) + splat(rule.log_lenience));
+      t = p > splat(rule.min_target_logprob) ? t : splat(-INFINITY);
+    }
+    any_nan |= lane_bits((p != p) | (q != q));
+    any_negative |= ~lane_bits(t >= zero) & kAllBits;
+    std::memcpy(threshold + i, &t, sizeof t);
   }
   nan |= any_nan != 0;
   if (!any_negative) return kLanes;  // no token needs its uniform
   const uint32_t* bits = noise.at(position);
-  int count = kLanes;
-  for (int i = 0; i < kLanes; ++i) {
-    const bool accepted =
-        (threshold[i] >= 0.0f) | (exact_log(uniform_from_bits(bits[i])) <= threshold[i]);
-    const int rejected_at = accepted ? kLanes : i;
-    count = rejected_at < count ? rejected_at : count;
+  uint32_t unsure = 0;
+  for (int i = 0; i < kLanes; i += kVecLanes) {
+    VecI high;
+    std::memcpy(&high, bits + i, sizeof high);
+    high = (high >> 8) & 0x00ffffff;
+    const VecF t = load(threshold + i);
+    // At least u - 1 before rounding.
+    const VecF excess = __builtin_convertvector(high, VecF) * splat(0x1p-24f) + splat(0x1p-24f - 1);
+    const VecI sure = (t >= zero) | (excess <= t * splat(1.0001f) - splat(1e-6f));
+    unsure |= (~lane_bits(sure) & kAllBits) << i;
   }
-  return count;
+  for (; unsure != 0; unsure &= unsure - 1) {
+    const int i = __builtin_ctz(unsure);
+    if (!accept_test(threshold[i], bits[i])) return i;
+  }
+  return kLanes;
+}
+
+// Full reuse reads the log-probs only to refuse NaN.
+template <bool kReadsDraft>
+int64_t accept_all(const float* target, const float* draft, int64_t len, bool& nan) {
+  int any_nan = 0;
+  for (int64_t i = 0; i < len; ++i) {
+    any_nan |= target[i] != target[i];
+    if (kReadsDraft) any_nan |= draft[i] != draft[i];
+  }
+  nan = any_nan != 0;
+  return len;
 }
 
 template <bool kReadsDraft>
@@ -74,6 +113,9 @@ int64_t accept_row(const AcceptPrefixArgs& args, int64_t row, int64_t draft_begi
   const int64_t start = args.positions ? args.positions[row] : 0;
   const float* target = args.target_logprobs + target_begin;
   const float* draft = kReadsDraft ? args.draft_logprobs + draft_begin : nullptr;
+  if (args.rule.kind != RuleKind::kOneHot && args.rule.log_lenience == INFINITY) {
+    return accept_all<kReadsDraft>(target, draft, len, nan);
+  }
   BlockBits noise{NoiseKey(args.keys[row])};
   int64_t i = 0;
   while (i < len) {

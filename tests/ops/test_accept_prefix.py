@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from spec_rollout import ops
+from spec_rollout import _C, ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut, RandomReuse
 from spec_rollout.ops.reference import accept_prefix as reference
 from spec_rollout.ops.reference.noise import accept_uniforms
@@ -137,6 +137,27 @@ def test_law_of_accepted_lens(log_lenience, scale, generator) -> None:
     possible = law.numpy() > 0
     assert counts[~possible].sum() == 0
     assert stats.chisquare(counts[possible], law.numpy()[possible] * batch).pvalue > 1e-4
+
+
+def test_ties_are_decided_exactly(generator) -> None:
+    """A threshold equal to ln u accepts and the next float below it rejects, whichever way the kernel decides."""
+    batch, width = 300, 64
+    keys = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
+    log_u = torch.tensor(
+        [
+            [_C.exact_log(_C.uniform_from_bits(_C.accept_bits(key, i))) for i in range(width)]
+            for key in keys.tolist()
+        ]
+    )
+    lens = torch.full((batch,), width)
+    accepted = ops.accept_prefix(None, log_u, rule=OneHot(), keys=keys, draft_lens=lens)
+    assert (accepted == width).all()
+    rejected_at = torch.randint(0, width, (batch,), generator=generator)
+    below = log_u.clone()
+    rows = torch.arange(batch)
+    below[rows, rejected_at] = log_u[rows, rejected_at].nextafter(torch.tensor(-INF))
+    accepted = ops.accept_prefix(None, below, rule=OneHot(), keys=keys, draft_lens=lens)
+    assert torch.equal(accepted, rejected_at.int())
 
 
 def test_decision_depends_on_key_and_position_alone(generator) -> None:
