@@ -29,7 +29,9 @@ class RolloutSession:
     Every random decision depends on (seed, noise epoch, prompt, sample index, position) alone. The
     noise epoch is the training step for rules that need fresh noise and `epoch // refresh_epochs`
     for `Coupled`, with reuse on or off, so that under a lossless coupling both give the same
-    tokens. Two calls with the same noise epoch and prompt draw the same noise: advance `step`.
+    tokens. Two calls with the same noise epoch and prompt draw the same noise: advance `step`, and
+    give rows of a data set that repeats prompts `user_keys` of their own if `Coupled` may meet them
+    in different batches of an epoch.
 
     Args:
         engine: Generates and verifies.

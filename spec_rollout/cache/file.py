@@ -121,6 +121,7 @@ class _Reader:
             raise self._error(len(MAGIC), f"format version {VERSION}", str(version))
         counts = self._take(_COUNTS.size, "a header")
         self._check_crc(zlib.crc32(preamble + counts), self._take(_CRC.size, "a header"))
+        num_groups: int
         num_groups, size = _COUNTS.unpack(counts)
         if size != self._size:
             short = "truncated" if self._size < size else "too long"

@@ -138,15 +138,12 @@ class RolloutCache:
             stopped = torch.tensor([entry.finish_reason == FinishReason.STOP for entry in found])
             lens[rows] = full_lens.clamp(max=max_tokens)
             finished[rows] = stopped & (full_lens <= max_tokens)
-        logprobs = [
-            entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found
-        ]
+        kept = [entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found]
+        known = [array for array in kept if array is not None]
         return Drafts(
             token_ids=_join([entry.token_ids for entry in found], max_tokens, np.int32),
             cu_lens=cu_lens_from(lens),
-            logprobs=None
-            if any(a is None for a in logprobs)
-            else _join(logprobs, max_tokens, np.float32),
+            logprobs=_join(known, max_tokens, np.float32) if len(known) == len(found) else None,
             finished=finished,
         )
 
@@ -302,7 +299,8 @@ def _check_rows(
     for row, key in enumerate(prompt_keys):
         if not isinstance(key, bytes) or not key:
             raise ValueError(f"prompt_keys: expected non-empty bytes, row {row} is {key!r}")
-    return ids.tolist()
+    rows: list[int] = ids.tolist()
+    return rows
 
 
 def _view_bytes(
@@ -316,7 +314,7 @@ def _view_bytes(
             f"{name}: expected {dtype} of shape {expected}, "
             f"got {values.dtype} of shape {list(values.shape)}"
         )
-    return memoryview(values.detach().cpu().contiguous().numpy().view(np.uint8))
+    return values.detach().cpu().contiguous().numpy().view(np.uint8).data
 
 
 def _join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> torch.Tensor:
@@ -324,7 +322,7 @@ def _join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> 
     limit = 4 * max_tokens
     # NumPy asks for huge pages: at 50 MB twice as fast as filling a bytearray or a torch.empty.
     packed = np.empty(sum(min(len(array), limit) for array in arrays) // 4, dtype=dtype)
-    view, end = memoryview(packed.view(np.uint8)), 0
+    view, end = packed.view(np.uint8).data, 0
     for array in arrays:
         start, end = end, end + min(len(array), limit)
         view[start:end] = array if len(array) <= limit else memoryview(array)[:limit]
