@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
-from spec_rollout.engines.vllm.requests import Job, Responses, check_requests, plain_drafts
-from spec_rollout.engines.vllm.two_pass import two_pass
-from spec_rollout.types import RolloutRequests, Rollouts, RolloutStats, SamplingParams
+from spec_rollout.engines.vllm.requests import Job, Responses, check_requests
+from spec_rollout.engines.vllm.two_pass import check_two_pass, two_pass
+from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
 Strategy = Literal["inflight", "two_pass"]
 
@@ -22,7 +21,9 @@ Strategy = Literal["inflight", "two_pass"]
 _BUCKET_BYTES = 64 << 20
 
 
-def engine_args(num_speculative_tokens: int = 64, *, first_chunk: int | None = None) -> dict[str, Any]:
+def engine_args(
+    num_speculative_tokens: int = 64, *, first_chunk: int | None = None
+) -> dict[str, Any]:
     """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`, `AsyncEngineArgs`, ...
 
     For `vllm serve`, the same as JSON: `--speculative-config`, `--worker-extension-cls`, `--additional-config`.
@@ -93,7 +94,11 @@ class VLLMEngine:
         from vllm import LLM
 
         self.strategy = strategy
-        defaults = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": True}
+        defaults = {
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+        }
         self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
         config = self.llm.llm_engine.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
@@ -117,23 +122,42 @@ class VLLMEngine:
         Raises:
             ValueError: naming the argument, before anything is computed.
         """
+        limits = [sampling.max_tokens] * requests.batch
+        return self.rollout_with_limits(requests, sampling, acceptance, limits)
+
+    def rollout_with_limits(
+        self,
+        requests: RolloutRequests,
+        sampling: SamplingParams,
+        acceptance: AcceptanceRule,
+        limits: Sequence[int],
+    ) -> Rollouts:
+        """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`. `limits`: [batch]."""
         start = time.perf_counter()
         check_requests(
-            requests, sampling, acceptance, vocab_size=self.vocab_size, max_model_len=self.max_model_len
+            requests,
+            sampling,
+            acceptance,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
         )
-        drafts = plain_drafts(requests, sampling, acceptance, self.max_model_len)
-        self._take()  # whatever a rollout that was interrupted left behind
-        if self.strategy == "two_pass":
-            responses, verification_seconds = two_pass(self, requests, drafts, sampling, acceptance)
-        else:
-            responses = self.generate(
-                Job.of(requests, sampling, acceptance, drafts), sampling
+        if len(limits) != requests.batch or min(limits, default=1) < 1:
+            raise ValueError(
+                f"limits: expected {requests.batch} numbers >= 1, got {list(limits)[:8]}"
             )
-            verification_seconds = 0.0
+        if self.strategy == "two_pass":
+            check_two_pass(sampling, acceptance)
+        job = Job.of(requests, sampling, acceptance, limits, self.max_model_len)
+        self._take()  # whatever a rollout that was interrupted left behind
+        self._take_metrics()
+        if self.strategy == "two_pass":
+            responses, verification_seconds = two_pass(self, job, sampling)
+        else:
+            responses, verification_seconds = self.generate(job, sampling), 0.0
         packing = time.perf_counter()
         metrics = self._take_metrics()
         self.metrics += metrics
-        stats = responses.stats(drafts, metrics)
+        stats = responses.stats(job.drafts, metrics)
         stats.verification_seconds = verification_seconds
         stats.decode_seconds = packing - start - verification_seconds
         rollouts = responses.pack(requests, self._policy_version, stats)
@@ -145,7 +169,9 @@ class VLLMEngine:
     def generate(self, job: Job, sampling: SamplingParams) -> Responses:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
         outputs = self.llm.generate(
-            job.prompts(), [self._params(job, row, sampling) for row in range(job.batch)], use_tqdm=False
+            job.prompts(),
+            [self._params(job, row, sampling) for row in range(job.batch)],
+            use_tqdm=False,
         )
         return Responses.of(job, [output.outputs[0] for output in outputs], self._take())
 
@@ -173,7 +199,9 @@ class VLLMEngine:
         self.llm.collective_rpc("spec_rollout_weights_loaded")
         self._policy_version += 1
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("prefix cache: expected no running requests at a weight update, got some")
+            raise RuntimeError(
+                "prefix cache: expected no running requests at a weight update, got some"
+            )
 
     def sleep(self, level: int = 1) -> None:
         """Frees the accelerator's memory between rollouts (vLLM's sleep mode; needs `enable_sleep_mode`)."""
@@ -194,7 +222,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            max_tokens=job.max_tokens(row),
+            max_tokens=job.limits[row],
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,
             detokenize=False,
@@ -206,7 +234,9 @@ class VLLMEngine:
         return tuple(self.llm.collective_rpc("spec_rollout_take")[0])
 
     def _take_metrics(self) -> ReuseMetrics:
-        return ReuseMetrics.from_dict(self.llm.collective_rpc("spec_rollout_metrics", args=(True,))[0])
+        return ReuseMetrics.from_dict(
+            self.llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
+        )
 
 
 def _as_bytes(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:
@@ -215,4 +245,4 @@ def _as_bytes(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:
     return dtype, list(tensor.shape), flat.numpy().tobytes()
 
 
-__all__ = ["RolloutStats", "VLLMEngine", "engine_args"]
+__all__ = ["VLLMEngine", "engine_args"]

@@ -11,7 +11,15 @@ import torch
 class LogitMasks:
     """min_p, min_tokens, logit_bias and allowed_token_ids of one request, in vLLM's order."""
 
-    __slots__ = ("allowed", "bias_ids", "bias_values", "log_min_p", "min_tokens", "stop_ids", "temperature")
+    __slots__ = (
+        "allowed",
+        "bias_ids",
+        "bias_values",
+        "log_min_p",
+        "min_tokens",
+        "stop_ids",
+        "temperature",
+    )
 
     def __init__(self, params: Any, device: torch.device) -> None:
         def ids(values: Any) -> torch.Tensor:
@@ -29,7 +37,9 @@ class LogitMasks:
     @classmethod
     def of(cls, params: Any, device: torch.device) -> LogitMasks | None:
         """None if the request restricts nothing."""
-        on = params.min_p > 0.0 or params.logit_bias or params.allowed_token_ids or params.min_tokens
+        on = (
+            params.min_p > 0.0 or params.logit_bias or params.allowed_token_ids or params.min_tokens
+        )
         return cls(params, device) if on else None
 
     def apply(self, logits: torch.Tensor, index: int) -> None:

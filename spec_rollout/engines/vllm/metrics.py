@@ -50,7 +50,9 @@ class ReuseMetrics:
             self.tested_at = np.pad(self.tested_at, (0, grow))
             self.accepted_at = np.pad(self.accepted_at, (0, grow))
 
-    def chunk_tested(self, position: int, num_tested: int, num_accepted: int, num_computed: int) -> None:
+    def chunk_tested(
+        self, position: int, num_tested: int, num_accepted: int, num_computed: int
+    ) -> None:
         """One row of one step: draft tokens from `position` on."""
         decided = min(num_accepted + 1, num_tested)
         self.tested_at[position : position + decided] += 1

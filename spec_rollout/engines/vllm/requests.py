@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from spec_rollout.types import (
     Rollouts,
     RolloutStats,
     SamplingParams,
-    cu_lens_from,
 )
 
 _FINISH_REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
@@ -34,7 +34,10 @@ def check_requests(
     max_model_len: int,
 ) -> None:
     """Raises ValueError, naming the argument, for what the engine could not serve."""
-    for name, ids in (("prompt_ids", requests.prompt_ids), ("draft_ids", requests.drafts.token_ids)):
+    for name, ids in (
+        ("prompt_ids", requests.prompt_ids),
+        ("draft_ids", requests.drafts.token_ids),
+    ):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(
                 f"{name}: expected token ids from 0 to {vocab_size - 1}, "
@@ -42,7 +45,9 @@ def check_requests(
             )
     for token in sampling.stop_token_ids:
         if not 0 <= token < vocab_size:
-            raise ValueError(f"stop_token_ids: expected ids from 0 to {vocab_size - 1}, got {token}")
+            raise ValueError(
+                f"stop_token_ids: expected ids from 0 to {vocab_size - 1}, got {token}"
+            )
     lens = requests.cu_prompt_lens.diff()
     if lens.numel() and int(lens.max()) >= max_model_len:
         raise ValueError(
@@ -57,21 +62,14 @@ def check_requests(
             raise ValueError("draft_logprobs: expected numbers, got NaN")
 
 
-def plain_drafts(
-    requests: RolloutRequests, sampling: SamplingParams, rule: AcceptanceRule, max_model_len: int
-) -> Drafts:
-    """The drafts that will be sent: none under a rule that uses none, else cut to what a response can hold and after
-    their first stop token."""
-    if not rule.uses_drafts or not requests.drafts.token_ids.numel():
-        return Drafts.none(requests.batch)
-    drafts = requests.drafts
-    room = (max_model_len - requests.cu_prompt_lens.diff()).clamp(max=sampling.max_tokens)
-    lens = torch.minimum(drafts.lens, room)
+def _cut(drafts: Drafts, limits: torch.Tensor, stop_token_ids: Sequence[int]) -> Drafts:
+    """Drafts cut to `limits` [batch] and after their first stop token."""
+    lens = torch.minimum(drafts.lens, limits)
     tokens, cu = drafts.token_ids.numpy(), drafts.cu_lens.numpy()
-    stops = np.flatnonzero(np.isin(tokens, sampling.stop_token_ids))
+    stops = np.flatnonzero(np.isin(tokens, stop_token_ids))
     rows, first = np.unique(np.searchsorted(cu, stops, side="right") - 1, return_index=True)
     to_stop = torch.from_numpy(stops[first] + 1 - cu[rows])
-    finished = torch.zeros(requests.batch, dtype=torch.bool)
+    finished = torch.zeros_like(drafts.finished)
     finished[rows] = to_stop <= lens[rows]
     lens[rows] = torch.minimum(lens[rows], to_stop)
     cut = drafts.cut_to(lens)
@@ -83,15 +81,15 @@ class Job:
     """One batch for the engine: row r is prompt r (with a reused prefix already in it, maybe) and its draft.
 
     Attributes:
-        prompts_: Token ids per row.
-        limits: Tokens still to generate per row.
+        prompt_ids: Token ids per row.
+        limits: Most tokens to generate per row, within the model's length.
         keys, first_positions: Of the noise; [batch].
         rule: The acceptance rule.
         drafts: To verify.
         prompt_logprobs: As in vLLM's SamplingParams.
     """
 
-    prompts_: list[list[int]]
+    prompt_ids: list[list[int]]
     limits: list[int]
     keys: list[int]
     first_positions: list[int]
@@ -105,28 +103,31 @@ class Job:
         requests: RolloutRequests,
         sampling: SamplingParams,
         rule: AcceptanceRule,
-        drafts: Drafts,
+        limits: Sequence[int],
+        max_model_len: int,
     ) -> Job:
-        """Prompts as they are, whole responses to generate."""
+        """Whole responses to prompts as they are; drafts cut to what a response can hold, none if the rule uses none."""
+        room = max_model_len - requests.cu_prompt_lens.diff()
+        limits_ = torch.minimum(torch.tensor(list(limits), dtype=torch.int64), room)
+        use = rule.uses_drafts and requests.drafts.token_ids.numel()
         return cls(
-            prompts_=split(requests.prompt_ids, requests.cu_prompt_lens),
-            limits=[sampling.max_tokens] * requests.batch,
+            prompt_ids=split(requests.prompt_ids, requests.cu_prompt_lens),
+            limits=limits_.tolist(),
             keys=requests.keys.tolist(),
             first_positions=[0] * requests.batch,
             rule=rule,
-            drafts=drafts,
+            drafts=_cut(requests.drafts, limits_, sampling.stop_token_ids)
+            if use
+            else Drafts.none(requests.batch),
         )
 
     @property
     def batch(self) -> int:
-        return len(self.prompts_)
+        return len(self.prompt_ids)
 
     def prompts(self) -> list[dict[str, list[int]]]:
         """As `LLM.generate` takes them."""
-        return [{"prompt_token_ids": ids} for ids in self.prompts_]
-
-    def max_tokens(self, row: int) -> int:
-        return self.limits[row]
+        return [{"prompt_token_ids": ids} for ids in self.prompt_ids]
 
     def extra_args(self, row: int) -> dict[str, Any]:
         """The reuse parameters of one row."""
@@ -233,7 +234,4 @@ class Responses:
 def split(values: torch.Tensor, cu_lens: torch.Tensor) -> list[list[int]]:
     """Rows of a packed tensor as lists."""
     flat, cu = values.tolist(), cu_lens.tolist()
-    return [flat[a:b] for a, b in zip(cu, cu[1:], strict=False)]
-
-
-__all__ = ["Job", "Responses", "check_requests", "cu_lens_from", "plain_drafts", "split"]
+    return [flat[a:b] for a, b in pairwise(cu)]

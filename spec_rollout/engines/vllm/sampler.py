@@ -22,7 +22,6 @@ from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row
 
-
 # (request, first logits row, its tokens, their log-probs) of the requests served in one step
 _Runs = list[tuple[int, int, np.ndarray, np.ndarray]]
 
@@ -128,7 +127,9 @@ class ReuseSampler:
         if step.logprobs is None:
             return tokens, None
         every = torch.arange(len(step.rows), device=tokens.device)
-        return tokens, step.logprobs.gather(step.logits, every, every, result.token_ids, result.logprobs)
+        return tokens, step.logprobs.gather(
+            step.logits, every, every, result.token_ids, result.logprobs
+        )
 
     # -- The general step.
 
@@ -154,18 +155,20 @@ class ReuseSampler:
 
         groups = self._segments(step, first_rows) if len(stock) < batch else {}
         for rule, segments in groups.items():
-            self._verify_group(step, rule, segments, len(groups) == 1 and not stock, tokens, emitted)
+            self._verify_group(
+                step, rule, segments, len(groups) == 1 and not stock, tokens, emitted
+            )
 
         output = torch.from_numpy(tokens)
         if logprobs is None:
             return output, None
         return output, logprobs.scatter(step.logits, tokens.shape, emitted, stock, stock_output)
 
-    def _segments(
-        self, step: Step, first_rows: np.ndarray
-    ) -> dict[AcceptanceRule, list[_Segment]]:
+    def _segments(self, step: Step, first_rows: np.ndarray) -> dict[AcceptanceRule, list[_Segment]]:
         """Logits rows by acceptance rule, in order; together they own every row of the keyed requests."""
-        order: list[tuple[AcceptanceRule | None, _Segment]] = []  # None: nothing to test, any rule will do
+        order: list[
+            tuple[AcceptanceRule | None, _Segment]
+        ] = []  # None: nothing to test, any rule will do
         for r, row in enumerate(step.rows):
             if row is None:
                 continue
@@ -242,7 +245,9 @@ class ReuseSampler:
         offset = 0
         for s, a, token in zip(segments, accepted.tolist(), drawn.tolist(), strict=True):
             if s.row is not None:
-                self._settle(s, s.row, a, token, logprobs[offset : offset + s.num_rows], tokens, emitted)
+                self._settle(
+                    s, s.row, a, token, logprobs[offset : offset + s.num_rows], tokens, emitted
+                )
             offset += s.num_rows
 
     def _settle(
@@ -277,7 +282,9 @@ class ReuseSampler:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
         if row.collect_id >= 0:
             self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], accepted)
-        emitted.append((segment.request, segment.first_row, out[:num_tokens], logprobs[:num_tokens]))
+        emitted.append(
+            (segment.request, segment.first_row, out[:num_tokens], logprobs[:num_tokens])
+        )
 
 
 @dataclass(slots=True)
@@ -367,5 +374,8 @@ def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarr
     packed = torch.cat([accepted, drawn, logprobs.view(torch.int32)]).cpu()
     ops.check_status(accepted.device)
     n = accepted.numel()
-    return packed[:n].numpy(), packed[n : 2 * n].numpy(), packed[2 * n :].view(torch.float32).numpy()
-
+    return (
+        packed[:n].numpy(),
+        packed[n : 2 * n].numpy(),
+        packed[2 * n :].view(torch.float32).numpy(),
+    )

@@ -17,7 +17,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
 from spec_rollout.engines.vllm.requests import Job, Responses, split
-from spec_rollout.types import Drafts, FinishReason, RolloutRequests, SamplingParams, cu_lens_from
+from spec_rollout.types import Drafts, FinishReason, SamplingParams, cu_lens_from
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.engine import VLLMEngine
@@ -37,86 +37,62 @@ def check_two_pass(sampling: SamplingParams, rule: AcceptanceRule) -> None:
         )
 
 
-def two_pass(
-    engine: VLLMEngine,
-    requests: RolloutRequests,
-    drafts: Drafts,
-    sampling: SamplingParams,
-    rule: AcceptanceRule,
-) -> tuple[Responses, float]:
-    """Responses to all requests, and the seconds up to the cut.
-
-    Args:
-        drafts: Ended at their first stop token and cut to what a response can hold; rows as in `requests`.
-    """
-    check_two_pass(sampling, rule)
+def two_pass(engine: VLLMEngine, job: Job, sampling: SamplingParams) -> tuple[Responses, float]:
+    """Responses to all rows of a job, and the seconds up to the cut."""
     start = time.perf_counter()
-    prompts = split(requests.prompt_ids, requests.cu_prompt_lens)
+    drafts = job.drafts
     tokens = split(drafts.token_ids, drafts.cu_lens)
-    keys = requests.keys.tolist()
-    logprobs = _score(engine, prompts, tokens, keys, rule)
+    logprobs = _score(engine, job.prompt_ids, tokens)
     accepted = ops.accept_prefix(
         drafts.logprobs,
         torch.from_numpy(logprobs),
-        rule=rule,
-        keys=requests.keys,
+        rule=job.rule,
+        keys=torch.tensor(job.keys, dtype=torch.int64),
         cu_draft_lens=drafts.cu_lens,
     )
     seconds = time.perf_counter() - start
 
-    limits = [
-        min(sampling.max_tokens, engine.max_model_len - len(prompt)) - n
-        for prompt, n in zip(prompts, accepted.tolist(), strict=True)
-    ]
+    lens = accepted.tolist()
     whole = (accepted == drafts.lens) & drafts.finished
-    open_rows = [r for r in range(requests.batch) if limits[r] > 0 and not whole[r]]
-    job = Job(
-        prompts_=[prompts[r] + tokens[r][: int(accepted[r])] for r in open_rows],
-        limits=[limits[r] for r in open_rows],
-        keys=[keys[r] for r in open_rows],
-        first_positions=[int(accepted[r]) for r in open_rows],
-        rule=rule,
+    open_rows = [r for r in range(job.batch) if lens[r] < job.limits[r] and not whole[r]]
+    continuations = Job(
+        prompt_ids=[job.prompt_ids[r] + tokens[r][: lens[r]] for r in open_rows],
+        limits=[job.limits[r] - lens[r] for r in open_rows],
+        keys=[job.keys[r] for r in open_rows],
+        first_positions=[lens[r] for r in open_rows],
+        rule=job.rule,
         drafts=Drafts.none(len(open_rows)),
     )
-    rest = engine.generate(job, sampling)
+    rest = engine.generate(continuations, sampling)
     return _join(drafts, logprobs, accepted, whole, open_rows, rest), seconds
 
 
-def _score(
-    engine: VLLMEngine,
-    prompts: list[list[int]],
-    tokens: list[list[int]],
-    keys: list[int],
-    rule: AcceptanceRule,
-) -> np.ndarray:
-    """Log-probs of all draft tokens, packed. [num_draft_tokens], float32."""
+def _score(engine: VLLMEngine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
+    """Log-probs of all draft tokens, packed. [num_draft_tokens], float32.
+
+    A prompt leaves room for one generated token, so a draft token at the very end of the model's length is not scored,
+    and rejected.
+    """
     rows = [r for r, draft in enumerate(tokens) if draft]
     if not rows:
         return np.empty(0, np.float32)
-    # A request generates at least one token; the draft's last one, which need not be input to be scored, makes room.
     from vllm import SamplingParams as VLLMSamplingParams
 
     params = VLLMSamplingParams(
-        max_tokens=1, temperature=1.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
+        max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
     )
+    texts = [(prompts[r] + tokens[r])[: engine.max_model_len - 1] for r in rows]
     outputs = engine.llm.generate(
-        [{"prompt_token_ids": _fitting(prompts[r] + tokens[r], engine.max_model_len)} for r in rows],
-        params,
-        use_tqdm=False,
+        [{"prompt_token_ids": ids} for ids in texts], params, use_tqdm=False
     )
-    del keys, rule
     scored = []
     for r, output in zip(rows, outputs, strict=True):
-        first, flat = len(prompts[r]), output.prompt_logprobs
+        flat = output.prompt_logprobs
         values = np.full(len(tokens[r]), -math.inf, np.float32)
-        got = [flat.logprobs[flat.start_indices[i]] for i in range(first, len(flat))]
-        values[: len(got)] = got
+        starts = flat.start_indices[len(prompts[r]) :]
+        values[: len(starts)] = np.asarray(flat.logprobs, np.float32)[starts]
         scored.append(values)
     return np.concatenate(scored)
-
-
-def _fitting(ids: list[int], max_model_len: int) -> list[int]:
-    return ids[: max_model_len - 1]
 
 
 def _join(

@@ -117,7 +117,9 @@ def decode(data: Any) -> ReuseRequest:
         try:
             data = base64.b64decode(data, validate=True)
         except binascii.Error as error:
-            raise ValueError(f"{EXTRA_ARG}: expected bytes or base64, got a string that is neither ({error})") from error
+            raise ValueError(
+                f"{EXTRA_ARG}: expected bytes or base64, got a string that is neither ({error})"
+            ) from error
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise ValueError(f"{EXTRA_ARG}: expected bytes, got {type(data).__name__}")
     data = bytes(data)

@@ -52,7 +52,13 @@ def make_engine(model_dir: Path) -> Iterator[MakeEngine]:
 
     engines: dict[str, Any] = {}
 
-    def make(*, num_speculative_tokens: int = 64, first_chunk: int | None = None, strategy: Any = "inflight", **llm_args: Any) -> Any:
+    def make(
+        *,
+        num_speculative_tokens: int = 64,
+        first_chunk: int | None = None,
+        strategy: Any = "inflight",
+        **llm_args: Any,
+    ) -> Any:
         name = repr((num_speculative_tokens, first_chunk, strategy, sorted(llm_args.items())))
         if name not in engines:
             engines[name] = VLLMEngine(

@@ -42,7 +42,9 @@ def test_plain_rollouts_end_for_both_reasons(plain: Rollouts) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 200])
-def test_tokens_do_not_depend_on_drafts_or_chunks(make_engine: Any, plain: Rollouts, k: int) -> None:
+def test_tokens_do_not_depend_on_drafts_or_chunks(
+    make_engine: Any, plain: Rollouts, k: int
+) -> None:
     engine = make_engine(num_speculative_tokens=k, first_chunk=200)
     drafts = pack_drafts(mixed_drafts(rows_of(plain)))
     found = engine.rollout(make_requests(PROMPTS, drafts), SAMPLING, Coupled())
@@ -94,7 +96,10 @@ def test_preemption(make_engine: Any, plain: Rollouts, prefix_caching: bool) -> 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_tiny_token_budget_and_identical_prompts(make_engine: Any, prefix_caching: bool) -> None:
     engine = make_engine(
-        num_speculative_tokens=40, max_num_batched_tokens=48, max_num_seqs=12, enable_prefix_caching=prefix_caching
+        num_speculative_tokens=40,
+        max_num_batched_tokens=48,
+        max_num_seqs=12,
+        enable_prefix_caching=prefix_caching,
     )
     # Lengths that leave exactly one token after the cached blocks: vLLM makes up drafts for those.
     prompts = [p for p in random_prompts(4, seed=3, longest=70) for _ in range(4)]
@@ -129,7 +134,10 @@ def test_500_requests_through_16_slots(engine: Any) -> None:
 
 
 def test_responses_up_to_the_model_length(engine: Any) -> None:
-    prompts = [p.repeat(30)[:n] for p, n in zip(random_prompts(4, seed=2), (200, 250, 254, 255), strict=True)]
+    prompts = [
+        p.repeat(30)[:n]
+        for p, n in zip(random_prompts(4, seed=2), (200, 250, 254, 255), strict=True)
+    ]
     sampling = SamplingParams(max_tokens=500)
     plain = engine.rollout(make_requests(prompts), sampling, Coupled())
     assert [len(p) + len(r) for p, r in zip(prompts, rows_of(plain), strict=True)] == [256] * 4
@@ -184,8 +192,12 @@ def test_equal_to_the_transformers_engine(hf_model: Any, plain: Rollouts) -> Non
         assert gap < 1e-4, f"row {r} differs at {at} and it is no near-tie"
     print(f"{same} of {len(PROMPTS)} rollouts identical")
     assert same >= 0.9 * len(PROMPTS)
-    rows = [r for r, (a, b) in enumerate(zip(rows_of(plain), rows_of(expected), strict=True)) if a == b]
+    rows = [
+        r for r, (a, b) in enumerate(zip(rows_of(plain), rows_of(expected), strict=True)) if a == b
+    ]
     for r in rows:
         where = slice(*plain.cu_response_lens[r : r + 2].tolist())
         there = slice(*expected.cu_response_lens[r : r + 2].tolist())
-        torch.testing.assert_close(plain.logprobs[where], expected.logprobs[there], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            plain.logprobs[where], expected.logprobs[there], atol=1e-4, rtol=0
+        )

@@ -24,7 +24,9 @@ def tokenizer_files(folder: Path) -> None:
 
     special = ["<pad>", "<bos>", "<eos>"]
     chars = [chr(ord("0") + i) for i in range(VOCAB - len(special))]
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(special + chars)}, unk_token="0"))
+    tokenizer = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(special + chars)}, unk_token="0")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
@@ -167,7 +169,8 @@ def test_min_p_keeps_to_its_tokens(plugged: Any, hf_model: Any) -> None:
         probs = hf_model(torch.tensor([PROMPTS[0].tolist()])).logits[0, -1].div(0.7).softmax(-1)
     kept = set((probs >= 0.2 * probs.max()).nonzero().flatten().tolist())
     params = [
-        SamplingParams(max_tokens=1, temperature=0.7, min_p=0.2, extra_args=keyed(i)) for i in range(300)
+        SamplingParams(max_tokens=1, temperature=0.7, min_p=0.2, extra_args=keyed(i))
+        for i in range(300)
     ]
     found = {t for ids in tokens(generate(plugged, params, [PROMPTS[0]] * 300)) for t in ids}
     assert found <= kept
@@ -187,7 +190,10 @@ def test_stop_strings_end_in_mid_chunk(plugged: Any, stop_in_output: bool) -> No
             plugged,
             [
                 SamplingParams(
-                    stop=stop, include_stop_str_in_output=stop_in_output, extra_args=keyed(i, d), **options
+                    stop=stop,
+                    include_stop_str_in_output=stop_in_output,
+                    extra_args=keyed(i, d),
+                    **options,
                 )
                 for i, (stop, d) in enumerate(zip(stops, drafts, strict=True))
             ],
@@ -212,7 +218,9 @@ def test_eos_ends_a_response_in_mid_chunk(plugged: Any) -> None:
     assert tokens(outputs) == [[*range(10, 14), EOS]] * 12
     assert {o.finish_reason for o in outputs} == {"stop"}
     params = [
-        SamplingParams(max_tokens=40, ignore_eos=True, extra_args=keyed(i, d, Lenient(float("inf"))))
+        SamplingParams(
+            max_tokens=40, ignore_eos=True, extra_args=keyed(i, d, Lenient(float("inf")))
+        )
         for i, d in enumerate(drafts)
     ]
     assert [ids[:15] for ids in tokens(generate(plugged, params))] == drafts
@@ -241,7 +249,9 @@ def test_malformed_request_fails_alone(plugged: Any, bad: Any, message: str) -> 
     engine.add_request("after", prompt, good)
     done = {}
     while engine.has_unfinished_requests():
-        done.update({o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished})
+        done.update(
+            {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
+        )
     assert set(done) == {"before", "after"}
     assert done["before"] == done["after"]
 
@@ -270,7 +280,9 @@ def test_structured_output_is_refused(plugged: Any) -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     params = SamplingParams(
-        max_tokens=5, extra_args=keyed(1), structured_outputs=StructuredOutputsParams(regex="[0-9]+")
+        max_tokens=5,
+        extra_args=keyed(1),
+        structured_outputs=StructuredOutputsParams(regex="[0-9]+"),
     )
     with pytest.raises(ValueError, match=r"structured_outputs: expected None"):
         generate(plugged, params, PROMPTS[:1])
@@ -313,7 +325,9 @@ def test_abort_in_mid_verification(plugged: Any) -> None:
     done: dict[str, list[int]] = {}
 
     def step() -> None:
-        done.update({o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished})
+        done.update(
+            {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
+        )
 
     for _ in range(3):  # drafts of 100 tokens in chunks of 8: under way
         step()
@@ -370,5 +384,7 @@ def engines_by_mode(text_model_dir: Path, plugged: Any) -> Any:
 
     from spec_rollout.engines.vllm import engine_args
 
-    other = LLM(str(text_model_dir), **LLM_ARGS, **engine_args(8), logprobs_mode="processed_logprobs")
+    other = LLM(
+        str(text_model_dir), **LLM_ARGS, **engine_args(8), logprobs_mode="processed_logprobs"
+    )
     return {"raw_logprobs": plugged, "processed_logprobs": other}.__getitem__

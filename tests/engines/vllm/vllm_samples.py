@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def drafts_of(rollouts: Rollouts) -> Drafts:
 def rows_of(rollouts: Rollouts) -> list[list[int]]:
     cu = rollouts.cu_response_lens.tolist()
     flat = rollouts.response_ids.tolist()
-    return [flat[a:b] for a, b in zip(cu, cu[1:], strict=False)]
+    return [flat[a:b] for a, b in pairwise(cu)]
 
 
 def corrupted(rows: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:

@@ -1,0 +1,349 @@
+"""What reuse saves: one rollout step by share of accepted draft tokens, strategy by strategy.
+
+    python benchmarks/bench_rollout.py --engine vllm
+
+All strategies produce the same responses, token for token (checked): the drafts are the responses themselves, and each
+is rejected at a prescribed token by the log-probability it comes with (`Lenient`), whereupon the keyed noise draws the
+same token again. Response lengths are log-normal: half are short, a few reach the limit.
+
+| strategy | does |
+|---|---|
+| stock | vLLM without the plugin and without log-probs |
+| stock+logprobs | the same, with log-probs of the drawn tokens |
+| vanilla | vLLM with the plugin, no drafts |
+| two_pass | the draft scored as a prompt, cut, resubmitted (the published design) |
+| inflight | the draft verified while the KV cache is written |
+| floor | continuations alone, the KV cache of prompt and accepted prefix given for free |
+
+Every timed run starts with an empty prefix cache (floor: with one that holds just what it needs). Runs are interleaved,
+medians reported; `cpu_seconds` is the process's own processor time, which a busy machine does not stretch as it does
+wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+import torch
+from _common import Results, Timing, parser
+
+from spec_rollout.acceptance import Lenient
+from spec_rollout.engines.vllm import VLLMEngine
+from spec_rollout.engines.vllm.requests import Job
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+
+SHARES = (0.0, 0.25, 0.45, 0.67, 0.9, 1.0)
+RULE = Lenient(0.0)
+_SURE, _NEVER = (
+    -80.0,
+    80.0,
+)  # log-probs a draft token claims, to be accepted or rejected for certain
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64},
+    "small": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+    "qwen3-1.7b": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch of prompts and the lengths of their responses."""
+
+    requests: RolloutRequests
+    limits: list[int]
+    sampling: SamplingParams
+
+    @classmethod
+    def make(cls, num_requests: int, max_tokens: int, vocab: int, group: int = 8) -> Workload:
+        rng = np.random.default_rng(0)
+        prompts = [
+            rng.integers(3, vocab, size=rng.integers(24, 96)).astype(np.int32)
+            for _ in range(-(-num_requests // group))
+        ]
+        rows = [prompts[r // group] for r in range(num_requests)]
+        lens = np.exp(rng.normal(np.log(max_tokens / 3.5), 0.7, num_requests)).astype(int)
+        return cls(
+            RolloutRequests(
+                torch.from_numpy(np.concatenate(rows)),
+                cu_lens_from(torch.tensor([row.size for row in rows])),
+                torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, num_requests)),
+                Drafts.none(num_requests),
+            ),
+            np.clip(lens, 4, max_tokens).tolist(),
+            SamplingParams(max_tokens=max_tokens),
+        )
+
+    def with_drafts(self, rollouts: Rollouts, share: float) -> RolloutRequests:
+        """The rollouts as drafts of which `share` of the tokens will be accepted, unevenly over the rows."""
+        rng = np.random.default_rng(1)
+        lens = rollouts.response_lens.numpy()
+        cuts = _cuts(lens, share, rng.random(lens.size))
+        logprobs = np.full(int(lens.sum()), _SURE, np.float32)
+        cu = rollouts.cu_response_lens.numpy()
+        rejected = cuts < lens
+        logprobs[(cu[:-1] + cuts)[rejected]] = _NEVER
+        drafts = Drafts(
+            rollouts.response_ids,
+            rollouts.cu_response_lens,
+            torch.from_numpy(logprobs),
+            torch.zeros(lens.size, dtype=torch.bool),
+        )
+        r = self.requests
+        return RolloutRequests(r.prompt_ids, r.cu_prompt_lens, r.keys, drafts)
+
+
+def _cuts(lens: np.ndarray, share: float, uniforms: np.ndarray) -> np.ndarray:
+    """Accepted lengths: row fractions U^k, k chosen so that `share` of all tokens is accepted."""
+    if share in (0.0, 1.0):
+        return (lens * share).astype(int)
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        k = (low * high) ** 0.5
+        cuts = np.floor(lens * uniforms**k + 0.5).astype(int)
+        low, high = (k, high) if cuts.sum() > share * lens.sum() else (low, k)
+    return cuts
+
+
+class Bench:
+    """The engines, and one timed function per strategy."""
+
+    def __init__(self, args: argparse.Namespace, model: str) -> None:
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        common: dict[str, Any] = {
+            "dtype": args.dtype or ("bfloat16" if on_gpu else "float32"),
+            "enforce_eager": not on_gpu or args.eager,
+            "max_model_len": args.max_tokens + 128,
+            "max_num_seqs": args.slots,
+            "max_num_batched_tokens": args.token_budget,
+            "load_format": "dummy",
+            "seed": 0,
+        }
+        if on_gpu:
+            common["gpu_memory_utilization"] = 0.4
+        else:
+            common["block_size"] = 32
+        self.args, self.common = args, common
+        self.engine = VLLMEngine(
+            model, num_speculative_tokens=args.k, first_chunk=args.first_chunk, llm_args=common
+        )
+        self.stock = LLM(
+            model,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            disable_log_stats=True,
+            **common,
+        )
+        self.steps = 0
+        for llm in (self.engine.llm, self.stock):
+            self._count_steps(llm.llm_engine)
+        self.work = Workload.make(args.requests, args.max_tokens, self.engine.vocab_size)
+
+    def _count_steps(self, engine: Any) -> None:
+        step = engine.step
+
+        def counting() -> Any:
+            self.steps += 1
+            return step()
+
+        engine.step = counting
+
+    def rollout(self, strategy: str, requests: RolloutRequests) -> Rollouts:
+        self.engine.strategy = strategy
+        return self.engine.rollout_with_limits(requests, self.work.sampling, RULE, self.work.limits)
+
+    def run_stock(self, logprobs: int | None) -> int:
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        params = [
+            VLLMSamplingParams(
+                max_tokens=n,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=logprobs,
+                flat_logprobs=logprobs is not None,
+            )
+            for n in self.work.limits
+        ]
+        prompts = Job.of(
+            self.work.requests,
+            self.work.sampling,
+            RULE,
+            self.work.limits,
+            self.engine.max_model_len,
+        ).prompts()
+        outputs = self.stock.generate(prompts, params, use_tqdm=False)
+        return sum(len(o.outputs[0].token_ids) for o in outputs)
+
+    def floor(
+        self, requests: RolloutRequests, cuts: list[int]
+    ) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """(untimed: fills the prefix cache, timed: generates the continuations)."""
+        job = Job.of(
+            requests, self.work.sampling, RULE, self.work.limits, self.engine.max_model_len
+        )
+        cu = job.drafts.cu_lens.tolist()
+        ids = job.drafts.token_ids.tolist()
+        rows = [r for r in range(job.batch) if cuts[r] < job.limits[r]]
+
+        def make(limits: list[int]) -> Job:
+            return Job(
+                prompt_ids=[job.prompt_ids[r] + ids[cu[r] : cu[r] + cuts[r]] for r in rows],
+                limits=limits,
+                keys=[job.keys[r] for r in rows],
+                first_positions=[cuts[r] for r in rows],
+                rule=RULE,
+                drafts=Drafts.none(len(rows)),
+            )
+
+        fill, timed = make([1] * len(rows)), make([job.limits[r] - cuts[r] for r in rows])
+        if not rows:
+            return (lambda: None), (lambda: None)
+        return (
+            lambda: self.engine.generate(fill, self.work.sampling),
+            lambda: self.engine.generate(timed, self.work.sampling),
+        )
+
+
+def _timing(samples: list[float]) -> Timing:
+    p20, p50, p80 = np.percentile(samples, [20, 50, 80]).tolist()
+    return Timing(p20, p50, p80, len(samples))
+
+
+def run(args: argparse.Namespace, results: Results, model: str) -> None:
+    bench = Bench(args, model)
+    work = bench.work
+    reference = bench.rollout("inflight", work.requests)  # also warms up
+    total = int(reference.response_lens.sum())
+    prompt_tokens = work.requests.prompt_ids.numel()
+    print(
+        f"{work.requests.batch} requests, {prompt_tokens} prompt tokens, responses {total} tokens "
+        f"(median {statistics.median(work.limits):.0f}, longest {max(work.limits)})"
+    )
+    for share in args.shares:
+        requests = work.with_drafts(reference, share)
+        accepted = bench.rollout("inflight", requests).accepted_lens.tolist()
+        fill, floor = bench.floor(requests, accepted)
+        contenders: dict[str, Callable[[], Any]] = {
+            "stock": lambda: bench.run_stock(None),
+            "stock+logprobs": lambda: bench.run_stock(0),
+            "vanilla": lambda: bench.rollout("inflight", work.requests),
+            "two_pass": lambda requests=requests: bench.rollout("two_pass", requests),
+            "inflight": lambda requests=requests: bench.rollout("inflight", requests),
+            "floor": floor,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        work_done: dict[str, tuple[int, int | None]] = {}
+        for repeat in range(args.repeats + 1):
+            for name, function in contenders.items():
+                bench.engine.llm.reset_prefix_cache()
+                bench.stock.reset_prefix_cache()
+                if name == "floor":
+                    fill()
+                bench.engine._take_metrics()
+                bench.steps = 0
+                start, cpu_start = time.perf_counter(), time.process_time()
+                out = function()
+                elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+                if repeat:  # the first is a warm-up
+                    seconds[name].append(elapsed)
+                    cpu_seconds[name].append(cpu)
+                if isinstance(out, Rollouts):
+                    assert torch.equal(out.response_ids, reference.response_ids), name
+                    tokens: int | None = out.stats.num_computed_tokens
+                elif name == "floor":
+                    tokens = bench.engine._take_metrics().num_computed_tokens
+                else:
+                    assert out == total
+                    tokens = None
+                work_done[name] = (bench.steps, tokens)
+        timings = {name: _timing(samples) for name, samples in seconds.items()}
+        inflight = timings["inflight"].p50
+        cpu = {name: statistics.median(samples) for name, samples in cpu_seconds.items()}
+        for name, timing in timings.items():
+            steps, tokens = work_done[name]
+            results.add(
+                f"{name} @ {share:.2f}",
+                timing=timing,
+                shape={"requests": work.requests.batch, "response_tokens": total},
+                dtype=bench.common["dtype"],
+                strategy=name,
+                accepted_share=round(sum(accepted) / total, 4),
+                engine_steps=steps,
+                computed_tokens=tokens,
+                over_inflight=round(timing.p50 / inflight, 3),
+                cpu_seconds=round(cpu[name], 4),
+                cpu_over_inflight=round(cpu[name] / cpu["inflight"], 3),
+            )
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--engine", choices=["vllm"], default="vllm")
+    options.add_argument(
+        "--shape", choices=list(SHAPES), help="model; small on CPU, qwen3-1.7b on a GPU"
+    )
+    options.add_argument("--requests", type=int, help="64 on CPU, 512 on a GPU")
+    options.add_argument("--max-tokens", type=int, help="256 on CPU, 1024 on a GPU")
+    options.add_argument("--slots", type=int, help="max_num_seqs; 32 on CPU, 256 on a GPU")
+    options.add_argument(
+        "--token-budget", type=int, help="max_num_batched_tokens; 2048 on CPU, 8192 on a GPU"
+    )
+    options.add_argument("--k", type=int, default=64, help="num_speculative_tokens")
+    options.add_argument("--first-chunk", type=int, help="see engine_args")
+    options.add_argument("--dtype")
+    options.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    args = options.parse_args()
+    gpu = torch.cuda.is_available()
+    defaults = {
+        "shape": ("small", "qwen3-1.7b"),
+        "requests": (64, 512),
+        "max_tokens": (256, 1024),
+        "slots": (32, 256),
+        "token_budget": (2048, 8192),
+    }
+    for name, choice in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, choice[gpu])
+    if args.quick:
+        args.shape, args.requests, args.max_tokens, args.repeats = "tiny", 24, 64, 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    results = Results("rollout_vllm_gpu" if gpu else "rollout_vllm", args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        from transformers import Qwen3Config
+
+        config = Qwen3Config(
+            **SHAPES[args.shape],
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            architectures=["Qwen3ForCausalLM"],
+        )
+        config.save_pretrained(folder)
+        run(args, results, str(Path(folder)))
+    results.write()
+
+
+if __name__ == "__main__":
+    main()
