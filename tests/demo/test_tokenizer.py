@@ -33,6 +33,7 @@ def test_ids_are_pinned(tokenizer) -> None:
     # The shipped weights depend on them.
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert tokenizer(CHARACTERS)["input_ids"] == list(range(3, 3 + len(CHARACTERS)))
+    assert tokenizer("\n\n")["input_ids"] == [3, 3]
 
 
 def test_unknown_characters_become_the_unknown_token_and_special_tokens_are_skipped(
