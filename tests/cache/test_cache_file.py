@@ -155,12 +155,13 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         _assert_refused(path, blob[:length], r"expected .* at byte \d+, got .*truncated")
 
 
-def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     _filled().save(path)
     blob, cache = path.read_bytes(), _filled()
     for byte in range(len(blob)):
-        for bit in range(8):
+        in_headers = byte < 82  # of the file, of the first group and of its first entry
+        for bit in range(8) if in_headers else (byte % 8,):
             damaged = blob[:byte] + bytes([blob[byte] ^ (1 << bit)]) + blob[byte + 1 :]
             _assert_refused(path, damaged, r"expected .* at byte \d+, got ", cache)
 
