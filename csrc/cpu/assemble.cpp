@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "huge_pages.h"
 #include "offsets.h"
 #include "parallel.h"
 #include "spec_rollout/ops.h"
@@ -178,6 +179,11 @@ void assemble(const AssembleArgs& args, int num_threads) {
   if (args.batch == 0) return;
   const int64_t num_tokens =
       args.layout == Layout::kPacked ? args.num_tokens : args.batch * args.width;
+  prefer_huge_pages(args.input_ids, num_tokens * 8);
+  prefer_huge_pages(args.position_ids, num_tokens * 8);
+  prefer_huge_pages(args.attention_mask, num_tokens);
+  prefer_huge_pages(args.response_mask, num_tokens);
+  prefer_huge_pages(args.logprobs, num_tokens * 4);
   parallel_for(args.batch, 1 + kPieceTokens / (1 + num_tokens / args.batch), num_threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) write_row(args, r);
