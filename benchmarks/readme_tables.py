@@ -100,8 +100,8 @@ def benchmark_table(content: Mapping[str, Any]) -> str:
 
 def _demo_cells(run: Mapping[str, Any]) -> list[str]:
     def change(split: str) -> str:
-        before, after = run["accuracy_before"][split], run["accuracy_after"][split]
-        return f"{before:.1%} → {after:.1%}"
+        before, after = run["accuracy_before"].get(split), run["accuracy_after"].get(split)
+        return "" if before is None or after is None else f"{before:.1%} → {after:.1%}"
 
     return [
         f"{run['rollout_seconds']:.1f} s",
