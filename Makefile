@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ENGINE ?= transformers
 OUT ?= runs/demo
+# bench_rollout.py and bench_drafting.py are run by hand: they need vLLM and a data file.
+BENCHES ?= $(wildcard benchmarks/ops/bench_*.py) benchmarks/bench_engine.py
 SEED ?= 0
 
 VENV := .venv
@@ -45,7 +47,7 @@ demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless 
 	$(BIN)/python -m spec_rollout.demo_run --out $(OUT) --seed $(SEED)
 else
 demo:
-	@echo "error: ENGINE: expected transformers, got $(ENGINE) (the vLLM engine is planned, not in this version)" >&2; exit 2
+	@echo "error: ENGINE: expected transformers, got $(ENGINE) (the demo does not run on vLLM in this version)" >&2; exit 2
 endif
 
 demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
@@ -64,7 +66,7 @@ cuda-check: ## Compile every CUDA kernel for sm_80, sm_90 and sm_100, warnings a
 	@.ci/cuda-check
 
 bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of README.md
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python benchmarks/readme_tables.py
 
 lint: $(VENV)/.lint ## ruff and clang-format, check only
