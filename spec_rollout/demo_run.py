@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -55,7 +56,7 @@ class DemoSize:
     num_samples: int = 4
     epochs: int = 5
     num_eval_samples: int = 2
-    lr: float = 7e-4
+    lr: float = 6e-4
 
 
 SHORT = DemoSize(
@@ -99,8 +100,9 @@ def demo_config(
             epochs=size.epochs,
             lr=size.lr,
             betas=(0.9, 0.95),
-            # More threads than this make a model of this size slower.
-            threads=min(2, num_cores()),
+            micro_batch_tokens=4096,
+            # More threads make a model of this size slower; OMP_NUM_THREADS overrides.
+            threads=None if "OMP_NUM_THREADS" in os.environ else min(2, num_cores()),
         ),
         eval=EvalConfig(
             path=str(out / "heldout.jsonl"),
