@@ -1,9 +1,10 @@
 """Makes the demo's checkpoint: trains a small Llama from scratch on the imperfect teacher's responses.
 
-    python -m spec_rollout.demo.pretrain --out DIR            # the shipped checkpoint
+    python -m spec_rollout.demo.pretrain --out DIR            # the shipped checkpoint, about 20 minutes
     python -m spec_rollout.demo.pretrain --out DIR --short    # the same path in under a minute, for CI
 
-Seeded: the same machine, torch and thread count give the same weights.
+Seeded: the same machine, torch and thread count give the same weights. The shipped ones were made on one thread
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
