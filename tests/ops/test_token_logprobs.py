@@ -69,7 +69,7 @@ def test_strided_and_unaligned_rows(device, dtype, offset, generator) -> None:
     buffer[:, offset : offset + vocab] = logits
     view = buffer.to(device)[:, offset : offset + vocab]
     got = ops.token_logprobs(view, ids.to(device))
-    assert torch.equal(got, ops.token_logprobs(logits.to(device), ids.to(device)))
+    assert_logprobs_close(got, reference.token_logprobs(logits, ids), _plain(logits, ids))
 
 
 def test_temperature_number_and_per_row(device, generator) -> None:
@@ -148,23 +148,27 @@ def test_result_does_not_depend_on_threads(generator) -> None:
 @pytest.mark.parametrize("column", [0, 6, 511, 512, 1029])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("background", [0.0, -math.inf])
-def test_nan_is_found_wherever_it_is(dtype, column, background) -> None:
+def test_nan_is_found_wherever_it_is(device, raises_value_error, dtype, column, background) -> None:
     logits = torch.full((3, 1030), background, dtype=dtype)
     logits[:, 700] = 1.0
-    ids = torch.full((3,), 700)
-    ops.token_logprobs(logits, ids)
+    ids = torch.full((3,), 700, device=device)
+    ops.token_logprobs(logits.to(device), ids)
+    ops.check_status()
     logits[1, column] = math.nan
-    with pytest.raises(ValueError, match=rf"logits: .*nan.*\[1, {column}\]"):
-        ops.token_logprobs(logits, ids)
+    with raises_value_error(rf"logits: .*nan.*\[1, {column}\]"):
+        ops.token_logprobs(logits.to(device), ids)
 
 
-def test_nan_of_any_bit_pattern_is_found() -> None:
+def test_nan_of_any_bit_pattern_is_found(device, raises_value_error) -> None:
     bits = torch.zeros(1, 600, dtype=torch.int32)
     for pattern in (-1, 0x7FFFFFFF, 0x7F800001, -0x7FFFFF):
         bits[0, 300] = pattern
         assert bool(bits.view(torch.float32)[0, 300].isnan())
-        with pytest.raises(ValueError, match="logits"):
-            ops.token_logprobs(bits.view(torch.float32), torch.zeros(1, dtype=torch.int64))
+        with raises_value_error("logits"):
+            ops.token_logprobs(
+                bits.view(torch.float32).to(device),
+                torch.zeros(1, dtype=torch.int64, device=device),
+            )
 
 
 @pytest.mark.parametrize(
@@ -188,11 +192,13 @@ def test_nan_of_any_bit_pattern_is_found() -> None:
         ({"temperature": torch.ones(2).double()}, "temperature"),
     ],
 )
-def test_errors_name_the_argument(change, match) -> None:
+def test_errors_name_the_argument(device, raises_value_error, change, match) -> None:
     args = {"logits": torch.zeros(2, 4), "token_ids": torch.tensor([0, 3])}
-    ops.token_logprobs(**args)
-    with pytest.raises(ValueError, match=match):
-        ops.token_logprobs(**{**args, **change})
+    moved = {k: v.to(device) for k, v in args.items()}
+    ops.token_logprobs(**moved)
+    changed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with raises_value_error(match):
+        ops.token_logprobs(**{**moved, **changed})
 
 
 def test_opcheck(device, generator) -> None:

@@ -193,7 +193,7 @@ def test_chunks_give_what_the_whole_gives(device, rule, chunk, generator) -> Non
         assert torch.equal(torch.tensor(logprobs), expected.cpu())
 
 
-def test_rows_after_a_rejection_are_not_read(generator) -> None:
+def test_rows_after_a_rejection_are_not_read_on_cpu(generator) -> None:
     case = _case([10] * 6, 20, torch.float32, generator)
     for rule in (Lenient(-0.5), Coupled(), OneHot(), NoReuse()):
         clean = ops.verify_prefix(**case, rule=rule)
@@ -433,7 +433,7 @@ def _tensor(*values):
         ({"top_p": _tensor(0.5, 2.0)}, "top_p: .*got 2 at index 1"),
     ],
 )
-def test_errors_name_the_argument(change, match) -> None:
+def test_errors_name_the_argument(device, raises_value_error, change, match) -> None:
     args = {
         "logits": torch.zeros(6, 4),
         "draft_ids": _tensor(0, 1, 2, 3),
@@ -442,9 +442,9 @@ def test_errors_name_the_argument(change, match) -> None:
         "draft_logprobs": torch.full((4,), -1.0),
         "rule": Lenient(0.0),
     }
-    ops.verify_prefix(**args)
-    with pytest.raises(ValueError, match=match):
-        ops.verify_prefix(**{**args, **change})
+    ops.verify_prefix(**_to(args, device))
+    with raises_value_error(match):
+        ops.verify_prefix(**_to({**args, **change}, device))
 
 
 def test_opcheck(device, generator) -> None:

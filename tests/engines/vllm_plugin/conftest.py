@@ -18,7 +18,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
-@pytest.fixture(scope="session")
+# The folder is not called vllm: pytest puts its parent on the path, and `import vllm` would find the tests.
+@pytest.fixture(scope="session", autouse=True)
 def vllm_installed() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
