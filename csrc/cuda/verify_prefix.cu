@@ -32,8 +32,12 @@ struct Draft {
     const int64_t len = args.cu_draft_lens[r + 1] - begin;
     const int64_t row = args.cu_logits_lens ? args.cu_logits_lens[r] : begin + r;
     const int64_t rows = args.cu_logits_lens ? args.cu_logits_lens[r + 1] - row : len + 1;
-    const bool good = begin >= 0 && len >= 0 && begin <= args.num_draft_tokens - len && row >= 0 &&
-                      (rows == len || rows == len + 1) && row <= args.logits.num_rows - rows;
+    const bool first = r == 0, last = r + 1 == args.batch;
+    const bool good =
+        begin >= 0 && len >= 0 && begin <= args.num_draft_tokens - len && row >= 0 &&
+        (rows == len || rows == len + 1) && row <= args.logits.num_rows - rows &&
+        (!first || (begin == 0 && row == 0)) &&
+        (!last || (begin + len == args.num_draft_tokens && row + rows == args.logits.num_rows));
     if (good) {
       draft_begin = begin;
       draft_len = len;

@@ -13,7 +13,7 @@ import torch
 
 # Bits of `StatusBit` in csrc/include/spec_rollout/ops.h.
 _MEANINGS = {
-    1: "cu_draft_lens / draft_lens: expected non-decreasing offsets within the tokens, got others",
+    1: "cu_draft_lens / cu_logits_lens / draft_lens: expected non-decreasing offsets within the tokens, got others",
     2: "token_ids / draft_ids: expected ids within the vocabulary, got others",
     4: "logits: expected numbers below +inf and at least one finite logit per row, got others",
     8: "draft_logprobs / target_logprobs: expected numbers, got NaN",
