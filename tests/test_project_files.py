@@ -1,0 +1,69 @@
+"""What the project says about itself is true: pins, links, commands, the example of the README."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/acceptance.md"]
+
+
+def test_pre_commit_uses_the_versions_of_make_lint() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lint = set(project["optional-dependencies"]["lint"])
+    pins = re.findall(
+        r'additional_dependencies: \["([^"]+)"\]', (ROOT / ".pre-commit-config.yaml").read_text()
+    )
+    assert len(pins) == 3
+    assert set(pins) <= lint
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_files_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    for link in links:
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_are_targets_of_the_makefile(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b(?=[`\s,;:.)])", _code(page)))
+    assert named <= targets
+
+
+def _code(page: str) -> str:
+    """Code of a page: indented blocks and spans in backticks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^    .*$", text, re.MULTILINE) + re.findall(r"`[^`\n]+`", text))
+
+
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {"__name__": "example"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("0% reused")
+    # the policy did not change: everything is kept
+    assert second == "100% reused, 0 decoding steps"
+
+
+@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check"])
+def test_scripts_are_valid_shell_and_executable(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_the_demo_refuses_another_engine_with_one_line() -> None:
+    result = subprocess.run(
+        ["make", "--no-print-directory", "demo", "ENGINE=vllm"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ENGINE: expected transformers, got vllm")
