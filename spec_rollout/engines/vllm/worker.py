@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from spec_rollout import ops
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 
@@ -14,7 +15,12 @@ class ReuseWorker:
     """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
 
     def spec_rollout_take(self) -> tuple[bytes, ...]:
-        """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`)."""
+        """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`).
+
+        Raises:
+            ValueError: if a kernel has met bad values since (CUDA).
+        """
+        ops.check_status()
         return compat.proposer_of(self).sampler.collector.take()
 
     def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
