@@ -51,7 +51,8 @@ demo:
 endif
 
 demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
-	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --seeds 0,1,2 --results benchmarks/results/demo_seeds.json
+	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
+	  --results benchmarks/results/demo_seeds.json
 
 test: cuda-check venv ## All tests
 	$(BIN)/python -m pytest

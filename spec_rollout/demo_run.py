@@ -48,6 +48,7 @@ class DemoSize:
         num_eval_samples: Fresh samples per evaluated prompt, before and after training.
         lr: Such that the policy moves between epochs about as much as in the published runs: at log_lenience 0 a
             quarter to a third of the tokens are accepted, at 0.5 about two thirds.
+        threads: CPU threads of torch; None is torch's choice.
     """
 
     num_prompts: int = 256
@@ -57,6 +58,7 @@ class DemoSize:
     epochs: int = 5
     num_eval_samples: int = 2
     lr: float = 6e-4
+    threads: int | None = None
 
 
 SHORT = DemoSize(
@@ -101,8 +103,7 @@ def demo_config(
             lr=size.lr,
             betas=(0.9, 0.95),
             micro_batch_tokens=4096,
-            # More threads make a model of this size slower; OMP_NUM_THREADS overrides.
-            threads=None if "OMP_NUM_THREADS" in os.environ else min(2, num_cores()),
+            threads=size.threads,
         ),
         eval=EvalConfig(
             path=str(out / "heldout.jsonl"),
@@ -115,6 +116,40 @@ def demo_config(
         checkpoint=CheckpointConfig(at_end=False),
         log=LogConfig(run_dir=str(out / name)),
     )
+
+
+def fastest_threads() -> int:
+    """1 or 2, whichever lets torch sample faster on this machine as it is now.
+
+    More do not help a model of this size, and where other processes keep the cores busy two threads are many times
+    slower than one, because each small operation waits for both.
+    """
+    import torch
+
+    from spec_rollout.acceptance import NoReuse
+    from spec_rollout.demo import model_dir
+    from spec_rollout.demo.task import training_problems
+    from spec_rollout.engines import TransformersEngine
+    from spec_rollout.rollout import RolloutSession
+    from spec_rollout.train.config import ModelConfig
+    from spec_rollout.train.policy import load_policy
+    from spec_rollout.types import SamplingParams
+
+    if num_cores() == 1:
+        return 1
+    policy = load_policy(ModelConfig(str(model_dir()), device="cpu"))
+    prompts = policy.tokenizer([problem.prompt for problem in training_problems(16)])["input_ids"]
+    session = RolloutSession(TransformersEngine(policy.model), NoReuse())
+
+    def seconds(threads: int, max_tokens: int = 16) -> float:
+        torch.set_num_threads(threads)
+        sampling = SamplingParams(max_tokens=max_tokens)
+        return session.rollout(prompts, 4, sampling, step=0, epoch=0).stats.rollout_seconds
+
+    seconds(1, max_tokens=2)  # warm-up
+    one = max(seconds(1) for _ in range(2))
+    # All of several tries, so that a quiet moment does not decide.
+    return 2 if all(seconds(2) < one for _ in range(3)) else 1
 
 
 def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
@@ -200,6 +235,8 @@ def demo(
     out: Path, names: Sequence[str], size: DemoSize, seed: int, command: Sequence[str]
 ) -> dict[str, Any]:
     """Runs the demo once; writes and returns summary.json, and writes report.html."""
+    import torch
+
     from spec_rollout.report import load_run, write_report
 
     prepare(out, names, size)
@@ -220,7 +257,7 @@ def demo(
             name: run_facts(s, summaries.get("vanilla"), size.num_eval_samples)
             for name, s in summaries.items()
         },
-        "environment": environment(),
+        "environment": {**environment(), "threads": torch.get_num_threads()},
     }
     if "coupled" in summaries and "coupled_off" in summaries:
         content["coupled_equals_off"] = compare_responses(
@@ -289,6 +326,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seeds", help="several seeds, e.g. 0,1,2; each gets its own folder in OUT"
     )
     options.add_argument("--results", type=Path, help="with --seeds: also write all summaries here")
+    options.add_argument("--threads", type=int, help="torch threads; measured if left out")
     options.add_argument("--epochs", type=int, help="passes over the prompts")
     options.add_argument(
         "--short", action="store_true", help="seconds instead of minutes: does it run?"
@@ -317,6 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = replace(size, epochs=args.epochs)
     command = ["python", "-m", "spec_rollout.demo_run", *(sys.argv[1:] if argv is None else argv)]
     seeds = [args.seed] if args.seeds is None else args.seeds
+    size = replace(size, threads=args.threads)
+    if args.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        size = replace(size, threads=fastest_threads())
+        print(f"torch threads: {size.threads} (the faster of 1 and 2 here)", flush=True)
     contents = []
     for seed in seeds:
         out = args.out if args.seeds is None else args.out / f"seed-{seed}"
