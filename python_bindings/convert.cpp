@@ -3,7 +3,8 @@
 namespace spec_rollout::python {
 namespace {
 
-// Torch's objects, looked up once. Never released: the interpreter may be gone when static destructors run.
+// Torch's objects, looked up once. Never released: the interpreter may be gone when static
+// destructors run.
 struct Torch {
   PyObject* tensor_type;
   struct {
@@ -95,14 +96,22 @@ std::string device_text(int device) {
 
 const char* dtype_name(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kInt32: return "int32";
-    case DType::kInt64: return "int64";
-    case DType::kBool: return "bool";
-    case DType::kUInt8: return "uint8";
-    case DType::kOther: break;
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kInt32:
+      return "int32";
+    case DType::kInt64:
+      return "int64";
+    case DType::kBool:
+      return "bool";
+    case DType::kUInt8:
+      return "uint8";
+    case DType::kOther:
+      break;
   }
   return "another dtype";
 }
@@ -112,7 +121,8 @@ TensorView describe(py::handle value, const char* name) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) != t.tensor_type) {
     const int is_tensor = PyObject_IsInstance(value.ptr(), t.tensor_type);
     if (is_tensor < 0) throw py::error_already_set();
-    if (is_tensor == 0) fail(name, ": expected a torch.Tensor, got ", Py_TYPE(value.ptr())->tp_name);
+    if (is_tensor == 0)
+      fail(name, ": expected a torch.Tensor, got ", Py_TYPE(value.ptr())->tp_name);
   }
   TensorView view;
   const py::object dtype = attr(value, t.s_dtype);
@@ -122,7 +132,8 @@ TensorView describe(py::handle value, const char* name) {
       view.item_size = known.item_size;
     }
   }
-  if (view.item_size == 0) view.item_size = static_cast<int32_t>(to_int(call(value, t.s_element_size)));
+  if (view.item_size == 0)
+    view.item_size = static_cast<int32_t>(to_int(call(value, t.s_element_size)));
   if (attr(value, t.s_is_cpu).ptr() == Py_True) {
     view.device = -1;
   } else if (attr(value, t.s_is_cuda).ptr() == Py_True) {
@@ -152,7 +163,8 @@ TensorView ArgReader::tensor(py::handle value, const char* name, std::initialize
   for (DType dtype : dtypes) dtype_ok = dtype_ok || view.dtype == dtype;
   if (!dtype_ok) {
     std::string wanted;
-    for (DType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    for (DType dtype : dtypes)
+      wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
     fail(name, ": expected ", wanted, ", got ",
          view.dtype == DType::kOther
              ? py::cast<std::string>(py::str(attr(value, torch().s_dtype))).substr(sizeof("torch"))
@@ -180,8 +192,9 @@ TensorView ArgReader::tensor(py::handle value, const char* name, std::initialize
   const int first_checked = contiguity == Contiguity::kFull ? 0 : view.ndim - 1;
   for (int i = view.ndim - 1; i >= first_checked && i >= 0; --i) {
     if (view.shape[i] > 1 && view.strides[i] != stride && view.numel() > 0) {
-      fail(name, contiguity == Contiguity::kFull ? ": expected a contiguous tensor"
-                                                 : ": expected a contiguous last dimension",
+      fail(name,
+           contiguity == Contiguity::kFull ? ": expected a contiguous tensor"
+                                           : ": expected a contiguous last dimension",
            ", got stride ", view.strides[i], " in dimension ", i);
     }
     stride *= view.shape[i];
@@ -230,7 +243,8 @@ LogitsView ArgReader::logits(py::handle value, Dim& rows, Dim& vocab) {
       tensor(value, "logits", {rows, vocab}, {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
              Contiguity::kLastDim);
   if (view.shape[1] < 1) fail("logits: expected a vocabulary of at least one token, got 0");
-  if (view.shape[1] > 0x7fffffff) fail("logits: expected a vocabulary below 2^31, got ", view.shape[1]);
+  if (view.shape[1] > 0x7fffffff)
+    fail("logits: expected a vocabulary below 2^31, got ", view.shape[1]);
   return {view.data, view.dtype, view.shape[0], view.shape[1], view.strides[0]};
 }
 

@@ -1,5 +1,5 @@
-// Tensors of Python to views of the core, and the checks of rank, size, dtype, device and layout on the way. Torch is
-// not needed to build this: its tensors are read through their Python attributes.
+// Tensors of Python to views of the core, and the checks of rank, size, dtype, device and layout on
+// the way. Torch is not needed to build this: its tensors are read through their Python attributes.
 #pragma once
 
 #include <pybind11/pybind11.h>

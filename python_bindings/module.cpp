@@ -1,5 +1,6 @@
-// The Python face of the core. Every function takes tensors (never loose pointers), writes into outputs the caller
-// allocated, and ends with the CUDA stream to run on (ignored on CPU) and the number of CPU threads to use.
+// The Python face of the core. Every function takes tensors (never loose pointers), writes into
+// outputs the caller allocated, and ends with the CUDA stream to run on (ignored on CPU) and the
+// number of CPU threads to use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,7 +31,8 @@ void launch(const ArgReader& reader, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   cuda();
 #else
   throw std::runtime_error(
-      "spec_rollout was built without CUDA; install it on a machine with the CUDA toolkit (nvcc), or "
+      "spec_rollout was built without CUDA; install it on a machine with the CUDA toolkit (nvcc), "
+      "or "
       "set SPEC_ROLLOUT_CUDA=ON to make the build fail where it is missing");
 #endif
 }
@@ -102,8 +104,9 @@ void accept_prefix(py::handle draft_logprobs, py::handle target_logprobs, py::ha
       output<int32_t>(reader, accepted_lens, "accepted_lens", {batch}, DType::kInt32);
   args.batch = batch.value;
   args.status = status_word(reader, status);
-  launch(reader, [&] { cpu::accept_prefix(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(accept_prefix(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::accept_prefix(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(accept_prefix(args, reinterpret_cast<void*>(stream))));
 }
 
 void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperatures,
@@ -118,14 +121,15 @@ void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperat
   args.temperature = static_cast<float>(temperature);
   args.logprobs = output<float>(reader, logprobs, "logprobs", {rows}, DType::kFloat32);
   args.status = status_word(reader, status);
-  launch(reader, [&] { cpu::token_logprobs(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(token_logprobs(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::token_logprobs(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(token_logprobs(args, reinterpret_cast<void*>(stream))));
 }
 
-void sample_tokens(py::handle logits, py::handle keys, py::handle positions, py::handle temperatures,
-                   double temperature, py::handle top_ks, int64_t top_k, py::handle top_ps,
-                   double top_p, py::handle token_ids, py::handle logprobs, py::handle status,
-                   [[maybe_unused]] uintptr_t stream, int num_threads) {
+void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
+                   py::handle temperatures, double temperature, py::handle top_ks, int64_t top_k,
+                   py::handle top_ps, double top_p, py::handle token_ids, py::handle logprobs,
+                   py::handle status, [[maybe_unused]] uintptr_t stream, int num_threads) {
   ArgReader reader;
   Dim batch{"batch"}, vocab{"vocab"};
   SampleTokensArgs args;
@@ -137,8 +141,9 @@ void sample_tokens(py::handle logits, py::handle keys, py::handle positions, py:
   args.token_ids = output<int32_t>(reader, token_ids, "token_ids", {batch}, DType::kInt32);
   args.logprobs = output<float>(reader, logprobs, "logprobs", {batch}, DType::kFloat32);
   args.status = status_word(reader, status);
-  launch(reader, [&] { cpu::sample_tokens(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::sample_tokens(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, reinterpret_cast<void*>(stream))));
 }
 
 void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
@@ -178,8 +183,9 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
     args.workspace_bytes = bytes.value;
   }
   args.status = status_word(reader, status);
-  launch(reader, [&] { cpu::verify_prefix(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::verify_prefix(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, reinterpret_cast<void*>(stream))));
 }
 
 int64_t verify_prefix_workspace_bytes([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t vocab,
@@ -198,10 +204,10 @@ std::vector<CacheView> cache_views(ArgReader& reader, const py::sequence& caches
   std::vector<CacheView> views;
   views.reserve(caches.size());
   for (const py::handle cache : caches) {
-    const TensorView view =
-        paged ? reader.tensor(cache, name, {outer, tokens, heads, head_dim}, {}, Contiguity::kLastDim)
-              : reader.tensor(cache, name, {outer, heads, tokens, head_dim}, {},
-                              Contiguity::kLastDim);
+    const TensorView view = paged ? reader.tensor(cache, name, {outer, tokens, heads, head_dim}, {},
+                                                  Contiguity::kLastDim)
+                                  : reader.tensor(cache, name, {outer, heads, tokens, head_dim}, {},
+                                                  Contiguity::kLastDim);
     if (item_size == 0) {
       dtype = view.dtype;
       item_size = view.item_size;
@@ -275,8 +281,9 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
     args.in_place = true;
     if (from.outer_stride != to.outer_stride || from.head_stride != to.head_stride ||
         from.token_stride != to.token_stride) {
-      fail("src, dst: expected equal strides where they share memory, got different views at index ",
-           i);
+      fail(
+          "src, dst: expected equal strides where they share memory, got different views at index ",
+          i);
     }
   }
   args.src_rows = reader.ints(src_rows, "src_rows", ranges);
@@ -324,17 +331,18 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
     args.dst = static_cast<const CacheView*>(
         reader.tensor(dst_views, "dst_views", {caches, words}, {DType::kInt64}).data);
   }
-  launch(reader, [&] { cpu::splice_kv(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::splice_kv(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
-// -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written; on CUDA, where the
-// values are out of reach, None after the checks of shapes and dtypes.
+// -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written;
+// on CUDA, where the values are out of reach, None after the checks of shapes and dtypes.
 py::object assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
-                         py::handle accepted_lens, py::handle cu_continuation_lens,
-                         int64_t num_prompt_tokens, int64_t num_prefix_tokens,
-                         int64_t num_continuation_tokens, int64_t max_prompt_len,
-                         int64_t max_response_len, py::handle cu_lens) {
+                          py::handle accepted_lens, py::handle cu_continuation_lens,
+                          int64_t num_prompt_tokens, int64_t num_prefix_tokens,
+                          int64_t num_continuation_tokens, int64_t max_prompt_len,
+                          int64_t max_response_len, py::handle cu_lens) {
   ArgReader reader;
   Dim batch{"batch"};
   AssembleArgs args;
@@ -383,8 +391,9 @@ void assemble(py::handle prompt_ids, py::handle cu_prompt_lens, py::handle prefi
       reader.floats(continuation_logprobs, "continuation_logprobs", continuation_tokens, true);
   if (!logprobs.is_none() &&
       (prefix_logprobs.is_none() || (args.continuation_ids && continuation_logprobs.is_none()))) {
-    fail("prefix_logprobs, continuation_logprobs: expected log-probs of all response tokens or of "
-         "none, got only some");
+    fail(
+        "prefix_logprobs, continuation_logprobs: expected log-probs of all response tokens or of "
+        "none, got only some");
   }
   args.num_prompt_tokens = prompt_tokens.value;
   args.num_prefix_tokens = prefix_tokens.value;
@@ -414,8 +423,9 @@ void assemble(py::handle prompt_ids, py::handle cu_prompt_lens, py::handle prefi
     args.width = width.value;
   }
   args.status = status_word(reader, status);
-  launch(reader, [&] { cpu::assemble(args, num_threads); },
-         SPEC_ROLLOUT_CUDA_CALL(assemble(args, reinterpret_cast<void*>(stream))));
+  launch(
+      reader, [&] { cpu::assemble(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(assemble(args, reinterpret_cast<void*>(stream))));
 }
 
 void gumbel_noise(py::handle keys, py::handle positions, py::handle out, int num_threads) {
@@ -455,7 +465,8 @@ void bind_suffix_index(py::module_& module);  // suffix_index.cpp
 
 PYBIND11_MODULE(_C, module) {
   using namespace spec_rollout::python;
-  module.doc() = "Kernels of spec_rollout. Use spec_rollout.ops, which documents and registers them.";
+  module.doc() =
+      "Kernels of spec_rollout. Use spec_rollout.ops, which documents and registers them.";
   module.def("accept_prefix", &accept_prefix);
   module.def("token_logprobs", &token_logprobs);
   module.def("sample_tokens", &sample_tokens);
@@ -469,11 +480,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   bind_suffix_index(module);
   // Scalars of the shared arithmetic, for tests.
-  module.def("philox", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
-                          uint32_t k1) {
-    const auto out = spec_rollout::philox4x32_10(c0, c1, c2, c3, k0, k1);
-    return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
-  });
+  module.def("philox",
+             [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+               const auto out = spec_rollout::philox4x32_10(c0, c1, c2, c3, k0, k1);
+               return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
+             });
   module.def("accept_bits", [](int64_t key, int64_t position) {
     return spec_rollout::accept_bits(spec_rollout::NoiseKey(key), position);
   });

@@ -1,5 +1,5 @@
-// SuffixIndex to Python. Calls on one index must not overlap; different indexes are independent, and the bulk call runs
-// without the interpreter lock, so that many groups can be built at once.
+// SuffixIndex to Python. Calls on one index must not overlap; different indexes are independent,
+// and the bulk call runs without the interpreter lock, so that many groups can be built at once.
 #include "spec_rollout/suffix_index.h"
 
 #include <pybind11/pybind11.h>

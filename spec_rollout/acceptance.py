@@ -94,7 +94,9 @@ class Lenient(AcceptanceRule):
         if not (0.0 < self.scale < math.inf):
             raise ValueError(f"scale: expected a positive finite number, got {self.scale}")
         if not (0.0 <= self.min_target_prob < 1.0):
-            raise ValueError(f"min_target_prob: expected 0 <= value < 1, got {self.min_target_prob}")
+            raise ValueError(
+                f"min_target_prob: expected 0 <= value < 1, got {self.min_target_prob}"
+            )
 
     @property
     def needs_draft_logprobs(self) -> bool:
@@ -177,7 +179,9 @@ class RandomReuse(AcceptanceRule):
         return int(RuleKind.LENIENT), math.inf, 1.0, 0.0
 
     def cut_lens(self, draft_lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-        return torch.where(_row_uniforms(keys) < self.prob, draft_lens, torch.zeros_like(draft_lens))
+        return torch.where(
+            _row_uniforms(keys) < self.prob, draft_lens, torch.zeros_like(draft_lens)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +246,9 @@ class Schedule:
                     "start_log_lenience: expected a rule with log_lenience (Lenient, Coupled), "
                     f"got {type(self.rule).__name__}"
                 )
-            if not (math.isfinite(self.start_log_lenience) and math.isfinite(self.rule.log_lenience)):
+            if not (
+                math.isfinite(self.start_log_lenience) and math.isfinite(self.rule.log_lenience)
+            ):
                 raise ValueError(
                     "start_log_lenience: expected finite ends to interpolate between, "
                     f"got {self.start_log_lenience} and {self.rule.log_lenience}"

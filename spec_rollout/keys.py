@@ -52,7 +52,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def noise_keys(
-    seed: int, noise_epoch: int, prompt_keys: Sequence[bytes], sample_ids: Sequence[int] | np.ndarray
+    seed: int,
+    noise_epoch: int,
+    prompt_keys: Sequence[bytes],
+    sample_ids: Sequence[int] | np.ndarray,
 ) -> torch.Tensor:
     """Noise keys of a batch of rollouts.
 

@@ -56,7 +56,9 @@ class SamplingParams:
             raise ValueError(f"max_tokens: expected >= 1, got {self.max_tokens}")
 
 
-def _check_packed(name: str, values: torch.Tensor, cu_name: str, cu: torch.Tensor, batch: int) -> None:
+def _check_packed(
+    name: str, values: torch.Tensor, cu_name: str, cu: torch.Tensor, batch: int
+) -> None:
     if cu.shape != (batch + 1,) or cu.dtype != torch.int64:
         raise ValueError(
             f"{cu_name}: expected int64 of shape [{batch + 1}], got {cu.dtype} of shape {list(cu.shape)}"
@@ -174,7 +176,9 @@ class RolloutRequests:
             raise ValueError(f"prompt_ids: expected int32, got {self.prompt_ids.dtype}")
         if bool((self.cu_prompt_lens[1:] == self.cu_prompt_lens[:-1]).any()):
             row = int((self.cu_prompt_lens[1:] == self.cu_prompt_lens[:-1]).nonzero()[0])
-            raise ValueError(f"prompt_ids: expected at least one token per prompt, row {row} has none")
+            raise ValueError(
+                f"prompt_ids: expected at least one token per prompt, row {row} has none"
+            )
         if self.drafts.finished.numel() != batch:
             raise ValueError(f"drafts: expected {batch} rows, got {self.drafts.finished.numel()}")
 
@@ -195,7 +199,9 @@ class RolloutStats:
     num_response_tokens: int = 0
     num_generated_tokens: int = 0  # response tokens that were sampled, not reused
     num_verified_tokens: int = 0  # draft tokens the model computed (wasted ones included)
-    num_computed_tokens: int = 0  # all tokens the model computed: prompts, drafts, continuations, no padding
+    num_computed_tokens: int = (
+        0  # all tokens the model computed: prompts, drafts, continuations, no padding
+    )
     num_padding_tokens: int = 0  # computed only because a batch is rectangular
     num_engine_steps: int = 0  # model forwards
     num_decode_steps: int = 0  # of these, decoding steps
@@ -208,7 +214,9 @@ class RolloutStats:
     store_seconds: float = 0.0
 
     def __add__(self, other: RolloutStats) -> RolloutStats:
-        return RolloutStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return RolloutStats(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
     @property
     def reused_fraction(self) -> float:
@@ -267,7 +275,9 @@ class Rollouts:
                 f"finish_reasons: expected FinishReason values, got {int(self.finish_reasons.max())}"
             )
         _check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
-        _check_packed("response_ids", self.response_ids, "cu_response_lens", self.cu_response_lens, batch)
+        _check_packed(
+            "response_ids", self.response_ids, "cu_response_lens", self.cu_response_lens, batch
+        )
         for name, values in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
             if values.dtype != torch.int32:
                 raise ValueError(f"{name}: expected int32, got {values.dtype}")
@@ -276,7 +286,9 @@ class Rollouts:
                 f"logprobs: expected float32 of shape {list(self.response_ids.shape)}, "
                 f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
             )
-        if bool((self.accepted_lens > self.response_lens).any()) or bool((self.accepted_lens < 0).any()):
+        if bool((self.accepted_lens > self.response_lens).any()) or bool(
+            (self.accepted_lens < 0).any()
+        ):
             raise ValueError("accepted_lens: expected 0 <= accepted length <= response length")
 
     @property

@@ -1,4 +1,5 @@
-// Chooses the instruction-set level once, when the library is loaded. SPEC_ROLLOUT_ISA (environment) forces a lower one.
+// Chooses the instruction-set level once, when the library is loaded. SPEC_ROLLOUT_ISA
+// (environment) forces a lower one.
 #include <cstdlib>
 #include <cstring>
 
@@ -36,7 +37,8 @@ Level choose() {
   };
   const char* forced = std::getenv("SPEC_ROLLOUT_ISA");
   for (const Level& level : levels) {
-    if (level.supported && (forced == nullptr || std::strcmp(forced, level.name) == 0)) return level;
+    if (level.supported && (forced == nullptr || std::strcmp(forced, level.name) == 0))
+      return level;
   }
   return levels[sizeof(levels) / sizeof(levels[0]) - 1];
 }

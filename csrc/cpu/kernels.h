@@ -1,4 +1,5 @@
-// One declaration of every CPU kernel per instruction-set level (SPEC_ROLLOUT_ISA), and the level's table.
+// One declaration of every CPU kernel per instruction-set level (SPEC_ROLLOUT_ISA), and the level's
+// table.
 #pragma once
 
 #include "spec_rollout/ops.h"

@@ -11,8 +11,8 @@ inline void check_cu_lens(const char* name, const IntVec& cu, int64_t batch, int
   if (cu[0] != 0) fail(name, ": expected to start at 0, got ", cu[0]);
   for (int64_t r = 0; r < batch; ++r) {
     if (cu[r + 1] < cu[r]) {
-      fail(name, ": expected non-decreasing offsets, got ", cu[r], " then ", cu[r + 1], " at index ",
-           r + 1);
+      fail(name, ": expected non-decreasing offsets, got ", cu[r], " then ", cu[r + 1],
+           " at index ", r + 1);
     }
   }
   if (cu[batch] != total) fail(name, ": expected to end at ", total, ", got ", cu[batch]);

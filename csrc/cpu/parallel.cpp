@@ -83,18 +83,18 @@ class Pool {
 Pool* g_pool = nullptr;
 std::mutex g_pool_mutex;
 
-// Never destroyed: worker threads may outlive static destructors. After fork() the child has no workers, so it starts
-// with a pool of its own.
+// Never destroyed: worker threads may outlive static destructors. After fork() the child has no
+// workers, so it starts with a pool of its own.
 Pool& pool() {
   std::lock_guard<std::mutex> lock(g_pool_mutex);
   if (g_pool == nullptr) {
     g_pool = new Pool;
-    static const int registered = pthread_atfork([] { g_pool_mutex.lock(); },
-                                                 [] { g_pool_mutex.unlock(); },
-                                                 [] {
-                                                   g_pool = nullptr;
-                                                   g_pool_mutex.unlock();
-                                                 });
+    static const int registered =
+        pthread_atfork([] { g_pool_mutex.lock(); }, [] { g_pool_mutex.unlock(); },
+                       [] {
+                         g_pool = nullptr;
+                         g_pool_mutex.unlock();
+                       });
     (void)registered;
   }
   return *g_pool;

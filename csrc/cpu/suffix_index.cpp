@@ -47,8 +47,9 @@ void SuffixIndex::append(int64_t row_number, int32_t token) {
   insert(static_cast<NodeId>(row_number) << kOffsetBits | last);
 }
 
-// Number of equal tokens going back from a and b, `from` of which are known to be equal; at most max_match. Both reach
-// the start of their rows at the same time only if all of the context is equal, which counts as max_match.
+// Number of equal tokens going back from a and b, `from` of which are known to be equal; at most
+// max_match. Both reach the start of their rows at the same time only if all of the context is
+// equal, which counts as max_match.
 int32_t SuffixIndex::common_context(const int32_t* a, const int32_t* b, int32_t from) const {
   for (int32_t k = from; k < max_match_; ++k) {
     if (a[-k] != b[-k]) return k;

@@ -1,6 +1,6 @@
-// One warp per row: 128 tokens are tested at once, four per lane because one Philox call serves four positions, and the
-// row is left at the first ballot with a rejection, so the bytes read follow the accepted tokens. Rows are taken
-// grid-stride, neighbours by neighbouring warps.
+// One warp per row: 128 tokens are tested at once, four per lane because one Philox call serves
+// four positions, and the row is left at the first ballot with a rejection, so the bytes read
+// follow the accepted tokens. Rows are taken grid-stride, neighbours by neighbouring warps.
 #include "launch.cuh"
 #include "spec_rollout/ops.h"
 

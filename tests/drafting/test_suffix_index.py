@@ -58,7 +58,7 @@ def test_bulk_rows_equal_rows_one_by_one() -> None:
     rows = [[rng.randrange(5) for _ in range(n)] for n in (0, 1, 30, 200)]
     bulk, single = _C.SuffixIndex(64), _C.SuffixIndex(64)
     cu = torch.tensor([0, 0, 1, 31, 231])
-    assert bulk.add_rows(torch.tensor(sum(rows, []), dtype=torch.int32), cu) == 0
+    assert bulk.add_rows(torch.tensor([t for row in rows for t in row], dtype=torch.int32), cu) == 0
     for row in rows:
         single.extend(single.add_row(len(row)), row)
     for row in range(4):
@@ -89,7 +89,10 @@ def test_a_loop_costs_neither_depth_nor_memory() -> None:
     index = _C.SuffixIndex(32)
     row = index.add_row(0)
     index.extend(row, [5] * 50_000)
-    assert index.propose(row, 4, 1, 1.0) == ([5], 32)  # the latest match: one token is known after it
+    assert index.propose(row, 4, 1, 1.0) == (
+        [5],
+        32,
+    )  # the latest match: one token is known after it
     assert index.num_bytes / index.num_tokens < 24.5
 
 
@@ -112,6 +115,6 @@ def test_errors_name_the_argument_and_write_nothing() -> None:
         index.add_rows(torch.tensor([1, -3]), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="cu_lens: expected offsets from 0 to 2, got 0 to 1"):
         index.add_rows(torch.tensor([1, 3]), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="cu_lens: expected row lengths.*got -1 in row 1"):
+    with pytest.raises(ValueError, match=r"cu_lens: expected row lengths.*got -1 in row 1"):
         index.add_rows(torch.tensor([1, 3]), torch.tensor([0, 3, 2]))
     assert index.num_rows == 0

@@ -45,7 +45,9 @@ def _pack(padded: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
 
 
 # 1: one row; 15, 16, 17: around the vector width of the CPU kernel; 33: past a warp; 257: many vectors.
-@pytest.mark.parametrize(("batch", "width"), [(1, 1), (3, 15), (4, 16), (5, 17), (64, 33), (300, 257)])
+@pytest.mark.parametrize(
+    ("batch", "width"), [(1, 1), (3, 15), (4, 16), (5, 17), (64, 33), (300, 257)]
+)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_equals_reference(device, rule, batch, width, generator) -> None:
     keys, lens, draft, target, positions = _case(batch, width, generator)
@@ -74,7 +76,11 @@ def test_int32_offsets_and_strided_rows(device, generator) -> None:
     wide[:, 7:47] = draft
     strided = wide.to(device)[:, 7:47]
     got = ops.accept_prefix(
-        strided, target.to(device), rule=Lenient(0.0), keys=keys.to(device), draft_lens=lens.int().to(device)
+        strided,
+        target.to(device),
+        rule=Lenient(0.0),
+        keys=keys.to(device),
+        draft_lens=lens.int().to(device),
     )
     assert torch.equal(got.cpu(), expected)
 
@@ -211,20 +217,51 @@ def test_errors_name_the_argument(generator) -> None:
     fails("cu_draft_lens, draft_lens: expected exactly one.*neither", draft_lens=None)
     fails("draft_logprobs: expected a tensor for Lenient, got None", draft_logprobs=None)
     fails("draft_logprobs: expected float32, got float64", draft_logprobs=draft.double())
-    fails(r"draft_logprobs: expected shape \[batch = 4, max_draft_len = 10\], got \[4, 9\]", draft_logprobs=draft[:, :9])
-    fails("target_logprobs: expected a contiguous last dimension", target_logprobs=torch.zeros(10, 4).T)
-    fails(r"draft_lens: expected 0 <= value < 11, got 11 at index 1", draft_lens=torch.tensor([3, 11, 0, 0]))
-    fails(r"draft_lens: expected 0 <= value < 11, got -1 at index 3", draft_lens=torch.tensor([3, 1, 0, -1]))
+    fails(
+        r"draft_logprobs: expected shape \[batch = 4, max_draft_len = 10\], got \[4, 9\]",
+        draft_logprobs=draft[:, :9],
+    )
+    fails(
+        "target_logprobs: expected a contiguous last dimension",
+        target_logprobs=torch.zeros(10, 4).T,
+    )
+    fails(
+        r"draft_lens: expected 0 <= value < 11, got 11 at index 1",
+        draft_lens=torch.tensor([3, 11, 0, 0]),
+    )
+    fails(
+        r"draft_lens: expected 0 <= value < 11, got -1 at index 3",
+        draft_lens=torch.tensor([3, 1, 0, -1]),
+    )
     fails("keys: expected int64, got int32", keys=keys.int())
-    fails(r"positions: expected shape \[batch = 4\], got \[5\]", positions=torch.zeros(5, dtype=torch.int64))
+    fails(
+        r"positions: expected shape \[batch = 4\], got \[5\]",
+        positions=torch.zeros(5, dtype=torch.int64),
+    )
     fails("positions: expected int32 or int64, got float32", positions=positions.float())
     bad = target.clone()
     bad[2, 0] = float("nan")
     fails("expected numbers, got NaN in row 2", target_logprobs=bad)
-    packed = {"draft_lens": None, "draft_logprobs": torch.zeros(6), "target_logprobs": torch.zeros(6)}
-    fails("cu_draft_lens: expected to start at 0, got 1", cu_draft_lens=torch.tensor([1, 2, 3, 4, 6]), **packed)
-    fails("cu_draft_lens: expected non-decreasing.*3 then 2 at index 3", cu_draft_lens=torch.tensor([0, 2, 3, 2, 6]), **packed)
-    fails("cu_draft_lens: expected to end at 6, got 5", cu_draft_lens=torch.tensor([0, 2, 3, 4, 5]), **packed)
+    packed = {
+        "draft_lens": None,
+        "draft_logprobs": torch.zeros(6),
+        "target_logprobs": torch.zeros(6),
+    }
+    fails(
+        "cu_draft_lens: expected to start at 0, got 1",
+        cu_draft_lens=torch.tensor([1, 2, 3, 4, 6]),
+        **packed,
+    )
+    fails(
+        "cu_draft_lens: expected non-decreasing.*3 then 2 at index 3",
+        cu_draft_lens=torch.tensor([0, 2, 3, 2, 6]),
+        **packed,
+    )
+    fails(
+        "cu_draft_lens: expected to end at 6, got 5",
+        cu_draft_lens=torch.tensor([0, 2, 3, 4, 5]),
+        **packed,
+    )
 
 
 def test_opcheck(device, generator) -> None:

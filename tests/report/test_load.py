@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from spec_rollout.report import find_runs, load_run
 
 

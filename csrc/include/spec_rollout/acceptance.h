@@ -1,5 +1,5 @@
-// The accept test on log-probabilities, used by every back end. A decision is a function of the rule, the two
-// log-probabilities, the noise key and the position alone.
+// The accept test on log-probabilities, used by every back end. A decision is a function of the
+// rule, the two log-probabilities, the noise key and the position alone.
 #pragma once
 
 #include "spec_rollout/philox.h"
@@ -14,14 +14,16 @@ struct RuleParams {
   RuleKind kind = RuleKind::kLenient;
   float log_lenience = 0.0f;
   float scale = 1.0f;
-  float min_target_logprob = -INFINITY;  // a token must be more probable than this; -inf: any possible token
+  float min_target_logprob =
+      -INFINITY;  // a token must be more probable than this; -inf: any possible token
 };
 
 inline namespace SPEC_ROLLOUT_ISA {
 
-// The right-hand side of the test ln u <= threshold. +inf always accepts, -inf (and NaN, which only non-numbers in the
-// input can cause) never does. A token the target cannot produce (p = 0) is rejected even if the draft could not have
-// produced it either; one the draft could not have produced (q = 0) but the target can is accepted.
+// The right-hand side of the test ln u <= threshold. +inf always accepts, -inf (and NaN, which only
+// non-numbers in the input can cause) never does. A token the target cannot produce (p = 0) is
+// rejected even if the draft could not have produced it either; one the draft could not have
+// produced (q = 0) but the target can is accepted.
 SR_HD float accept_threshold(const RuleParams& rule, float target_logprob, float draft_logprob) {
   if (rule.kind == RuleKind::kOneHot) return target_logprob;
   if (rule.log_lenience == INFINITY) return INFINITY;

@@ -1,6 +1,6 @@
-// Float32 arithmetic that gives the same bits on every compiler, CPU and GPU: each operation is one correctly rounded
-// IEEE-754 operation, and nothing is left for a compiler to contract or reorder. (Host code is compiled with
-// -ffp-contract=off.)
+// Float32 arithmetic that gives the same bits on every compiler, CPU and GPU: each operation is one
+// correctly rounded IEEE-754 operation, and nothing is left for a compiler to contract or reorder.
+// (Host code is compiled with -ffp-contract=off.)
 #pragma once
 
 #include <cmath>
@@ -63,10 +63,12 @@ SR_HD float float_from_bits(uint32_t bits) {
 #endif
 }
 
-// Natural logarithm of a positive normal float, within 2 units in the last place. x = m * 2^e with m in
-// [sqrt(1/2), sqrt(2)); ln m by the minimax polynomial of Cephes' logf (S. Moshier); ln 2 in two parts.
+// Natural logarithm of a positive normal float, within 2 units in the last place. x = m * 2^e with
+// m in [sqrt(1/2), sqrt(2)); ln m by the minimax polynomial of Cephes' logf (S. Moshier); ln 2 in
+// two parts.
 SR_HD float exact_log(float x) {
-  // 0x3f3504f3 is sqrt(1/2): subtracting it puts the exponent's carry where the mantissa passes that point.
+  // 0x3f3504f3 is sqrt(1/2): subtracting it puts the exponent's carry where the mantissa passes
+  // that point.
   const uint32_t bits = float_bits(x) - 0x3f3504f3u;
   const int32_t exponent = static_cast<int32_t>(bits) >> 23;
   const float m = float_from_bits((bits & 0x007fffffu) + 0x3f3504f3u);

@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the
-// uniforms made from it. The same integers on every device; each use has a stream of its own.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011) and the uniforms made from it. The same integers on every device; each use has a stream of
+// its own.
 #pragma once
 
 #include "spec_rollout/numerics.h"
@@ -8,7 +9,8 @@
 namespace spec_rollout {
 inline namespace SPEC_ROLLOUT_ISA {
 
-// Streams never share a draw: the uniform that accepts a token is independent of the noise that draws one.
+// Streams never share a draw: the uniform that accepts a token is independent of the noise that
+// draws one.
 enum NoiseStream : uint32_t { kStreamAccept = 0, kStreamGumbel = 1 };
 
 struct Philox4 {
@@ -62,13 +64,15 @@ SR_HD Philox4 gumbel_bits4(NoiseKey key, int64_t position, uint32_t quad) {
                        kStreamGumbel, key.k0, key.k1);
 }
 
-// Uniform in (0, 1]: full float32 resolution near 0, where small acceptance probabilities are decided.
+// Uniform in (0, 1]: full float32 resolution near 0, where small acceptance probabilities are
+// decided.
 SR_HD float uniform_from_bits(uint32_t bits) {
   return exact_fma(static_cast<float>(bits), 0x1p-32f, 0x1p-33f);
 }
 
-// Standard exponential -ln(1 - v), v uniform, with full relative resolution for small values: these are the ones that
-// win an argmax over a large vocabulary. ln(1 - v) = ln(w) + (error of w = 1 - v) to float32 accuracy.
+// Standard exponential -ln(1 - v), v uniform, with full relative resolution for small values: these
+// are the ones that win an argmax over a large vocabulary. ln(1 - v) = ln(w) + (error of w = 1 - v)
+// to float32 accuracy.
 SR_HD float exponential_from_bits(uint32_t bits) {
   float v = exact_fma(static_cast<float>(bits), 0x1p-32f, 0x1p-33f);
   v = v < 1.0f - 0x1p-24f ? v : 1.0f - 0x1p-24f;

@@ -1,10 +1,12 @@
-// Longest-suffix matching over the rollouts of one prompt: what followed the last time the text went like this?
+// Longest-suffix matching over the rollouts of one prompt: what followed the last time the text
+// went like this?
 //
-// Every position of every row whose next token is known is a node of a binary search tree, ordered by its context read
-// backwards from the position (one tree per last token). A node is inserted as the root of its tree, which is split on
-// the way down, as in the match finder of LZMA: the newest nodes stay on top, so of several longest matches the most
-// recently added is found, and both insertion and search are one walk. Contexts that agree on `max_match` tokens are
-// one node, the newer: a looping model costs no depth.
+// Every position of every row whose next token is known is a node of a binary search tree, ordered
+// by its context read backwards from the position (one tree per last token). A node is inserted as
+// the root of its tree, which is split on the way down, as in the match finder of LZMA: the newest
+// nodes stay on top, so of several longest matches the most recently added is found, and both
+// insertion and search are one walk. Contexts that agree on `max_match` tokens are one node, the
+// newer: a looping model costs no depth.
 //
 // Memory: 4 bytes for the token, 8 for the two links.
 #pragma once
@@ -20,9 +22,10 @@ class SuffixIndex {
   static constexpr int64_t kMaxRowTokens = (1 << 20) - 2;
 
   struct Match {
-    int32_t len = 0;     // tokens of context that agree, the start of a row counting as one; 0: no match
-    int32_t row = -1;    // where the matching context ends
-    int32_t offset = -1; // its last token; the proposal begins at the next
+    int32_t len =
+        0;  // tokens of context that agree, the start of a row counting as one; 0: no match
+    int32_t row = -1;     // where the matching context ends
+    int32_t offset = -1;  // its last token; the proposal begins at the next
   };
 
   explicit SuffixIndex(int32_t max_match);

@@ -1,4 +1,5 @@
-// A tensor as the kernels see it: where it is, what it holds, how it is laid out. No ownership, no framework.
+// A tensor as the kernels see it: where it is, what it holds, how it is laid out. No ownership, no
+// framework.
 #pragma once
 
 #include <cstdint>
