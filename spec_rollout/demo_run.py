@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,6 +253,7 @@ def demo(
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
+        "size": asdict(size),
         "runs": {
             name: run_facts(s, summaries.get("vanilla"), size.num_eval_samples)
             for name, s in summaries.items()
@@ -325,7 +326,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument(
         "--seeds", help="several seeds, e.g. 0,1,2; each gets its own folder in OUT"
     )
-    options.add_argument("--results", type=Path, help="with --seeds: also write all summaries here")
+    options.add_argument(
+        "--results", type=Path, help="also write the summary, or all summaries, here"
+    )
     options.add_argument("--threads", type=int, help="torch threads; measured if left out")
     options.add_argument("--epochs", type=int, help="passes over the prompts")
     options.add_argument(
@@ -353,7 +356,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = SHORT if args.short else DemoSize()
     if args.epochs is not None:
         size = replace(size, epochs=args.epochs)
-    command = ["python", "-m", "spec_rollout.demo_run", *(sys.argv[1:] if argv is None else argv)]
+    arguments = sys.argv[1:] if argv is None else argv
+    # Where a machine keeps its folders is nobody else's business.
+    shown = [Path(a).name if Path(a).is_absolute() else a for a in arguments]
+    command = ["python", "-m", "spec_rollout.demo_run", *shown]
     seeds = [args.seed] if args.seeds is None else args.seeds
     size = replace(size, threads=args.threads)
     if args.threads is None and "OMP_NUM_THREADS" not in os.environ:
@@ -367,9 +373,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"\n{table(contents[-1])}\n\nsummary: {out / 'summary.json'}, report: {out / 'report.html'}"
         )
     if args.results is not None:
-        first = contents[0]
-        shared = {key: first[key] for key in ("command", "date", "environment")}
-        write_json(args.results, {"name": args.results.stem, **shared, "summaries": contents})
+        content = contents[0]
+        if args.seeds is not None:
+            shared = {key: content[key] for key in ("command", "date", "environment")}
+            content = {**shared, "summaries": contents}
+        write_json(args.results, {**content, "name": args.results.stem})
         print(f"results: {args.results}")
     lossless = all(
         same["identical"] == same["total"]

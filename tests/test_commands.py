@@ -132,9 +132,10 @@ def test_train_writes_a_report_and_resumes(
 def test_the_short_demo_reports_every_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["demo", "--short", "--out", str(tmp_path / "demo"), "--seed", "3"]
+    argv = ["demo", "--short", "--out", str(tmp_path / "demo"), "--seed", "3", "--threads", "1"]
     assert cli.main(argv) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert str(tmp_path) not in summary["command"]
     assert list(summary["runs"]) == ["vanilla", "lenient", "coupled", "coupled_off"]
     for name, run in summary["runs"].items():
         assert run["seed"] == 3
@@ -158,7 +159,13 @@ def test_the_short_demo_reports_every_run(
     assert 'class="reused"' in page
     assert "vanilla" in capsys.readouterr().out
     # again into the same folder: the earlier runs are replaced, other files are refused
-    assert cli.main([*argv, "--runs", "vanilla"]) == 0
+    results = tmp_path / "results" / "demo_seeds.json"
+    argv = [*argv, "--runs", "vanilla", "--seeds", "4,5", "--results", str(results)]
+    assert cli.main(argv) == 0
+    assert cli.main(argv) == 0
+    content = json.loads(results.read_text())
+    assert content["name"] == "demo_seeds"
+    assert [summary["seed"] for summary in content["summaries"]] == [4, 5]
     (tmp_path / "other" / "vanilla").mkdir(parents=True)
     (tmp_path / "other" / "vanilla" / "mine.txt").touch()
     assert cli.main(["demo", "--short", "--out", str(tmp_path / "other")]) == 2
