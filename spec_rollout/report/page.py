@@ -39,7 +39,10 @@ PANELS = (
     ),
     Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
     Panel(
-        "approx_kl", "KL of a step", "Of the policy before to that after the update.", smooth=True
+        "approx_kl",
+        "KL within a step",
+        "Of the policy that sampled to the one being updated, nats per token.",
+        smooth=True,
     ),
     Panel("kl", "KL to the reference", "Per token, in nats.", smooth=True),
     Panel(

@@ -30,6 +30,7 @@ RUN_COLOURS = (
     "#444444",
     "#b2a800",
 )
+_LEAST_RANGE = 1e-6  # of a y axis
 PART_COLOURS = {"verification": "#d55e00", "decode": "#0072b2", "other": "#bbbbbb"}
 _STYLE = {
     "svg.fonttype": "none",
@@ -107,6 +108,10 @@ def _svg(figure: Figure, salt: str) -> str:
 
 
 def _finish(axes: Axes, percent: bool) -> None:
+    low, high = axes.get_ylim()
+    if high - low < _LEAST_RANGE:  # rounding noise is not a curve
+        middle = (low + high) / 2
+        axes.set_ylim(middle - _LEAST_RANGE / 2, middle + _LEAST_RANGE / 2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.tick_params(length=0)
