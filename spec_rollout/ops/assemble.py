@@ -241,17 +241,17 @@ def _sizes_cuda(
 
 
 def _outputs(prompt_ids, batch, layout, width, logprobs_given):
-    shape = (width,) if layout == 0 else (batch, width)
-
-    def empty(dtype, wanted=True):
-        return prompt_ids.new_empty(shape if wanted else (0,), dtype=dtype)
-
+    packed = layout == _LAYOUTS["packed"]
+    input_ids = prompt_ids.new_empty((width,) if packed else (batch, width), dtype=torch.int64)
+    response_mask = torch.empty_like(input_ids, dtype=torch.bool)
     return (
-        empty(torch.int64),
-        empty(torch.bool, layout != 0),
-        empty(torch.int64),
-        empty(torch.bool),
-        empty(torch.float32, logprobs_given),
+        input_ids,
+        response_mask.new_empty(0) if packed else torch.empty_like(response_mask),
+        torch.empty_like(input_ids),
+        response_mask,
+        torch.empty_like(input_ids, dtype=torch.float32)
+        if logprobs_given
+        else input_ids.new_empty(0, dtype=torch.float32),
     )
 
 
@@ -321,7 +321,7 @@ def _assemble(
             cu_lens,
             input_ids,
             position_ids,
-            None if layout == 0 else attention_mask,
+            None if layout == _LAYOUTS["packed"] else attention_mask,
             response_mask,
             None if prefix_logprobs is None else logprobs,
             status_word(prompt_ids),
