@@ -155,6 +155,7 @@ def full_logprobs(
     model: PreTrainedModel, prompt: list[int], response: list[int], temperature: float = 1.0
 ) -> torch.Tensor:
     """Log-probs of the response by one plain forward over prompt and response."""
-    logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+    ids = torch.tensor([prompt + response], device=model.device)
+    logits = model(ids).logits[0].double().cpu() / temperature
     rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return rows.gather(1, torch.tensor(response)[:, None])[:, 0].float()
