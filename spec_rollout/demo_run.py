@@ -93,7 +93,12 @@ def demo_config(
         model=ModelConfig(path=str(model_dir()), device="cpu"),
         data=DataConfig(path=str(out / "train.jsonl")),
         rollout=RolloutConfig(
-            num_samples=size.num_samples, max_tokens=MAX_RESPONSE_TOKENS, **RUNS[name]
+            num_samples=size.num_samples,
+            max_tokens=MAX_RESPONSE_TOKENS,
+            # All of a step at once: the fastest there is for the plain run, which the others are compared with
+            # (benchmarks/bench_engine.py sweeps it).
+            num_slots=size.prompts_per_step * size.num_samples,
+            **RUNS[name],
         ),
         reward=RewardConfig(functions=("spec_rollout.demo.task:reward",)),
         train=TrainConfig(

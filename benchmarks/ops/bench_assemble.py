@@ -11,7 +11,8 @@ Peers, all written for this benchmark:
   `pad_sequence`.
 
 Each makes what the op makes and is checked against it. Building the padded inputs is not timed. The op builds the
-contexts of all rows, reused ones included.
+contexts of all rows, reused ones included. "into out" rows overwrite the final tensors of the step before, as a training
+loop can; the peers allocate theirs.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Step:
     def contexts(self, layout: str = "packed") -> ops.Assembled:
         return ops.assemble(**self.prefix_args(), layout=layout, pad_token_id=PAD)
 
-    def final(self) -> ops.Assembled:
+    def final(self, out: ops.Assembled | None = None) -> ops.Assembled:
         return ops.assemble(
             **self.prefix_args(),
             continuation_ids=self.continuation_ids,
@@ -100,6 +101,7 @@ class Step:
             pad_token_id=PAD,
             max_prompt_len=PROMPT_WIDTH,
             max_response_len=PADDED_LEN,
+            out=out,
         )
 
 
@@ -311,6 +313,26 @@ def main() -> None:
     add(
         "assemble, contexts and final",
         lambda: (step.contexts(), step.final()),
+        read_contexts + read_final,
+        {
+            "gather, as published + row loop": lambda: (
+                published_contexts(step),
+                looped_final(step),
+            ),
+            "gather, lean + row loop": lambda: (lean_contexts(step), looped_final(step)),
+        },
+    )
+    # As a training loop runs it: the tensors of the last step are overwritten.
+    out = step.final()
+    add(
+        "assemble, final, split, into out",
+        lambda: step.final(out),
+        read_final,
+        {"row loop": lambda: looped_final(step)},
+    )
+    add(
+        "assemble, contexts and final, into out",
+        lambda: (step.contexts(), step.final(out)),
         read_contexts + read_final,
         {
             "gather, as published + row loop": lambda: (

@@ -52,6 +52,7 @@ def assemble(
     pad_token_id: int = 0,
     max_prompt_len: int | None = None,
     max_response_len: int | None = None,
+    out: Assembled | None = None,
 ) -> Assembled:
     """Joins prompt, accepted prefix and continuation of each row, in the layout that a consumer wants.
 
@@ -86,9 +87,12 @@ def assemble(
         pad_token_id: Fills the padding of `input_ids`.
         max_prompt_len: Longest prompt allowed, in tokens.
         max_response_len: Longest response (accepted prefix and continuation) allowed, in tokens.
+        out: Result of an earlier call with the same layout and limits, to be overwritten: most of the time of a large
+            batch on CPU is what the system takes to hand out fresh memory. Needs a padded layout with both limits. Not
+            for `torch.compile`.
 
     Returns:
-        `Assembled`, newly allocated on the inputs' device.
+        `Assembled`, newly allocated on the inputs' device, or `out`.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -109,6 +113,14 @@ def assemble(
     for name, limit in (("max_prompt_len", max_prompt_len), ("max_response_len", max_response_len)):
         if limit is not None and limit < 0:
             raise ValueError(f"{name}: expected >= 0, got {limit}")
+    if out is not None:
+        if layout == "packed" or max_prompt_len is None or max_response_len is None:
+            raise ValueError(
+                "out: expected None unless the layout is padded and both limits are given, "
+                f'got a result with layout="{layout}", max_prompt_len={max_prompt_len}, '
+                f"max_response_len={max_response_len}"
+            )
+        _check_out(out, (accepted_lens.numel(), max_prompt_len + max_response_len), prefix_logprobs)
     cu_lens: torch.Tensor | None = None
     prompt_width = -1
     if layout != "packed" and max_prompt_len is not None and max_response_len is not None:
@@ -133,7 +145,7 @@ def assemble(
             )
         elif layout != "packed":
             width = longest_row
-    input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(
+    arguments = (
         prompt_ids,
         cu_prompt_lens,
         prefix_ids,
@@ -149,6 +161,10 @@ def assemble(
         width,
         pad_token_id,
     )
+    if out is not None:
+        _write((out.input_ids, out.attention_mask, *out[2:5]), *arguments)
+        return out
+    input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(*arguments)
     return Assembled(
         input_ids,
         None if layout == "packed" else attention_mask,
@@ -303,6 +319,60 @@ def _assemble(
     outputs = _outputs(
         prompt_ids, accepted_lens.numel(), layout, width, prefix_logprobs is not None
     )
+    _write(
+        outputs,
+        prompt_ids,
+        cu_prompt_lens,
+        prefix_ids,
+        cu_prefix_lens,
+        accepted_lens,
+        continuation_ids,
+        cu_continuation_lens,
+        prefix_logprobs,
+        continuation_logprobs,
+        cu_lens,
+        layout,
+        prompt_width,
+        width,
+        pad_token_id,
+    )
+    return outputs
+
+
+def _check_out(
+    out: Assembled, shape: tuple[int, int], prefix_logprobs: torch.Tensor | None
+) -> None:
+    """Names what is missing or too much in `out`; dtypes and devices are checked with the other arguments."""
+    if out.cu_lens is not None or out.attention_mask is None:
+        raise ValueError("out: expected the result of a padded layout, got a packed one")
+    if (out.logprobs is None) != (prefix_logprobs is None):
+        wanted = "no logprobs" if prefix_logprobs is None else "logprobs"
+        raise ValueError(f"out: expected {wanted}, as in this call's arguments, got the opposite")
+    for name, tensor in zip(Assembled._fields, out, strict=True):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"out: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+            )
+
+
+def _write(
+    outputs,
+    prompt_ids,
+    cu_prompt_lens,
+    prefix_ids,
+    cu_prefix_lens,
+    accepted_lens,
+    continuation_ids,
+    cu_continuation_lens,
+    prefix_logprobs,
+    continuation_logprobs,
+    cu_lens,
+    layout,
+    prompt_width,
+    width,
+    pad_token_id,
+):
+    """Launches on given outputs; `width` is theirs."""
     input_ids, attention_mask, position_ids, response_mask, logprobs = outputs
     with device_guard(prompt_ids):
         _C.assemble(
@@ -329,4 +399,3 @@ def _assemble(
             num_threads(),
         )
     after_launch(prompt_ids)
-    return outputs

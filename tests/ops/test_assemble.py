@@ -259,3 +259,37 @@ def test_compiles_without_graph_break_when_the_size_is_given() -> None:
     compiled = torch.compile(assembled, fullgraph=True, backend="aot_eager")(HAND)
     for got, expected in zip(compiled, assembled(HAND), strict=True):
         assert (got is None and expected is None) or torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "split"])
+def test_out_is_overwritten_whole(device, layout, generator) -> None:
+    limits = {"layout": layout, "max_prompt_len": 9, "max_response_len": 18, "pad_token_id": -7}
+    first, second = (
+        on(device, random_case(30, generator, continuations=True, logprobs=True)) for _ in range(2)
+    )
+    out = ops.assemble(**first, **limits)
+    expected = ops.assemble(**second, **limits)
+    assert not torch.equal(out.input_ids, expected.input_ids)
+    assert ops.assemble(**second, **limits, out=out) is out
+    assert_same(out, expected._asdict())
+
+
+def test_out_that_does_not_fit_is_refused_and_kept(generator) -> None:
+    case = random_case(4, generator, continuations=True, logprobs=True)
+    limits = {"layout": "split", "max_prompt_len": 9, "max_response_len": 18}
+    out = ops.assemble(**case, **limits)
+    before = [None if t is None else t.clone() for t in out]
+
+    def fails(match: str, **changes) -> None:
+        with pytest.raises(ValueError, match=match):
+            ops.assemble(**{**case, **limits, "out": out, **changes})
+
+    fails("out: expected None unless the layout is padded", layout="packed")
+    fails("out: expected None unless .* both limits", max_prompt_len=None)
+    fails(r"out: expected input_ids of shape \[4, 28\], got \[4, 27\]", max_prompt_len=10)
+    fails("out: expected no logprobs", prefix_logprobs=None, continuation_logprobs=None)
+    fails("out: expected the result of a padded layout", out=ops.assemble(**case))
+    fails("input_ids: expected int64", out=out._replace(input_ids=out.input_ids.int()))
+    fails("max_prompt_len|prompts of at most", max_prompt_len=1, max_response_len=26)
+    for tensor_before, tensor_after in zip(before, out, strict=True):
+        assert tensor_before is None or torch.equal(tensor_before, tensor_after)
