@@ -55,8 +55,8 @@ def verify_prefix(
     - under `OneHot` iff ln u <= ln p_y; after a rejection the token is drawn from p without y (Leviathan et al., 2023).
 
     A decision depends on the key and the response position alone: a draft verified in chunks (with `positions` moved
-    on) gives the same tokens. The logits are read once and stay in their dtype; on CPU, rows after a draft's first
-    rejection are not read.
+    on) gives the same tokens. Logits stay in their dtype. On CPU each row comes from memory once, and rows after a draft's
+    first rejection are not read; on CUDA a few of these may be, and the row a token is drawn from is read again.
 
     Args:
         logits: One row per draft token, predicting it, and optionally one more (the bonus row) per draft.
