@@ -54,8 +54,8 @@ class DemoSize:
     num_prompts: int = 256
     num_heldout: int = 256
     prompts_per_step: int = 64
-    num_samples: int = 4
-    epochs: int = 5
+    num_samples: int = 8
+    epochs: int = 4
     num_eval_samples: int = 2
     lr: float = 6e-4
     threads: int | None = None
@@ -95,9 +95,9 @@ def demo_config(
         rollout=RolloutConfig(
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
-            # All of a step at once: the fastest there is for the plain run, which the others are compared with
-            # (benchmarks/bench_engine.py sweeps it).
-            num_slots=size.prompts_per_step * size.num_samples,
+            # The fastest there is for the plain run, which the others are compared with (benchmarks/bench_engine.py
+            # sweeps it).
+            num_slots=256,
             **RUNS[name],
         ),
         reward=RewardConfig(functions=("spec_rollout.demo.task:reward",)),
