@@ -164,10 +164,8 @@ class Results:
             row["dtype"] = dtype
         row["seconds"] = asdict(timing)
         if bytes_moved is not None:
-            rate = bytes_moved / timing.p50
             row["bytes_moved"] = bytes_moved
-            row["gb_per_s"] = round(rate / 1e9, 3)
-            row["share_of_copy_bandwidth"] = round(rate / self.copy_bandwidth, 4)
+            row["gb_per_s"] = round(bytes_moved / timing.p50 / 1e9, 3)
         if peak_extra is not None:
             row["peak_extra_bytes"] = peak_extra
         if peers:
@@ -192,7 +190,15 @@ class Results:
         }
 
     def write(self) -> Path:
-        """Writes `<directory>/<name>.json`, whole or not at all."""
+        """Writes `<directory>/<name>.json`, whole or not at all.
+
+        The copy bandwidth is measured once more: a disturbance at the start must not flatter the shares of it.
+        """
+        self.copy_bandwidth = max(self.copy_bandwidth, copy_bandwidth())
+        for row in self.rows:
+            if "gb_per_s" in row:
+                share = row["gb_per_s"] * 1e9 / self.copy_bandwidth
+                row["share_of_copy_bandwidth"] = round(share, 4)
         path = self.directory / f"{self.name}.json"
         write_json(path, self.as_dict())
         print(f"wrote {path}")
@@ -209,13 +215,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _relative(argv: list[str]) -> list[str]:
-    """The command line with this checkout's paths made relative to it."""
-    out = []
+    """The command line with paths of this checkout relative to it, and of others only their name."""
+    shown = []
     for arg in argv:
         path = Path(arg)
-        inside = path.is_absolute() and path.is_relative_to(ROOT)
-        out.append(str(path.relative_to(ROOT)) if inside else arg)
-    return out
+        if path.is_absolute():
+            arg = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        shown.append(arg)
+    return shown
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

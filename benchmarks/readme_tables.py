@@ -61,6 +61,11 @@ def size(num_bytes: float) -> str:
     raise AssertionError
 
 
+def speedup(value: float) -> str:
+    """Bold where it is one."""
+    return f"**{value:.3g}x**" if value > 1 else f"{value:.3g}x"
+
+
 def benchmark_table(content: Mapping[str, Any]) -> str:
     """A file of `_common.Results`: one line per row and peer."""
     rows = []
@@ -80,7 +85,7 @@ def benchmark_table(content: Mapping[str, Any]) -> str:
         ]
         for name, peer in (row.get("peers") or {"": None}).items():
             against = ["", ""] if peer is None else [f"{name} ({seconds(peer['seconds']['p50'])})"]
-            against += [] if peer is None else [f"**{peer['speedup']:.3g}x**"]
+            against += [] if peer is None else [speedup(peer["speedup"])]
             rows.append([*shared, *against])
             shared = [""] * len(shared)
     header = [
@@ -158,19 +163,17 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def render(text: str, results: Path) -> str:
-    """`text` with every block between markers replaced by its table.
+    """`text` with every block between markers replaced by its table, or by a line that says there is no result.
 
     Raises:
-        ValueError: if a block's results file is missing, or a begin marker has no end.
+        ValueError: if a begin marker has no end.
     """
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
         path = results / f"{name}.json"
         if not path.is_file():
-            raise ValueError(
-                f"README.md: expected {path.name} in {results} for its block, found none"
-            )
+            return f"{match[1]}*Not measured yet.*\n{match[3]}"
         content = json.loads(path.read_text(encoding="utf-8"))
         table = _RENDERERS.get(name, benchmark_table)(content)
         return f"{match[1]}{table}\n\n<sub>{provenance(content)}</sub>\n{match[3]}"

@@ -42,10 +42,10 @@ def test_every_results_file_says_where_it_comes_from() -> None:
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results file written by the benchmarks' own helper, with made-up timings."""
+    monkeypatch.setattr(common, "copy_bandwidth", lambda: 10e9)
     results = common.Results("ops", tmp_path)
-    results.copy_bandwidth = 10e9
     results.add(
         "token_logprobs",
         timing=common.Timing(1e-3, 2e-3, 3e-3, 5),
@@ -54,6 +54,11 @@ def results(tmp_path: Path) -> Path:
         bytes_moved=10_000_000,
         peak_extra=2048,
         peers={"log_softmax": common.Timing(0.01, 0.02, 0.03, 5)},
+    )
+    results.add(
+        "empty",
+        timing=common.Timing(1e-6, 2e-6, 3e-6, 5),
+        peers={"torch.add": common.Timing(1e-6, 1e-6, 1e-6, 5)},
     )
     results.write()
     return tmp_path
@@ -73,23 +78,31 @@ def test_a_block_gets_the_table_of_its_file(results: Path, tmp_path: Path) -> No
         "| log_softmax (20 ms) | **10x** |"
     )
     assert row in text.splitlines()
+    assert "| `empty` |  | 2 µs |  |  | torch.add (1 µs) | 0.5x |" in text.splitlines()
     assert text.startswith("a\n<!-- begin: ops -->\n| op |")
     assert text.endswith("<!-- end: ops -->\nz\n")
     assert "Copy bandwidth in the same run: 10.0 GB/s" in text
 
 
-def test_a_block_without_file_or_end_is_an_error(
+def test_a_block_without_end_is_an_error_and_one_without_results_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
-    for text, message in (
-        ("<!-- begin: x -->\n<!-- end: x -->\n", "expected x.json in"),
-        ("<!-- begin: x -->\n<!-- end: y -->\n", "expected an end marker"),
-    ):
-        readme.write_text(text)
-        assert tables.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err
-        assert readme.read_text() == text
+    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    text = "<!-- begin: x -->\n<!-- end: y -->\n"
+    readme.write_text(text)
+    assert tables.main(arguments) == 2
+    assert "expected an end marker" in capsys.readouterr().err
+    assert readme.read_text() == text
+    readme.write_text("<!-- begin: x -->\nan old table\n<!-- end: x -->\n")
+    assert tables.main(arguments) == 0
+    assert readme.read_text() == "<!-- begin: x -->\n*Not measured yet.*\n<!-- end: x -->\n"
+
+
+def test_a_command_line_is_shown_without_the_machines_folders(tmp_path: Path) -> None:
+    inside = str(ROOT / "benchmarks" / "bench.py")
+    shown = common._relative([inside, "--out", str(tmp_path / "results"), "--threads", "2"])
+    assert shown == ["benchmarks/bench.py", "--out", "results", "--threads", "2"]
 
 
 def test_demo_tables_hold_every_run() -> None:
