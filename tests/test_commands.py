@@ -56,6 +56,16 @@ def test_a_second_pass_with_the_first_ones_cache_reuses_it(prompts: Path) -> Non
     assert stats["num_reused_tokens"] == 0
 
 
+def test_portions_change_nothing(prompts: Path) -> None:
+    options = ["--num-samples", "16", "--max-tokens", "4"]
+    whole, stats = rollout(prompts, "whole.jsonl", *options)
+    one_by_one, portion_stats = rollout(prompts, "portions.jsonl", *options, "--num-slots", "1")
+    assert [row["prompt_index"] for row in whole] == [0] * 16 + [1] * 16 + [2] * 16
+    ids = ("prompt_index", "sample", "response_ids", "prompt")
+    assert [[row[k] for k in ids] for row in one_by_one] == [[row[k] for k in ids] for row in whole]
+    assert portion_stats["num_rollouts"] == stats["num_rollouts"] == 48
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
