@@ -48,7 +48,8 @@ class TransformersEngine:
 
     Args:
         model: Causal LM with all parameters on one device, sdpa or eager attention.
-        num_slots: Responses decoded at a time.
+        num_slots: Responses decoded at a time. More slots make fewer, fuller steps (measure with
+            benchmarks/bench_engine.py); their KV takes num_slots times the longest row.
         max_verify_tokens: Most tokens of one verification forward; bounds the memory of its logits
             (this many rows of the vocabulary).
         verify_chunk: Most tokens of one row in one verification forward; what is computed after a
@@ -57,8 +58,8 @@ class TransformersEngine:
             `max_position_embeddings`.
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
             the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
-            with a cache are then those without. None: yes for float32 on CPU, where it costs a few
-            percent; elsewhere it cannot be had. See `batch_invariance_error`.
+            with a cache are then those without. None: yes for float32 on CPU, where it costs some 7 %;
+            elsewhere it cannot be had. See `batch_invariance_error`.
 
     Raises:
         ValueError: naming the argument or what the model has that this engine cannot work with.
@@ -110,8 +111,9 @@ class TransformersEngine:
 
         0.0 means bit for bit equal: with `Coupled`, rollouts with a cache are those without. That
         holds on CPU in float32 as far as the machine's matrix products keep one order of summation
-        (they do, where tried, for inner sizes up to 1,024 and, on one thread, beyond). Otherwise
-        the difference is rounding, and a token flips where two were nearly tied.
+        (where tried they do for inner sizes up to 1,024 and, on one thread, 2,048) and hidden sizes
+        are multiples of 32. Otherwise the difference is rounding, and a token flips where two were
+        nearly tied.
         """
         with self._forward.session():
             return batch_invariance_error(self._forward)

@@ -127,27 +127,26 @@ class Verifier:
         self._stats.num_computed_tokens += int(counts.sum())
         self._stats.num_padding_tokens += len(lanes) * num_tokens - int(counts.sum())
         share = float(counts[self._plan.has_draft[requests]].sum() / counts.sum())
-        tested = np.flatnonzero(num_rows)
-        verified = []
         for lane, end in zip(lanes, ends, strict=True):
             lane.fed = int(end)
-        if tested.size:
-            accepted, next_ids, logprobs, cu_rows = self._verify(
-                logits, requests[tested], offsets[tested], num_tests[tested], num_rows[tested]
-            )
-            for i, row in enumerate(tested):
-                lane, count, next_id = lanes[row], int(accepted[i]), int(next_ids[i])
-                lane.accepted_len += count
-                kept = count if next_id < 0 else count + 1
-                lane.logprobs.append(logprobs[cu_rows[i] : cu_rows[i] + kept])
-                if next_id >= 0 or lane.fed == self._feed_lens[lane.request]:
-                    next_token_id = next_id if next_id >= 0 else None
-                    verified.append(
-                        Verified(
-                            lane.request, int(row), lane.accepted_len, next_token_id, lane.logprobs
-                        )
-                    )
-                    self._lanes[row] = None
+        tested = np.flatnonzero(num_rows)
+        if not tested.size:  # prompts only so far
+            return [], share
+        accepted, next_ids, logprobs, cu_rows = self._verify(
+            logits, requests[tested], offsets[tested], num_tests[tested], num_rows[tested]
+        )
+        verified = []
+        for i, row in enumerate(tested.tolist()):
+            lane, count, next_id = lanes[row], int(accepted[i]), int(next_ids[i])
+            drawn = next_id >= 0
+            lane.accepted_len += count
+            lane.logprobs.append(logprobs[cu_rows[i] : cu_rows[i] + count + drawn])
+            if drawn or lane.fed == self._feed_lens[lane.request]:
+                token = next_id if drawn else None
+                verified.append(
+                    Verified(lane.request, row, lane.accepted_len, token, lane.logprobs)
+                )
+                self._lanes[row] = None
         return verified, share
 
     def _run(

@@ -209,6 +209,8 @@ def _sample_hook(original: Callable) -> Callable:
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
         rows = _rows(self, proposer)
         proposer.sampler.count(int(self.query_start_loc.np[len(rows)]), len(rows))
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None  # as without speculation: one row of logits per request
         if spec_decode_metadata is None and not any(rows):
             proposer.sampler.rows = rows
             return original(self, logits, None, *args, **kw)
