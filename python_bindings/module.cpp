@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "convert.h"
@@ -336,6 +337,42 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
       SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
+void causal_attention(py::handle query, py::handle key, py::handle value, py::handle spans,
+                      double scale, py::handle out, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"}, kv_heads{"kv_heads"},
+      width{"width"}, three{"3", 3};
+  const TensorView q = reader.tensor(query, "query", {rows, heads, tokens, head_dim},
+                                     {DType::kFloat32}, Contiguity::kLastDim);
+  const TensorView k = reader.tensor(key, "key", {rows, kv_heads, width, head_dim},
+                                     {DType::kFloat32}, Contiguity::kLastDim);
+  const TensorView v = reader.tensor(value, "value", {rows, kv_heads, width, head_dim},
+                                     {DType::kFloat32}, Contiguity::kLastDim);
+  if (!reader.on_cpu()) fail("query: expected a tensor on CPU, got one on a GPU");
+  if (kv_heads.value == 0 || heads.value % kv_heads.value != 0) {
+    fail("query: expected a multiple of key's ", kv_heads.value, " heads, got ", heads.value);
+  }
+  CausalAttentionArgs args;
+  args.query = static_cast<const float*>(q.data);
+  args.key = static_cast<const float*>(k.data);
+  args.value = static_cast<const float*>(v.data);
+  std::copy_n(q.strides, 3, args.query_strides);
+  std::copy_n(k.strides, 3, args.key_strides);
+  std::copy_n(v.strides, 3, args.value_strides);
+  args.spans =
+      static_cast<const int64_t*>(reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
+  args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
+  args.num_rows = rows.value;
+  args.num_heads = heads.value;
+  args.num_kv_heads = kv_heads.value;
+  args.num_tokens = tokens.value;
+  args.width = width.value;
+  args.head_dim = head_dim.value;
+  args.scale = static_cast<float>(scale);
+  py::gil_scoped_release release;
+  cpu::causal_attention(args, num_threads);
+}
+
 // -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written;
 // on CUDA, where the values are out of reach, None after the checks of shapes and dtypes.
 py::object assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
@@ -476,6 +513,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("splice_kv", &splice_kv);
   module.def("assemble_sizes", &assemble_sizes);
   module.def("assemble", &assemble);
+  module.def("causal_attention", &causal_attention);
   module.def("gumbel_noise", &gumbel_noise);
   module.def("build_info", &build_info);
   bind_suffix_index(module);

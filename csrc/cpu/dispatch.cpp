@@ -64,6 +64,9 @@ void sample_tokens(const SampleTokensArgs& args, int num_threads) {
 void verify_prefix(const VerifyPrefixArgs& args, int num_threads) {
   level().kernels->verify_prefix(args, num_threads);
 }
+void causal_attention(const CausalAttentionArgs& args, int num_threads) {
+  level().kernels->causal_attention(args, num_threads);
+}
 void gumbel_noise(const int64_t* keys, IntVec positions, int64_t batch, int64_t vocab, float* out,
                   int num_threads) {
   level().kernels->gumbel_noise(keys, positions, batch, vocab, out, num_threads);

@@ -4,6 +4,6 @@
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 
 extern const Kernels kernels = {accept_prefix, token_logprobs, sample_tokens, verify_prefix,
-                                gumbel_noise};
+                                causal_attention, gumbel_noise};
 
 }  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

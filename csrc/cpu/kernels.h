@@ -11,6 +11,7 @@ struct Kernels {
   void (*token_logprobs)(const TokenLogprobsArgs&, int);
   void (*sample_tokens)(const SampleTokensArgs&, int);
   void (*verify_prefix)(const VerifyPrefixArgs&, int);
+  void (*causal_attention)(const CausalAttentionArgs&, int);
   void (*gumbel_noise)(const int64_t*, IntVec, int64_t, int64_t, float*, int);
 };
 
@@ -19,6 +20,7 @@ void accept_prefix(const AcceptPrefixArgs& args, int num_threads);
 void token_logprobs(const TokenLogprobsArgs& args, int num_threads);
 void sample_tokens(const SampleTokensArgs& args, int num_threads);
 void verify_prefix(const VerifyPrefixArgs& args, int num_threads);
+void causal_attention(const CausalAttentionArgs& args, int num_threads);
 void gumbel_noise(const int64_t* keys, IntVec positions, int64_t batch, int64_t vocab, float* out,
                   int num_threads);
 extern const Kernels kernels;

@@ -1,13 +1,19 @@
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -100,6 +106,42 @@ Pool& pool() {
   return *g_pool;
 }
 
+// GOMP_parallel of a GNU OpenMP runtime that is loaded already (torch brings one), or null. Its
+// threads spin for a while after each of torch's operations; threads of our own would share the
+// cores with them.
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<bool> g_forked{false};  // a child process has none of the runtime's threads, and would wait for them
+
+OpenMpParallel find_openmp() {
+#if defined(__linux__)
+  std::string path;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* found) {
+        // Of several, the one that torch's wheel carries.
+        const char* name = info->dlpi_name;
+        auto& path = *static_cast<std::string*>(found);
+        if (std::strstr(name, "libgomp") == nullptr) return 0;
+        if (path.empty() || std::strstr(name, "torch") != nullptr) path = name;
+        return 0;
+      },
+      &path);
+  if (path.empty()) return nullptr;
+  void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return nullptr;
+  pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+  return reinterpret_cast<OpenMpParallel>(dlsym(library, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+void run(Job& job, int helpers) {
+  static const OpenMpParallel openmp = find_openmp();
+  if (openmp == nullptr || g_forked) return pool().run(job, helpers);
+  openmp([](void* work) { static_cast<Job*>(work)->work(); }, &job,
+         static_cast<unsigned>(helpers + 1), 0);
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int num_threads,
@@ -113,7 +155,7 @@ void parallel_for(int64_t count, int64_t grain, int num_threads,
   job.count = count;
   job.grain = grain;
   job.body = &body;
-  pool().run(job, helpers);
+  run(job, helpers);
   if (job.error) std::rethrow_exception(job.error);
 }
 

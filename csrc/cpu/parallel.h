@@ -1,5 +1,6 @@
-// A small thread pool: the core must not depend on a framework's, and a second OpenMP runtime
-// beside torch's would fight it for the cores.
+// Threads for the kernels. The core links no OpenMP, but where the process has a GNU runtime loaded
+// (torch's), its threads are used: two sets of threads would fight for the cores. Elsewhere, and in
+// forked children, a small pool of its own.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@ import torch
 from tiny_models import VOCAB, build
 
 from spec_rollout.engines import TransformersEngine
-from spec_rollout.engines.transformers.attention import batch_invariant_attention
+from spec_rollout.engines.transformers.attention import batch_invariant_attention, span_mask
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
 
@@ -84,46 +84,85 @@ def test_writes_touch_no_other_row_or_position() -> None:
     assert torch.equal(cache.layers[0].values, -expected)
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 96])
-@pytest.mark.parametrize("num_heads", [2, 6])
-@pytest.mark.parametrize("window", [None, 20, 390])
-def test_attention_does_not_depend_on_the_batch(head_dim, num_heads, window) -> None:
-    """Widths across the border of key blocks, query counts across those of query blocks."""
+def attention_inputs(num_heads: int, head_dim: int, total: int) -> tuple[torch.Tensor, ...]:
+    """Queries of `num_heads` heads over 2 key heads, two rows."""
     generator = torch.Generator().manual_seed(0)
-    total = 800
     query = torch.randn(2, num_heads, total, head_dim, generator=generator)
     key, value = torch.randn(2, 2, 2, total, head_dim, generator=generator)
-    behind = torch.arange(total)[:, None] - torch.arange(total)
-    seen = (behind >= 0) & (behind < (window or total))
-    mask = torch.zeros(total, total).masked_fill(~seen, -torch.inf)
+    return query, key, value
+
+
+@pytest.mark.parametrize("head_dim", [5, 16, 24, 32, 64, 96])
+@pytest.mark.parametrize("num_heads", [2, 6])
+@pytest.mark.parametrize("window", [None, 1, 20, 390])
+def test_attention_does_not_depend_on_the_batch(head_dim, num_heads, window) -> None:
+    """Against torch on whole rows; then in pieces, every one of which must have the same bits."""
+    total = 400
+    query, key, value = attention_inputs(num_heads, head_dim, total)
 
     def attend(first: int, count: int, width: int) -> torch.Tensor:
-        queries = slice(first, first + count)
+        firsts = torch.full((2,), first)
         return batch_invariant_attention(
             torch.nn.Identity(),
-            query[:, :, queries],
+            query[:, :, first : first + count],
             key[:, :, :width],
             value[:, :, :width],
-            mask[None, None, queries, :width].expand(2, 1, -1, -1),
+            span_mask(firsts, firsts + count - 1, window),
         )[0]
 
     whole = attend(0, total, total)
+    behind = torch.arange(total)[:, None] - torch.arange(total)
+    seen = (behind >= 0) & (behind < (window or total))
+    mask = torch.zeros(total, total).masked_fill(~seen, -torch.inf)
     repeated = [tensor.repeat_interleave(num_heads // 2, 1) for tensor in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
     torch.testing.assert_close(whole, plain.transpose(1, 2), atol=2e-6, rtol=1e-5)
-    for first, count in (
-        (0, 1),
-        (5, 1),
-        (383, 1),
-        (384, 1),
-        (700, 1),
-        (90, 33),
-        (370, 40),
-        (10, 193),
-    ):
-        for width in {-(-(first + count) // 16) * 16, total}:
+    for first, count in ((0, 1), (5, 1), (5, 2), (5, 3), (399, 1), (90, 33), (370, 17), (10, 193)):
+        for width in {first + count, total}:
             actual = attend(first, count, width)
             assert torch.equal(actual, whole[:, first : first + count]), (first, count, width)
+
+
+def test_attention_of_rows_of_different_lengths() -> None:
+    """Padding gives zeros and is not read: neither what lies behind a row's end nor NaN there matters."""
+    query, key, value = attention_inputs(4, 32, 64)
+    first, last = torch.tensor([3, 40]), torch.tensor([9, 40])
+    rows = torch.arange(2)[:, None]
+    columns = first[:, None] + torch.arange(8)
+    queries = query.transpose(1, 2)[rows, columns].transpose(1, 2)
+    mask = span_mask(first, last, None)
+    for tensor in (key, value):
+        tensor[0, :, 10:] = torch.nan
+        tensor[1, :, 41:] = torch.nan
+    out = batch_invariant_attention(None, queries, key, value, mask)[0]
+    assert torch.equal(out[0, 7:], torch.zeros(1, 4, 32))
+    assert torch.equal(out[1, 1:], torch.zeros(7, 4, 32))
+    for row, count in ((0, 7), (1, 1)):
+        alone = batch_invariant_attention(
+            None,
+            queries[row : row + 1, :, :count],
+            key[row : row + 1],
+            value[row : row + 1],
+            mask[row : row + 1],
+        )[0]
+        assert alone.isfinite().all()
+        assert torch.equal(out[row, :count], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        (-1, 0, "spans: expected 0 <= first <= last < 16, got -1 and 0 in row 1"),
+        (4, 3, "spans: expected 0 <= first <= last < 16, got 4 and 3 in row 1"),
+        (15, 16, "spans: expected 0 <= first <= last < 16, got 15 and 16 in row 1"),
+        (2, 5, "spans: expected at most 3 tokens, got 4 in row 1"),
+    ],
+)
+def test_attention_refuses_spans_outside_the_cache(first: int, last: int, message: str) -> None:
+    query, key, value = attention_inputs(2, 8, 16)
+    mask = span_mask(torch.tensor([0, first]), torch.tensor([0, last]), None)
+    with pytest.raises(ValueError, match=message):
+        batch_invariant_attention(None, query[:, :, :3], key, value, mask)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "qwen3_sliding"])

@@ -13,6 +13,7 @@ from spec_rollout.engines.transformers.attention import (
     BATCH_INVARIANT_ATTENTION,
     MIN_ROWS,
     batch_invariant_attention,
+    span_mask,
 )
 from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
 
@@ -103,7 +104,7 @@ class ModelForward:
         self.num_steps += 1
         output = self.model(
             input_ids=token_ids,
-            attention_mask=self._attention_mask(positions, width),
+            attention_mask=self._attention_mask(positions, last_positions, width),
             # Padding would lie past the last position that the model knows.
             position_ids=torch.minimum(positions, last_positions[:, None]),
             past_key_values=cache,
@@ -113,20 +114,26 @@ class ModelForward:
         return output.logits[0, :num_selected]
 
     def _attention_mask(
-        self, positions: torch.Tensor, width: int
+        self, positions: torch.Tensor, last_positions: torch.Tensor, width: int
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Additive masks [rows, 1, tokens, width]: each token sees its row up to itself."""
-        behind = positions[:, None, :, None] - torch.arange(width, device=self.device)
-
-        def additive(seen: torch.Tensor) -> torch.Tensor:
-            mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
-            return mask.masked_fill_(~seen, float("-inf"))
-
+        """Each token sees its row up to itself: as spans, or additive [rows, 1, tokens, width]."""
         masks = {
-            kind: additive(behind >= 0 if window is None else (behind >= 0) & (behind < window))
+            kind: span_mask(positions[:, 0], last_positions, window)
+            if self.batch_invariant
+            else self._additive_mask(positions, width, window)
             for kind, window in self._masks.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _additive_mask(
+        self, positions: torch.Tensor, width: int, window: int | None
+    ) -> torch.Tensor:
+        behind = positions[:, None, :, None] - torch.arange(width, device=self.device)
+        seen = behind >= 0
+        if window is not None:
+            seen &= behind < window
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~seen, float("-inf"))
 
     def _keep_selected(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Pre-hook of the output layer: only the selected tokens' hidden states go on."""
