@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "convert.h"
+#include "spec_rollout/huge_pages.h"
 #include "spec_rollout/ops.h"
 
 namespace spec_rollout::python {
@@ -337,6 +338,41 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
       SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
+void write_kv(py::handle states, py::handle storage, py::handle spans, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"}, three{"3", 3};
+  Dim dst_rows{"num_rows"}, dst_tokens{"capacity"};
+  DType dtype = DType::kOther;
+  int32_t item_size = 0;
+  const auto view = [&](py::handle cache, const char* name, Dim& outer, Dim& inner) {
+    const py::list one(1);
+    PyList_SetItem(one.ptr(), 0, py::reinterpret_borrow<py::object>(cache).release().ptr());
+    return cache_views(reader, one, name, false, heads, head_dim, outer, inner, dtype,
+                       item_size)[0];
+  };
+  WriteKvArgs args;
+  args.src = view(states, "states", rows, tokens);
+  args.dst = view(storage, "storage", dst_rows, dst_tokens);
+  if (!reader.on_cpu()) fail("states: expected a tensor on CPU, got one on a GPU");
+  if (dst_rows.value < rows.value) {
+    fail("storage: expected at least ", rows.value, " rows, got ", dst_rows.value);
+  }
+  args.spans = static_cast<const int64_t*>(
+      reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
+  args.num_rows = rows.value;
+  args.num_heads = heads.value;
+  args.num_tokens = tokens.value;
+  args.dst_tokens = dst_tokens.value;
+  args.head_bytes = head_dim.value * item_size;
+  py::gil_scoped_release release;
+  cpu::write_kv(args, num_threads);
+}
+
+void prefer_huge_pages(py::handle tensor) {
+  const TensorView view = describe(tensor, "tensor");
+  if (view.device < 0) cpu::prefer_huge_pages(view.data, view.numel() * view.item_size);
+}
+
 void causal_attention(py::handle query, py::handle key, py::handle value, py::handle spans,
                       double scale, py::handle out, int num_threads) {
   ArgReader reader;
@@ -359,8 +395,8 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
   std::copy_n(q.strides, 3, args.query_strides);
   std::copy_n(k.strides, 3, args.key_strides);
   std::copy_n(v.strides, 3, args.value_strides);
-  args.spans =
-      static_cast<const int64_t*>(reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
+  args.spans = static_cast<const int64_t*>(
+      reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
   args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
   args.num_rows = rows.value;
   args.num_heads = heads.value;
@@ -513,6 +549,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("splice_kv", &splice_kv);
   module.def("assemble_sizes", &assemble_sizes);
   module.def("assemble", &assemble);
+  module.def("write_kv", &write_kv);
+  module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("causal_attention", &causal_attention);
   module.def("gumbel_noise", &gumbel_noise);
   module.def("build_info", &build_info);

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "huge_pages.h"
 #include "offsets.h"
 #include "parallel.h"
+#include "spec_rollout/huge_pages.h"
 #include "spec_rollout/ops.h"
 
 namespace spec_rollout::cpu {

@@ -11,9 +11,10 @@
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 namespace {
 
-// Every sum runs over dimensions or keys one after the other, so a query's result comes from the same
-// sequence of operations whatever is computed with it. Which of the independent sums share a vector is
-// free: of many queries (Tile) the lanes are queries; of few (FewQueries), keys and then dimensions.
+// Every sum runs over dimensions or keys one after the other, so a query's result comes from the
+// same sequence of operations whatever is computed with it. Which of the independent sums share a
+// vector is free: of many queries (Tile) the lanes are queries; of few (FewQueries), keys and then
+// dimensions.
 constexpr int64_t kCacheLine = 16;  // floats
 
 struct Query {
@@ -38,8 +39,8 @@ struct KeyRange {
 
 VecI visible(VecI distance, int32_t window) { return (distance >= 0) & (distance < window); }
 
-// One step of a transposition: lane l of row i and lane l ^ Step of row i ^ Step change places where
-// only one of l and i has the bit Step.
+// One step of a transposition: lane l of row i and lane l ^ Step of row i ^ Step change places
+// where only one of l and i has the bit Step.
 template <int Step>
 struct Exchange {
   alignas(VecI) int32_t low[kVecLanes] = {}, high[kVecLanes] = {};
@@ -94,9 +95,9 @@ class FewQueries {
     const int64_t stride = (range.end - range.begin + kVecLanes - 1) / kVecLanes * kVecLanes;
     const int64_t padded_dims = (dims + kVecLanes - 1) / kVecLanes * kVecLanes;
     scratch_.resize(count * (dims + stride) + padded_dims * kVecLanes);
-    float* scaled = scratch_.data();                // [count][head_dim]
-    float* weights = scaled + count * dims;         // [count][stride]
-    float* columns = weights + count * stride;      // [padded_dims][kVecLanes]
+    float* scaled = scratch_.data();            // [count][head_dim]
+    float* weights = scaled + count * dims;     // [count][stride]
+    float* columns = weights + count * stride;  // [padded_dims][kVecLanes]
     VecF top[kMost];
     for (int q = 0; q < count; ++q) {
       const float* query = args_.query + row * args_.query_strides[0] +
@@ -157,16 +158,15 @@ class FewQueries {
       for (int64_t j = range.begin; j < range.end; j += kVecLanes) {
         float* w = weights + q * stride + j - range.begin;
         const VecI distance = queries[q].position - static_cast<int32_t>(j) - lanes;
-        const VecF weight =
-            visible(distance, range.window) ? vec_exp(load(w) - best) : splat(0.0f);
+        const VecF weight = visible(distance, range.window) ? vec_exp(load(w) - best) : splat(0.0f);
         std::memcpy(w, &weight, sizeof weight);
       }
     }
     for (int q = 0; q < count; ++q) {
       const float* w = weights + q * stride;
-      float* out = args_.out + ((row * args_.num_tokens + queries[q].token) * args_.num_heads +
-                                queries[q].head) *
-                                   dims;
+      float* out =
+          args_.out +
+          ((row * args_.num_tokens + queries[q].token) * args_.num_heads + queries[q].head) * dims;
       int64_t d = 0;
       for (; d + 2 * kVecLanes <= dims; d += 2 * kVecLanes) {
         weighted_sum<2>(value + d, w, range.end - range.begin, 2 * kVecLanes, out + d);
@@ -238,8 +238,8 @@ class Tile {
     }
     scores(args_.key + row * args_.key_strides[0] + kv_head * args_.key_strides[1]);
     softmax();
-    weighted_sum(args_.value + row * args_.value_strides[0] + kv_head * args_.value_strides[1],
-                 row, queries, count);
+    weighted_sum(args_.value + row * args_.value_strides[0] + kv_head * args_.value_strides[1], row,
+                 queries, count);
   }
 
  private:
@@ -275,8 +275,7 @@ class Tile {
   }
 
   VecI visible(int64_t key, int v) const {
-    return cpu::SPEC_ROLLOUT_ISA::visible(positions_[v] - static_cast<int32_t>(key),
-                                          range_.window);
+    return cpu::SPEC_ROLLOUT_ISA::visible(positions_[v] - static_cast<int32_t>(key), range_.window);
   }
 
   void softmax() {
@@ -324,10 +323,10 @@ class Tile {
     }
     for (int lane = 0; lane < count; ++lane) {
       const Query& query = queries[lane];
-      float* dst = args_.out +
-                   ((row * args_.num_tokens + query.token) * args_.num_heads + query.head) *
-                       args_.head_dim +
-                   d;
+      float* dst =
+          args_.out +
+          ((row * args_.num_tokens + query.token) * args_.num_heads + query.head) * args_.head_dim +
+          d;
       for (int i = 0; i < Dims; ++i) dst[i] = out[i][lane];
     }
   }
@@ -373,9 +372,8 @@ void causal_attention(const CausalAttentionArgs& args, int num_threads) {
         }
       }
       for (int64_t t = count; t < args.num_tokens; ++t) {
-        float* out = args.out +
-                     ((row * args.num_tokens + t) * args.num_heads + kv_head * group) *
-                         args.head_dim;
+        float* out = args.out + ((row * args.num_tokens + t) * args.num_heads + kv_head * group) *
+                                    args.head_dim;
         std::fill(out, out + group * args.head_dim, 0.0f);
       }
       const int64_t total = static_cast<int64_t>(queries.size());

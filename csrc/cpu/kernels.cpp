@@ -3,7 +3,7 @@
 
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 
-extern const Kernels kernels = {accept_prefix, token_logprobs, sample_tokens, verify_prefix,
-                                causal_attention, gumbel_noise};
+extern const Kernels kernels = {accept_prefix, token_logprobs,   sample_tokens,
+                                verify_prefix, causal_attention, gumbel_noise};
 
 }  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

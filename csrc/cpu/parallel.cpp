@@ -110,7 +110,8 @@ Pool& pool() {
 // threads spin for a while after each of torch's operations; threads of our own would share the
 // cores with them.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<bool> g_forked{false};  // a child process has none of the runtime's threads, and would wait for them
+std::atomic<bool> g_forked{
+    false};  // a child process has none of the runtime's threads, and would wait for them
 
 OpenMpParallel find_openmp() {
 #if defined(__linux__)

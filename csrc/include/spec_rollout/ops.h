@@ -149,19 +149,28 @@ struct AssembleArgs {
   int32_t* status = nullptr;
 };
 
-// Softmax attention of new tokens over a contiguous KV cache, each row at its own length: token t of
-// row r, at position p = first + t, attends to positions max(0, p - window + 1)..p. CPU only.
+// New tokens' keys or values into a contiguous cache, each row at its own position. CPU only.
+struct WriteKvArgs {
+  CacheView src;                   // [num_rows, num_heads, num_tokens, head_dim]
+  CacheView dst;                   // [>= num_rows, num_heads, dst_tokens, head_dim]
+  const int64_t* spans = nullptr;  // [num_rows, 3]: first and last position; the third is not read
+  int64_t num_rows = 0, num_heads = 0, num_tokens = 0, dst_tokens = 0;
+  int64_t head_bytes = 0;
+};
+
+// Softmax attention of new tokens over a contiguous KV cache, each row at its own length: token t
+// of row r, at position p = first + t, attends to positions max(0, p - window + 1)..p. CPU only.
 struct CausalAttentionArgs {
-  const float* query = nullptr;      // [num_rows, num_heads, num_tokens, head_dim]
-  const float* key = nullptr;        // [num_rows, num_kv_heads, width, head_dim]
-  const float* value = nullptr;      // the same shape
-  int64_t query_strides[3] = {};     // in elements, of row, head and token; head_dim is contiguous
-  int64_t key_strides[3] = {};       // of row, head and position
+  const float* query = nullptr;   // [num_rows, num_heads, num_tokens, head_dim]
+  const float* key = nullptr;     // [num_rows, num_kv_heads, width, head_dim]
+  const float* value = nullptr;   // the same shape
+  int64_t query_strides[3] = {};  // in elements, of row, head and token; head_dim is contiguous
+  int64_t key_strides[3] = {};    // of row, head and position
   int64_t value_strides[3] = {};
-  const int64_t* spans = nullptr;    // [num_rows, 3]: first and last position, window (0: none)
-  float* out = nullptr;              // [num_rows, num_tokens, num_heads, head_dim]; padding is 0
+  const int64_t* spans = nullptr;  // [num_rows, 3]: first and last position, window (0: none)
+  float* out = nullptr;            // [num_rows, num_tokens, num_heads, head_dim]; padding is 0
   int64_t num_rows = 0, num_heads = 0, num_kv_heads = 0, num_tokens = 0, width = 0, head_dim = 0;
-  float scale = 1.0f;                // of the scores
+  float scale = 1.0f;  // of the scores
 };
 
 // Sizes of an assembled batch, in tokens.
@@ -177,6 +186,7 @@ void sample_tokens(const SampleTokensArgs& args, int num_threads);
 void verify_prefix(const VerifyPrefixArgs& args, int num_threads);
 void splice_kv(const SpliceKvArgs& args, int num_threads);
 void assemble(const AssembleArgs& args, int num_threads);
+void write_kv(const WriteKvArgs& args, int num_threads);
 void causal_attention(const CausalAttentionArgs& args, int num_threads);
 // Checks the inputs of assemble (its layout and outputs are not read) and, where >= 0, the limits;
 // writes the packed offsets of the output to cu_lens [batch + 1].

@@ -96,7 +96,19 @@ class ModelForward:
         tokens = token_ids.shape[1]
         positions = starts[:, None] + torch.arange(tokens, device=self.device)
         width = round_up(width, WIDTH_MULTIPLE)
-        cache.place(positions, width)
+        if self.batch_invariant:
+            masks = {
+                kind: span_mask(starts, last_positions, window)
+                for kind, window in self._masks.items()
+            }
+            spans = next(iter(masks.values())).view(-1, 3)
+        else:
+            masks = {
+                kind: self._additive_mask(positions, width, window)
+                for kind, window in self._masks.items()
+            }
+            spans = None
+        cache.place(positions, width, spans)
         num_selected = select.numel()
         if num_selected < self.min_rows:
             select = torch.nn.functional.pad(select, (0, self.min_rows - num_selected))
@@ -104,7 +116,8 @@ class ModelForward:
         self.num_steps += 1
         output = self.model(
             input_ids=token_ids,
-            attention_mask=self._attention_mask(positions, last_positions, width),
+            # A model with one kind of layer takes a bare mask.
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             # Padding would lie past the last position that the model knows.
             position_ids=torch.minimum(positions, last_positions[:, None]),
             past_key_values=cache,
@@ -113,21 +126,10 @@ class ModelForward:
         )
         return output.logits[0, :num_selected]
 
-    def _attention_mask(
-        self, positions: torch.Tensor, last_positions: torch.Tensor, width: int
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Each token sees its row up to itself: as spans, or additive [rows, 1, tokens, width]."""
-        masks = {
-            kind: span_mask(positions[:, 0], last_positions, window)
-            if self.batch_invariant
-            else self._additive_mask(positions, width, window)
-            for kind, window in self._masks.items()
-        }
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
     def _additive_mask(
         self, positions: torch.Tensor, width: int, window: int | None
     ) -> torch.Tensor:
+        """Each token sees its row up to itself. [rows, 1, tokens, width]."""
         behind = positions[:, None, :, None] - torch.arange(width, device=self.device)
         seen = behind >= 0
         if window is not None:

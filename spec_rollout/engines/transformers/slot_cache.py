@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spec_rollout import ops
+from spec_rollout.ops._native import _C, num_threads
 
 # Widths handed to the attention are multiples of this: whole vectors on CPU, aligned masks on CUDA.
 WIDTH_MULTIPLE = 16
@@ -37,18 +38,23 @@ class SlotCache(Cache):
         self.capacity = round_up(capacity, WIDTH_MULTIPLE)
         self.width = 0
         self._positions: torch.Tensor | None = None
+        self.spans: torch.Tensor | None = None
         self._indices: dict[int, torch.Tensor] = {}
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
 
-    def place(self, positions: torch.Tensor, width: int) -> None:
+    def place(self, positions: torch.Tensor, width: int, spans: torch.Tensor | None = None) -> None:
         """Sets where the next forward's tokens go.
 
         Args:
             positions: Of each token in its row; row r of the forward is row r here.
                 [rows, tokens per row], int64.
             width: Positions that the attention sees, a multiple of `WIDTH_MULTIPLE`.
+            spans: On CPU, the first and last position of each row and a number that is not read:
+                padding after them is then not written, and writing is several times faster.
+                [rows, 3], int64.
         """
         self._positions = positions
+        self.spans = spans
         self._indices = {}
         self.width = width
 
@@ -97,9 +103,13 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def storage(like: torch.Tensor) -> torch.Tensor:
-            # Zeros, not garbage: a masked value is multiplied by zero, which NaN would survive.
             shape = (self._cache.num_rows, like.shape[1], self._cache.capacity, like.shape[3])
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+            tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+            _C.prefer_huge_pages(tensor)
+            if self._cache.spans is None:
+                # What a mask hides is multiplied by zero, which NaN would survive.
+                tensor.zero_()
+            return tensor
 
         self.keys, self.values = storage(key_states), storage(value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -112,11 +122,14 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, num_heads = key_states.shape[:2]
-        index = self._cache.write_index(num_heads)
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            if self._cache.spans is not None:
+                _C.write_kv(states, storage, self._cache.spans, num_threads())
+                continue
             head_dim = states.shape[-1]
             # Projections come as [rows, tokens, heads, head_dim] underneath: no copy here.
             flat = states.transpose(1, 2).reshape(-1, head_dim)
+            index = self._cache.write_index(num_heads)
             storage.view(-1, head_dim).index_copy_(0, index, flat)
         width = self._cache.width
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
