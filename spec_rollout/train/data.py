@@ -108,7 +108,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(
-            f"data: reading {str(path)!r} needs pyarrow (pip install pyarrow)"
+            f"data: reading {str(path)!r} needs pyarrow (pip install 'spec-rollout[parquet]')"
         ) from None
     try:
         file = parquet.ParquetFile(path)

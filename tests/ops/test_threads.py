@@ -1,0 +1,71 @@
+"""Kernels on several threads: the same results on any number of them, and in forked processes."""
+
+import os
+import select
+
+import pytest
+import torch
+
+from spec_rollout import ops
+
+TIMEOUT_SECONDS = 60
+
+
+def logprobs() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 40_000, generator=generator)
+    return ops.token_logprobs(logits, torch.arange(64))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(threads) -> None:
+    threads(1)
+    expected = logprobs()
+    for count in (2, 3, 7):
+        threads(count)
+        assert torch.equal(logprobs(), expected)
+
+
+def test_error_on_a_helper_thread_reaches_the_caller(threads) -> None:
+    threads(4)
+    logits = torch.zeros(4096, 1000)
+    ids = torch.zeros(4096, dtype=torch.int64)
+    ids[4000] = 1000
+    with pytest.raises(ValueError, match="token_ids"):
+        ops.token_logprobs(logits, ids)
+    ids[4000] = 0
+    assert ops.token_logprobs(logits, ids).isfinite().all()  # the threads are still there
+
+
+def test_forked_child_does_not_wait_for_its_parents_threads(threads) -> None:
+    """A child has none of the threads that its parent started; a runtime that does not know hangs."""
+    threads(2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 40_000, generator=generator)
+    ids = torch.arange(64)
+    expected = ops.token_logprobs(logits, ids)  # starts the threads
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # nothing of torch's own here: its threads are gone too
+        same = False
+        try:
+            actual = ops.token_logprobs(logits, ids)
+            same = actual.numpy().tobytes() == expected.numpy().tobytes()
+        finally:
+            os.write(write, b"y" if same else b"n")
+            os._exit(0)
+    os.close(write)
+    try:
+        ready, _, _ = select.select([read], [], [], TIMEOUT_SECONDS)
+        assert ready, "the child hangs"
+        assert os.read(read, 1) == b"y"
+    finally:
+        os.close(read)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
