@@ -338,9 +338,17 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
       SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
+// [rows, 4] of int64 as what it means.
+const Span* spans_of(ArgReader& reader, py::handle spans, Dim& rows) {
+  Dim four{"4", 4};
+  static_assert(sizeof(Span) == 4 * sizeof(int64_t));
+  return static_cast<const Span*>(
+      reader.tensor(spans, "spans", {rows, four}, {DType::kInt64}).data);
+}
+
 void write_kv(py::handle states, py::handle storage, py::handle spans, int num_threads) {
   ArgReader reader;
-  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"}, three{"3", 3};
+  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"};
   Dim dst_rows{"num_rows"}, dst_tokens{"capacity"};
   DType dtype = DType::kOther;
   int32_t item_size = 0;
@@ -354,14 +362,11 @@ void write_kv(py::handle states, py::handle storage, py::handle spans, int num_t
   args.src = view(states, "states", rows, tokens);
   args.dst = view(storage, "storage", dst_rows, dst_tokens);
   if (!reader.on_cpu()) fail("states: expected a tensor on CPU, got one on a GPU");
-  if (dst_rows.value < rows.value) {
-    fail("storage: expected at least ", rows.value, " rows, got ", dst_rows.value);
-  }
-  args.spans = static_cast<const int64_t*>(
-      reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
+  args.spans = spans_of(reader, spans, rows);
   args.num_rows = rows.value;
   args.num_heads = heads.value;
   args.num_tokens = tokens.value;
+  args.dst_rows = dst_rows.value;
   args.dst_tokens = dst_tokens.value;
   args.head_bytes = head_dim.value * item_size;
   py::gil_scoped_release release;
@@ -377,12 +382,12 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
                       double scale, py::handle out, int num_threads) {
   ArgReader reader;
   Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"}, kv_heads{"kv_heads"},
-      width{"width"}, three{"3", 3};
+      cache_rows{"cache_rows"}, width{"width"};
   const TensorView q = reader.tensor(query, "query", {rows, heads, tokens, head_dim},
                                      {DType::kFloat32}, Contiguity::kLastDim);
-  const TensorView k = reader.tensor(key, "key", {rows, kv_heads, width, head_dim},
+  const TensorView k = reader.tensor(key, "key", {cache_rows, kv_heads, width, head_dim},
                                      {DType::kFloat32}, Contiguity::kLastDim);
-  const TensorView v = reader.tensor(value, "value", {rows, kv_heads, width, head_dim},
+  const TensorView v = reader.tensor(value, "value", {cache_rows, kv_heads, width, head_dim},
                                      {DType::kFloat32}, Contiguity::kLastDim);
   if (!reader.on_cpu()) fail("query: expected a tensor on CPU, got one on a GPU");
   if (kv_heads.value == 0 || heads.value % kv_heads.value != 0) {
@@ -395,13 +400,13 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
   std::copy_n(q.strides, 3, args.query_strides);
   std::copy_n(k.strides, 3, args.key_strides);
   std::copy_n(v.strides, 3, args.value_strides);
-  args.spans = static_cast<const int64_t*>(
-      reader.tensor(spans, "spans", {rows, three}, {DType::kInt64}).data);
+  args.spans = spans_of(reader, spans, rows);
   args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
   args.num_rows = rows.value;
   args.num_heads = heads.value;
   args.num_kv_heads = kv_heads.value;
   args.num_tokens = tokens.value;
+  args.num_cache_rows = cache_rows.value;
   args.width = width.value;
   args.head_dim = head_dim.value;
   args.scale = static_cast<float>(scale);

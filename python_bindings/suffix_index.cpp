@@ -1,12 +1,15 @@
-// SuffixIndex to Python. Calls on one index must not overlap; different indexes are independent,
-// and the bulk call runs without the interpreter lock, so that many groups can be built at once.
+// SuffixIndex and HistoryDrafter to Python. Calls on one index must not overlap; different indexes
+// are independent, and the bulk call runs without the interpreter lock, so that many groups can be
+// built at once.
 #include "spec_rollout/suffix_index.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 
 #include "convert.h"
+#include "spec_rollout/history_drafter.h"
 
 namespace spec_rollout::python {
 namespace {
@@ -66,6 +69,78 @@ py::tuple propose(const SuffixIndex& index, int64_t row, int64_t max_tokens, int
   return py::make_tuple(ids, match.len);
 }
 
+const int64_t* int64s(ArgReader& reader, py::handle value, const char* name, Size size) {
+  return static_cast<const int64_t*>(reader.tensor(value, name, {size}, {DType::kInt64}).data);
+}
+
+// Packed rows; the offsets are checked.
+struct PackedIds {
+  const int32_t* ids;
+  const int64_t* cu;
+  PackedIds(ArgReader& reader, py::handle token_ids, py::handle cu_lens, Dim& rows) {
+    Dim tokens{"num_tokens"};
+    ids = static_cast<const int32_t*>(
+        reader.tensor(token_ids, "token_ids", {tokens}, {DType::kInt32}).data);
+    cu = int64s(reader, cu_lens, "cu_lens", {rows, 1});
+    if (!reader.on_cpu()) fail("token_ids: expected a CPU tensor, got a CUDA one");
+    bool rising = cu[0] == 0 && cu[rows.value] == tokens.value;
+    for (int64_t r = 0; r < rows.value; ++r) rising = rising && cu[r] <= cu[r + 1];
+    if (!rising) {
+      fail("cu_lens: expected offsets rising from 0 to ", tokens.value, ", got ", cu[0], " to ",
+           cu[rows.value]);
+    }
+  }
+};
+
+HistoryDrafter make_drafter(int64_t num_groups, py::handle groups) {
+  ArgReader reader;
+  Dim requests{"num_requests"};
+  const int64_t* values = int64s(reader, groups, "groups", requests);
+  return HistoryDrafter(num_groups, values, requests.value);
+}
+
+void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle cu_lens,
+                 py::handle groups, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"};
+  const int64_t* values = int64s(reader, groups, "groups", rows);
+  const PackedIds packed(reader, token_ids, cu_lens, rows);
+  py::gil_scoped_release release;
+  drafter.add_history(packed.ids, packed.cu, values, rows.value, num_threads);
+}
+
+void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle token_ids,
+                     py::handle cu_lens) {
+  ArgReader reader;
+  Dim count{"count"};
+  const int64_t* values = int64s(reader, requests, "requests", count);
+  const PackedIds packed(reader, token_ids, cu_lens, count);
+  drafter.extend(values, count.value, packed.ids, packed.cu);
+}
+
+int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
+                    double min_probability, py::handle out, py::handle out_lens) {
+  ArgReader reader;
+  Dim count{"count"}, room{"room"};
+  const int64_t* values = int64s(reader, requests, "requests", count);
+  const int64_t* most = int64s(reader, limits, "limits", count);
+  const TensorView ids = reader.tensor(out, "out", {room}, {DType::kInt32});
+  int64_t total = 0;
+  for (int64_t i = 0; i < count.value; ++i) total += std::max<int64_t>(0, most[i]);
+  if (total > room.value) fail("out: expected room for ", total, " tokens, got ", room.value);
+  auto* lens =
+      static_cast<int64_t*>(reader.tensor(out_lens, "out_lens", {count}, {DType::kInt64}).data);
+  return drafter.propose(values, most, count.value, min_probability,
+                         static_cast<int32_t*>(ids.data), lens);
+}
+
+void observe(HistoryDrafter& drafter, py::handle requests, py::handle accepted_lens) {
+  ArgReader reader;
+  Dim count{"count"};
+  const int64_t* values = int64s(reader, requests, "requests", count);
+  drafter.observe(values, int64s(reader, accepted_lens, "accepted_lens", count), count.value);
+}
+
 }  // namespace
 
 void bind_suffix_index(py::module_& module) {
@@ -79,6 +154,16 @@ void bind_suffix_index(py::module_& module) {
       .def_property_readonly("num_rows", &SuffixIndex::num_rows)
       .def_property_readonly("num_tokens", &SuffixIndex::num_tokens)
       .def_property_readonly("num_bytes", &SuffixIndex::num_bytes);
+  // Requests are trusted to be in range: spec_rollout/drafting is the only caller.
+  py::class_<HistoryDrafter>(module, "HistoryDrafter")
+      .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"))
+      .def("add_history", &add_history)
+      .def("extend", &extend_requests)
+      .def("propose", &propose_for)
+      .def("observe", &observe)
+      .def_property_readonly("num_tokens", &HistoryDrafter::num_tokens)
+      .def_property_readonly("num_bytes", &HistoryDrafter::num_bytes)
+      .def_property_readonly("acceptance", &HistoryDrafter::acceptance);
 }
 
 }  // namespace spec_rollout::python

@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kCacheLine = 16;  // floats
 
 struct Query {
-  int64_t head, token;
+  int64_t row, head, token;
   int32_t position;
 };
 
@@ -84,14 +84,14 @@ class FewQueries {
   FewQueries(const CausalAttentionArgs& args, std::vector<float>& scratch)
       : args_(args), scratch_(scratch) {}
 
-  void run(int64_t row, int64_t kv_head, const Query* queries, int count) {
+  void run(const Span& span, int64_t kv_head, const Query* queries, int count) {
     const int64_t dims = args_.head_dim;
     int64_t first = queries[0].position, last = first;
     for (int q = 1; q < count; ++q) {
       first = std::min<int64_t>(first, queries[q].position);
       last = std::max<int64_t>(last, queries[q].position);
     }
-    const KeyRange range(first, last, args_.spans[3 * row + 2]);
+    const KeyRange range(first, last, span.window);
     const int64_t stride = (range.end - range.begin + kVecLanes - 1) / kVecLanes * kVecLanes;
     const int64_t padded_dims = (dims + kVecLanes - 1) / kVecLanes * kVecLanes;
     scratch_.resize(count * (dims + stride) + padded_dims * kVecLanes);
@@ -100,7 +100,7 @@ class FewQueries {
     float* columns = weights + count * stride;  // [padded_dims][kVecLanes]
     VecF top[kMost];
     for (int q = 0; q < count; ++q) {
-      const float* query = args_.query + row * args_.query_strides[0] +
+      const float* query = args_.query + queries[q].row * args_.query_strides[0] +
                            queries[q].head * args_.query_strides[1] +
                            queries[q].token * args_.query_strides[2];
       for (int64_t d = 0; d < dims; ++d) scaled[q * dims + d] = query[d] * args_.scale;
@@ -110,9 +110,9 @@ class FewQueries {
     for (int lane = 0; lane < kVecLanes; ++lane) lanes[lane] = lane;
 
     const int64_t key_stride = args_.key_strides[2];
-    const float* key = args_.key + row * args_.key_strides[0] + kv_head * args_.key_strides[1] +
-                       range.begin * key_stride;
-    const float* value = args_.value + row * args_.value_strides[0] +
+    const float* key = args_.key + span.cache_row * args_.key_strides[0] +
+                       kv_head * args_.key_strides[1] + range.begin * key_stride;
+    const float* value = args_.value + span.cache_row * args_.value_strides[0] +
                          kv_head * args_.value_strides[1] + range.begin * args_.value_strides[2];
     for (int64_t j = range.begin; j < range.end; j += kVecLanes, key += kVecLanes * key_stride) {
       // The values will be needed soon; fetching them now fills the time that the scores take.
@@ -165,8 +165,9 @@ class FewQueries {
     for (int q = 0; q < count; ++q) {
       const float* w = weights + q * stride;
       float* out =
-          args_.out +
-          ((row * args_.num_tokens + queries[q].token) * args_.num_heads + queries[q].head) * dims;
+          args_.out + ((queries[q].row * args_.num_tokens + queries[q].token) * args_.num_heads +
+                       queries[q].head) *
+                          dims;
       int64_t d = 0;
       for (; d + 2 * kVecLanes <= dims; d += 2 * kVecLanes) {
         weighted_sum<2>(value + d, w, range.end - range.begin, 2 * kVecLanes, out + d);
@@ -215,7 +216,7 @@ class Tile {
   Tile(const CausalAttentionArgs& args, std::vector<float>& scratch)
       : args_(args), scratch_(scratch) {}
 
-  void run(int64_t row, int64_t kv_head, const Query* queries, int count) {
+  void run(const Span& span, int64_t kv_head, const Query* queries, int count) {
     const int64_t dims = args_.head_dim;
     int32_t positions[kLanes];
     int64_t first = std::numeric_limits<int32_t>::max(), last = 0;
@@ -224,7 +225,7 @@ class Tile {
       first = std::min<int64_t>(first, positions[lane]);
       last = std::max<int64_t>(last, positions[lane]);
     }
-    range_ = KeyRange(first, last, args_.spans[3 * row + 2]);
+    range_ = KeyRange(first, last, span.window);
     std::memcpy(positions_, positions, sizeof positions_);
 
     scratch_.resize((dims + range_.end - range_.begin) * kLanes);
@@ -232,14 +233,15 @@ class Tile {
     weights_ = q_ + dims * kLanes;
     for (int lane = 0; lane < kLanes; ++lane) {
       const Query& query = queries[std::min(lane, count - 1)];
-      const float* q = args_.query + row * args_.query_strides[0] +
+      const float* q = args_.query + query.row * args_.query_strides[0] +
                        query.head * args_.query_strides[1] + query.token * args_.query_strides[2];
       for (int64_t d = 0; d < dims; ++d) q_[d * kLanes + lane] = q[d] * args_.scale;
     }
-    scores(args_.key + row * args_.key_strides[0] + kv_head * args_.key_strides[1]);
+    scores(args_.key + span.cache_row * args_.key_strides[0] + kv_head * args_.key_strides[1]);
     softmax();
-    weighted_sum(args_.value + row * args_.value_strides[0] + kv_head * args_.value_strides[1], row,
-                 queries, count);
+    weighted_sum(
+        args_.value + span.cache_row * args_.value_strides[0] + kv_head * args_.value_strides[1],
+        queries, count);
   }
 
  private:
@@ -293,16 +295,15 @@ class Tile {
     }
   }
 
-  void weighted_sum(const float* values, int64_t row, const Query* queries, int count) {
+  void weighted_sum(const float* values, const Query* queries, int count) {
     const int64_t dims = args_.head_dim;
     int64_t d = 0;
-    for (; d + kDims <= dims; d += kDims) weighted_sum_of<kDims>(values, d, row, queries, count);
-    for (; d < dims; ++d) weighted_sum_of<1>(values, d, row, queries, count);
+    for (; d + kDims <= dims; d += kDims) weighted_sum_of<kDims>(values, d, queries, count);
+    for (; d < dims; ++d) weighted_sum_of<1>(values, d, queries, count);
   }
 
   template <int Dims>
-  void weighted_sum_of(const float* values, int64_t d, int64_t row, const Query* queries,
-                       int count) {
+  void weighted_sum_of(const float* values, int64_t d, const Query* queries, int count) {
     VecF sums[Dims][Vecs] = {};
     const float* x = values + range_.begin * args_.value_strides[2] + d;
     const float* w = weights_;
@@ -323,10 +324,10 @@ class Tile {
     }
     for (int lane = 0; lane < count; ++lane) {
       const Query& query = queries[lane];
-      float* dst =
-          args_.out +
-          ((row * args_.num_tokens + query.token) * args_.num_heads + query.head) * args_.head_dim +
-          d;
+      float* dst = args_.out +
+                   ((query.row * args_.num_tokens + query.token) * args_.num_heads + query.head) *
+                       args_.head_dim +
+                   d;
       for (int i = 0; i < Dims; ++i) dst[i] = out[i][lane];
     }
   }
@@ -343,48 +344,63 @@ class Tile {
 }  // namespace
 
 void causal_attention(const CausalAttentionArgs& args, int num_threads) {
+  // Neighbouring rows of one cache row are computed together, so that its keys are read once.
+  std::vector<int64_t> segments;
   for (int64_t r = 0; r < args.num_rows; ++r) {
-    const int64_t first = args.spans[3 * r], last = args.spans[3 * r + 1];
-    if (first < 0 || last < first || last >= args.width) {
-      fail("spans: expected 0 <= first <= last < ", args.width, ", got ", first, " and ", last,
+    const Span& span = args.spans[r];
+    if (span.first < 0 || span.last < span.first || span.last >= args.width) {
+      fail("spans: expected 0 <= first <= last < ", args.width, ", got ", span.first, " and ",
+           span.last, " in row ", r);
+    }
+    if (span.last - span.first >= args.num_tokens) {
+      fail("spans: expected at most ", args.num_tokens, " tokens, got ", span.last - span.first + 1,
            " in row ", r);
     }
-    if (last - first >= args.num_tokens) {
-      fail("spans: expected at most ", args.num_tokens, " tokens, got ", last - first + 1,
+    if (span.cache_row < 0 || span.cache_row >= args.num_cache_rows) {
+      fail("spans: expected 0 <= cache row < ", args.num_cache_rows, ", got ", span.cache_row,
            " in row ", r);
+    }
+    if (r == 0 || args.spans[r - 1].cache_row != span.cache_row ||
+        args.spans[r - 1].window != span.window) {
+      segments.push_back(r);
     }
   }
+  const auto num_segments = static_cast<int64_t>(segments.size());
+  segments.push_back(args.num_rows);
   const int64_t group = args.num_heads / args.num_kv_heads;
-  parallel_for(args.num_rows * args.num_kv_heads, 4, num_threads, [&](int64_t begin, int64_t end) {
+  parallel_for(num_segments * args.num_kv_heads, 4, num_threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     std::vector<Query> queries;
     FewQueries few(args, scratch);
     Tile<1> narrow(args, scratch);
     Tile<2> wide(args, scratch);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / args.num_kv_heads, kv_head = item % args.num_kv_heads;
-      const int64_t start = args.spans[3 * row];
-      const int64_t count = args.spans[3 * row + 1] - start + 1;
+      const int64_t segment = item / args.num_kv_heads, kv_head = item % args.num_kv_heads;
       queries.clear();
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t g = 0; g < group; ++g) {
-          queries.push_back({kv_head * group + g, t, static_cast<int32_t>(start + t)});
+      for (int64_t r = segments[segment]; r < segments[segment + 1]; ++r) {
+        const Span& span = args.spans[r];
+        const int64_t count = span.last - span.first + 1;
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t g = 0; g < group; ++g) {
+            queries.push_back({r, kv_head * group + g, t, static_cast<int32_t>(span.first + t)});
+          }
+        }
+        for (int64_t t = count; t < args.num_tokens; ++t) {
+          float* out = args.out + ((r * args.num_tokens + t) * args.num_heads + kv_head * group) *
+                                      args.head_dim;
+          std::fill(out, out + group * args.head_dim, 0.0f);
         }
       }
-      for (int64_t t = count; t < args.num_tokens; ++t) {
-        float* out = args.out + ((row * args.num_tokens + t) * args.num_heads + kv_head * group) *
-                                    args.head_dim;
-        std::fill(out, out + group * args.head_dim, 0.0f);
-      }
-      const int64_t total = static_cast<int64_t>(queries.size());
+      const Span& span = args.spans[segments[segment]];
+      const auto total = static_cast<int64_t>(queries.size());
       for (int64_t i = 0; i < total;) {
         const int left = static_cast<int>(std::min<int64_t>(total - i, 2 * kVecLanes));
         if (left <= FewQueries::kMost) {
-          few.run(row, kv_head, &queries[i], left);
+          few.run(span, kv_head, &queries[i], left);
         } else if (left > kVecLanes) {
-          wide.run(row, kv_head, &queries[i], left);
+          wide.run(span, kv_head, &queries[i], left);
         } else {
-          narrow.run(row, kv_head, &queries[i], left);
+          narrow.run(span, kv_head, &queries[i], left);
         }
         i += left;
       }

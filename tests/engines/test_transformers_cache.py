@@ -18,14 +18,10 @@ def feed(
     forward: ModelForward, cache: SlotCache, rows: list[list[int]], starts: list[int]
 ) -> torch.Tensor:
     """Logits of every row's last token."""
-    lens = [len(row) for row in rows]
-    tokens = torch.zeros(len(rows), max(lens), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
-    first, count = torch.tensor(starts), torch.tensor(lens)
-    last = torch.arange(len(rows)) * max(lens) + count - 1
+    first, count = torch.tensor(starts), torch.tensor([len(row) for row in rows])
+    tokens = torch.tensor([token for row in rows for token in row])
     end = int((first + count).max())
-    return forward(cache, tokens, first, first + count - 1, end, last)
+    return forward(cache, tokens, first, count, end, count.cumsum(0) - 1)
 
 
 @pytest.fixture
@@ -40,7 +36,7 @@ def test_rows_of_different_lengths_go_on_independently(rows, name, batch_invaria
     """Prefill, then one token each at per-row positions: the logits of a plain forward."""
     model = build(name)
     forward = ModelForward(model, batch_invariant)
-    cache = SlotCache(forward.num_layers, 16, 64)
+    cache = forward.new_cache(16, 64)
     with forward.session():
         feed(forward, cache, [row[:-1] for row in rows], [0] * len(rows))
         logits = feed(forward, cache, [row[-1:] for row in rows], LENS)
@@ -53,8 +49,8 @@ def test_rows_of_different_lengths_go_on_independently(rows, name, batch_invaria
 def test_spliced_rows_continue_like_fresh_ones(rows) -> None:
     """Accepted prefixes moved to other rows of another cache, and then within it."""
     forward = ModelForward(build("qwen3"))
-    lanes = SlotCache(forward.num_layers, 5, 64)
-    slots = SlotCache(forward.num_layers, 9, 48)
+    lanes = forward.new_cache(5, 64)
+    slots = forward.new_cache(9, 48)
     kept = [4, 30, 1, 10, 0]  # some rows are cut
     with forward.session():
         feed(forward, lanes, [row[:-1] for row in rows], [0] * 5)
@@ -64,7 +60,7 @@ def test_spliced_rows_continue_like_fresh_ones(rows) -> None:
         fed = [rows[row][kept[row] : kept[row] + 1] for row in order]
         actual = feed(forward, slots, fed, [kept[row] for row in order])
         for row, logits in zip(order, actual, strict=True):
-            fresh = SlotCache(forward.num_layers, 16, 48)
+            fresh = forward.new_cache(16, 48)
             # Computed beside others, for the bits to agree.
             expected = feed(forward, fresh, [rows[row][: kept[row] + 1]] * 16, [0] * 16)[0]
             assert torch.equal(logits, expected)
@@ -82,6 +78,29 @@ def test_writes_touch_no_other_row_or_position() -> None:
         expected[row, :, positions[row, token]] = states[row, :, token]
     assert torch.equal(cache.layers[0].keys, expected)
     assert torch.equal(cache.layers[0].values, -expected)
+
+
+def test_writes_by_span_touch_no_other_row_or_position() -> None:
+    """Rows in any order, padding left out, one row of the cache given twice."""
+    cache = SlotCache(1, 4, 32, by_span=True)
+    spans = torch.tensor([[3, 4, 0, 2], [10, 10, 0, 0], [5, 6, 0, 2]])
+    states = torch.randn(3, 2, 3, 8).transpose(1, 2)  # rows, heads, tokens, head_dim
+    cache.place(spans[:, :1], 16, spans)
+    before = torch.full_like(states, torch.nan)
+    cache.layers[0].lazy_initialization(before, before)
+    for tensor in (cache.layers[0].keys, cache.layers[0].values):
+        tensor.fill_(7.0)
+    keys, values = cache.update(states, -states, 0)
+    assert keys.shape == values.shape == (5, 3, 16, 8)  # the last row is for padding
+    expected = torch.full((5, 3, 32, 8), 7.0)
+    for row, token in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1)):
+        expected[spans[row, 3], :, spans[row, 0] + token] = states[row, :, token]
+    assert torch.equal(cache.layers[0].keys, expected)
+    expected[expected != 7.0] *= -1.0
+    assert torch.equal(cache.layers[0].values, expected)
+    spans[1, 3] = 5
+    with pytest.raises(ValueError, match=r"spans: expected 0 <= cache row < 5, got 5 in row 1"):
+        cache.update(states, states, 0)
 
 
 def attention_inputs(num_heads: int, head_dim: int, total: int) -> tuple[torch.Tensor, ...]:
@@ -107,7 +126,7 @@ def test_attention_does_not_depend_on_the_batch(head_dim, num_heads, window) -> 
             query[:, :, first : first + count],
             key[:, :, :width],
             value[:, :, :width],
-            span_mask(firsts, firsts + count - 1, window),
+            span_mask(firsts, firsts + count - 1, torch.arange(2), window),
         )[0]
 
     whole = attend(0, total, total)
@@ -130,7 +149,7 @@ def test_attention_of_rows_of_different_lengths() -> None:
     rows = torch.arange(2)[:, None]
     columns = first[:, None] + torch.arange(8)
     queries = query.transpose(1, 2)[rows, columns].transpose(1, 2)
-    mask = span_mask(first, last, None)
+    mask = span_mask(first, last, torch.arange(2), None)
     for tensor in (key, value):
         tensor[0, :, 10:] = torch.nan
         tensor[1, :, 41:] = torch.nan
@@ -143,10 +162,24 @@ def test_attention_of_rows_of_different_lengths() -> None:
             queries[row : row + 1, :, :count],
             key[row : row + 1],
             value[row : row + 1],
-            mask[row : row + 1],
+            span_mask(first[row : row + 1], last[row : row + 1], torch.tensor([0]), None),
         )[0]
         assert alone.isfinite().all()
         assert torch.equal(out[row, :count], alone[0])
+
+
+def test_neighbours_of_one_cache_row_are_computed_together() -> None:
+    """Tokens given one by one, as rows that share a cache row, have the bits of one row of them all."""
+    query, key, value = attention_inputs(4, 32, 64)
+    rows = torch.tensor([1, 1, 1, 1, 1, 1, 0, 1])
+    positions = torch.tensor([8, 9, 10, 11, 12, 13, 40, 50])
+    queries = query[rows, :, positions].unsqueeze(2)
+    mask = span_mask(positions, positions, rows, None)
+    out = batch_invariant_attention(None, queries, key, value, mask)[0][:, 0]
+    zeros = torch.zeros(2, dtype=torch.int64)
+    whole_mask = span_mask(zeros, zeros + 63, torch.arange(2), None)
+    whole = batch_invariant_attention(None, query, key, value, whole_mask)[0]
+    assert torch.equal(out, whole[rows, positions])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +193,7 @@ def test_attention_of_rows_of_different_lengths() -> None:
 )
 def test_attention_refuses_spans_outside_the_cache(first: int, last: int, message: str) -> None:
     query, key, value = attention_inputs(2, 8, 16)
-    mask = span_mask(torch.tensor([0, first]), torch.tensor([0, last]), None)
+    mask = span_mask(torch.tensor([0, first]), torch.tensor([0, last]), torch.arange(2), None)
     with pytest.raises(ValueError, match=message):
         batch_invariant_attention(None, query[:, :, :3], key, value, mask)
 

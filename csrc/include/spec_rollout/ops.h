@@ -149,27 +149,35 @@ struct AssembleArgs {
   int32_t* status = nullptr;
 };
 
+// Where each row of new tokens lies in a contiguous cache: its first and last position, how many
+// positions a token attends to (0: all), and the cache's row. Rows of a batch may share a cache
+// row.
+struct Span {
+  int64_t first, last, window, cache_row;
+};
+
 // New tokens' keys or values into a contiguous cache, each row at its own position. CPU only.
 struct WriteKvArgs {
-  CacheView src;                   // [num_rows, num_heads, num_tokens, head_dim]
-  CacheView dst;                   // [>= num_rows, num_heads, dst_tokens, head_dim]
-  const int64_t* spans = nullptr;  // [num_rows, 3]: first and last position; the third is not read
-  int64_t num_rows = 0, num_heads = 0, num_tokens = 0, dst_tokens = 0;
+  CacheView src;                // [num_rows, num_heads, num_tokens, head_dim]
+  CacheView dst;                // [dst_rows, num_heads, dst_tokens, head_dim]
+  const Span* spans = nullptr;  // [num_rows]
+  int64_t num_rows = 0, num_heads = 0, num_tokens = 0, dst_rows = 0, dst_tokens = 0;
   int64_t head_bytes = 0;
 };
 
-// Softmax attention of new tokens over a contiguous KV cache, each row at its own length: token t
-// of row r, at position p = first + t, attends to positions max(0, p - window + 1)..p. CPU only.
+// Softmax attention of new tokens over a contiguous KV cache, each row at its own length: a token
+// at position p attends to positions max(0, p - window + 1)..p of its cache row. CPU only.
 struct CausalAttentionArgs {
   const float* query = nullptr;   // [num_rows, num_heads, num_tokens, head_dim]
-  const float* key = nullptr;     // [num_rows, num_kv_heads, width, head_dim]
+  const float* key = nullptr;     // [num_cache_rows, num_kv_heads, width, head_dim]
   const float* value = nullptr;   // the same shape
   int64_t query_strides[3] = {};  // in elements, of row, head and token; head_dim is contiguous
   int64_t key_strides[3] = {};    // of row, head and position
   int64_t value_strides[3] = {};
-  const int64_t* spans = nullptr;  // [num_rows, 3]: first and last position, window (0: none)
-  float* out = nullptr;            // [num_rows, num_tokens, num_heads, head_dim]; padding is 0
-  int64_t num_rows = 0, num_heads = 0, num_kv_heads = 0, num_tokens = 0, width = 0, head_dim = 0;
+  const Span* spans = nullptr;  // [num_rows]
+  float* out = nullptr;         // [num_rows, num_tokens, num_heads, head_dim]; padding is 0
+  int64_t num_rows = 0, num_heads = 0, num_kv_heads = 0, num_tokens = 0;
+  int64_t num_cache_rows = 0, width = 0, head_dim = 0;
   float scale = 1.0f;  // of the scores
 };
 

@@ -26,19 +26,25 @@ MIN_ROWS = 16
 
 
 def span_mask(
-    first_positions: torch.Tensor, last_positions: torch.Tensor, window: int | None
+    first_positions: torch.Tensor,
+    last_positions: torch.Tensor,
+    cache_rows: torch.Tensor,
+    window: int | None,
 ) -> torch.Tensor:
     """What `batch_invariant_attention` takes as its mask.
 
     Args:
-        first_positions, last_positions: Of each row's new tokens in its cache. [rows], int64.
+        first_positions, last_positions: Of each row's new tokens in the cache. [rows], int64.
+        cache_rows: Row of the cache that each row belongs to; several rows may share one, and are
+            computed together if they are neighbours. [rows], int64.
         window: Positions a token attends to, its own included; None is all.
 
     Returns:
-        [rows, 1, 1, 3], int64: rank 4, so that models hand it on as it is.
+        [rows, 1, 1, 4], int64: rank 4, so that models hand it on as it is.
     """
     windows = torch.full_like(first_positions, window or 0)
-    return torch.stack([first_positions, last_positions, windows], dim=1)[:, None, None]
+    columns = [first_positions, last_positions, windows, cache_rows]
+    return torch.stack(columns, dim=1)[:, None, None]
 
 
 def batch_invariant_attention(
@@ -56,7 +62,7 @@ def batch_invariant_attention(
     Args:
         module: The attention layer; not read.
         query: [rows, heads, tokens, head_dim].
-        key, value: [rows, kv_heads, width, head_dim]; of each row what lies up to its last position is read.
+        key, value: [cache rows, kv_heads, width, head_dim]; of each row what lies up to its last position is read.
         attention_mask: From `span_mask`.
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Must be 0: the engine does not train.
@@ -76,7 +82,7 @@ def batch_invariant_attention(
         query if query.stride(-1) == 1 else query.contiguous(),
         key,
         value,
-        attention_mask.view(rows, 3),
+        attention_mask.view(rows, 4),
         head_dim**-0.5 if scaling is None else scaling,
         out,
         num_threads(),

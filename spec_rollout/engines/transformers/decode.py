@@ -49,19 +49,16 @@ class Decoder:
         self._results = results
         self._stats = stats
         self.num_slots = num_slots
-        num_rows = max(num_slots, forward.min_rows)
         device = forward.device
-        self.cache = SlotCache(
-            forward.num_layers, num_rows, int((plan.prompt_lens + plan.rooms).max())
-        )
+        self.cache = forward.new_cache(num_slots, int((plan.prompt_lens + plan.rooms).max()))
         self._requests: list[int] = []
         self._first_positions: list[int] = []
         self._kv_lens: list[int] = []  # of each slot in use, the token to feed not yet counted
-        self._state = torch.zeros(5, num_rows, dtype=torch.int64, device=device)
+        self._state = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
         width = int(plan.rooms.max())
-        self._token_ids = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
-        self._logprobs = torch.zeros(num_rows, width, dtype=torch.float32, device=device)
-        self._rows = torch.arange(num_rows, device=device)
+        self._token_ids = torch.zeros(num_slots, width, dtype=torch.int32, device=device)
+        self._logprobs = torch.zeros(num_slots, width, dtype=torch.float32, device=device)
+        self._rows = torch.arange(num_slots, device=device)
         self._stop = torch.tensor(sampling.stop_token_ids, dtype=torch.int64, device=device)
 
     @property
@@ -102,17 +99,10 @@ class Decoder:
     def step(self) -> None:
         """Draws one token for every slot in use and lets finished responses go."""
         live = self.num_live
-        rows = max(live, self._forward.min_rows)
-        state = self._state[:, :rows]
-        logits = self._forward(
-            self.cache,
-            state[_TOKEN, :, None],
-            state[_KV_POSITION],
-            state[_KV_POSITION],
-            max(self._kv_lens) + 1,
-            self._rows[:live],
-        )
         state = self._state[:, :live]
+        logits = self._forward(
+            self.cache, state[_TOKEN], state[_KV_POSITION], None, max(self._kv_lens) + 1
+        )
         positions = state[_POSITION]
         sample = ops.sample_tokens(
             logits,
@@ -132,7 +122,6 @@ class Decoder:
         self._kv_lens = [kv_len + 1 for kv_len in self._kv_lens]
         self._stats.num_decode_steps += 1
         self._stats.num_computed_tokens += live
-        self._stats.num_padding_tokens += rows - live
         done = finished.nonzero().flatten().tolist()
         if done:
             self._finish(done)
@@ -165,4 +154,3 @@ class Decoder:
                 index = torch.tensor(gaps, device=tensor.device)
                 moved = tensor.index_select(dim, torch.tensor(movers, device=tensor.device))
                 tensor.index_copy_(dim, index, moved)
-        self._state[:, live:] = 0  # rows that only fill up a batch see one position

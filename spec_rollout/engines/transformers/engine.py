@@ -188,7 +188,7 @@ class TransformersEngine:
         decoder = Decoder(self._forward, plan, sampling, results, num_slots=num_slots, stats=stats)
         waiting = deque(plan.order().tolist())
         refill = max(1, int(num_slots * _REFILL_SHARE))
-        steps_before = self._forward.num_steps
+        steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         while waiting or verifier.num_busy or decoder.num_live:
             start = time.perf_counter()
             if verifier.num_busy or (waiting and decoder.num_free >= refill):
@@ -205,6 +205,7 @@ class TransformersEngine:
                 decoder.step()
                 stats.decode_seconds += time.perf_counter() - start
         stats.num_engine_steps += self._forward.num_steps - steps_before
+        stats.num_padding_tokens += self._forward.num_padding_tokens - padding_before
 
     @staticmethod
     def _settle(verified: list[Verified], plan: Plan, results: Results) -> list[Verified]:

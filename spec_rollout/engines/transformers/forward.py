@@ -52,6 +52,8 @@ class ModelForward:
         self.min_rows = MIN_ROWS if self.batch_invariant else 1
         self._select: torch.Tensor | None = None
         self.num_steps = 0
+        self.num_padding_tokens = 0
+        self._numbers = torch.arange(0, device=self.device)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -72,59 +74,102 @@ class ModelForward:
             for module in training:
                 module.training = True
 
+    def new_cache(self, num_rows: int, capacity: int) -> SlotCache:
+        """A cache that this model's forwards can use."""
+        return SlotCache(self.num_layers, num_rows, capacity, by_span=self.batch_invariant)
+
     def __call__(
         self,
         cache: SlotCache,
         token_ids: torch.Tensor,
         starts: torch.Tensor,
-        last_positions: torch.Tensor,
+        counts: torch.Tensor | None,
         width: int,
-        select: torch.Tensor,
+        select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Computes tokens of the first rows of the cache and writes their keys and values there.
+        """Computes the next tokens of the first rows of the cache and writes their keys and values there.
+
+        Batch-invariant forwards take the tokens as they come, each as a row of its own; others pad
+        rows to the longest.
 
         Args:
-            token_ids: [rows, tokens], int64; padding may follow a row's own tokens.
+            token_ids: Tokens of row 0, then of row 1, ... [num_tokens], int64.
             starts: Position of each row's first token. [rows], int64.
-            last_positions: Position of each row's last token that is not padding. [rows], int64.
+            counts: Tokens of each row, at least one; None is one each. [rows], int64.
             width: Positions in use in the longest row.
-            select: Which tokens' logits to compute, as row * tokens + token. [n], int64.
+            select: Which tokens' logits to compute; None is all. [n], int64.
 
         Returns:
             logits: [n, vocab], the model's dtype.
         """
-        tokens = token_ids.shape[1]
-        positions = starts[:, None] + torch.arange(tokens, device=self.device)
+        rows = self._arange(starts.numel())
+        firsts = None  # where each row's tokens begin in token_ids
+        if counts is not None:
+            firsts = counts.cumsum(0) - counts
+            rows = rows.repeat_interleave(counts, output_size=token_ids.numel())
+            positions = starts[rows] + self._arange(token_ids.numel()) - firsts[rows]
+        else:
+            positions = starts
+        if select is None:
+            select = self._arange(token_ids.numel())
+        num_selected = select.numel()
+        if num_selected < self.min_rows:
+            select = torch.nn.functional.pad(select, (0, self.min_rows - num_selected))
         width = round_up(width, WIDTH_MULTIPLE)
         if self.batch_invariant:
+            missing = self.min_rows - token_ids.numel()
+            if missing > 0:
+                token_ids, positions = (
+                    torch.nn.functional.pad(values, (0, missing))
+                    for values in (token_ids, positions)
+                )
+                rows = torch.nn.functional.pad(rows, (0, missing), value=cache.num_rows)
+                self.num_padding_tokens += missing
             masks = {
-                kind: span_mask(starts, last_positions, window)
+                kind: span_mask(positions, positions, rows, window)
                 for kind, window in self._masks.items()
             }
-            spans = next(iter(masks.values())).view(-1, 3)
+            cache.place(positions, width, next(iter(masks.values())).view(-1, 4))
+            input_ids, position_ids = token_ids[:, None], positions[:, None]
         else:
+            num_rows, longest = starts.numel(), 1
+            if counts is not None and firsts is not None:
+                longest = int(counts.max())
+                columns = positions - starts[rows]
+                padded = token_ids.new_zeros(num_rows, longest)
+                padded[rows, columns] = token_ids
+                self.num_padding_tokens += padded.numel() - token_ids.numel()
+                select = (rows * longest + columns)[select]
+                ends = starts + counts - 1
+                input_ids = padded
+            else:
+                input_ids, ends = token_ids[:, None], starts
+            positions = starts[:, None] + self._arange(longest)
             masks = {
                 kind: self._additive_mask(positions, width, window)
                 for kind, window in self._masks.items()
             }
-            spans = None
-        cache.place(positions, width, spans)
-        num_selected = select.numel()
-        if num_selected < self.min_rows:
-            select = torch.nn.functional.pad(select, (0, self.min_rows - num_selected))
+            cache.place(positions, width)
+            # Padding would lie past the last position that the model knows.
+            position_ids = torch.minimum(positions, ends[:, None])
         self._select = select
         self.num_steps += 1
         output = self.model(
-            input_ids=token_ids,
+            input_ids=input_ids,
             # A model with one kind of layer takes a bare mask.
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            # Padding would lie past the last position that the model knows.
-            position_ids=torch.minimum(positions, last_positions[:, None]),
+            position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
         return output.logits[0, :num_selected]
+
+    def _arange(self, count: int) -> torch.Tensor:
+        """0..count-1, int64; kept, as every step wants one."""
+        if self._numbers.numel() < count:
+            self._numbers = torch.arange(2 * count, device=self.device)
+        return self._numbers[:count]
 
     def _additive_mask(
         self, positions: torch.Tensor, width: int, window: int | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from spec_rollout.engines.transformers.forward import ModelForward
-from spec_rollout.engines.transformers.slot_cache import SlotCache
 
 # (rows, tokens of a row per forward): whole rows at once, decoding, and shapes between.
 _SHAPES = ((33, 48), (33, 1), (16, 1), (5, 9), (1, 32), (19, 20))
@@ -36,18 +35,17 @@ def batch_invariance_error(forward: ModelForward, *, seed: int = 0) -> float:
 def _logits(forward: ModelForward, token_ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """[rows, tokens / _STRIDE, vocab], float32."""
     rows = token_ids.shape[0]
-    chunk = max(chunk, -(-forward.min_rows // rows))
-    cache = SlotCache(forward.num_layers, rows, _LEN + chunk)
-    first = torch.arange(rows, device=forward.device)[:, None] * chunk
+    cache = forward.new_cache(rows, _LEN + chunk)
     pieces = []
     for start in range(0, _LEN, chunk):
         tokens = token_ids[:, start : start + chunk]
-        tokens = torch.nn.functional.pad(tokens, (0, chunk - tokens.shape[1]))
-        end = min(start + chunk, _LEN)
-        wanted = [position - start for position in range(start, end) if position % _STRIDE == 0]
+        count = tokens.shape[1]
+        wanted = [column for column in range(count) if (start + column) % _STRIDE == 0]
         columns = torch.tensor(wanted, dtype=torch.int64, device=forward.device)
+        first = torch.arange(rows, device=forward.device)[:, None] * count
         starts = torch.full((rows,), start, device=forward.device)
-        last = torch.full_like(starts, end - 1)
-        logits = forward(cache, tokens, starts, last, end, (first + columns).flatten())
+        counts = torch.full_like(starts, count)
+        select = (first + columns).flatten()
+        logits = forward(cache, tokens.flatten(), starts, counts, start + count, select)
         pieces.append(logits.float().view(rows, len(wanted), logits.shape[-1]))
     return torch.cat(pieces, dim=1)

@@ -31,10 +31,15 @@ class SlotCache(Cache):
         num_layers: Decoder layers of the model.
         num_rows: Sequences held at a time.
         capacity: Positions per row.
+        by_span: Forwards say by span where their rows lie. A row more than `num_rows` is kept for
+            tokens that only fill up a batch.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, capacity: int) -> None:
+    def __init__(
+        self, num_layers: int, num_rows: int, capacity: int, *, by_span: bool = False
+    ) -> None:
         self.num_rows = num_rows
+        self.by_span = by_span
         self.capacity = round_up(capacity, WIDTH_MULTIPLE)
         self.width = 0
         self._positions: torch.Tensor | None = None
@@ -49,9 +54,10 @@ class SlotCache(Cache):
             positions: Of each token in its row; row r of the forward is row r here.
                 [rows, tokens per row], int64.
             width: Positions that the attention sees, a multiple of `WIDTH_MULTIPLE`.
-            spans: On CPU, the first and last position of each row and a number that is not read:
-                padding after them is then not written, and writing is several times faster.
-                [rows, 3], int64.
+            spans: For a cache `by_span`, on CPU: where each row of the forward lies, whatever rows
+                these are; `positions` is not read, padding is not written, and `update` returns
+                all rows.
+                [rows, 4], int64: first and last position, a number that is not read, row here.
         """
         self._positions = positions
         self.spans = spans
@@ -103,10 +109,11 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def storage(like: torch.Tensor) -> torch.Tensor:
-            shape = (self._cache.num_rows, like.shape[1], self._cache.capacity, like.shape[3])
+            num_rows = self._cache.num_rows + self._cache.by_span
+            shape = (num_rows, like.shape[1], self._cache.capacity, like.shape[3])
             tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
             _C.prefer_huge_pages(tensor)
-            if self._cache.spans is None:
+            if not self._cache.by_span:
                 # What a mask hides is multiplied by zero, which NaN would survive.
                 tensor.zero_()
             return tensor
@@ -123,7 +130,7 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         rows, num_heads = key_states.shape[:2]
         for storage, states in ((self.keys, key_states), (self.values, value_states)):
-            if self._cache.spans is not None:
+            if self._cache.by_span:
                 _C.write_kv(states, storage, self._cache.spans, num_threads())
                 continue
             head_dim = states.shape[-1]
@@ -131,6 +138,8 @@ class SlotLayer(CacheLayerMixin):
             flat = states.transpose(1, 2).reshape(-1, head_dim)
             index = self._cache.write_index(num_heads)
             storage.view(-1, head_dim).index_copy_(0, index, flat)
+        if self._cache.by_span:
+            rows = self.keys.shape[0]
         width = self._cache.width
         return self.keys[:rows, :, :width], self.values[:rows, :, :width]
 

@@ -11,7 +11,6 @@ from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.requests import Plan
-from spec_rollout.engines.transformers.slot_cache import SlotCache, round_up
 from spec_rollout.types import RolloutStats, SamplingParams
 
 
@@ -80,8 +79,8 @@ class Verifier:
         self._lanes: list[_Lane | None] = []
         self._feed_lens = plan.feed_lens
         self.num_lanes = num_lanes
-        longest = int(self._feed_lens.max()) + max(chunk, forward.min_rows)
-        self.cache = SlotCache(forward.num_layers, num_lanes, longest)
+        longest = int(self._feed_lens.max()) + chunk
+        self.cache = forward.new_cache(num_lanes, longest)
 
     @property
     def num_busy(self) -> int:
@@ -109,11 +108,7 @@ class Verifier:
         requests = np.array([lane.request for lane in lanes])
         fed = np.array([lane.fed for lane in lanes])
         left = self._feed_lens[requests] - fed
-        num_tokens = max(
-            min(self._chunk, int(left.max())),
-            round_up(self._forward.min_rows, len(lanes)) // len(lanes),
-        )
-        counts = np.minimum(left, num_tokens)
+        counts = np.minimum(left, self._chunk)
         ends = fed + counts
         # Logits from the prompt's last token on: row i of them predicts draft token i.
         prompt_ends = self._plan.prompt_lens[requests] - 1
@@ -121,11 +116,10 @@ class Verifier:
         num_rows = np.maximum(ends - first_rows, 0)
         offsets = first_rows - prompt_ends
         num_tests = np.minimum(num_rows, self._plan.draft_lens[requests] - offsets)
-        logits = self._run(requests, fed, counts, num_tokens, first_rows, num_rows)
+        logits = self._run(requests, fed, counts, first_rows, num_rows)
 
         self._stats.num_verified_tokens += int(num_tests.sum())
         self._stats.num_computed_tokens += int(counts.sum())
-        self._stats.num_padding_tokens += len(lanes) * num_tokens - int(counts.sum())
         share = float(counts[self._plan.has_draft[requests]].sum() / counts.sum())
         for lane, end in zip(lanes, ends, strict=True):
             lane.fed = int(end)
@@ -154,25 +148,20 @@ class Verifier:
         requests: np.ndarray,
         fed: np.ndarray,
         counts: np.ndarray,
-        num_tokens: int,
         first_rows: np.ndarray,
         num_rows: np.ndarray,
     ) -> torch.Tensor:
         """The forward; logits of the wanted tokens, lane after lane. [sum(num_rows), vocab]."""
-        token_ids = np.zeros((len(requests), num_tokens), dtype=np.int64)
-        starts = self._plan.stream_starts[requests] + fed
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            token_ids[row, :count] = self._plan.stream_ids[start : start + count]
-        columns = np.repeat(first_rows - fed, num_rows) + _ranges(num_rows)
-        select = np.repeat(np.arange(len(requests)) * num_tokens, num_rows) + columns
-        ends = fed + counts
+        tokens = np.repeat(self._plan.stream_starts[requests] + fed, counts) + _ranges(counts)
+        firsts = np.cumsum(counts) - counts
+        select = np.repeat(firsts + first_rows - fed, num_rows) + _ranges(num_rows)
         device = self._forward.device
         return self._forward(
             self.cache,
-            torch.from_numpy(token_ids).to(device),
+            torch.from_numpy(self._plan.stream_ids[tokens]).to(device),
             torch.from_numpy(fed).to(device),
-            torch.from_numpy(ends - 1).to(device),
-            int(ends.max()),
+            torch.from_numpy(counts).to(device),
+            int((fed + counts).max()),
             torch.from_numpy(select).to(device),
         )
 
