@@ -92,11 +92,12 @@ struct PackedIds {
   }
 };
 
-HistoryDrafter make_drafter(int64_t num_groups, py::handle groups) {
+HistoryDrafter make_drafter(int64_t num_groups, py::handle groups,
+                            std::vector<int32_t> stop_token_ids) {
   ArgReader reader;
   Dim requests{"num_requests"};
   const int64_t* values = int64s(reader, groups, "groups", requests);
-  return HistoryDrafter(num_groups, values, requests.value);
+  return HistoryDrafter(num_groups, values, requests.value, std::move(stop_token_ids));
 }
 
 void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle cu_lens,
@@ -156,7 +157,8 @@ void bind_suffix_index(py::module_& module) {
       .def_property_readonly("num_bytes", &SuffixIndex::num_bytes);
   // Requests are trusted to be in range: spec_rollout/drafting is the only caller.
   py::class_<HistoryDrafter>(module, "HistoryDrafter")
-      .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"))
+      .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"),
+           py::arg("stop_token_ids"))
       .def("add_history", &add_history)
       .def("extend", &extend_requests)
       .def("propose", &propose_for)

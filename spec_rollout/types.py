@@ -150,6 +150,39 @@ class Drafts:
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """What proposals are drawn from: earlier rollouts of the prompts, by group (the samples of a prompt).
+
+    Attributes:
+        token_ids: Responses, row after row. [num_history_tokens], int32.
+        cu_lens: [rows + 1], int64.
+        row_groups: Group of each of these rows. [rows], int64, >= 0.
+        request_groups: Group of each request; requests of a group see each other's live rollouts too.
+            [batch], int64, >= 0.
+    """
+
+    token_ids: torch.Tensor
+    cu_lens: torch.Tensor
+    row_groups: torch.Tensor
+    request_groups: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("row_groups", "request_groups"):
+            groups = getattr(self, name)
+            if groups.dtype != torch.int64 or groups.ndim != 1:
+                raise ValueError(
+                    f"{name}: expected int64 of one dimension, got {groups.dtype} {list(groups.shape)}"
+                )
+            if groups.numel() and int(groups.min()) < 0:
+                raise ValueError(f"{name}: expected groups >= 0, got {int(groups.min())}")
+        _check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, self.row_groups.numel())
+        if self.token_ids.dtype != torch.int32:
+            raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
+        if self.token_ids.numel() and int(self.token_ids.min()) < 0:
+            raise ValueError(f"token_ids: expected ids >= 0, got {int(self.token_ids.min())}")
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRequests:
     """What an engine is asked to generate: one row per rollout.
 
@@ -158,12 +191,14 @@ class RolloutRequests:
         cu_prompt_lens: [batch + 1], int64.
         keys: Noise keys (`spec_rollout.keys.noise_keys`). [batch], int64.
         drafts: Drafts to verify; `Drafts.none(batch)` for plain generation.
+        history: What to propose from where there is no draft to follow; None proposes nothing.
     """
 
     prompt_ids: torch.Tensor
     cu_prompt_lens: torch.Tensor
     keys: torch.Tensor
     drafts: Drafts
+    history: History | None = None
 
     def __post_init__(self) -> None:
         batch = self.keys.numel()
@@ -181,6 +216,11 @@ class RolloutRequests:
             )
         if self.drafts.finished.numel() != batch:
             raise ValueError(f"drafts: expected {batch} rows, got {self.drafts.finished.numel()}")
+        if self.history is not None and self.history.request_groups.numel() != batch:
+            raise ValueError(
+                f"history.request_groups: expected {batch} requests, "
+                f"got {self.history.request_groups.numel()}"
+            )
 
     @property
     def batch(self) -> int:
@@ -205,11 +245,16 @@ class RolloutStats:
     num_padding_tokens: int = 0  # computed only because a batch is rectangular
     num_engine_steps: int = 0  # model forwards
     num_decode_steps: int = 0  # of these, decoding steps
+    num_tail_steps: int = 0  # of these, with fewer than a tenth of the requests running
+    num_proposed_tokens: int = 0  # by history drafting; the model computed them all
+    num_accepted_proposals: int = 0  # of these, kept
+    max_row_steps: int = 0  # decoding steps of the longest rollout
     num_cache_misses: int = 0
     rollout_seconds: float = 0.0  # wall time of everything below and between
     lookup_seconds: float = 0.0
     verification_seconds: float = 0.0  # prefill of prompts with drafts, verification, splicing
     decode_seconds: float = 0.0
+    tail_seconds: float = 0.0  # of decoding, with fewer than a tenth of the requests running
     assembly_seconds: float = 0.0  # packing the result
     store_seconds: float = 0.0
 
@@ -217,6 +262,12 @@ class RolloutStats:
         return RolloutStats(
             **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         )
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Sampled tokens per row and decoding step: 1 without proposals."""
+        rows = self.num_generated_tokens - self.num_accepted_proposals
+        return self.num_generated_tokens / max(1, rows)
 
     @property
     def reused_fraction(self) -> float:

@@ -1,6 +1,7 @@
 #include "spec_rollout/history_drafter.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "parallel.h"
 #include "spec_rollout/check.h"
@@ -21,7 +22,9 @@ constexpr double kRequestWeight =
 
 }  // namespace
 
-HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests) {
+HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
+                               std::vector<int32_t> stop_token_ids)
+    : stop_token_ids_(std::move(stop_token_ids)) {
   if (num_groups < 0) fail("num_groups: expected >= 0, got ", num_groups);
   groups_.reserve(num_groups);
   for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(kMaxMatch);
@@ -98,7 +101,12 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
       ++wanted;
     }
     if (wanted == 0) continue;
-    out_lens[i] = group.continuation(match, wanted, out + total);
+    const int64_t found = group.continuation(match, wanted, out + total);
+    const auto is_stop = [&](int32_t token) {
+      return std::find(stop_token_ids_.begin(), stop_token_ids_.end(), token) !=
+             stop_token_ids_.end();
+    };
+    out_lens[i] = std::find_if(out + total, out + total + found, is_stop) - (out + total);
     request.proposed = static_cast<int32_t>(out_lens[i]);
     total += out_lens[i];
   }

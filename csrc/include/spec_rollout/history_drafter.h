@@ -20,7 +20,10 @@ class HistoryDrafter {
   // Matches of this length and longer are one class.
   static constexpr int kMaxMatch = 32;
 
-  HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests);
+  // Nothing from the first of `stop_token_ids` on is proposed: where one is drawn, the request
+  // ends.
+  HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
+                 std::vector<int32_t> stop_token_ids);
 
   // Rows of earlier rollouts. All rows of all groups at once, so that groups are built in parallel.
   void add_history(const int32_t* token_ids, const int64_t* cu_lens, const int64_t* groups,
@@ -57,6 +60,7 @@ class HistoryDrafter {
   std::vector<SuffixIndex> groups_;
   std::vector<Request> requests_;
   std::vector<Share> by_match_;
+  std::vector<int32_t> stop_token_ids_;
 };
 
 }  // namespace spec_rollout

@@ -12,6 +12,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.drafting import HistoryDrafter, StepCost
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.invariance import batch_invariance_error
@@ -19,7 +20,7 @@ from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.results import Results
 from spec_rollout.engines.transformers.verify import Verified, Verifier
 from spec_rollout.engines.transformers.weights import copy_weights
-from spec_rollout.types import RolloutRequests, Rollouts, RolloutStats, SamplingParams
+from spec_rollout.types import History, RolloutRequests, Rollouts, RolloutStats, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,11 +41,14 @@ class TransformersEngine:
     that verification drew. Finished rows' slots are refilled, and compacted away once nothing
     waits, so that time follows the tokens computed. Log-probs come from the same passes.
 
+    Requests that come with a history are decoded with proposals from it (`HistoryDrafter`): a step
+    then gives a row as many tokens as agree with what sampling gives, and one more.
+
     Rules that cut drafts unseen (`RandomReuse`, `RandomCut`) do so in the rollout layer
     (`AcceptanceRule.cut_lens`), before the engine sees the drafts.
 
     The model may be shared with a trainer: its mode, attention and hooks are restored after each
-    call, and nothing is kept between calls but `policy_version`.
+    call, and nothing is kept between calls but `policy_version` and what decoding steps took.
 
     Args:
         model: Causal LM with all parameters on one device, sdpa or eager attention.
@@ -95,6 +99,7 @@ class TransformersEngine:
         self.verify_chunk = min(verify_chunk, max_verify_tokens)
         self.max_model_len = longest if max_model_len is None else max_model_len
         self._policy_version = 0
+        self._step_cost = StepCost()
 
     @property
     def policy_version(self) -> int:
@@ -156,7 +161,7 @@ class TransformersEngine:
         results = Results(plan, sampling.stop_token_ids)
         if plan.batch:
             with self._forward.session():
-                self._generate(plan, sampling, acceptance, results, stats)
+                self._generate(plan, sampling, acceptance, results, stats, requests.history)
             if self._forward.device.type == "cuda":
                 ops.check_status(self._forward.device)
         packing = time.perf_counter()
@@ -173,7 +178,11 @@ class TransformersEngine:
         rule: AcceptanceRule,
         results: Results,
         stats: RolloutStats,
+        history: History | None,
     ) -> None:
+        start = time.perf_counter()
+        drafter = None if history is None else HistoryDrafter(history, sampling.stop_token_ids)
+        stats.decode_seconds += time.perf_counter() - start
         num_slots = min(self.num_slots, plan.batch)
         num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)
         verifier = Verifier(
@@ -185,7 +194,17 @@ class TransformersEngine:
             chunk=self.verify_chunk,
             stats=stats,
         )
-        decoder = Decoder(self._forward, plan, sampling, results, num_slots=num_slots, stats=stats)
+        decoder = Decoder(
+            self._forward,
+            plan,
+            sampling,
+            results,
+            num_slots=num_slots,
+            max_tokens=max(self.max_verify_tokens, num_slots),
+            stats=stats,
+            drafter=drafter,
+            cost=self._step_cost,
+        )
         waiting = deque(plan.order().tolist())
         refill = max(1, int(num_slots * _REFILL_SHARE))
         steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens

@@ -121,6 +121,11 @@ class Plan:
         return self.stream_ids[start : start + self.draft_lens[request]]
 
 
+def ranges(counts: np.ndarray) -> np.ndarray:
+    """0..counts[0]-1, 0..counts[1]-1, ... end to end."""
+    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
@@ -149,5 +154,5 @@ def _scatter(
     lens: np.ndarray,
 ) -> None:
     """out[out_starts[r] + i] = values[value_starts[r] + i] for i < lens[r]."""
-    offsets = np.arange(int(lens.sum())) - np.repeat(np.cumsum(lens) - lens, lens)
+    offsets = ranges(lens)
     out[np.repeat(out_starts, lens) + offsets] = values[np.repeat(value_starts, lens) + offsets]

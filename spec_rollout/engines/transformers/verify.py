@@ -10,7 +10,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.transformers.forward import ModelForward
-from spec_rollout.engines.transformers.requests import Plan
+from spec_rollout.engines.transformers.requests import Plan, ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
 
@@ -152,9 +152,9 @@ class Verifier:
         num_rows: np.ndarray,
     ) -> torch.Tensor:
         """The forward; logits of the wanted tokens, lane after lane. [sum(num_rows), vocab]."""
-        tokens = np.repeat(self._plan.stream_starts[requests] + fed, counts) + _ranges(counts)
+        tokens = np.repeat(self._plan.stream_starts[requests] + fed, counts) + ranges(counts)
         firsts = np.cumsum(counts) - counts
-        select = np.repeat(firsts + first_rows - fed, num_rows) + _ranges(num_rows)
+        select = np.repeat(firsts + first_rows - fed, num_rows) + ranges(num_rows)
         device = self._forward.device
         return self._forward(
             self.cache,
@@ -178,7 +178,7 @@ class Verifier:
         cu_rows = np.concatenate([[0], np.cumsum(num_rows)])
         cu_tests = np.concatenate([[0], np.cumsum(num_tests)])
         starts = plan.stream_starts[requests] + plan.prompt_lens[requests] + offsets
-        tested = np.repeat(starts, num_tests) + _ranges(num_tests)
+        tested = np.repeat(starts, num_tests) + ranges(num_tests)
         draft_logprobs = None
         if plan.draft_logprobs is not None:
             draft_logprobs = torch.from_numpy(plan.draft_logprobs[tested]).to(device)
@@ -211,8 +211,3 @@ class Verifier:
             lens.append(lane.fed)
         del self._lanes[len(busy) :]
         self.cache.move_rows(movers, gaps, lens)
-
-
-def _ranges(counts: np.ndarray) -> np.ndarray:
-    """0..counts[0]-1, 0..counts[1]-1, ... end to end."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

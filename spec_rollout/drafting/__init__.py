@@ -1,0 +1,6 @@
+"""Where proposals come from after a draft is spent, and how many are worth computing."""
+
+from spec_rollout.drafting.history import HistoryDrafter, Proposals
+from spec_rollout.drafting.step_cost import StepCost
+
+__all__ = ["HistoryDrafter", "Proposals", "StepCost"]

@@ -1,0 +1,97 @@
+"""Proposals from what a prompt's rollouts said before: the continuation of the longest suffix match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spec_rollout.ops._native import _C, num_threads
+from spec_rollout.types import History
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """Tokens to test, for some requests.
+
+    Attributes:
+        token_ids: [num_tokens], int32.
+        lens: [count], int64.
+    """
+
+    token_ids: np.ndarray
+    lens: np.ndarray
+
+
+class HistoryDrafter:
+    """Proposes for the live requests of one rollout call, and learns which proposals pass.
+
+    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts
+    and over what its live requests have generated so far. A proposal is what followed the most recent
+    of the longest matches; it goes on as long as its tokens are likely enough to pass, judged by how
+    proposals after matches of that length fared lately, for all requests and for this one.
+
+    A proposal changes no token: it is tested against the token that sampling gives anyway.
+
+    Args:
+        history: Earlier rollouts, and the group of each request.
+        stop_token_ids: Never proposed, nor what followed them.
+    """
+
+    def __init__(self, history: History, stop_token_ids: Sequence[int] = ()) -> None:
+        rows = [history.row_groups, history.request_groups]
+        num_groups = 1 + max((int(groups.max()) for groups in rows if groups.numel()), default=-1)
+        self._native = _C.HistoryDrafter(num_groups, history.request_groups, list(stop_token_ids))
+        self._native.add_history(
+            history.token_ids, history.cu_lens, history.row_groups, num_threads()
+        )
+
+    def extend(self, requests: np.ndarray, token_ids: np.ndarray, lens: np.ndarray) -> None:
+        """Adds what requests generated since the last call.
+
+        Args:
+            requests: [count], int64.
+            token_ids: Row after row. [num_tokens], int32.
+            lens: [count], int64.
+        """
+        cu_lens = np.concatenate([[0], np.cumsum(lens)])
+        self._native.extend(
+            torch.from_numpy(requests), torch.from_numpy(token_ids), torch.from_numpy(cu_lens)
+        )
+
+    def propose(
+        self, requests: np.ndarray, limits: np.ndarray, min_probability: float
+    ) -> Proposals:
+        """Proposes for each request the tokens that pass with at least this estimated probability.
+
+        Args:
+            requests: Requests that `extend` has seen. [count], int64.
+            limits: Most tokens for each. [count], int64.
+            min_probability: Of a token and all before it in its proposal passing.
+        """
+        out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
+        lens = np.empty(requests.size, dtype=np.int64)
+        total = self._native.propose(
+            torch.from_numpy(requests),
+            torch.from_numpy(limits),
+            min_probability,
+            torch.from_numpy(out),
+            torch.from_numpy(lens),
+        )
+        return Proposals(out[:total], lens)
+
+    def observe(self, requests: np.ndarray, accepted_lens: np.ndarray) -> None:
+        """Says how many tokens of each request's last proposal passed. [count], int64 both."""
+        self._native.observe(torch.from_numpy(requests), torch.from_numpy(accepted_lens))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens indexed."""
+        return self._native.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the index."""
+        return self._native.num_bytes
