@@ -272,7 +272,8 @@ def finish_drafts_kernel(
     drawn_before = draws & (greedy | (RULE == _COUPLED))
     next_id = tl.load(next_ids + row_index, mask=drawn_before, other=-1)
     next_logprob = tl.load(next_logprobs + row_index, mask=drawn_before, other=float("nan"))
-    if (RULE != _COUPLED) and (GREEDY != ALWAYS):
+    # The outer condition is known when compiling, and removes what it guards.
+    if (RULE != _COUPLED) and (GREEDY != ALWAYS):  # noqa: SIM102
         if draws & (drawn_before == 0):
             row = logits + row_index * row_stride
             position = _position_of(positions, r) + accepted
