@@ -28,7 +28,6 @@ SOURCES = ("token_logprobs", "verify_prefix", "sample_tokens")
 NO_TOOL = 3
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
-_LOAD = re.compile(r"LD(?:G)?\.E?(?:\.|$)|LDG\b")
 
 
 class ToolMissingError(RuntimeError):
@@ -41,15 +40,16 @@ class Kernel:
 
     Attributes:
         registers: Per thread.
-        local_bytes: Stack and local memory per thread that is not declared: spills and arrays not in registers.
-        local_accesses: Instructions that read or write local memory.
+        local_accesses: Instructions that read or write local memory. Outside the inner loops these may also be registers
+            that a function saves for its caller.
+        local_in_loops: Those within `loops`.
         loops: Of each innermost loop that reads global memory, the loads by width in bits.
     """
 
     name: str
     registers: int
-    local_bytes: int
     local_accesses: int
+    local_in_loops: int
     loops: tuple[Counter[int], ...]
 
     @property
@@ -60,8 +60,8 @@ class Kernel:
         narrow = sorted({width for loop in self.loops for width in loop if width < 128})
         if narrow:
             found.append(f"inner loop with loads of {', '.join(map(str, narrow))} bits")
-        if self.local_accesses or self.local_bytes:
-            found.append(f"{self.local_bytes} bytes of local memory")
+        if self.local_in_loops:
+            found.append(f"inner loop with {self.local_in_loops} accesses to local memory")
         return found
 
 
@@ -117,6 +117,10 @@ def load_width(opcode: str) -> int | None:
     return 32
 
 
+def is_local(opcode: str) -> bool:
+    return opcode.startswith(("LDL", "STL"))
+
+
 def short_name(mangled: str) -> str:
     """Name and element type of a kernel of csrc/cuda; Triton's names are plain."""
     match = re.search(r"\d+([a-z_]+_kernel)I.*?\d+((?:B?Float)\d+)Logit", mangled)
@@ -138,26 +142,16 @@ def kernels_of(path: Path, arch: str) -> list[Kernel]:
     }
     found = []
     for name, code in instructions(dump("-sass")):
-        loops = []
+        loops, local_in_loops = [], 0
         for first, last in inner_loops(code):
-            widths = Counter(
-                width
-                for address, opcode, _ in code
-                if first <= address <= last and (width := load_width(opcode)) is not None
-            )
+            opcodes = [opcode for address, opcode, _ in code if first <= address <= last]
+            widths = Counter(width for op in opcodes if (width := load_width(op)) is not None)
             if widths:
                 loops.append(widths)
-        local = sum(opcode.startswith(("LDL", "STL")) for _, opcode, _ in code)
-        used = usage[name]
-        found.append(
-            Kernel(
-                short_name(name),
-                used["REG"],
-                used.get("STACK", 0) + used.get("LOCAL", 0),
-                local,
-                tuple(loops),
-            )
-        )
+                local_in_loops += sum(map(is_local, opcodes))
+        local = sum(is_local(opcode) for _, opcode, _ in code)
+        registers = usage[name]["REG"]
+        found.append(Kernel(short_name(name), registers, local, local_in_loops, tuple(loops)))
     return sorted(found, key=lambda kernel: kernel.name)
 
 
@@ -249,7 +243,8 @@ def report(kernels: Sequence[tuple[str, Kernel]]) -> int:
         )
         print(
             f"{label:<{width}}  {kernel.registers:3d} registers, "
-            f"{kernel.local_accesses} spill accesses, loads of inner loops (bits): {loops or 'none'}"
+            f"{kernel.local_accesses} local accesses ({kernel.local_in_loops} in inner loops), "
+            f"loads of inner loops (bits): {loops or 'none'}"
         )
     bad = [(label, fault) for label, kernel in kernels for fault in kernel.faults]
     for label, fault in bad:
