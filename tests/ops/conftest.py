@@ -15,6 +15,14 @@ import pytest
 from spec_rollout import ops
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what takes Triton's interpreter a minute altogether."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path.name == "test_verify_prefix.py" and parameters.get("impl") == "triton":
+            item.add_marker(pytest.mark.slow)
+
+
 def why_not_triton(device: str) -> str | None:
     """Why `impl="triton"` cannot be tested on the device; None if it can."""
     if importlib.util.find_spec("triton") is None:
