@@ -364,6 +364,19 @@ def test_greedy(device, verify_prefix) -> None:
     assert (got.accepted_lens.item(), got.next_token_ids.item()) == (0, 1)
 
 
+def test_equal_logits_of_several_blocks_give_the_lowest_id(device, verify_prefix) -> None:
+    logits = torch.full((3, 20_000), 1.5, dtype=torch.bfloat16, device=device)
+    got = verify_prefix(
+        logits,
+        torch.tensor([0, 9000], device=device),
+        torch.tensor([0, 2], device=device),
+        rule=Coupled(),
+        keys=torch.zeros(1, dtype=torch.int64, device=device),
+        temperature=0.0,
+    )
+    assert (got.accepted_lens.item(), got.next_token_ids.item()) == (1, 0)
+
+
 def test_per_row_parameters_equal_single_rows(
     device, interpreted, verify_prefix, generator
 ) -> None:
