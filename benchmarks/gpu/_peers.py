@@ -5,6 +5,7 @@ Every function here imports its package itself, so that a missing one is an `Imp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -48,6 +49,7 @@ def torch_verify(
     return n, ids, p
 
 
+@functools.cache  # compiled once for all sizes
 def compiled(function: Callable[..., object], dry: bool) -> Callable[..., object]:
     """`torch.compile` of a function, for sizes that change; eager in a dry run, where compiling takes minutes."""
     return function if dry else torch.compile(function, dynamic=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from _gpu import Bench, bench_of, finish, options, peers
+from _gpu import Bench, Results, bench_of, finish, options, peers
 from _peers import (
     close,
     compiled,
@@ -55,7 +55,9 @@ def triton_is_usable(bench: Bench) -> None:
         raise ImportError("triton kernels are not run on the CPU here")
 
 
-def bench_token_logprobs(bench: Bench, results, logits: torch.Tensor, ids: torch.Tensor) -> None:
+def bench_token_logprobs(
+    bench: Bench, results: Results, logits: torch.Tensor, ids: torch.Tensor
+) -> None:
     few = slice(0, CHECKED_ROWS)
     truth = reference.token_logprobs(logits[few].cpu(), ids[few].cpu()).to(bench.device)
     close(ops.token_logprobs(logits, ids)[few], truth, 5e-6)
@@ -93,7 +95,13 @@ def bench_token_logprobs(bench: Bench, results, logits: torch.Tensor, ids: torch
     )
 
 
-def bench_sample_tokens(bench: Bench, results, logits, keys, positions) -> None:
+def bench_sample_tokens(
+    bench: Bench,
+    results: Results,
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
     few = min(4, logits.shape[0])
 
     def compiled_sample():
@@ -126,7 +134,9 @@ def bench_sample_tokens(bench: Bench, results, logits, keys, positions) -> None:
         )
 
 
-def bench_verify_prefix(bench: Bench, results, logits: torch.Tensor, keys: torch.Tensor) -> None:
+def bench_verify_prefix(
+    bench: Bench, results: Results, logits: torch.Tensor, keys: torch.Tensor
+) -> None:
     device = bench.device
     rows, vocab = logits.shape
     length = min(DRAFT_LEN, rows - 1)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from _gpu import Bench, bench_of, finish, options, peers
+from _gpu import Bench, Results, bench_of, finish, options, peers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
@@ -37,7 +37,9 @@ def to_device(work: Workload, device: str) -> Workload:
     return dataclasses.replace(work, **moved)
 
 
-def bench_accept_prefix(bench: Bench, results, host: Workload, work: Workload) -> torch.Tensor:
+def bench_accept_prefix(
+    bench: Bench, results: Results, host: Workload, work: Workload
+) -> torch.Tensor:
     def ours() -> torch.Tensor:
         return ops.accept_prefix(
             work.draft_logprobs,
@@ -78,7 +80,7 @@ def bench_accept_prefix(bench: Bench, results, host: Workload, work: Workload) -
     return accepted
 
 
-def bench_splice_kv(bench: Bench, results) -> None:
+def bench_splice_kv(bench: Bench, results: Results) -> None:
     device = bench.device
     rows, positions = (3, 64) if bench.dry else (96, POSITIONS)
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +164,7 @@ def bench_splice_kv(bench: Bench, results) -> None:
     add("splice_kv, rows to blocks", to_blocks, {"indexing by slot": (0, lambda: indexed)})
 
 
-def bench_assemble(bench: Bench, results, work: Workload, accepted: torch.Tensor) -> None:
+def bench_assemble(bench: Bench, results: Results, work: Workload, accepted: torch.Tensor) -> None:
     prompts = {
         "prompt_ids": work.prompt_ids,
         "cu_prompt_lens": work.cu_prompt_lens,
@@ -189,7 +191,7 @@ def bench_assemble(bench: Bench, results, work: Workload, accepted: torch.Tensor
     )
 
 
-def bench_calls(bench: Bench, results) -> None:
+def bench_calls(bench: Bench, results: Results) -> None:
     device = bench.device
     floats, ids = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
     logits, cu = torch.empty(0, 1000, device=device), torch.zeros(1, dtype=torch.int64).to(device)
