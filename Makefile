@@ -15,7 +15,7 @@ NATIVE := $(shell find csrc python_bindings -type f) CMakeLists.txt setup.py pyp
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-seeds test test-fast test-gpu bench lint format cuda-check clean
+.PHONY: help venv demo demo-seeds test test-fast test-gpu bench bench-gpu lint format cuda-check sass sanitize clean
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -54,20 +54,30 @@ demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_se
 	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
-test: cuda-check venv ## All tests
+test: venv cuda-check ## All tests
 	$(BIN)/python -m pytest
 
 test-fast: venv ## Tests of seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-gpu: venv ## Tests that need an NVIDIA GPU
+test-gpu: venv ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
 	$(BIN)/python -m pytest -m gpu
 
+sanitize: venv ## Every CUDA kernel under compute-sanitizer: memcheck, racecheck, initcheck
+	@PYTHON=$(BIN)/python .ci/sanitize
+
 cuda-check: ## Compile every CUDA kernel for sm_80, sm_90 and sm_100, warnings and spills are errors
-	@.ci/cuda-check
+	@PYTHON=$$(command -v $(BIN)/python || command -v python3) .ci/cuda-check
+
+sass: venv ## Registers and widths of loads of the kernels over logits, from machine code; ARCH=90
+	$(BIN)/python benchmarks/sass_report.py --arch $(or $(ARCH),90)
 
 bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of README.md
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/readme_tables.py
+
+bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of README.md
+	@set -e; for script in $(wildcard benchmarks/gpu/bench_*.py); do echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python benchmarks/readme_tables.py
 
 lint: $(VENV)/.lint ## ruff and clang-format, check only

@@ -129,15 +129,22 @@ def peak_extra_bytes(function: Callable[[], object]) -> int | None:
 class Results:
     """Rows of one benchmark and the circumstances they were measured in."""
 
-    def __init__(self, name: str, directory: Path = RESULTS_DIR) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path = RESULTS_DIR,
+        bandwidth: Callable[[], float] | None = None,
+    ) -> None:
+        """`bandwidth` measures bytes per second of a copy; `copy_bandwidth` if left out."""
         self.name = name
         self.directory = directory
+        self._bandwidth = bandwidth or copy_bandwidth
         self.rows: list[dict[str, Any]] = []
         # Before measuring: a commit made meanwhile is not what ran.
         self._environment = {**environment(), **git_commit(ROOT)}
         self._environment["threads"] = torch.get_num_threads()
         self._environment["omp_num_threads"] = os.environ.get("OMP_NUM_THREADS")
-        self.copy_bandwidth = copy_bandwidth()
+        self.copy_bandwidth = self._bandwidth()
 
     def add(
         self,
@@ -194,7 +201,7 @@ class Results:
 
         The copy bandwidth is measured once more: a disturbance at the start must not flatter the shares of it.
         """
-        self.copy_bandwidth = max(self.copy_bandwidth, copy_bandwidth())
+        self.copy_bandwidth = max(self.copy_bandwidth, self._bandwidth())
         for row in self.rows:
             if "gb_per_s" in row:
                 share = row["gb_per_s"] * 1e9 / self.copy_bandwidth

@@ -1,6 +1,7 @@
 """Writes the result tables of README.md from benchmarks/results/*.json.
 
-Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of benchmarks/results/NAME.json. `--check`
+Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of benchmarks/results/NAME.json, and between
+those of `gpu_NAME` the kernel table of benchmarks/results/NAME/gpu_*.json. `--check`
 changes nothing and exits with 1 if a table is not what its file gives.
 """
 
@@ -156,6 +157,67 @@ def demo_seeds_table(content: Mapping[str, Any]) -> str:
     return markdown_table(["run", "seed", *_DEMO_HEADER], rows)
 
 
+# What the GPU table shows: results file, op, and what of its shape and dtype tells the row from others.
+_GPU_ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
+    *(
+        ("gpu_logits", op, {"rows": 4096, "vocab": 151_936, "dtype": "bfloat16", **more})
+        for op, more in (
+            ("token_logprobs", {}),
+            *(
+                (f"verify_prefix, {rule}", {"accepted": accepted})
+                for rule in ("lenient", "coupled")
+                for accepted in ("0%", "50%", "100%")
+            ),
+            ("sample_tokens", {}),
+            ("sample_tokens, top_k 50", {}),
+            ("sample_tokens, top_p 0.95", {}),
+        )
+    ),
+    ("gpu_packed", "accept_prefix, packed", {"batch": 8192}),
+    ("gpu_packed", "splice_kv, rows to rows", {}),
+    ("gpu_packed", "splice_kv, rows to blocks", {}),
+    ("gpu_packed", "assemble, split, into out", {"batch": 8192}),
+    *(
+        ("gpu_packed", f"call of {op}, empty batch", {})
+        for op in ("token_logprobs", "verify_prefix", "splice_kv, 2 caches")
+    ),
+)
+
+
+def gpu_table(folder: Path) -> str:
+    """The kernels on one GPU, from `folder`/gpu_*.json; a row without a figure says so."""
+    files: dict[str, Mapping[str, Any]] = {}
+    for name in ("gpu_logits", "gpu_packed"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            files[name] = json.loads(path.read_text(encoding="utf-8"))
+
+    def cells(file: str, op: str, wanted: Mapping[str, Any]) -> list[str]:
+        size = ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in wanted.values())
+        for row in files.get(file, {}).get("rows", ()):
+            known = {**(row.get("shape") or {}), "dtype": row.get("dtype")}
+            if row["op"] == op and all(known.get(k) == v for k, v in wanted.items()):
+                break
+        else:
+            return [f"`{op}`", size, "not measured on a GPU yet", "", "", ""]
+        share = row.get("share_of_copy_bandwidth")
+        by_speed = sorted((row.get("peers") or {}).items(), key=lambda peer: peer[1]["speedup"])
+        against = [f"{name} {speedup(peer['speedup'])}" for name, peer in by_speed]
+        return [
+            f"`{op}`",
+            size,
+            seconds(row["seconds"]["p50"]),
+            f"{row['gb_per_s']:,.0f}" if "gb_per_s" in row else "",
+            "" if share is None else f"{share:.0%}",
+            ", ".join(against),
+        ]
+
+    header = ["op", "size", "median", "GB/s", "of copy bandwidth", "faster than"]
+    table = markdown_table(header, [cells(*row) for row in _GPU_ROWS])
+    notes = [f"<sub>{provenance(content)}</sub>" for content in files.values()]
+    return "\n\n".join([table, *notes])
+
+
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
@@ -171,6 +233,8 @@ def render(text: str, results: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
+        if name.startswith("gpu_"):  # a folder of results: gpu_h200 is benchmarks/results/h200
+            return f"{match[1]}{gpu_table(results / name.removeprefix('gpu_'))}\n{match[3]}"
         path = results / f"{name}.json"
         if not path.is_file():
             return f"{match[1]}*Not measured yet.*\n{match[3]}"

@@ -111,21 +111,38 @@ void accept_prefix(py::handle draft_logprobs, py::handle target_logprobs, py::ha
       SPEC_ROLLOUT_CUDA_CALL(accept_prefix(args, reinterpret_cast<void*>(stream))));
 }
 
-void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperatures,
-                    double temperature, py::handle logprobs, py::handle status,
-                    [[maybe_unused]] uintptr_t stream, int num_threads) {
-  ArgReader reader;
-  Dim rows{"num_tokens"}, vocab{"vocab"};
+TokenLogprobsArgs token_logprobs_inputs(ArgReader& reader, Dim& rows, py::handle logits,
+                                        py::handle token_ids, py::handle temperatures,
+                                        double temperature) {
+  Dim vocab{"vocab"};
   TokenLogprobsArgs args;
   args.logits = reader.logits(logits, rows, vocab);
   args.token_ids = reader.ints(token_ids, "token_ids", rows);
   args.temperatures = reader.floats(temperatures, "temperature", rows, true);
   args.temperature = static_cast<float>(temperature);
+  return args;
+}
+
+void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperatures,
+                    double temperature, py::handle logprobs, py::handle status,
+                    [[maybe_unused]] uintptr_t stream, int num_threads) {
+  ArgReader reader;
+  Dim rows{"num_tokens"};
+  TokenLogprobsArgs args =
+      token_logprobs_inputs(reader, rows, logits, token_ids, temperatures, temperature);
   args.logprobs = output<float>(reader, logprobs, "logprobs", {rows}, DType::kFloat32);
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::token_logprobs(args, num_threads); },
       SPEC_ROLLOUT_CUDA_CALL(token_logprobs(args, reinterpret_cast<void*>(stream))));
+}
+
+// The checks of token_logprobs alone, for implementations that are not in this extension.
+void check_token_logprobs(py::handle logits, py::handle token_ids, py::handle temperatures,
+                          double temperature) {
+  ArgReader reader;
+  Dim rows{"num_tokens"};
+  token_logprobs_inputs(reader, rows, logits, token_ids, temperatures, temperature);
 }
 
 void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
@@ -148,15 +165,14 @@ void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
       SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, reinterpret_cast<void*>(stream))));
 }
 
-void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
-                   py::handle draft_logprobs, py::handle cu_logits_lens, py::handle keys,
-                   py::handle positions, py::handle temperatures, double temperature,
-                   py::handle top_ks, int64_t top_k, py::handle top_ps, double top_p,
-                   const py::tuple& rule, py::handle accepted_lens, py::handle next_token_ids,
-                   py::handle logprobs, py::handle workspace, py::handle status,
-                   [[maybe_unused]] uintptr_t stream, int num_threads) {
-  ArgReader reader;
-  Dim rows{"num_logits_rows"}, vocab{"vocab"}, batch{"batch"}, tokens{"num_draft_tokens"};
+VerifyPrefixArgs verify_prefix_inputs(ArgReader& reader, Dim& rows, Dim& batch, py::handle logits,
+                                      py::handle draft_ids, py::handle cu_draft_lens,
+                                      py::handle draft_logprobs, py::handle cu_logits_lens,
+                                      py::handle keys, py::handle positions,
+                                      py::handle temperatures, double temperature,
+                                      py::handle top_ks, int64_t top_k, py::handle top_ps,
+                                      double top_p, const py::tuple& rule) {
+  Dim vocab{"vocab"}, tokens{"num_draft_tokens"};
   VerifyPrefixArgs args;
   args.logits = reader.logits(logits, rows, vocab);
   args.draft_ids = reader.ints(draft_ids, "draft_ids", tokens);
@@ -174,6 +190,21 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
   args.sampling =
       Sampling(reader, batch, temperatures, temperature, top_ks, top_k, top_ps, top_p).args;
   args.rule = rule_params(rule);
+  return args;
+}
+
+void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
+                   py::handle draft_logprobs, py::handle cu_logits_lens, py::handle keys,
+                   py::handle positions, py::handle temperatures, double temperature,
+                   py::handle top_ks, int64_t top_k, py::handle top_ps, double top_p,
+                   const py::tuple& rule, py::handle accepted_lens, py::handle next_token_ids,
+                   py::handle logprobs, py::handle workspace, py::handle status,
+                   [[maybe_unused]] uintptr_t stream, int num_threads) {
+  ArgReader reader;
+  Dim rows{"num_logits_rows"}, batch{"batch"};
+  VerifyPrefixArgs args = verify_prefix_inputs(
+      reader, rows, batch, logits, draft_ids, cu_draft_lens, draft_logprobs, cu_logits_lens, keys,
+      positions, temperatures, temperature, top_ks, top_k, top_ps, top_p, rule);
   args.accepted_lens =
       output<int32_t>(reader, accepted_lens, "accepted_lens", {batch}, DType::kInt32);
   args.next_token_ids =
@@ -188,6 +219,19 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
   launch(
       reader, [&] { cpu::verify_prefix(args, num_threads); },
       SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, reinterpret_cast<void*>(stream))));
+}
+
+// The checks of verify_prefix alone, for implementations that are not in this extension.
+void check_verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
+                         py::handle draft_logprobs, py::handle cu_logits_lens, py::handle keys,
+                         py::handle positions, py::handle temperatures, double temperature,
+                         py::handle top_ks, int64_t top_k, py::handle top_ps, double top_p,
+                         const py::tuple& rule) {
+  ArgReader reader;
+  Dim rows{"num_logits_rows"}, batch{"batch"};
+  verify_prefix_inputs(reader, rows, batch, logits, draft_ids, cu_draft_lens, draft_logprobs,
+                       cu_logits_lens, keys, positions, temperatures, temperature, top_ks, top_k,
+                       top_ps, top_p, rule);
 }
 
 int64_t verify_prefix_workspace_bytes([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t vocab,
@@ -547,8 +591,10 @@ PYBIND11_MODULE(_C, module) {
       "Kernels of spec_rollout. Use spec_rollout.ops, which documents and registers them.";
   module.def("accept_prefix", &accept_prefix);
   module.def("token_logprobs", &token_logprobs);
+  module.def("check_token_logprobs", &check_token_logprobs);
   module.def("sample_tokens", &sample_tokens);
   module.def("verify_prefix", &verify_prefix);
+  module.def("check_verify_prefix", &check_verify_prefix);
   module.def("verify_prefix_workspace_bytes", &verify_prefix_workspace_bytes);
   module.def("cache_view_words", &cache_view_words);
   module.def("splice_kv", &splice_kv);

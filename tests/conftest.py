@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Triton's kernels are tested on CPU in its interpreter. Whether they are interpreted is settled when triton is imported,
+# which is later than this.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = [
     "cpu",

@@ -11,7 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/acceptance.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/acceptance.md",
+    "docs/kernels.md",
+]
 
 
 def test_pre_commit_uses_the_versions_of_make_lint() -> None:
@@ -54,7 +60,7 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert second == "100% reused, 0 decoding steps"
 
 
-@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check"])
+@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check", ".ci/sanitize"])
 def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)

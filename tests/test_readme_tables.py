@@ -31,7 +31,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
 
 
 def test_every_results_file_says_where_it_comes_from() -> None:
-    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    paths = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
     for path in paths:
         content = json.loads(path.read_text())
         assert content["name"] == path.stem
@@ -82,6 +82,32 @@ def test_a_block_gets_the_table_of_its_file(results: Path, tmp_path: Path) -> No
     assert text.startswith("a\n<!-- begin: ops -->\n| op |")
     assert text.endswith("<!-- end: ops -->\nz\n")
     assert "Copy bandwidth in the same run: 10.0 GB/s" in text
+
+
+def test_the_gpu_table_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
+    measured = common.Results("gpu_logits", tmp_path / "h200", bandwidth=lambda: 4e12)
+    measured.add(
+        "token_logprobs",
+        timing=common.Timing(3e-4, 3.2e-4, 3.3e-4, 9),
+        shape={"rows": 4096, "vocab": 151_936},
+        dtype="bfloat16",
+        bytes_moved=1_244_659_712,
+        peers={
+            "vllm": common.Timing(6e-4, 6.4e-4, 7e-4, 9),
+            "triton": common.Timing(3e-4, 3.2e-4, 3.3e-4, 9),
+        },
+        absent={"quack": "not installed"},
+    )
+    measured.write()
+    lines = tables.gpu_table(tmp_path / "h200").splitlines()
+    assert lines[2] == (
+        "| `token_logprobs` | 4,096, 151,936, bfloat16 | 320 µs | 3,890 | 97% | triton 1x, vllm **2x** |"
+    )
+    assert "not measured on a GPU yet" in lines[3]
+    assert lines[-1].startswith("<sub>")
+    empty = tables.gpu_table(tmp_path / "nothing").splitlines()
+    assert len(empty) == 2 + len(tables._GPU_ROWS)
+    assert all("not measured on a GPU yet" in line for line in empty[2:])
 
 
 def test_a_block_without_end_is_an_error_and_one_without_results_says_so(

@@ -24,9 +24,10 @@ _CHECK_EVERY_CALL = os.environ.get("SPEC_ROLLOUT_CHECK", "0") not in ("", "0")
 _words: dict[torch.device, torch.Tensor] = {}
 
 
-def status_word(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The status word of the tensor's device ([1], int32); None on CPU, where errors are raised directly."""
-    if not tensor.is_cuda:
+def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor | None:
+    """The status word of the tensor's device ([1], int32); on CPU, where native errors are raised directly, None unless
+    `on_cpu`."""
+    if not tensor.is_cuda and not on_cpu:
         return None
     word = _words.get(tensor.device)
     if word is None:
@@ -59,3 +60,11 @@ def after_launch(tensor: torch.Tensor) -> None:
     """Called by every op after its launch: checks at once if SPEC_ROLLOUT_CHECK is set."""
     if _CHECK_EVERY_CALL and tensor.is_cuda:
         check_status(tensor.device)
+
+
+def after_triton(tensor: torch.Tensor) -> None:
+    """The same after a Triton kernel, whose interpreter reports through a status word on CPU, too: read at once there."""
+    if not tensor.is_cuda:
+        check_status(tensor.device)
+    else:
+        after_launch(tensor)

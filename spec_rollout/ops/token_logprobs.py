@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+from spec_rollout.ops._impl import implementation, triton_module
 from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature
-from spec_rollout.ops._status import after_launch, status_word
+from spec_rollout.ops._status import after_launch, after_triton, status_word
 
 
 def token_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, temperature: float | torch.Tensor = 1.0
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    *,
+    impl: Literal["native", "triton"] = "native",
 ) -> torch.Tensor:
     """Log-probability of one token per row: log_softmax(logits / temperature)[row, token_ids[row]].
 
@@ -24,6 +31,7 @@ def token_logprobs(
         token_ids: [num_tokens], int32 or int64, in [0, vocab).
         temperature: Positive, or 0 (greedy decoding, whose log-probs are those of temperature 1). A number, or a tensor
             [num_tokens], float32.
+        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's interpreter, for tests).
 
     Returns:
         Natural log, -inf for a token that cannot be drawn. [num_tokens], float32.
@@ -31,8 +39,10 @@ def token_logprobs(
     Raises:
         ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, and, on CPU (on
             CUDA: by `check_status`), ids outside the vocabulary, NaN or +inf logits, rows without a finite logit.
+        ImportError: if impl is "triton" and triton is not installed.
     """
-    return _token_logprobs(logits, token_ids, *split_temperature(temperature))
+    op = implementation(_IMPLEMENTATIONS, impl)
+    return op(logits, token_ids, *split_temperature(temperature))
 
 
 def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
@@ -58,3 +68,18 @@ def _token_logprobs(logits, token_ids, temperatures, temperature):
         )
     after_launch(logits)
     return logprobs
+
+
+@register_op(
+    "token_logprobs_triton(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> Tensor",
+    fake=_token_logprobs_fake,
+)
+def _token_logprobs_triton(logits, token_ids, temperatures, temperature):
+    module = triton_module("token_logprobs")
+    _C.check_token_logprobs(logits, token_ids, temperatures, temperature)
+    logprobs = module.token_logprobs(logits, token_ids, temperatures, temperature)
+    after_triton(logits)
+    return logprobs
+
+
+_IMPLEMENTATIONS = {"native": _token_logprobs, "triton": _token_logprobs_triton}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.ops._impl import implementation, triton_module
 from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
-from spec_rollout.ops._status import after_launch, status_word
+from spec_rollout.ops._status import after_launch, after_triton, status_word
 
 
 class VerifyResult(NamedTuple):
@@ -42,6 +43,7 @@ def verify_prefix(
     temperature: float | torch.Tensor = 1.0,
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
+    impl: Literal["native", "triton"] = "native",
 ) -> VerifyResult:
     """Tests drafts token by token and draws the token after each accepted prefix.
 
@@ -74,6 +76,8 @@ def verify_prefix(
             rule (log_lenience = inf still accepts all, -inf nothing). A number, or [batch] float32.
         top_k: 0 is off. A number, or [batch] int32 or int64.
         top_p: In (0, 1]; 1 is off. A number, or [batch] float32. Vocabularies up to 2**23 if used.
+        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's interpreter, for tests). Both
+            take the same decisions from the same noise.
 
     Returns:
         accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows] float32.
@@ -82,12 +86,14 @@ def verify_prefix(
         ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, parameters out
             of range, and, on CPU (on CUDA: by `check_status`), offsets, ids outside the vocabulary, NaN or +inf logits
             and rows without a finite logit (in rows that are read), NaN log-probs.
+        ImportError: if impl is "triton" and triton is not installed.
     """
+    op = implementation(_IMPLEMENTATIONS, impl)
     if rule.needs_draft_logprobs and draft_logprobs is None:
         raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
     kind, log_lenience, scale, min_target_prob = rule.kernel_params
     return VerifyResult(
-        *_verify_prefix(
+        *op(
             logits,
             draft_ids,
             cu_draft_lens,
@@ -116,13 +122,15 @@ def _verify_prefix_fake(
     )
 
 
-@register_op(
-    "verify_prefix(Tensor logits, Tensor draft_ids, Tensor cu_draft_lens, Tensor? draft_logprobs, "
+_SCHEMA = (
+    "(Tensor logits, Tensor draft_ids, Tensor cu_draft_lens, Tensor? draft_logprobs, "
     "Tensor? cu_logits_lens, Tensor keys, Tensor? positions, Tensor? temperatures, float temperature, "
     "Tensor? top_ks, int top_k, Tensor? top_ps, float top_p, int rule_kind, float log_lenience, float scale, "
-    "float min_target_prob) -> (Tensor, Tensor, Tensor)",
-    fake=_verify_prefix_fake,
+    "float min_target_prob) -> (Tensor, Tensor, Tensor)"
 )
+
+
+@register_op("verify_prefix" + _SCHEMA, fake=_verify_prefix_fake)
 def _verify_prefix(
     logits,
     draft_ids,
@@ -176,3 +184,17 @@ def _verify_prefix(
         )
     after_launch(logits)
     return accepted_lens, next_token_ids, logprobs
+
+
+@register_op("verify_prefix_triton" + _SCHEMA, fake=_verify_prefix_fake)
+def _verify_prefix_triton(*args):
+    module = triton_module("verify_prefix")
+    *inputs, rule_kind, log_lenience, scale, min_target_prob = args
+    rule = (rule_kind, log_lenience, scale, min_target_prob)
+    _C.check_verify_prefix(*inputs, rule)
+    result = module.verify_prefix(*inputs, *rule)
+    after_triton(inputs[0])
+    return result
+
+
+_IMPLEMENTATIONS = {"native": _verify_prefix, "triton": _verify_prefix_triton}

@@ -1,0 +1,109 @@
+"""The GPU benchmarks and the SASS report, as far as they run without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["bench_logits", "bench_packed"]
+
+
+def _run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"benchmarks/gpu/{script}.py", *args],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_passes_its_checks_and_writes_every_row(script, tmp_path) -> None:
+    done = _run(script, "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / f"{script.replace('bench', 'gpu')}.json").read_text())
+    ops = {row["op"].partition(",")[0] for row in content["rows"]}
+    if script == "bench_logits":
+        assert ops == {"token_logprobs", "verify_prefix", "sample_tokens"}
+        # Nothing is missing without a reason, and no peer of plain torch fails.
+        for row in content["rows"]:
+            assert not [r for r in row.get("absent", {}).values() if r.startswith("failed")], row
+    else:
+        assert {"accept_prefix", "splice_kv", "assemble", "call of verify_prefix"} <= ops
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_gpu_there_is_one_line(script) -> None:
+    done = _run(script)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == ("error: no CUDA device; --dry-run exercises the script without one\n")
+
+
+def _sass_report():
+    spec = importlib.util.spec_from_file_location(
+        "sass_report", ROOT / "benchmarks" / "sass_report.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sass_report"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# Two nested loops: the inner one, 0x0020 to 0x0050, reads memory; the outer one ends at 0x0070.
+_SASS = """
+		Function : _ZN3foo20token_logprobs_kernelINS_13BFloat16LogitEEEvS_
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R9, desc[UR4][R2.64] ;
+        /*0020*/                   {load} R4, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 FADD R1, R2, R3 ;
+        /*0040*/                   {local} R1, R2, R3 ;
+        /*0050*/               @P0 BRA 0x20 ;
+        /*0060*/                   STG.E desc[UR4][R2.64], R1 ;
+        /*0070*/               @P1 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+
+
+def test_the_width_of_the_inner_loops_loads_is_read_from_sass(monkeypatch, capsys) -> None:
+    report = _sass_report()
+
+    def kernels(load: str, local: str):
+        sass = _SASS.replace("{load}", load).replace("{local}", local)
+        ((name, code),) = report.instructions(sass)
+        usage = f" Function {name}:\n  REG:40 STACK:0 SHARED:0 LOCAL:0\n"
+        monkeypatch.setattr(report, "tool", lambda _: "cuobjdump")
+        monkeypatch.setattr(
+            report.subprocess,
+            "run",
+            lambda command, **_: subprocess.CompletedProcess(
+                command, 0, stdout=usage if "-res-usage" in command else sass
+            ),
+        )
+        return code, report.kernels_of(Path("x.cubin"), "90")
+
+    code, (good,) = kernels("LDG.E.128.CONSTANT", "FMUL")
+    assert report.inner_loops(code) == [(0x20, 0x50)]
+    assert (good.name, good.registers) == ("token_logprobs_kernel<bfloat16>", 40)
+    assert good.loops == ({128: 1},)
+    assert report.report([("good", good)]) == 0
+    _, (narrow,) = kernels("LDG.E.U16", "FMUL")
+    assert narrow.faults == ["inner loop with loads of 16 bits"]
+    _, (spilled,) = kernels("LDG.E.128", "STL")
+    assert spilled.faults == ["inner loop with 1 accesses to local memory"]
+    _, (none,) = kernels("MOV", "FMUL")
+    assert none.faults == ["no inner loop reads global memory"]
+    assert report.report([("a", narrow), ("b", none)]) == 2
+    assert "error: a: inner loop with loads of 16 bits" in capsys.readouterr().err
