@@ -21,7 +21,8 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -338,6 +339,31 @@ def weights_loaded(worker: Any) -> None:
 def is_in_process(llm: Any) -> bool:
     """Whether the engine core of an `LLM` runs in this process, so that tensors can be handed over as they are."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")
+
+
+@contextmanager
+def interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `before_step` before every step of an `LLM`; an exception in the block aborts all of its requests.
+
+    vLLM alone would finish them, and mix up their outputs, in the next call.
+    """
+    engine = llm.llm_engine
+    original = engine.step
+
+    def step() -> Any:
+        before_step()
+        return original()
+
+    if before_step is not None:
+        engine.step = step
+    try:
+        yield
+    except BaseException:
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        raise
+    finally:
+        if before_step is not None:
+            engine.step = original
 
 
 # -- Defects of the CPU wheels
