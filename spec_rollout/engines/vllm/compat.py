@@ -85,7 +85,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 
 def install() -> None:
-    """Installs the hooks in this process (the `vllm.general_plugins` entry point).
+    """Installs the hooks in this process.
 
     Raises:
         ImportError: if vLLM is too old, or its internals are not what this file expects.
@@ -105,6 +105,17 @@ def install() -> None:
     _wrap(SamplingParams, "_validate_spec_decode", _lenient_validation)
     # The model runner's module is heavy and sets up devices: it is hooked when a worker imports it (`install_worker`).
     _installed = True
+
+
+def plugin() -> None:
+    """The `vllm.general_plugins` entry point: `install`, but it never stands in the way of a vLLM that does not fit.
+
+    vLLM calls it in every process of every engine, ours or not.
+    """
+    try:
+        install()
+    except ImportError as error:
+        warnings.warn(f"spec_rollout's vLLM plugin is off: {error}", stacklevel=2)
 
 
 _worker_installed = False
@@ -367,6 +378,19 @@ def interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[
 
 
 # -- Defects of the CPU wheels
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """An engine set up in the block does not disable `torch.set_num_threads` for the rest of this process.
+
+    vLLM's CPU worker does, for the sake of threads it has bound to cores; it binds none in the caller's process.
+    """
+    original = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
 
 
 def keep_cpu_weights() -> None:

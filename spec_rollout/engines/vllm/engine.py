@@ -103,7 +103,8 @@ class VLLMEngine:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
+        with compat.threads_kept():
+            self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
         config = self.llm.llm_engine.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
         self.vocab_size: int = config.model_config.get_vocab_size()
