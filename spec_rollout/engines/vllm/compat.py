@@ -153,18 +153,35 @@ def is_ours(speculative_config: Any) -> bool:
 def _check(vllm_config: Any, request_id: str, params: Any) -> None:
     if not (getattr(params, "extra_args", None) or {}).get(EXTRA_ARG):
         return
-    if not is_ours(vllm_config.speculative_config):
-        raise ValueError(
-            f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
-            "spec_rollout.engines.vllm.engine_args(), got one without"
-        )
     model_config = vllm_config.model_config
-    admit(
-        request_id,
-        params,
-        vocab_size=model_config.get_vocab_size(),
-        logprobs_mode=model_config.logprobs_mode,
-    )
+    try:
+        if not is_ours(vllm_config.speculative_config):
+            raise ValueError(
+                f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
+                "spec_rollout.engines.vllm.engine_args(), got one without"
+            )
+        admit(
+            request_id,
+            params,
+            vocab_size=model_config.get_vocab_size(),
+            logprobs_mode=model_config.logprobs_mode,
+        )
+    except ValueError as error:
+        raise _request_error()(str(error)) from error
+
+
+@functools.cache
+def _request_error() -> type[ValueError]:
+    """ValueError, in the form in which vLLM's asynchronous front end takes it for the client's mistake.
+
+    Of others it says that the server failed, and not why.
+    """
+    from vllm import exceptions
+
+    client_error = getattr(exceptions, "VLLMClientError", None)
+    if client_error is None:  # vLLM took ValueError for it
+        return ValueError
+    return type("ReuseRequestError", (client_error, ValueError), {"__module__": __name__})
 
 
 def _checked_inputs(original: Callable) -> Callable:
