@@ -7,6 +7,7 @@ hands over to vLLM's own code unless the engine runs our proposer:
 | replaced | because |
 |---|---|
 | `GPUModelRunner._sample` | the token at the end of a prefill and the token after a draft never reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs |
+| `GPUModelRunner._calc_spec_decode_metadata` | prepares a rejection sampler's indices in every step, drafts or not; our sampler needs one array of them |
 | `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request` | a malformed request must fail alone, before a worker sees it |
 | `SamplingParams._validate_spec_decode`, `build_logitsprocs` | vLLM refuses min_p and logit_bias with any speculative decoding; our sampler and its plain sampler honour them |
 | `dispatch_cpu_unquantized_gemm` (CPU wheels) | frees the weights after packing them, so that they cannot be updated |
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from spec_rollout.engines.vllm.admission import admit
@@ -130,6 +132,7 @@ def install_worker() -> None:
     from vllm.v1.worker import gpu_model_runner
 
     _wrap(gpu_model_runner.GPUModelRunner, "_sample", _sample_hook)
+    _wrap(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", _metadata_hook)
     _wrap(gpu_model_runner, "build_logitsprocs", _all_logitsprocs)
     from vllm.platforms import current_platform
 
@@ -246,6 +249,41 @@ def _sample_hook(original: Callable) -> Callable:
         return _sample_rows(self, proposer, rows, logits, spec_decode_metadata)
 
     return _sample
+
+
+def _metadata_hook(original: Callable) -> Callable:
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from spec_rollout.engines.vllm.proposer import ReuseProposer
+    from spec_rollout.engines.vllm.sampler import to_device
+
+    def _calc_spec_decode_metadata(
+        self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any
+    ):
+        if not isinstance(getattr(self, "drafter", None), ReuseProposer):
+            return original(self, num_draft_tokens, cu_num_scheduled_tokens, *args)
+        num_reqs = num_draft_tokens.size
+        if num_draft_tokens.any():
+            # Of each request the rows of its last token and of its draft.
+            counts = num_draft_tokens + 1
+            ends = np.cumsum(counts)
+            rows = np.arange(ends[-1]) + np.repeat(
+                cu_num_scheduled_tokens[:num_reqs] - ends, counts
+            )
+            logits_indices = to_device(rows.astype(np.int32), self.device)
+        else:  # as without speculation
+            logits_indices = self.query_start_loc.gpu[1 : num_reqs + 1] - 1
+        return SpecDecodeMetadata(
+            draft_token_ids=None,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=None,
+            cu_num_sampled_tokens=None,
+            target_logits_indices=None,
+            bonus_logits_indices=None,
+            logits_indices=logits_indices,
+        )
+
+    return _calc_spec_decode_metadata
 
 
 def _rows(runner: Any, proposer: ReuseProposer) -> list[Row | None]:
