@@ -202,7 +202,8 @@ class VLLMConfig:
         max_num_batched_tokens: Tokens computed per engine step; None is vLLM's choice.
         enforce_eager: No CUDA graphs; None is true on a CPU.
         gpu_memory_utilization: Share of the device's memory for vLLM; the trainer needs the rest.
-        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU 1.
+        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU what `num_slots`
+            rollouts need, at most 4.
     """
 
     strategy: Literal["inflight", "two_pass"] = "inflight"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spec_rollout.engines.vllm import VLLMEngine
 
 _GIB = 1 << 30
+_LARGEST_BLOCK = 128  # of vLLM's KV cache on a CPU, in tokens
 # Read by vLLM when it is imported. In this process, weights are handed over as they are instead of being copied
 # through a pipe.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -53,7 +54,8 @@ def make_engine(
     """
     try:
         if config.engine == "vllm":
-            return _vllm_engine(config, vllm, model, longest_prompt + config.max_tokens)
+            max_model_len = longest_prompt + config.max_tokens
+            return _vllm_engine(config, vllm, model, policy.model.config, max_model_len)
         return TransformersEngine(
             policy.model,
             num_slots=config.num_slots,
@@ -70,8 +72,21 @@ def without_weights(policy: Policy) -> Policy:
     return replace(policy, model=policy.model.to("meta"))
 
 
+def _kv_bytes(model_config: Any, dtype: torch.dtype, num_tokens: int) -> int:
+    """Memory that keys and values of so many tokens take."""
+    config = model_config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize * num_tokens
+
+
 def _vllm_engine(
-    config: RolloutConfig, vllm: VLLMConfig, model: ModelConfig, max_model_len: int
+    config: RolloutConfig,
+    vllm: VLLMConfig,
+    model: ModelConfig,
+    model_config: Any,
+    max_model_len: int,
 ) -> VLLMEngine:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -81,10 +96,11 @@ def _vllm_engine(
     if vllm.strategy == "two_pass":
         check_two_pass(config.sampling(), config.acceptance())
     on_gpu = torch.cuda.is_available()
-    kv_cache_gib = vllm.kv_cache_gib
-    if kv_cache_gib is None and not on_gpu:
-        # Otherwise vLLM takes most of the machine's memory.
-        kv_cache_gib = 1.0
+    kv_bytes = None if vllm.kv_cache_gib is None else int(vllm.kv_cache_gib * _GIB)
+    if kv_bytes is None and not on_gpu:
+        # Otherwise vLLM takes most of the machine's memory. With room for a partly used block per rollout.
+        num_tokens = (config.num_slots + 1) * (max_model_len + _LARGEST_BLOCK)
+        kv_bytes = min(4 * _GIB, _kv_bytes(model_config, getattr(torch, model.dtype), num_tokens))
     llm_args: dict[str, Any] = {
         "dtype": model.dtype,
         "max_model_len": max_model_len,
@@ -93,8 +109,8 @@ def _vllm_engine(
         "use_tqdm_on_load": False,
         "enforce_eager": not on_gpu if vllm.enforce_eager is None else vllm.enforce_eager,
     }
-    if kv_cache_gib is not None:
-        llm_args["kv_cache_memory_bytes"] = int(kv_cache_gib * _GIB)
+    if kv_bytes is not None:
+        llm_args["kv_cache_memory_bytes"] = kv_bytes
     if vllm.max_num_batched_tokens is not None:
         llm_args["max_num_batched_tokens"] = vllm.max_num_batched_tokens
     return VLLMEngine(

@@ -42,7 +42,6 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
             "model": {"path": str(model_dir()), "device": "cpu"},
             "data": {"path": str(tmp_path / "train.jsonl")},
             "rollout": {"engine": "vllm", "num_samples": 4, "max_tokens": 120, "num_slots": 16},
-            "vllm": {"kv_cache_gib": 0.1},
             "reward": {"functions": ["spec_rollout.demo.task:reward"]},
             "train": {"prompts_per_step": 3, "epochs": 3, "lr": 3e-4, "seed": 7},
             "eval": {"num_train_prompts": 4, "num_samples": 2},
