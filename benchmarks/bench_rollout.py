@@ -2,7 +2,10 @@
 
     python benchmarks/bench_rollout.py --engine vllm
 
-All strategies produce the same responses, token for token (checked): the drafts are the responses themselves, and each
+In float32 a CPU's prefill is only about three times cheaper per token than its decoding, on a GPU some twenty times; in
+bfloat16, with AMX, it is in between.
+
+All strategies produce the same responses, token for token (checked; in 16 bits the share is reported): the drafts are the responses themselves, and each
 is rejected at a prescribed token by the log-probability it comes with (`Lenient`), whereupon the keyed noise draws the
 same token again. Response lengths are log-normal: half are short, a few reach the limit.
 
@@ -10,14 +13,16 @@ same token again. Response lengths are log-normal: half are short, a few reach t
 |---|---|
 | stock | vLLM without the plugin and without log-probs |
 | stock+logprobs | the same, with log-probs of the drawn tokens |
+| no key | the requests of stock, in vLLM with the plugin; same tokens (checked with seeds) |
 | vanilla | vLLM with the plugin, no drafts |
 | two_pass | the draft scored as a prompt, cut, resubmitted (the published design) |
 | inflight | the draft verified while the KV cache is written |
 | floor | continuations alone, the KV cache of prompt and accepted prefix given for free |
 
-Every timed run starts with an empty prefix cache (floor: with one that holds just what it needs). Runs are interleaved,
-medians reported; `cpu_seconds` is the process's own processor time, which a busy machine does not stretch as it does
-wall time.
+Every timed run starts with an empty prefix cache (floor: with one that holds just what it needs). The runs of all
+strategies and shares are interleaved. `seconds` are quantiles; `peers` compares medians, `paired` is the median of the
+quotients within a round, for wall time and for the process's own processor time (`cpu`), which a busy machine does not
+stretch as it does wall time.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +131,7 @@ class Bench:
 
         on_gpu = torch.cuda.is_available()
         common: dict[str, Any] = {
-            "dtype": args.dtype or ("bfloat16" if on_gpu else "float32"),
+            "dtype": args.dtype,
             "enforce_eager": not on_gpu or args.eager,
             "max_model_len": args.max_tokens + 128,
             "max_num_seqs": args.slots,
@@ -167,7 +172,10 @@ class Bench:
         self.engine.strategy = strategy
         return self.engine.rollout_with_limits(requests, self.work.sampling, RULE, self.work.limits)
 
-    def run_stock(self, logprobs: int | None) -> int:
+    def run_stock(
+        self, llm: Any, logprobs: int | None = None, seed: int | None = None
+    ) -> list[list[int]]:
+        """The same lengths without a key: vLLM's own sampler."""
         from vllm import SamplingParams as VLLMSamplingParams
 
         params = [
@@ -177,18 +185,19 @@ class Bench:
                 detokenize=False,
                 logprobs=logprobs,
                 flat_logprobs=logprobs is not None,
+                seed=None if seed is None else seed + row,
             )
-            for n in self.work.limits
+            for row, n in enumerate(self.work.limits)
         ]
-        prompts = Job.of(
+        job = Job.of(
             self.work.requests,
             self.work.sampling,
             RULE,
             self.work.limits,
             self.engine.max_model_len,
-        ).prompts()
-        outputs = self.stock.generate(prompts, params, use_tqdm=False)
-        return sum(len(o.outputs[0].token_ids) for o in outputs)
+        )
+        outputs = llm.generate(job.prompts(), params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outputs]
 
     def floor(
         self, requests: RolloutRequests, cuts: list[int]
@@ -225,7 +234,30 @@ def _timing(samples: list[float]) -> Timing:
     return Timing(p20, p50, p80, len(samples))
 
 
+@dataclass(slots=True)
+class _Record:
+    """What one contender did, round by round."""
+
+    function: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int | None = None
+    same_tokens: float | None = None
+
+
+def _quotient(over: _Record, under: _Record) -> dict[str, float]:
+    """How many times longer `over` took, as the median over rounds."""
+
+    def median(a: list[float], b: list[float]) -> float:
+        return round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
+
+    return {"wall": median(over.seconds, under.seconds), "cpu": median(over.cpu, under.cpu)}
+
+
 def run(args: argparse.Namespace, results: Results, model: str) -> None:
+    """Measures everything and adds the rows."""
     bench = Bench(args, model)
     work = bench.work
     reference = bench.rollout("inflight", work.requests)  # also warms up
@@ -233,64 +265,88 @@ def run(args: argparse.Namespace, results: Results, model: str) -> None:
     prompt_tokens = work.requests.prompt_ids.numel()
     print(
         f"{work.requests.batch} requests, {prompt_tokens} prompt tokens, responses {total} tokens "
-        f"(median {statistics.median(work.limits):.0f}, longest {max(work.limits)})"
+        f"(median {statistics.median(work.limits):.0f}, longest {max(work.limits)})",
+        flush=True,
     )
+    plugged = bench.engine.llm
+    same = bench.run_stock(plugged, seed=1) == bench.run_stock(bench.stock, seed=1)
+    print(f"requests without a key get stock vLLM's tokens: {same}", flush=True)
+    assert same or bench.common["dtype"] != "float32"
+
+    records: dict[tuple[str, float | None], _Record] = {
+        ("stock", None): _Record(lambda: bench.run_stock(bench.stock)),
+        ("no key", None): _Record(lambda: bench.run_stock(plugged)),
+        ("stock+logprobs", None): _Record(lambda: bench.run_stock(bench.stock, logprobs=0)),
+        ("vanilla", None): _Record(lambda: bench.rollout("inflight", work.requests)),
+    }
+    accepted_shares: dict[float, float] = {}
     for share in args.shares:
         requests = work.with_drafts(reference, share)
         accepted = bench.rollout("inflight", requests).accepted_lens.tolist()
-        fill, floor = bench.floor(requests, accepted)
-        contenders: dict[str, Callable[[], Any]] = {
-            "stock": lambda: bench.run_stock(None),
-            "stock+logprobs": lambda: bench.run_stock(0),
-            "vanilla": lambda: bench.rollout("inflight", work.requests),
-            "two_pass": lambda requests=requests: bench.rollout("two_pass", requests),
-            "inflight": lambda requests=requests: bench.rollout("inflight", requests),
-            "floor": floor,
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        work_done: dict[str, tuple[int, int | None]] = {}
-        for repeat in range(args.repeats + 1):
-            for name, function in contenders.items():
-                bench.engine.llm.reset_prefix_cache()
-                bench.stock.reset_prefix_cache()
-                if name == "floor":
-                    fill()
-                bench.engine._take_metrics()
-                bench.steps = 0
-                start, cpu_start = time.perf_counter(), time.process_time()
-                out = function()
-                elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-                if repeat:  # the first is a warm-up
-                    seconds[name].append(elapsed)
-                    cpu_seconds[name].append(cpu)
-                if isinstance(out, Rollouts):
-                    assert torch.equal(out.response_ids, reference.response_ids), name
-                    tokens: int | None = out.stats.num_computed_tokens
-                elif name == "floor":
-                    tokens = bench.engine._take_metrics().num_computed_tokens
-                else:
-                    assert out == total
-                    tokens = None
-                work_done[name] = (bench.steps, tokens)
-        timings = {name: _timing(samples) for name, samples in seconds.items()}
-        inflight = timings["inflight"].p50
-        cpu = {name: statistics.median(samples) for name, samples in cpu_seconds.items()}
-        for name, timing in timings.items():
-            steps, tokens = work_done[name]
-            results.add(
-                f"{name} @ {share:.2f}",
-                timing=timing,
-                shape={"requests": work.requests.batch, "response_tokens": total},
-                dtype=bench.common["dtype"],
-                strategy=name,
-                accepted_share=round(sum(accepted) / total, 4),
-                engine_steps=steps,
-                computed_tokens=tokens,
-                over_inflight=round(timing.p50 / inflight, 3),
-                cpu_seconds=round(cpu[name], 4),
-                cpu_over_inflight=round(cpu[name] / cpu["inflight"], 3),
+        accepted_shares[share] = sum(accepted) / total
+        for strategy in ("two_pass", "inflight"):
+            records[strategy, share] = _Record(
+                lambda strategy=strategy, requests=requests: bench.rollout(strategy, requests)
             )
+        if share < 1:
+            fill, floor = bench.floor(requests, accepted)
+            records["floor", share] = _Record(floor, before=fill)
+
+    for round_ in range(args.repeats + 1):
+        print("warm-up" if round_ == 0 else f"round {round_} of {args.repeats}", flush=True)
+        # In another order each time: what ran just before matters, to caches and to the machine's clock.
+        items = list(records.items())
+        shift = round_ * len(items) // (args.repeats + 1)
+        for (name, _), record in items[shift:] + items[:shift]:
+            plugged.reset_prefix_cache()
+            bench.stock.reset_prefix_cache()
+            if record.before is not None:
+                record.before()
+            bench.engine._take_metrics()
+            bench.steps = 0
+            start, cpu_start = time.perf_counter(), time.process_time()
+            out = record.function()
+            elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+            if round_:
+                record.seconds.append(elapsed)
+                record.cpu.append(cpu)
+            record.steps = bench.steps
+            if isinstance(out, Rollouts):
+                same = (out.response_ids == reference.response_ids).double().mean()
+                record.same_tokens = float(same)
+                # In 16 bits, logits depend on the batch enough to turn a near-tie now and then.
+                assert same == 1.0 or bench.common["dtype"] != "float32", (name, record.same_tokens)
+                record.tokens = out.stats.num_computed_tokens
+            elif name == "floor":
+                record.tokens = bench.engine._take_metrics().num_computed_tokens
+            else:
+                assert sum(map(len, out)) == total
+
+    timings = {key: _timing(record.seconds) for key, record in records.items()}
+    fixed = {"vanilla": ("stock", "stock+logprobs"), "no key": ("stock",)}
+    for (name, share), record in records.items():
+        if share is None:
+            others = {n: (n, None) for n in fixed.get(name, ())}
+        elif name == "inflight":
+            others = {n: (n, share) for n in ("two_pass", "floor") if (n, share) in records}
+            others["vanilla"] = ("vanilla", None)
+        else:
+            others = {}
+        results.add(
+            name if share is None else f"{name} @ {share:.2f}",
+            timing=timings[name, share],
+            shape={"requests": work.requests.batch, "response_tokens": total},
+            dtype=bench.common["dtype"],
+            peers={n: timings[key] for n, key in others.items()},
+            paired={n: _quotient(records[key], record) for n, key in others.items()},
+            strategy=name,
+            share=share,
+            accepted_share=None if share is None else round(accepted_shares[share], 4),
+            engine_steps=record.steps,
+            computed_tokens=record.tokens,
+            same_tokens=record.same_tokens,
+            cpu_seconds=round(statistics.median(record.cpu), 4),
+        )
 
 
 def main() -> None:
@@ -301,13 +357,13 @@ def main() -> None:
     )
     options.add_argument("--requests", type=int, help="64 on CPU, 512 on a GPU")
     options.add_argument("--max-tokens", type=int, help="256 on CPU, 1024 on a GPU")
-    options.add_argument("--slots", type=int, help="max_num_seqs; 32 on CPU, 256 on a GPU")
+    options.add_argument("--slots", type=int, help="max_num_seqs; 16 on CPU, 256 on a GPU")
     options.add_argument(
         "--token-budget", type=int, help="max_num_batched_tokens; 2048 on CPU, 8192 on a GPU"
     )
     options.add_argument("--k", type=int, default=64, help="num_speculative_tokens")
     options.add_argument("--first-chunk", type=int, help="see engine_args")
-    options.add_argument("--dtype")
+    options.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     options.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
@@ -317,7 +373,7 @@ def main() -> None:
         "shape": ("small", "qwen3-1.7b"),
         "requests": (64, 512),
         "max_tokens": (256, 1024),
-        "slots": (32, 256),
+        "slots": (16, 256),
         "token_budget": (2048, 8192),
     }
     for name, choice in defaults.items():

@@ -218,9 +218,45 @@ def gpu_table(folder: Path) -> str:
     return "\n\n".join([table, *notes])
 
 
+def rollout_table(content: Mapping[str, Any]) -> str:
+    """A file of bench_rollout.py: one line per share of accepted tokens."""
+    rows = {(row["strategy"], row["share"]): row for row in content["rows"]}
+
+    def cell(strategy: str, share: float | None) -> str:
+        row = rows.get((strategy, share))
+        if row is None:
+            return ""
+        return f"{seconds(row['seconds']['p50'])}, {row['engine_steps']} steps"
+
+    def quotient(share: float, peer: str) -> str:
+        wall = rows["inflight", share]["paired"].get(peer)
+        return "" if wall is None else f"{wall['wall']:.2f}x"
+
+    shares = [share for strategy, share in rows if strategy == "inflight"]
+    strategies = ("two_pass", "inflight", "floor")
+    lines = [
+        [f"{share:.0%}", cell("vanilla", None), *(cell(name, share) for name in strategies)]
+        + [quotient(share, name) for name in ("vanilla", "two_pass", "floor")]
+        for share in shares
+    ]
+    header = [
+        "accepted",
+        "vanilla",
+        *strategies,
+        *(f"{n} / inflight" for n in ("vanilla", "two_pass", "floor")),
+    ]
+    no_key = rows["no key", None]["paired"]["stock"]["wall"]
+    return (
+        f"{markdown_table(header, lines)}\n\nStock vLLM: {cell('stock', None)}; its time over that of the same "
+        f"requests in vLLM with the plugin: {no_key:.2f}x."
+    )
+
+
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
+    "rollout_vllm": rollout_table,
+    "rollout_vllm_gpu": rollout_table,
 }
 
 

@@ -145,6 +145,7 @@ def _add_rollout_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0)
 
     engine = parser.add_argument_group("engine")
+    engine.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     engine.add_argument("--num-slots", type=int, default=64, help="rows decoded at once")
     engine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     engine.add_argument("--device", default="auto", help="auto, cpu or cuda[:n]")

@@ -67,13 +67,20 @@ SHORT = DemoSize(
 
 
 def demo_config(
-    name: str, out: Path, size: DemoSize, seed: int, *, evaluate_first: bool = True
+    name: str,
+    out: Path,
+    size: DemoSize,
+    seed: int,
+    *,
+    evaluate_first: bool = True,
+    engine: str = "transformers",
 ) -> RunConfig:
     """Config of one run, written to `out`/`name`; the prompts are expected in `out`.
 
     Args:
         evaluate_first: Evaluate before training too; all runs of a seed start from the same weights and evaluate them
             with the same noise, so once is enough.
+        engine: As `rollout.engine`.
     """
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import MAX_RESPONSE_TOKENS
@@ -93,6 +100,7 @@ def demo_config(
         model=ModelConfig(path=str(model_dir()), device="cpu"),
         data=DataConfig(path=str(out / "train.jsonl")),
         rollout=RolloutConfig(
+            engine=engine,
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
             # The fastest there is for the plain run, which the others are compared with (benchmarks/bench_engine.py
@@ -179,12 +187,14 @@ def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
     write_jsonl(heldout_problems(size.num_heldout), out / "heldout.jsonl")
 
 
-def run_one(name: str, out: Path, size: DemoSize, seed: int, *, evaluate_first: bool) -> RunSummary:
+def run_one(
+    name: str, out: Path, size: DemoSize, seed: int, *, evaluate_first: bool, engine: str
+) -> RunSummary:
     """Trains one run and saves the ids of all its training rollouts in responses.npz."""
     from spec_rollout.train.trainer import run
 
     responses = ResponseLog()
-    config = demo_config(name, out, size, seed, evaluate_first=evaluate_first)
+    config = demo_config(name, out, size, seed, evaluate_first=evaluate_first, engine=engine)
     summary = run(config, on_step=_ticker(name), on_rollouts=responses.add)
     responses.save(out / name / "responses.npz")
     return summary
@@ -237,7 +247,12 @@ def run_facts(
 
 
 def demo(
-    out: Path, names: Sequence[str], size: DemoSize, seed: int, command: Sequence[str]
+    out: Path,
+    names: Sequence[str],
+    size: DemoSize,
+    seed: int,
+    command: Sequence[str],
+    engine: str = "transformers",
 ) -> dict[str, Any]:
     """Runs the demo once; writes and returns summary.json, and writes report.html."""
     import torch
@@ -248,7 +263,7 @@ def demo(
     summaries: dict[str, RunSummary] = {}
     for index, name in enumerate(names):
         print(f"run {index + 1} of {len(names)}: {name} (seed {seed})", flush=True)
-        summary = run_one(name, out, size, seed, evaluate_first=not summaries)
+        summary = run_one(name, out, size, seed, evaluate_first=not summaries, engine=engine)
         if summaries:
             first = next(iter(summaries.values()))
             summary = replace(summary, accuracy_before=first.accuracy_before)
@@ -257,6 +272,7 @@ def demo(
         "name": "demo",
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "engine": engine,
         "seed": seed,
         "size": asdict(size),
         "runs": {
@@ -327,6 +343,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     options.add_argument("--runs", default=",".join(RUNS), help="default: %(default)s")
+    options.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument(
         "--seeds", help="several seeds, e.g. 0,1,2; each gets its own folder in OUT"
@@ -367,13 +384,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python", "-m", "spec_rollout.demo_run", *shown]
     seeds = [args.seed] if args.seeds is None else args.seeds
     size = replace(size, threads=args.threads)
-    if args.threads is None and "OMP_NUM_THREADS" not in os.environ:
+    if args.threads is None and args.engine == "vllm":
+        # With more, vLLM's CPU kernels add up in an order that depends on the batch, and the run with the cache off is
+        # the same only up to rounding.
+        size = replace(size, threads=1)
+        print("torch threads: 1", flush=True)
+    elif args.threads is None and "OMP_NUM_THREADS" not in os.environ:
         size = replace(size, threads=fastest_threads())
         print(f"torch threads: {size.threads} (the faster of 1 and 2 here)", flush=True)
     contents = []
     for seed in seeds:
         out = args.out if args.seeds is None else args.out / f"seed-{seed}"
-        contents.append(demo(out, args.runs, size, seed, command))
+        contents.append(demo(out, args.runs, size, seed, command, args.engine))
         print(
             f"\n{table(contents[-1])}\n\nsummary: {out / 'summary.json'}, report: {out / 'report.html'}"
         )

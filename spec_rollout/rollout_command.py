@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from spec_rollout.cache import RolloutCache
-from spec_rollout.engines.transformers import TransformersEngine
 from spec_rollout.rollout import RolloutSession
-from spec_rollout.train.config import ConfigError, ModelConfig, RolloutConfig
+from spec_rollout.train.config import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
 from spec_rollout.train.data import PromptRow, load_prompts, read_records
+from spec_rollout.train.engines import check_engine, make_engine, without_weights
 from spec_rollout.train.policy import Policy, load_policy
 from spec_rollout.types import FinishReason, Rollouts, RolloutStats
 
@@ -42,7 +42,11 @@ def rollout(args: argparse.Namespace) -> int:
     cache = RolloutCache()
     if args.cache_in is not None:
         cache.load(args.cache_in)
-    policy = load_policy(ModelConfig(args.model, dtype=args.dtype, device=args.device))
+    check_engine(config)
+    # vLLM puts its own copy of the weights where it computes.
+    device = "cpu" if config.engine == "vllm" else args.device
+    model_config = ModelConfig(args.model, dtype=args.dtype, device=device)
+    policy = load_policy(model_config)
     # An answer column is taken as such, so that training data can be used as it is.
     _, first = next(read_records(args.prompts, 1), ("", {}))
     data = load_prompts(
@@ -52,8 +56,17 @@ def rollout(args: argparse.Namespace) -> int:
         prompt_column=args.prompt_column,
         answer_column="answer" if "answer" in first else None,
     )
+    if config.engine == "vllm":
+        policy = without_weights(policy)
+    engine = make_engine(
+        config,
+        VLLMConfig(),
+        model_config,
+        policy,
+        longest_prompt=max(len(row.prompt_ids) for row in data.rows),
+    )
     session = RolloutSession(
-        TransformersEngine(policy.model, num_slots=config.num_slots),
+        engine,
         config.acceptance(),
         cache=cache,
         seed=args.seed,
@@ -104,6 +117,7 @@ def _config(args: argparse.Namespace) -> RolloutConfig:
             top_k=args.top_k,
             top_p=args.top_p,
             max_tokens=args.max_tokens,
+            engine=args.engine,
             num_slots=args.num_slots,
             rule=args.rule,
             log_lenience=args.log_lenience,

@@ -60,7 +60,7 @@ def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert second == "100% reused, 0 decoding steps"
 
 
-@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check", ".ci/sanitize"])
+@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check", ".ci/sanitize", ".ci/vllm-venv"])
 def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
@@ -68,8 +68,8 @@ def test_scripts_are_valid_shell_and_executable(script: str) -> None:
 
 def test_the_demo_refuses_another_engine_with_one_line() -> None:
     result = subprocess.run(
-        ["make", "--no-print-directory", "demo", "ENGINE=vllm"],
+        ["make", "--no-print-directory", "demo", "ENGINE=sglang"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr.startswith("error: ENGINE: expected transformers, got vllm")
+    assert result.stderr.startswith("error: ENGINE: expected transformers or vllm, got sglang")

@@ -198,3 +198,26 @@ def test_results_with_nan_are_refused_and_nothing_is_written(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="not JSON compliant"):
         common.write_json(tmp_path / "x.json", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rollout_table_has_a_line_per_share() -> None:
+    def row(strategy: str, share: float | None, p50: float, **paired: float) -> dict:
+        return {
+            "strategy": strategy,
+            "share": share,
+            "seconds": {"p50": p50},
+            "engine_steps": 7,
+            "paired": {name: {"wall": value} for name, value in paired.items()},
+        }
+
+    rows = [
+        row("stock", None, 2.0),
+        row("no key", None, 2.0, stock=0.99),
+        row("vanilla", None, 2.1),
+    ]
+    rows += [row("two_pass", 0.5, 1.8), row("inflight", 0.5, 1.2, vanilla=1.75, two_pass=1.5)]
+    text = tables.rollout_table({"rows": rows})
+    assert text.splitlines()[2] == (
+        "| 50% | 2.1 s, 7 steps | 1.8 s, 7 steps | 1.2 s, 7 steps |  | 1.75x | 1.50x |  |"
+    )
+    assert text.splitlines()[-1].endswith("in vLLM with the plugin: 0.99x.")

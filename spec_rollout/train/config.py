@@ -91,11 +91,13 @@ class RolloutConfig:
     """How responses are generated and what of the previous ones is reused.
 
     Attributes:
-        engine: Only "transformers" (embedded, shares the policy's weights).
+        engine: "transformers" (embedded, shares the policy's weights) or "vllm" (an engine in this process that gets
+            the weights after every update; section `vllm`).
         num_samples: Responses per prompt (the group).
         temperature, top_k, top_p, max_tokens: See `SamplingParams`.
         stop_tokens: Token strings that end a response; None takes the model's end-of-sequence tokens.
-        num_slots, max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`.
+        num_slots: Rollouts generated at once.
+        max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm has none of them.
         reuse: False turns drafts off (the rule still decides which noise is used).
         rule: Acceptance rule (`spec_rollout.acceptance`).
         log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
@@ -107,7 +109,7 @@ class RolloutConfig:
         cache_path: Cache file of an earlier run to start from.
     """
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     num_samples: int = 8
     temperature: float = 1.0
     top_k: int = 0
@@ -149,6 +151,12 @@ class RolloutConfig:
                 f"rollout.log_lenience: expected to be left out with rule {self.rule!r} "
                 f"(only lenient and coupled have one), got {self.log_lenience!r}"
             )
+        _require(
+            self.engine != "vllm" or not self.batch_invariant,
+            "rollout.batch_invariant",
+            "to be left out with the engine vllm",
+            self.batch_invariant,
+        )
         try:
             self.schedule()
             self.sampling()
@@ -182,6 +190,40 @@ class RolloutConfig:
         return SamplingParams(
             self.temperature, self.top_k, self.top_p, self.max_tokens, stop_token_ids
         )
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMConfig:
+    """The engine vllm; without meaning for the engine transformers.
+
+    Attributes:
+        strategy: "inflight", or "two_pass", the published design (rule lenient at temperature 1).
+        num_speculative_tokens, first_chunk: See `spec_rollout.engines.vllm.engine_args`.
+        max_num_batched_tokens: Tokens computed per engine step; None is vLLM's choice.
+        enforce_eager: No CUDA graphs; None is true on a CPU.
+        gpu_memory_utilization: Share of the device's memory for vLLM; the trainer needs the rest.
+        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU what `num_slots`
+            rollouts need, at most 4.
+    """
+
+    strategy: Literal["inflight", "two_pass"] = "inflight"
+    num_speculative_tokens: int = 64
+    first_chunk: int | None = None
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool | None = None
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            "vllm",
+            self,
+            *("num_speculative_tokens", "first_chunk", "max_num_batched_tokens"),
+        )
+        for key in ("gpu_memory_utilization", "kv_cache_gib"):
+            value = getattr(self, key)
+            _require(value is None or value > 0, f"vllm.{key}", "a positive number", value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +399,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from spec_rollout.engines.base import RolloutEngine
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -64,14 +66,23 @@ class StopRequest:
             raise Aborted
 
     @contextmanager
-    def aborting(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within this block a stop request aborts before the next forward pass of `model`, and on entry."""
+    def aborting(
+        self, model: torch.nn.Module, engine: RolloutEngine | None = None
+    ) -> Iterator[None]:
+        """Within this block a stop request aborts before the next forward pass of `model`, and on entry.
+
+        An engine with weights of its own has `before_step`, which is called before each of its steps.
+        """
         self.check()
         handle = model.register_forward_pre_hook(lambda _module, _args: self.check())
+        if hasattr(engine, "before_step"):
+            engine.before_step = self.check
         try:
             yield
         finally:
             handle.remove()
+            if hasattr(engine, "before_step"):
+                engine.before_step = None
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self.request(signum)

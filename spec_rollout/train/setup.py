@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import RolloutCache
-from spec_rollout.engines import TransformersEngine
+from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.config import ConfigError, RunConfig
 from spec_rollout.train.data import DataError, PromptData, PromptOrder, PromptRow, load_prompts
+from spec_rollout.train.engines import check_engine, make_engine
 from spec_rollout.train.policy import Policy, load_model, load_policy
 from spec_rollout.train.rewards import Rewards
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
@@ -36,7 +37,7 @@ class Components:
     eval_rows: dict[str, tuple[PromptRow, ...]]
     order: PromptOrder
     rewards: Rewards
-    engine: TransformersEngine
+    engine: RolloutEngine
     cache: RolloutCache
     session: RolloutSession
     optimizer: torch.optim.Optimizer
@@ -57,6 +58,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     Raises:
         ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was found.
     """
+    check_engine(config.rollout)
     state = None if checkpoint is None else load_state(checkpoint)
     rewards = Rewards(config.reward)
     model_config = config.model
@@ -91,7 +93,14 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             path, key = config.model.reference, "model.reference"
         device = next(policy.model.parameters()).device
         reference = load_model(path, config.model, device, key).requires_grad_(False)
-    engine = _engine(config, policy)
+    prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
+    engine = make_engine(
+        config.rollout,
+        config.vllm,
+        model_config,
+        policy,
+        longest_prompt=max(map(len, prompts)),
+    )
     session = RolloutSession(
         engine,
         config.rollout.schedule(),
@@ -144,21 +153,6 @@ def _load_cache(config: RunConfig, *, fresh: bool) -> RolloutCache:
         except ValueError as error:
             raise ConfigError(f"rollout.cache_path: {error}") from error
     return cache
-
-
-def _engine(config: RunConfig, policy: Policy) -> TransformersEngine:
-    """Shares the policy's model: no second copy of the weights, nothing to move after an update."""
-    rollout = config.rollout
-    try:
-        return TransformersEngine(
-            policy.model,
-            num_slots=rollout.num_slots,
-            max_verify_tokens=rollout.max_verify_tokens,
-            verify_chunk=rollout.verify_chunk,
-            batch_invariant=rollout.batch_invariant,
-        )
-    except ValueError as error:
-        raise ConfigError(f"rollout.engine: {error}") from error
 
 
 def _load_data(

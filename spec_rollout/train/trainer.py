@@ -1,7 +1,7 @@
 """The training loop: prompts -> rollouts -> rewards -> advantages -> update -> weights to the engine.
 
 One row per step goes to metrics.jsonl: `step` (updates done), `epoch` (0-based), `reward` and the like, all fields and
-ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`; `accuracy_train`, `accuracy_heldout`,
+ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`, with the engine vllm `vllm_*`; `accuracy_train`, `accuracy_heldout`,
 `eval_reward_*` and `eval_seconds` where evaluated. Row 0 is the evaluation before the first update.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.environment import environment
 from spec_rollout.train.advantages import group_advantages
 from spec_rollout.train.checkpoint import (
@@ -191,7 +192,7 @@ class _Run:
         rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
         num_samples = config.rollout.num_samples
         bar.set_description(f"epoch {epoch} rollout")
-        with stop.aborting(parts.policy.model):
+        with stop.aborting(parts.policy.model, parts.engine):
             rollouts = parts.session.rollout(
                 [row.prompt_ids for row in rows],
                 num_samples,
@@ -228,6 +229,7 @@ class _Run:
                 (rollouts.finish_reasons == FinishReason.LENGTH).double().mean()
             ),
             **_stats_row(rollouts.stats),
+            **_engine_row(parts.engine),
             **{key: value for key, value in asdict(update).items() if value is not None},
             "reward_seconds": train_start - reward_start,
             "train_seconds": end - train_start,
@@ -241,7 +243,7 @@ class _Run:
         self._pending = row
         if self._evaluation_due():
             bar.set_description(f"epoch {row['epoch']} evaluation")
-            with stop.aborting(self._parts.policy.model):
+            with stop.aborting(self._parts.policy.model, self._parts.engine):
                 row.update(self._evaluate())
         self._pending = None
         if len(row) > 2:
@@ -351,3 +353,9 @@ def _stats_row(stats: RolloutStats) -> Row:
         **{f.name: getattr(stats, f.name) for f in fields(RolloutStats)},
         **{name: getattr(stats, name) for name in ratios},
     }
+
+
+def _engine_row(engine: RolloutEngine) -> Row:
+    """Counters that only some engines have."""
+    metrics = getattr(engine, "last_metrics", None)
+    return {} if metrics is None else metrics.as_row()

@@ -7,6 +7,7 @@ hands over to vLLM's own code unless the engine runs our proposer:
 | replaced | because |
 |---|---|
 | `GPUModelRunner._sample` | the token at the end of a prefill and the token after a draft never reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs |
+| `GPUModelRunner._calc_spec_decode_metadata` | prepares a rejection sampler's indices in every step, drafts or not; our sampler needs one array of them |
 | `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request` | a malformed request must fail alone, before a worker sees it |
 | `SamplingParams._validate_spec_decode`, `build_logitsprocs` | vLLM refuses min_p and logit_bias with any speculative decoding; our sampler and its plain sampler honour them |
 | `dispatch_cpu_unquantized_gemm` (CPU wheels) | frees the weights after packing them, so that they cannot be updated |
@@ -21,9 +22,11 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from spec_rollout.engines.vllm.admission import admit
@@ -84,7 +87,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 
 def install() -> None:
-    """Installs the hooks in this process (the `vllm.general_plugins` entry point).
+    """Installs the hooks in this process.
 
     Raises:
         ImportError: if vLLM is too old, or its internals are not what this file expects.
@@ -106,6 +109,17 @@ def install() -> None:
     _installed = True
 
 
+def plugin() -> None:
+    """The `vllm.general_plugins` entry point: `install`, but it never stands in the way of a vLLM that does not fit.
+
+    vLLM calls it in every process of every engine, ours or not.
+    """
+    try:
+        install()
+    except ImportError as error:
+        warnings.warn(f"spec_rollout's vLLM plugin is off: {error}", stacklevel=2)
+
+
 _worker_installed = False
 
 
@@ -118,6 +132,7 @@ def install_worker() -> None:
     from vllm.v1.worker import gpu_model_runner
 
     _wrap(gpu_model_runner.GPUModelRunner, "_sample", _sample_hook)
+    _wrap(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", _metadata_hook)
     _wrap(gpu_model_runner, "build_logitsprocs", _all_logitsprocs)
     from vllm.platforms import current_platform
 
@@ -141,18 +156,35 @@ def is_ours(speculative_config: Any) -> bool:
 def _check(vllm_config: Any, request_id: str, params: Any) -> None:
     if not (getattr(params, "extra_args", None) or {}).get(EXTRA_ARG):
         return
-    if not is_ours(vllm_config.speculative_config):
-        raise ValueError(
-            f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
-            "spec_rollout.engines.vllm.engine_args(), got one without"
-        )
     model_config = vllm_config.model_config
-    admit(
-        request_id,
-        params,
-        vocab_size=model_config.get_vocab_size(),
-        logprobs_mode=model_config.logprobs_mode,
-    )
+    try:
+        if not is_ours(vllm_config.speculative_config):
+            raise ValueError(
+                f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
+                "spec_rollout.engines.vllm.engine_args(), got one without"
+            )
+        admit(
+            request_id,
+            params,
+            vocab_size=model_config.get_vocab_size(),
+            logprobs_mode=model_config.logprobs_mode,
+        )
+    except ValueError as error:
+        raise _request_error()(str(error)) from error
+
+
+@functools.cache
+def _request_error() -> type[ValueError]:
+    """ValueError, in the form in which vLLM's asynchronous front end takes it for the client's mistake.
+
+    Of others it says that the server failed, and not why.
+    """
+    from vllm import exceptions
+
+    client_error = getattr(exceptions, "VLLMClientError", None)
+    if client_error is None:  # vLLM took ValueError for it
+        return ValueError
+    return type("ReuseRequestError", (client_error, ValueError), {"__module__": __name__})
 
 
 def _checked_inputs(original: Callable) -> Callable:
@@ -217,6 +249,41 @@ def _sample_hook(original: Callable) -> Callable:
         return _sample_rows(self, proposer, rows, logits, spec_decode_metadata)
 
     return _sample
+
+
+def _metadata_hook(original: Callable) -> Callable:
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from spec_rollout.engines.vllm.proposer import ReuseProposer
+    from spec_rollout.engines.vllm.sampler import to_device
+
+    def _calc_spec_decode_metadata(
+        self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any
+    ):
+        if not isinstance(getattr(self, "drafter", None), ReuseProposer):
+            return original(self, num_draft_tokens, cu_num_scheduled_tokens, *args)
+        num_reqs = num_draft_tokens.size
+        if num_draft_tokens.any():
+            # Of each request the rows of its last token and of its draft.
+            counts = num_draft_tokens + 1
+            ends = np.cumsum(counts)
+            rows = np.arange(ends[-1]) + np.repeat(
+                cu_num_scheduled_tokens[:num_reqs] - ends, counts
+            )
+            logits_indices = to_device(rows.astype(np.int32), self.device)
+        else:  # as without speculation
+            logits_indices = self.query_start_loc.gpu[1 : num_reqs + 1] - 1
+        return SpecDecodeMetadata(
+            draft_token_ids=None,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=None,
+            cu_num_sampled_tokens=None,
+            target_logits_indices=None,
+            bonus_logits_indices=None,
+            logits_indices=logits_indices,
+        )
+
+    return _calc_spec_decode_metadata
 
 
 def _rows(runner: Any, proposer: ReuseProposer) -> list[Row | None]:
@@ -340,7 +407,45 @@ def is_in_process(llm: Any) -> bool:
     return hasattr(llm.llm_engine.engine_core, "engine_core")
 
 
+@contextmanager
+def interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `before_step` before every step of an `LLM`; an exception in the block aborts all of its requests.
+
+    vLLM alone would finish them, and mix up their outputs, in the next call.
+    """
+    engine = llm.llm_engine
+    original = engine.step
+
+    def step() -> Any:
+        before_step()
+        return original()
+
+    if before_step is not None:
+        engine.step = step
+    try:
+        yield
+    except BaseException:
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        raise
+    finally:
+        if before_step is not None:
+            engine.step = original
+
+
 # -- Defects of the CPU wheels
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """An engine set up in the block does not disable `torch.set_num_threads` for the rest of this process.
+
+    vLLM's CPU worker does, for the sake of threads it has bound to cores; it binds none in the caller's process.
+    """
+    original = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
 
 
 def keep_cpu_weights() -> None:

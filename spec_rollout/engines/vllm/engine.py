@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,10 @@ class VLLMEngine:
         num_speculative_tokens, first_chunk: See `engine_args`.
         llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take precedence.
 
+    Attributes:
+        metrics, last_metrics: Counters of all calls of `rollout`, and of the last one.
+        before_step: Called before each engine step of a rollout; what it raises aborts the rollout.
+
     Raises:
         ValueError: naming the argument.
         ImportError: if vLLM is missing, or too old.
@@ -99,11 +103,14 @@ class VLLMEngine:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
+        with compat.threads_kept():
+            self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
         config = self.llm.llm_engine.vllm_config
         self.max_model_len: int = config.model_config.max_model_len
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.metrics = ReuseMetrics()
+        self.last_metrics = ReuseMetrics()
+        self.before_step: Callable[[], None] | None = None
         self._policy_version = 0
 
     @property
@@ -145,18 +152,21 @@ class VLLMEngine:
             raise ValueError(
                 f"limits: expected {requests.batch} numbers >= 1, got {list(limits)[:8]}"
             )
-        if self.strategy == "two_pass":
-            check_two_pass(sampling, acceptance)
         job = Job.of(requests, sampling, acceptance, limits, self.max_model_len)
+        # Without drafts there is nothing to score: one plain pass.
+        in_two_passes = self.strategy == "two_pass" and job.drafts.token_ids.numel() > 0
+        if in_two_passes:
+            check_two_pass(sampling, acceptance)
         self._take()  # whatever a rollout that was interrupted left behind
         self._take_metrics()
-        if self.strategy == "two_pass":
+        if in_two_passes:
             responses, verification_seconds = two_pass(self, job, sampling)
         else:
             responses, verification_seconds = self.generate(job, sampling), 0.0
         packing = time.perf_counter()
         metrics = self._take_metrics()
         self.metrics += metrics
+        self.last_metrics = metrics
         stats = responses.stats(job.drafts, metrics)
         stats.verification_seconds = verification_seconds
         stats.decode_seconds = packing - start - verification_seconds
@@ -168,12 +178,14 @@ class VLLMEngine:
 
     def generate(self, job: Job, sampling: SamplingParams) -> Responses:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
-        outputs = self.llm.generate(
-            job.prompts(),
-            [self._params(job, row, sampling) for row in range(job.batch)],
-            use_tqdm=False,
-        )
+        params = [self._params(job, row, sampling) for row in range(job.batch)]
+        outputs = self.submit(job.prompts(), params)
         return Responses.of(job, [output.outputs[0] for output in outputs], self._take())
+
+    def submit(self, prompts: list[dict[str, list[int]]], params: Any) -> list[Any]:
+        """`LLM.generate`; an exception on the way leaves no request behind."""
+        with compat.interruptible(self.llm, self.before_step):
+            return self.llm.generate(prompts, params, use_tqdm=False)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies new weights into the workers' model in place and resets the prefix cache.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,6 +78,20 @@ class ReuseMetrics:
         """Plain numbers and lists, for JSON and for the way between processes."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+    def as_row(self) -> dict[str, float]:
+        """What `RolloutStats` does not say, for a trainer's log: `vllm_*` counts, and `vllm_acceptance_A_B`, the share
+        accepted of the draft tokens tested at positions A to B (1-based); left out where none was tested.
+        """
+        names = ("num_tested_tokens", "num_wasted_tokens", "num_placeholder_tokens")
+        row: dict[str, float] = {f"vllm_{name}": getattr(self, name) for name in names}
+        for first, last in itertools.pairwise((0, 16, 64, 256, 1024, 4096, 1 << 40)):
+            tested = int(self.tested_at[first:last].sum())
+            if tested:
+                end = last if last < 1 << 40 else "up"
+                accepted = int(self.accepted_at[first:last].sum())
+                row[f"vllm_acceptance_{first + 1}_{end}"] = accepted / tested
+        return row
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReuseMetrics:

@@ -345,11 +345,11 @@ class _Batch:
             numbers[0, i + 1] = tested
             numbers[1, i + 1] = s.num_rows
         np.cumsum(numbers[:2], axis=1, out=numbers[:2])
-        packed = _to_device(numbers, device)
+        packed = to_device(numbers, device)
         return cls(
             requests=np.array([s.request for s in segments], np.int64),
-            draft_ids=_to_device(np.concatenate(ids), device),
-            draft_logprobs=_to_device(np.concatenate(logprobs), device)
+            draft_ids=to_device(np.concatenate(ids), device),
+            draft_logprobs=to_device(np.concatenate(logprobs), device)
             if rule.needs_draft_logprobs
             else None,
             cu_draft_lens=packed[0],
@@ -359,7 +359,8 @@ class _Batch:
         )
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without waiting for the copy; on the CPU without one."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor

@@ -82,9 +82,7 @@ def _score(engine: VLLMEngine, prompts: list[list[int]], tokens: list[list[int]]
         max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
     )
     texts = [(prompts[r] + tokens[r])[: engine.max_model_len - 1] for r in rows]
-    outputs = engine.llm.generate(
-        [{"prompt_token_ids": ids} for ids in texts], params, use_tqdm=False
-    )
+    outputs = engine.submit([{"prompt_token_ids": ids} for ids in texts], params)
     scored = []
     for r, output in zip(rows, outputs, strict=True):
         flat = output.prompt_logprobs

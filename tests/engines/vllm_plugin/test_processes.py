@@ -39,9 +39,9 @@ if __name__ == "__main__":
 """
 
 
-def _run(tmp_path: Path, multiprocessing: str) -> dict:
+def _run(tmp_path: Path, multiprocessing: str, code: str = _SCRIPT) -> dict:
     script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
+    script.write_text(code)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "PYTHONPATH": path}
     command = [sys.executable, str(script), str(tmp_path / "old"), str(tmp_path / "new")]
@@ -64,3 +64,63 @@ def test_same_results_from_a_process_of_its_own(vllm_installed: None, tmp_path: 
     assert here["in_process"]
     for name in ("plain", "accepted", "updated"):
         assert found[name] == here[name]
+
+
+_ASYNC_SCRIPT = """
+import asyncio, json, sys
+import numpy as np
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm_samples import *
+from spec_rollout.acceptance import Coupled
+from spec_rollout.engines.vllm import ReuseRequest, engine_args, extra_args
+
+def params(key, draft=(), **more):
+    reuse = ReuseRequest(key, Coupled(), np.asarray(draft, np.int32))
+    return SamplingParams(max_tokens=40, detokenize=False, extra_args=extra_args(reuse), **more)
+
+async def main(folder):
+    engine = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(folder, skip_tokenizer_init=True, **LLM_ARGS, **engine_args(8))
+    )
+    prompts = random_prompts(12, seed=21)
+
+    async def run(name, i, sampling, cancel=False):
+        ids = []
+        async for output in engine.generate({"prompt_token_ids": prompts[i].tolist()}, sampling, name):
+            ids = list(output.outputs[0].token_ids)
+            if cancel:
+                await engine.abort(name)
+                return None
+        return ids
+
+    plain = await asyncio.gather(*[run(f"plain-{i}", i, params(i)) for i in range(12)])
+    bad = SamplingParams(max_tokens=5, extra_args={"spec_rollout": b"rubbish"})
+    jobs = [run(f"draft-{i}", i, params(i, plain[i]), cancel=i % 3 == 0) for i in range(12)]
+    *drafted, error = await asyncio.gather(*jobs, run("the-bad-one", 0, bad), return_exceptions=True)
+    after = await run("after", 5, params(5, plain[5][:7]))
+    metrics = await engine.collective_rpc("spec_rollout_metrics")
+    print("RESULT " + json.dumps({
+        "plain": plain, "drafted": drafted, "error": str(error),
+        "is_value_error": isinstance(error, ValueError), "after": after, "accepted": metrics[0]["num_accepted_tokens"],
+    }))
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))
+"""
+
+
+def test_async_engine_serves_the_others(vllm_installed: None, tmp_path: Path) -> None:
+    """Drafts, aborts and a malformed request at the same time, through the engine that `vllm serve` runs."""
+    make_model(tmp_path / "old", seed=0)
+    found = _run(tmp_path, "1", _ASYNC_SCRIPT)
+    assert all(len(ids) > 0 for ids in found["plain"])
+    for i, (ids, expected) in enumerate(zip(found["drafted"], found["plain"], strict=True)):
+        assert ids == (None if i % 3 == 0 else expected)
+    # Not wrapped into an error of the server's: the client is told what is wrong.
+    assert found["is_value_error"]
+    assert found["error"].startswith("request the-bad-one")
+    assert found["after"] == found["plain"][5]
+    assert found["accepted"] > sum(map(len, found["plain"])) // 3
