@@ -137,13 +137,13 @@ def demo_table(content: Mapping[str, Any]) -> str:
     """`summary.json` of the demo."""
     rows = [[name, *_demo_cells(run)] for name, run in content["runs"].items()]
     table = markdown_table(["run", *_DEMO_HEADER], rows)
-    same = content.get("coupled_equals_off")
-    if same is None:
-        return table
-    return (
-        f"{table}\n\n`coupled` against the same run with the cache off: {same['identical']:,} of "
+    notes = [
+        f"`{name}` against the same run with the cache off: {same['identical']:,} of "
         f"{same['total']:,} rollouts are the same, token for token."
-    )
+        for name in ("coupled", "both")
+        if (same := content.get(f"{name}_equals_off")) is not None
+    ]
+    return "\n\n".join([table, *notes])
 
 
 def demo_seeds_table(content: Mapping[str, Any]) -> str:

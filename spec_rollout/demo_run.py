@@ -3,7 +3,8 @@
     python -m spec_rollout.demo_run --out runs/demo
 
 Every run starts from the same checkpoint on the same prompts and differs in nothing but the acceptance rule.
-`coupled_off` is `coupled` with the cache off: its rollouts must be the same, token for token, which is checked.
+`both` is lossless reuse and, where no draft is followed, proposals from the prompt's other rollouts. `coupled_off` is
+`coupled` with the cache off: the rollouts of both must be the same as its own, token for token, which is checked.
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "vanilla": {"rule": "none", "reuse": False},
     "lenient": {"rule": "lenient", "log_lenience": 0.5},
     "coupled": {"rule": "coupled"},
+    "both": {"rule": "coupled", "drafting": True},
     "coupled_off": {"rule": "coupled", "reuse": False},
 }
+# Lossless runs: their rollouts must be those of `coupled_off`.
+LOSSLESS = ("coupled", "both")
+# The engine vllm does not propose from history.
+VLLM_RUNS = tuple(name for name in RUNS if name != "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +129,8 @@ def demo_config(
             num_train_prompts=size.num_prompts,
             num_samples=size.num_eval_samples,
             at_start=evaluate_first,
-            # Its weights are those of `coupled`.
-            at_end=name != "coupled_off",
+            # Their weights are those of `coupled`.
+            at_end=name not in ("both", "coupled_off"),
         ),
         checkpoint=CheckpointConfig(at_end=False),
         log=LogConfig(run_dir=str(out / name)),
@@ -226,6 +232,7 @@ def run_facts(
         "seed": summary.seed,
         "rule": summary.rule,
         "reuse": summary.reuse,
+        "drafting": summary.drafting,
         "steps": totals.steps,
         "epochs": summary.epochs,
         "rollout_seconds": totals.rollout_seconds,
@@ -239,6 +246,11 @@ def run_facts(
         "reused_fraction": totals.reused_fraction,
         "fully_reused_fraction": totals.fully_reused_fraction,
         "reused_fraction_after_first_epoch": later.reused_fraction,
+        "accepted_proposals": totals.accepted_proposals,
+        "proposed_tokens": totals.proposed_tokens,
+        "decode_steps_after_first_epoch": later.decode_steps,
+        "longest_rollout_steps_after_first_epoch": later.max_row_steps,
+        "tail_seconds_after_first_epoch": later.tail_seconds,
         "accuracy_before": summary.accuracy_before,
         "accuracy_after": summary.accuracy_after,
         "reward_last_step": summary.reward_last,
@@ -281,10 +293,11 @@ def demo(
         },
         "environment": {**environment(), "threads": torch.get_num_threads()},
     }
-    if "coupled" in summaries and "coupled_off" in summaries:
-        content["coupled_equals_off"] = compare_responses(
-            out / "coupled" / "responses.npz", out / "coupled_off" / "responses.npz"
-        )
+    if "coupled_off" in summaries:
+        for name in summaries.keys() & set(LOSSLESS):
+            content[f"{name}_equals_off"] = compare_responses(
+                out / name / "responses.npz", out / "coupled_off" / "responses.npz"
+            )
     write_json(out / "summary.json", content)
     runs = [load_run(out / name) for name in names]
     for run in runs:
@@ -318,6 +331,11 @@ def table(content: Mapping[str, Any]) -> str:
         ("generated tokens", lambda r: f"{r['generated_tokens']:,}"),
         ("reused tokens", lambda r: f"{r['reused_fraction']:.1%}"),
         ("fully reused rollouts", lambda r: f"{r['fully_reused_fraction']:.1%}"),
+        ("accepted proposals", lambda r: f"{r['accepted_proposals']:,}"),
+        (
+            "decoding steps from epoch 2 on",
+            lambda r: f"{r['decode_steps_after_first_epoch']:,}",
+        ),
         ("accuracy, training prompts", lambda r: accuracy(r, "train")),
         ("accuracy, held-out prompts", lambda r: accuracy(r, "heldout")),
     ]
@@ -328,21 +346,22 @@ def table(content: Mapping[str, Any]) -> str:
         + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
         for row in rows
     )
-    same = content.get("coupled_equals_off")
-    if same is not None:
-        text += (
-            f"\n\ncoupled with the cache on and off: {same['identical']:,} of {same['total']:,} "
-            "rollouts identical, token for token"
-        )
-        if same["first_difference"] is not None:
-            text += f"\nfirst difference: {same['first_difference']}"
+    for name in LOSSLESS:
+        same = content.get(f"{name}_equals_off")
+        if same is not None:
+            text += (
+                f"\n\n{name} and the same with the cache off: {same['identical']:,} of {same['total']:,} "
+                "rollouts identical, token for token"
+            )
+            if same["first_difference"] is not None:
+                text += f"\nfirst difference: {same['first_difference']}"
     return text
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    options.add_argument("--runs", default=",".join(RUNS), help="default: %(default)s")
+    options.add_argument("--runs", help=f"default: {','.join(RUNS)}, as far as the engine has them")
     options.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument(
@@ -357,10 +376,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--short", action="store_true", help="seconds instead of minutes: does it run?"
     )
     args = options.parse_args(argv)
-    args.runs = args.runs.split(",")
+    known = VLLM_RUNS if args.engine == "vllm" else tuple(RUNS)
+    args.runs = list(known) if args.runs is None else args.runs.split(",")
     for name in args.runs:
-        if name not in RUNS:
-            raise ValueError(f"--runs: expected names out of {', '.join(RUNS)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"--runs: expected names out of {', '.join(known)}, got {name!r}")
     try:
         args.seeds = None if args.seeds is None else [int(s) for s in args.seeds.split(",")]
     except ValueError:
@@ -409,7 +429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lossless = all(
         same["identical"] == same["total"]
         for content in contents
-        if (same := content.get("coupled_equals_off")) is not None
+        for name in LOSSLESS
+        if (same := content.get(f"{name}_equals_off")) is not None
     )
     return 0 if lossless else 1
 

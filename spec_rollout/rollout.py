@@ -17,7 +17,14 @@ from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import noise_keys, prompt_key
-from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+from spec_rollout.types import (
+    Drafts,
+    History,
+    RolloutRequests,
+    Rollouts,
+    SamplingParams,
+    cu_lens_from,
+)
 
 # Keeps the noise of evaluation apart from that of training with the same seed.
 _EVALUATION_SALT = 0x5DEECE66D2B79F1A
@@ -42,6 +49,9 @@ class RolloutSession:
             little); None is never. Other rules ignore it.
         reuse: False generates every response from scratch, with the same noise, and leaves the
             cache alone. So does a rule that accepts nothing (`NoReuse`).
+        drafting: Where no draft is followed, propose from the prompt's cached rollouts and from what
+            its samples generate meanwhile. It changes the number of decoding steps, never a token.
+            Needs the cache, with any rule and `reuse`.
 
     Raises:
         ValueError: naming the argument; also if the rule reads draft log-probs that the cache does
@@ -57,6 +67,7 @@ class RolloutSession:
         seed: int = 0,
         refresh_epochs: int | None = None,
         reuse: bool = True,
+        drafting: bool = False,
     ) -> None:
         self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
         if refresh_epochs is not None and refresh_epochs < 1:
@@ -66,6 +77,12 @@ class RolloutSession:
         self.seed = seed
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
+        self.drafting = drafting
+        if drafting and not getattr(engine, "supports_history", False):
+            raise ValueError(
+                f"drafting: expected False with {type(engine).__name__}, which does not propose from "
+                "history; got True"
+            )
         if reuse and self.schedule.rule.needs_draft_logprobs and not self.cache.keep_logprobs:
             raise ValueError(
                 f"cache: expected one that keeps log-probs, as {self.schedule.rule} needs, "
@@ -115,10 +132,16 @@ class RolloutSession:
         reuse = self.reuse and rule.uses_drafts
 
         lookup_start = time.perf_counter()
+        cached = Drafts.none(batch.size)
+        if reuse or self.drafting:
+            cached = self.cache.lookup(batch.keys, batch.sample_ids, max_tokens=sampling.max_tokens)
+        history = None
+        if self.drafting:
+            history = History(cached.token_ids, cached.cu_lens, batch.groups, batch.groups)
         drafts, num_misses = Drafts.none(batch.size), 0
         draft_lens = drafts.lens
         if reuse:
-            drafts = self.cache.lookup(batch.keys, batch.sample_ids, max_tokens=sampling.max_tokens)
+            drafts = cached
             if rule.needs_draft_logprobs and drafts.logprobs is None:
                 raise ValueError(
                     f"cache: expected drafts with log-probs, as {rule} needs, got entries without"
@@ -130,10 +153,10 @@ class RolloutSession:
             drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)
         lookup_end = time.perf_counter()
 
-        rollouts = self._generate(batch, keys, drafts, sampling, rule)
+        rollouts = self._generate(batch, keys, drafts, sampling, rule, history)
 
         store_start = time.perf_counter()
-        if reuse:
+        if reuse or self.drafting:
             self.cache.store(batch.keys, batch.sample_ids, rollouts)
         end = time.perf_counter()
         stats = replace(
@@ -182,8 +205,9 @@ class RolloutSession:
         drafts: Drafts,
         sampling: SamplingParams,
         rule: AcceptanceRule,
+        history: History | None = None,
     ) -> Rollouts:
-        requests = RolloutRequests(batch.prompt_ids, batch.cu_prompt_lens, keys, drafts)
+        requests = RolloutRequests(batch.prompt_ids, batch.cu_prompt_lens, keys, drafts, history)
         rollouts = self.engine.rollout(requests, sampling, rule)
         if not (
             torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens)
@@ -208,6 +232,12 @@ class _Batch:
     @property
     def size(self) -> int:
         return len(self.keys)
+
+    @property
+    def groups(self) -> torch.Tensor:
+        """Which rows are rollouts of the same prompt: equal numbers. [batch], int64."""
+        numbers: dict[bytes, int] = {}
+        return torch.tensor([numbers.setdefault(key, len(numbers)) for key in self.keys])
 
     @classmethod
     def of(

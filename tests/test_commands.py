@@ -146,7 +146,7 @@ def test_the_short_demo_reports_every_run(
     assert cli.main(argv) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert str(tmp_path) not in summary["command"]
-    assert list(summary["runs"]) == ["vanilla", "lenient", "coupled", "coupled_off"]
+    assert list(summary["runs"]) == ["vanilla", "lenient", "coupled", "both", "coupled_off"]
     for name, run in summary["runs"].items():
         assert run["seed"] == 3
         assert run["steps"] == 4
@@ -156,7 +156,7 @@ def test_the_short_demo_reports_every_run(
         )
         assert 0 < run["generated_tokens"] <= run["response_tokens"]
         assert run["accuracy_before"] == summary["runs"]["vanilla"]["accuracy_before"]
-        evaluated = set() if name == "coupled_off" else {"train", "heldout"}
+        evaluated = set() if name in ("both", "coupled_off") else {"train", "heldout"}
         assert set(run["accuracy_after"]) == evaluated
     runs = summary["runs"]
     assert runs["vanilla"]["effective_speedup"] == 1.0
@@ -164,7 +164,10 @@ def test_the_short_demo_reports_every_run(
     assert runs["lenient"]["reused_fraction"] > 0
     assert runs["coupled"]["reused_fraction"] > 0
     assert set(runs["vanilla"]["accuracy_before"]) == {"train", "heldout"}
-    assert summary["coupled_equals_off"] == {"total": 32, "identical": 32, "first_difference": None}
+    assert runs["both"]["reused_fraction"] == runs["coupled"]["reused_fraction"]
+    assert runs["both"]["accepted_proposals"] > runs["coupled"]["accepted_proposals"] == 0
+    for name in ("coupled_equals_off", "both_equals_off"):
+        assert summary[name] == {"total": 32, "identical": 32, "first_difference": None}
     page = (tmp_path / "demo" / "report.html").read_text()
     assert 'class="reused"' in page
     assert "vanilla" in capsys.readouterr().out

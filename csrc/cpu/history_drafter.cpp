@@ -101,7 +101,13 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
       ++wanted;
     }
     if (wanted == 0) continue;
-    const int64_t found = group.continuation(match, wanted, out + total);
+    int64_t found = group.continuation(match, wanted, out + total);
+    if (match.row == request.row && found > 0) {
+      // The request repeats itself at this distance: what it says next may be said again, too.
+      for (const int64_t period = found; found < wanted; ++found) {
+        out[total + found] = out[total + found - period];
+      }
+    }
     const auto is_stop = [&](int32_t token) {
       return std::find(stop_token_ids_.begin(), stop_token_ids_.end(), token) !=
              stop_token_ids_.end();

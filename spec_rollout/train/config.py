@@ -99,6 +99,8 @@ class RolloutConfig:
         num_slots: Rollouts generated at once.
         max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm has none of them.
         reuse: False turns drafts off (the rule still decides which noise is used).
+        drafting: Propose from the prompt's other rollouts where there is no draft to follow (`RolloutSession`): fewer
+            decoding steps, the same tokens.
         rule: Acceptance rule (`spec_rollout.acceptance`).
         log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
         scale, min_target_prob: Of the rule lenient.
@@ -121,6 +123,7 @@ class RolloutConfig:
     verify_chunk: int = 32
     batch_invariant: bool | None = None
     reuse: bool = True
+    drafting: bool = False
     rule: Literal["lenient", "coupled", "one_hot", "random_reuse", "random_cut", "none"] = "coupled"
     log_lenience: float | None = None
     scale: float = 1.0
@@ -156,6 +159,12 @@ class RolloutConfig:
             "rollout.batch_invariant",
             "to be left out with the engine vllm",
             self.batch_invariant,
+        )
+        _require(
+            self.engine != "vllm" or not self.drafting,
+            "rollout.drafting",
+            "false with the engine vllm, which does not propose from history",
+            self.drafting,
         )
         try:
             self.schedule()

@@ -108,6 +108,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         seed=train.seed,
         refresh_epochs=config.rollout.refresh_epochs,
         reuse=config.rollout.reuse,
+        drafting=config.rollout.drafting,
     )
     by_epochs = None if train.epochs is None else train.epochs * order.steps_per_epoch
     return Components(

@@ -23,6 +23,11 @@ class Totals:
     response_tokens: int
     verified_tokens: int
     computed_tokens: int
+    proposed_tokens: int
+    accepted_proposals: int
+    decode_steps: int
+    max_row_steps: int
+    tail_seconds: float
     reused_fraction: float
     fully_reused_fraction: float
     mean_accepted_len: float
@@ -46,6 +51,11 @@ class Totals:
             response_tokens=total("num_response_tokens"),
             verified_tokens=total("num_verified_tokens"),
             computed_tokens=total("num_computed_tokens"),
+            proposed_tokens=total("num_proposed_tokens"),
+            accepted_proposals=total("num_accepted_proposals"),
+            decode_steps=total("num_decode_steps"),
+            max_row_steps=total("max_row_steps"),
+            tail_seconds=total("tail_seconds"),
             reused_fraction=reused / max(1, total("num_response_tokens")),
             fully_reused_fraction=total("num_fully_reused") / max(1, total("num_rollouts")),
             mean_accepted_len=reused / max(1, total("num_drafts")),
@@ -58,7 +68,7 @@ class RunSummary:
 
     Attributes:
         run_dir: Where the run was written.
-        rule, reuse, seed: From the config.
+        rule, reuse, drafting, seed: From the config.
         epochs: Epochs begun.
         num_prompts, num_dropped_prompts: Training rows used, and left out as too long.
         totals: Over all steps.
@@ -74,6 +84,7 @@ class RunSummary:
     run_dir: str
     rule: str
     reuse: bool
+    drafting: bool
     seed: int
     epochs: int
     num_prompts: int

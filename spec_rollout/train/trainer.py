@@ -163,6 +163,7 @@ class _Run:
             run_dir=str(self._run_dir),
             rule=self._config.rollout.rule,
             reuse=self._config.rollout.reuse,
+            drafting=self._config.rollout.drafting,
             seed=self._config.train.seed,
             num_prompts=len(self._parts.data),
             num_dropped_prompts=self._parts.data.num_dropped,

@@ -69,6 +69,8 @@ class TransformersEngine:
         ValueError: naming the argument or what the model has that this engine cannot work with.
     """
 
+    supports_history = True
+
     def __init__(
         self,
         model: PreTrainedModel,

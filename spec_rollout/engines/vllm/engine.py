@@ -141,6 +141,8 @@ class VLLMEngine:
     ) -> Rollouts:
         """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`. `limits`: [batch]."""
         start = time.perf_counter()
+        if requests.history is not None:
+            raise ValueError("history: expected None, this engine does not propose from it")
         check_requests(
             requests,
             sampling,

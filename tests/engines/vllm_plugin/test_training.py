@@ -181,9 +181,9 @@ def test_rollout_command(tmp_path: Path) -> None:
 
 
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spec_rollout.demo_run import RUNS, SHORT, demo, table
+    from spec_rollout.demo_run import SHORT, VLLM_RUNS, demo, table
 
-    content = demo(tmp_path / "vllm", list(RUNS), SHORT, 0, ["demo"], "vllm")
+    content = demo(tmp_path / "vllm", list(VLLM_RUNS), SHORT, 0, ["demo"], "vllm")
     saved = json.loads((tmp_path / "vllm" / "summary.json").read_text())
     embedded = demo(tmp_path / "embedded", ["vanilla"], SHORT, 0, ["demo"])
     assert saved.keys() - embedded.keys() == {"coupled_equals_off"}

@@ -1,0 +1,159 @@
+"""Proposals from history, and how many of them are worth computing."""
+
+import numpy as np
+import pytest
+import torch
+
+from spec_rollout.drafting import HistoryDrafter, StepCost
+from spec_rollout.types import History, cu_lens_from
+
+A, B, C, D, STOP = 1, 2, 3, 4, 9
+
+
+def history(rows: dict[int, list[list[int]]], requests: list[int]) -> History:
+    """Rows by group; the group of each request."""
+    flat = [(group, row) for group, group_rows in rows.items() for row in group_rows]
+    return History(
+        torch.tensor([token for _, row in flat for token in row], dtype=torch.int32),
+        cu_lens_from(torch.tensor([len(row) for _, row in flat], dtype=torch.int64)),
+        torch.tensor([group for group, _ in flat], dtype=torch.int64),
+        torch.tensor(requests, dtype=torch.int64),
+    )
+
+
+def extend(drafter: HistoryDrafter, rows: dict[int, list[int]]) -> None:
+    drafter.extend(
+        np.array(list(rows)),
+        np.array([token for row in rows.values() for token in row], dtype=np.int32),
+        np.array([len(row) for row in rows.values()]),
+    )
+
+
+def propose(
+    drafter: HistoryDrafter, requests: list[int], limit: int = 8, least: float = 0.0
+) -> list[list[int]]:
+    limits = np.full(len(requests), limit)
+    proposals = drafter.propose(np.array(requests), limits, least)
+    ends = np.cumsum(proposals.lens)
+    return [
+        proposals.token_ids[end - count : end].tolist()
+        for end, count in zip(ends, proposals.lens, strict=True)
+    ]
+
+
+def test_proposes_what_followed_in_the_own_group() -> None:
+    drafter = HistoryDrafter(history({0: [[A, B, C, D]], 1: [[A, B, D, C]]}, [0, 1, 1]))
+    extend(drafter, {0: [A, B], 1: [A, B], 2: [C]})
+    assert propose(drafter, [0, 1, 2]) == [[C, D], [D, C], []]
+    assert propose(drafter, [1], limit=1) == [[D]]
+    assert propose(drafter, [1, 0], limit=0) == [[], []]
+    assert drafter.num_tokens == 8 + 5
+    assert drafter.num_bytes > 0
+
+
+def test_live_requests_see_each_other() -> None:
+    drafter = HistoryDrafter(history({}, [0, 0, 1]))
+    extend(drafter, {0: [A, B, C, D], 2: [A, B, D]})
+    extend(drafter, {1: [A, B]})
+    assert propose(drafter, [1]) == [[C, D]]
+
+
+def test_a_request_that_has_not_begun_gets_nothing_and_one_at_its_start_what_others_began_with() -> (
+    None
+):
+    drafter = HistoryDrafter(history({0: [[A, B]]}, [0, 0]))
+    assert propose(drafter, [0, 1]) == [[], []]
+    extend(drafter, {0: []})
+    assert propose(drafter, [0]) == [[A, B]]
+
+
+def test_nothing_from_a_stop_token_on_is_proposed() -> None:
+    past = history({0: [[A, B, STOP, C], [C, STOP]]}, [0, 0])
+    drafter = HistoryDrafter(past, stop_token_ids=[7, STOP])
+    extend(drafter, {0: [A], 1: [C]})
+    assert propose(drafter, [0, 1]) == [[B], []]
+
+
+def test_looping_text_proposes_the_loop() -> None:
+    """Thousands of equal tokens: neither slow nor deep."""
+    drafter = HistoryDrafter(history({0: [[A] * 20_000]}, [0]))
+    extend(drafter, {0: [A] * 5_000})
+    assert propose(drafter, [0], limit=32) == [[A] * 32]
+
+
+def test_what_fails_is_proposed_less() -> None:
+    """The estimate follows the request's own fate and that of matches of the same length."""
+    drafter = HistoryDrafter(history({0: [[A, B, C, D] * 8]}, [0, 0]))
+    extend(drafter, {0: [A, B], 1: [A, B]})
+    before = propose(drafter, [0], least=0.3)[0]
+    assert len(before) >= 2
+    for _ in range(40):
+        propose(drafter, [0], least=0.0)
+        drafter.observe(np.array([0]), np.array([0]))
+    assert propose(drafter, [0], least=0.3) == [[]]
+    for _ in range(200):  # and for the other request it recovers
+        passed = propose(drafter, [1], least=0.0)[0]
+        drafter.observe(np.array([1]), np.array([len(passed)]))
+    assert len(propose(drafter, [1], least=0.3)[0]) >= len(before)
+
+
+def test_tokens_after_the_first_failure_were_not_tested() -> None:
+    one, many = (HistoryDrafter(history({0: [[A, B, C, D]]}, [0])) for _ in range(2))
+    for drafter, limit in ((one, 1), (many, 8)):
+        extend(drafter, {0: [A]})
+        propose(drafter, [0], limit=limit)
+        drafter.observe(np.array([0]), np.array([0]))
+    assert one._native.acceptance == many._native.acceptance
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_groups": torch.tensor([-1])}, "row_groups: expected groups >= 0, got -1"),
+        ({"row_groups": torch.tensor([0.0])}, "row_groups: expected int64"),
+        ({"token_ids": torch.tensor([1, -2], dtype=torch.int32)}, "token_ids: expected ids >= 0"),
+        ({"token_ids": torch.tensor([1, 2])}, "token_ids: expected int32"),
+        ({"cu_lens": torch.tensor([0, 3])}, r"token_ids: expected shape \[3\]"),
+    ],
+)
+def test_history_is_checked(change: dict[str, torch.Tensor], message: str) -> None:
+    arguments = {
+        "token_ids": torch.tensor([1, 2], dtype=torch.int32),
+        "cu_lens": torch.tensor([0, 2]),
+        "row_groups": torch.tensor([0]),
+        "request_groups": torch.tensor([0]),
+    }
+    History(**arguments)
+    with pytest.raises(ValueError, match=message):
+        History(**{**arguments, **change})
+
+
+def test_step_cost_finds_the_coefficients() -> None:
+    generator = np.random.default_rng(0)
+    cost = StepCost()
+    for _ in range(200):
+        rows, proposed = int(generator.integers(1, 256)), int(generator.integers(0, 500))
+        cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + 1e-5 * proposed)
+    np.testing.assert_allclose(cost.coefficients, [2e-3, 4e-5, 1e-5], rtol=1e-3)
+    # A proposal costs 10 us; a row's share of a step is 2 ms / rows + 40 us.
+    assert cost.threshold(200) == pytest.approx(1e-5 / 5e-5, rel=1e-2)
+    assert cost.threshold(10) == pytest.approx(0.05)
+    assert cost.threshold(200) > cost.threshold(50)
+
+
+def test_step_cost_follows_a_change() -> None:
+    generator = np.random.default_rng(0)
+    cost = StepCost()
+    for price in (1e-5, 3e-5):
+        for _ in range(800):
+            rows, proposed = int(generator.integers(1, 256)), int(generator.integers(0, 500))
+            cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + price * proposed)
+    assert cost.coefficients[2] == pytest.approx(3e-5, rel=0.02)
+
+
+def test_step_cost_without_proposals_or_steps_stays_at_its_guess() -> None:
+    cost = StepCost()
+    assert cost.threshold(8) == 0.5
+    for rows in range(1, 100):
+        cost.observe(rows, 0, 2e-3 + 4e-5 * rows)
+    assert cost.threshold(8) == 0.5
