@@ -431,6 +431,48 @@ def test_rollout_seconds_run_from_the_first_line_to_the_last(
     assert session.evaluate([[0]], 4, SAMPLING, step=0).stats.rollout_seconds == 1
 
 
+def test_drafting_needs_an_engine_that_proposes() -> None:
+    message = (
+        r"drafting: expected False with MarkovEngine, which does not propose from history; got True"
+    )
+    with pytest.raises(ValueError, match=message):
+        RolloutSession(MarkovEngine(policy(3)), Coupled(), drafting=True)
+
+
+class Recorder(MarkovEngine):
+    """Keeps what it was asked."""
+
+    supports_history = True
+    requests: RolloutRequests
+
+    def rollout(self, requests, *args):
+        self.requests = requests
+        return super().rollout(requests, *args)
+
+
+@pytest.mark.parametrize("rule", [NoReuse(), Coupled(), RandomCut()], ids=str)
+def test_history_is_every_cached_rollout_of_the_prompts(rule: AcceptanceRule) -> None:
+    """Whole, by prompt, also where the rule has no drafts or cuts them unseen."""
+    engine = Recorder(policy(3))
+    session = RolloutSession(engine, rule, drafting=True)
+    first = session.rollout([[0], [1]], 3, SAMPLING, step=0, epoch=0)
+    assert engine.requests.history is not None
+    assert engine.requests.history.token_ids.numel() == 0
+    session.rollout([[1], [2], [0]], 3, SAMPLING, step=1, epoch=1)
+    history = engine.requests.history
+    rows = [row.tolist() for row in history.token_ids.split(history.cu_lens.diff().tolist())]
+    assert rows == [*responses(first)[3:], [], [], [], *responses(first)[:3]]
+    assert (
+        history.row_groups.tolist()
+        == history.request_groups.tolist()
+        == [0] * 3 + [1] * 3 + [2] * 3
+    )
+    assert engine.requests.drafts.token_ids.numel() == 0 or rule.uses_drafts
+    session = RolloutSession(engine, rule, cache=session.cache)
+    session.rollout([[0]], 3, SAMPLING, step=2, epoch=2)
+    assert engine.requests.history is None
+
+
 def test_the_test_engine_is_an_engine() -> None:
     assert isinstance(MarkovEngine(policy(3)), RolloutEngine)
 

@@ -13,7 +13,11 @@ from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Verifies drafts, keeps the KV cache of the accepted prefix and generates on from there."""
+    """Verifies drafts, keeps the KV cache of the accepted prefix and generates on from there.
+
+    An engine with an attribute `supports_history` that is true also takes `RolloutRequests.history` and proposes from
+    it; others are never given one.
+    """
 
     @property
     def policy_version(self) -> int:
