@@ -299,6 +299,8 @@ class Rollouts:
         finish_reasons: `FinishReason` values. [batch], uint8.
         policy_version: Number of weight updates the engine had seen.
         stats: What the call cost.
+        running: Seconds since the engine began, and requests in verification or decoding then, after each of its
+            steps; None if the engine does not say. [steps, 2], float64.
     """
 
     prompt_ids: torch.Tensor
@@ -310,6 +312,7 @@ class Rollouts:
     finish_reasons: torch.Tensor
     policy_version: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
+    running: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         batch = self.accepted_lens.numel()

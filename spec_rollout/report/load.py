@@ -10,6 +10,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+RUNNING = "running.jsonl"
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class Run:
         summary: `summary.json`; empty if there is none.
         config: Text of the resolved config; None if none was saved.
         samples: Rows of `samples.jsonl`.
+        running: Rows of `running.jsonl`: seconds within a step's rollouts, and requests running then.
         environment: Machine and versions the run recorded about itself; None if it did not.
         problems: What could not be read, in words; shown on the page.
     """
@@ -31,6 +33,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    running: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -108,6 +111,7 @@ def load_run(directory: Path, name: str | None = None) -> Run:
     run.metrics = read_jsonl(directory / METRICS, run.problems)
     run.summary = _read_json(directory / "summary.json", run.problems)
     run.samples = read_jsonl(directory / SAMPLES, run.problems)
+    run.running = read_jsonl(directory / RUNNING, run.problems)
     config = directory / "config.toml"
     if config.is_file():
         run.config = config.read_text(encoding="utf-8", errors="replace")

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from spec_rollout.report.load import Run, number
-from spec_rollout.report.plots import PART_COLOURS, Panel, colour, panel_svg, seconds_svg
+from spec_rollout.report.plots import (
+    PART_COLOURS,
+    Panel,
+    colour,
+    panel_svg,
+    running_svg,
+    seconds_svg,
+)
 from spec_rollout.report.style import CSS
 from spec_rollout.report.tokens import samples_html
 
@@ -176,6 +183,13 @@ def _figures(runs: Sequence[Run]) -> str:
             "<section><h2>Where the rollout seconds go</h2><figure><figcaption><p>Seconds per step "
             "(stacked); other is lookup, assembly, storing and all between.</p></figcaption>"
             f'<ul class="legend">{legend}</ul>{seconds}</figure></section>'
+        )
+    running = running_svg(runs, salt="running")
+    if running is not None:
+        parts.append(
+            "<section><h2>Requests running within a step</h2><figure><figcaption><p>In verification or decoding, during "
+            "the rollouts of the last step. A long flat end is a step that waits for its longest rollouts.</p>"
+            f"</figcaption>{_legend(runs)}{running}</figure></section>"
         )
     return "".join(parts)
 

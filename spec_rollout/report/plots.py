@@ -202,3 +202,40 @@ def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
             axes.set_title(run.name, loc="left", fontsize=9, color="#3b4048", parse_math=False)
             _finish(axes, percent=False)
         return _svg(figure, salt)
+
+
+def running_curve(run: Run) -> tuple[float, list[float], list[float]] | None:
+    """The last step of which it is known: its number, seconds within its rollouts, requests running then."""
+    for row in reversed(run.running):
+        step = number(row.get("step"))
+        columns = [row.get("seconds"), row.get("running")]
+        if step is None or not all(isinstance(column, list) and column for column in columns):
+            continue
+        seconds, running = ([number(value) for value in column or ()] for column in columns)
+        if len(seconds) == len(running) and None not in seconds + running:
+            return step, [0.0, *seconds], [running[0], *running]  # type: ignore[list-item]
+    return None
+
+
+def running_svg(runs: Sequence[Run], salt: str) -> str | None:
+    """Requests running over the seconds of the last step's rollouts, one curve per run; None without any."""
+    curves = [(i, curve) for i, run in enumerate(runs) if (curve := running_curve(run)) is not None]
+    if not curves:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.0, 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for index, (_, seconds, running) in curves:
+            axes.plot(
+                seconds,
+                running,
+                color=colour(index),
+                linewidth=1.6,
+                linestyle=(0, (4, 2)) if index % 2 else "-",
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("seconds since the rollouts began")
+        _finish(axes, percent=False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
+        return _svg(figure, salt)

@@ -13,6 +13,7 @@ from spec_rollout.train.config import ConfigError
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+RUNNING = "running.jsonl"
 SUMMARY = "summary.json"
 
 

@@ -35,6 +35,7 @@ from spec_rollout.train.data import PromptRow
 from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
 from spec_rollout.train.run_files import (
     METRICS,
+    RUNNING,
     SAMPLES,
     SUMMARY,
     JsonLines,
@@ -140,6 +141,7 @@ class _Run:
         kept = parts.state.num_recorded if self._step > 0 else -1
         self._metrics = JsonLines(run_dir / METRICS, keep_through=kept)
         self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
+        self._running = JsonLines(run_dir / RUNNING, keep_through=self._step)
         (run_dir / SUMMARY).unlink(missing_ok=True)  # of the run before it was prolonged
         self._environment = environment()
         write_atomically(
@@ -158,6 +160,7 @@ class _Run:
         finally:
             self._metrics.close()
             self._samples.close()
+            self._running.close()
         summary = summarize(
             self._metrics.rows,
             run_dir=str(self._run_dir),
@@ -237,6 +240,8 @@ class _Run:
             "step_seconds": end - start,
         }
         self._write_samples(rollouts, rewards, rows)
+        if rollouts.running is not None:
+            self._running.write({"step": self._step + 1, **thinned(rollouts.running)})
         return row
 
     def _finish_step(self, row: Row, stop: StopRequest, bar: Any) -> None:
@@ -346,6 +351,16 @@ def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]
         [row for row in range(start, start + size) if usable[row]]
         for start in range(0, rollouts.batch, size)
     ]
+
+
+def thinned(running: torch.Tensor, most: int = 200) -> dict[str, list[float]]:
+    """`Rollouts.running` with about `most` points, the last one kept: {"seconds": ..., "running": ...}."""
+    every = -(-running.shape[0] // most) if running.shape[0] else 1
+    points = running.flip(0)[::every].flip(0)
+    return {
+        "seconds": [round(value, 4) for value in points[:, 0].tolist()],
+        "running": points[:, 1].long().tolist(),
+    }
 
 
 def _stats_row(stats: RolloutStats) -> Row:

@@ -10,7 +10,13 @@ import pytest
 
 from spec_rollout.report import Run, find_runs, load_run, render_page, write_report
 from spec_rollout.report.page import PANELS, summary_rows
-from spec_rollout.report.plots import Panel, panel_svg, running_mean, seconds_parts
+from spec_rollout.report.plots import (
+    Panel,
+    panel_svg,
+    running_curve,
+    running_mean,
+    seconds_parts,
+)
 from spec_rollout.report.tokens import pick_samples, response_html
 
 EVIL = "<script>alert('x')</script>\"&$x$"
@@ -186,3 +192,17 @@ def test_running_mean_is_centred_and_shorter_at_the_ends() -> None:
 
 def test_a_panel_nobody_recorded_is_left_out() -> None:
     assert panel_svg(Panel("reward", "", ""), [Run("x", metrics=[{"step": 1}])], "s") is None
+
+
+def test_running_requests_of_the_last_step_are_drawn() -> None:
+    rows = [
+        {"step": 3, "seconds": [0.5, 1.0], "running": [8, 2]},
+        {"step": 4, "seconds": [0.25], "running": [7]},
+        {"step": 5, "seconds": [0.25], "running": []},  # damaged: the one before is shown
+        {"step": 6, "seconds": ["x"], "running": [1]},
+    ]
+    assert running_curve(Run("a", running=rows)) == (4.0, [0.0, 0.25], [7.0, 7.0])
+    assert running_curve(Run("b")) is None
+    page = render_page([Run("a", running=rows), Run("b")])
+    assert "Requests running within a step" in parse(page).text
+    assert "Requests running within a step" not in render_page([Run("b")])

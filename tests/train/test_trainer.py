@@ -20,7 +20,7 @@ from spec_rollout.train.config_io import dump_config, load_config
 from spec_rollout.train.data import DataError
 from spec_rollout.train.interrupt import RunInterrupted
 from spec_rollout.train.rewards import RewardError
-from spec_rollout.train.trainer import resume, run
+from spec_rollout.train.trainer import resume, run, thinned
 from spec_rollout.types import RolloutStats
 
 
@@ -532,3 +532,10 @@ def test_a_saved_cache_gives_drafts_from_the_first_step(make_config, tmp_path):
     )
     run(second)
     assert [row.get("num_drafts") for row in read_rows(second.log.run_dir)] == [None, 12, 12]
+
+
+def test_running_requests_are_thinned_from_the_end() -> None:
+    running = torch.tensor([[0.1 * i, 10 - i] for i in range(10)], dtype=torch.float64)
+    assert thinned(running, 5) == {"seconds": [0.1, 0.3, 0.5, 0.7, 0.9], "running": [9, 7, 5, 3, 1]}
+    assert thinned(running)["running"] == list(range(10, 0, -1))
+    assert thinned(running[:0]) == {"seconds": [], "running": []}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,9 +162,12 @@ class TransformersEngine:
             max_model_len=self.max_model_len,
         )
         results = Results(plan, sampling.stop_token_ids)
+        running: list[tuple[float, int]] = []
         if plan.batch:
             with self._forward.session():
-                self._generate(plan, sampling, acceptance, results, stats, requests.history)
+                running = self._generate(
+                    plan, sampling, acceptance, results, stats, requests.history
+                )
             if self._forward.device.type == "cuda":
                 ops.check_status(self._forward.device)
         packing = time.perf_counter()
@@ -171,7 +175,7 @@ class TransformersEngine:
         end = time.perf_counter()
         stats.assembly_seconds = end - packing
         stats.rollout_seconds = end - start
-        return rollouts
+        return replace(rollouts, running=torch.tensor(running, dtype=torch.float64).view(-1, 2))
 
     def _generate(
         self,
@@ -181,8 +185,9 @@ class TransformersEngine:
         results: Results,
         stats: RolloutStats,
         history: History | None,
-    ) -> None:
-        start = time.perf_counter()
+    ) -> list[tuple[float, int]]:
+        """Fills `results`; returns what `Rollouts.running` says."""
+        begin = start = time.perf_counter()
         drafter = None if history is None else HistoryDrafter(history, sampling.stop_token_ids)
         stats.decode_seconds += time.perf_counter() - start
         num_slots = min(self.num_slots, plan.batch)
@@ -210,6 +215,7 @@ class TransformersEngine:
         waiting = deque(plan.order().tolist())
         refill = max(1, int(num_slots * _REFILL_SHARE))
         steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
+        running = []
         while waiting or verifier.num_busy or decoder.num_live:
             start = time.perf_counter()
             if verifier.num_busy or (waiting and decoder.num_free >= refill):
@@ -225,8 +231,10 @@ class TransformersEngine:
             else:
                 decoder.step()
                 stats.decode_seconds += time.perf_counter() - start
+            running.append((time.perf_counter() - begin, verifier.num_busy + decoder.num_live))
         stats.num_engine_steps += self._forward.num_steps - steps_before
         stats.num_padding_tokens += self._forward.num_padding_tokens - padding_before
+        return running
 
     @staticmethod
     def _settle(verified: list[Verified], plan: Plan, results: Results) -> list[Verified]:
