@@ -252,9 +252,42 @@ def rollout_table(content: Mapping[str, Any]) -> str:
     )
 
 
+def drafting_table(content: Mapping[str, Any]) -> str:
+    """bench_drafting.py: what proposals give, and what finding them costs."""
+    replays = [row for row in content["rows"] if row["op"] == "history drafting"]
+    shown = [
+        [
+            row["index"],
+            row["history"],
+            f"{row['max_tokens']}, at most twice the match"
+            if row["adaptive"]
+            else str(row["max_tokens"]),
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['computed_per_output']:.2f}",
+            f"{row['longest_rollout_steps_ratio']:.2f}x",
+        ]
+        for row in replays
+        if row["min_match"] == 1
+        and (row["max_tokens"], row["adaptive"]) in ((8, False), (16, True))
+    ]
+    header = ["index", "history", "tokens proposed", "tokens per step", "computed per token"]
+    table = markdown_table([*header, "fewer steps of the longest rollout"], shown)
+    speed = [row for row in content["rows"] if row["op"] != "history drafting"]
+    lines = [
+        [
+            row["op"],
+            f"{row['nanoseconds_per_token']:,.0f} ns",
+            f"{row['bytes_per_token']:.1f}" if "bytes_per_token" in row else "",
+        ]
+        for row in speed
+    ]
+    return f"{table}\n\n{markdown_table(['index', 'per token', 'bytes per token'], lines)}"
+
+
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
+    "drafting": drafting_table,
     "rollout_vllm": rollout_table,
     "rollout_vllm_gpu": rollout_table,
 }

@@ -162,6 +162,31 @@ def test_demo_tables_hold_every_run() -> None:
     ]
 
 
+def test_drafting_table_shows_two_ways_to_propose() -> None:
+    def replay(max_tokens: int, adaptive: bool, min_match: int = 1) -> dict:
+        return {
+            "op": "history drafting",
+            "index": "I",
+            "history": "siblings",
+            "min_match": min_match,
+            "max_tokens": max_tokens,
+            "adaptive": adaptive,
+            "tokens_per_step": 4.125,
+            "computed_per_output": 1.5,
+            "longest_rollout_steps_ratio": 3.0,
+        }
+
+    speed = {"op": "I, build", "nanoseconds_per_token": 1234.5}
+    text = tables.drafting_table(
+        {"rows": [speed, replay(8, False), replay(16, True), replay(8, False, 2), replay(8, True)]}
+    )
+    assert text.splitlines()[2:4] == [
+        "| I | siblings | 8 | 4.12 | 1.50 | 3.00x |",
+        "| I | siblings | 16, at most twice the match | 4.12 | 1.50 | 3.00x |",
+    ]
+    assert text.splitlines()[-1] == "| I, build | 1,234 ns |  |"
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(1.5, "1.5 s"), (0.0215, "21.5 ms"), (3.21e-5, "32.1 µs"), (2e-7, "0.2 µs")]
 )
