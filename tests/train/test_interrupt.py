@@ -24,6 +24,15 @@ def test_first_signal_is_noted(signum):
     assert signal.getsignal(signum) is before
 
 
+@pytest.fixture
+def usual_sigint():
+    """Python's handler: a process started in the background by a shell ignores the signal instead."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_sigint")
 def test_second_signal_has_its_usual_effect():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
