@@ -37,8 +37,6 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 }
 # Lossless runs: their rollouts must be those of `coupled_off`.
 LOSSLESS = ("coupled", "both")
-# The engine vllm does not propose from history.
-VLLM_RUNS = tuple(name for name in RUNS if name != "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +359,7 @@ def table(content: Mapping[str, Any]) -> str:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = argparse.ArgumentParser(prog="spec-rollout demo", description=__doc__.splitlines()[0])
     options.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    options.add_argument("--runs", help=f"default: {','.join(RUNS)}, as far as the engine has them")
+    options.add_argument("--runs", help=f"default: {','.join(RUNS)}")
     options.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument(
@@ -376,11 +374,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--short", action="store_true", help="seconds instead of minutes: does it run?"
     )
     args = options.parse_args(argv)
-    known = VLLM_RUNS if args.engine == "vllm" else tuple(RUNS)
-    args.runs = list(known) if args.runs is None else args.runs.split(",")
+    args.runs = list(RUNS) if args.runs is None else args.runs.split(",")
     for name in args.runs:
-        if name not in known:
-            raise ValueError(f"--runs: expected names out of {', '.join(known)}, got {name!r}")
+        if name not in RUNS:
+            raise ValueError(f"--runs: expected names out of {', '.join(RUNS)}, got {name!r}")
     try:
         args.seeds = None if args.seeds is None else [int(s) for s in args.seeds.split(",")]
     except ValueError:

@@ -20,6 +20,7 @@ from vllm_samples import (
 )
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
+from spec_rollout.drafting import StepCost
 from spec_rollout.types import (
     FinishReason,
     History,
@@ -43,6 +44,12 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fixed_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much is proposed does not depend on how busy this machine is."""
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.3)
 
 
 def history_of(rows: Sequence[Sequence[int]], groups: Sequence[int] | torch.Tensor) -> History:
@@ -212,6 +219,41 @@ def test_model_length(engine: Any) -> None:
     found, _ = check(engine, make_requests(prompts), history_of(rows, GROUPS), sampling)
     assert found.finish_reasons.tolist() == [FinishReason.LENGTH] * BATCH
     assert found.stats.num_accepted_proposals > 0
+
+
+def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of decoding is learnt from, and what it teaches is asked for."""
+    from spec_rollout.engines.vllm.compat import proposer_of
+
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    monkeypatch.setattr(proposer_of(worker).sampler, "cost", cost := StepCost())
+    asked: list[int] = []
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: asked.append(rows) or 0.3)
+    seen: list[tuple[int, int, float]] = []
+    observe = StepCost.observe
+    monkeypatch.setattr(
+        StepCost, "observe", lambda self, *args: (seen.append(args), observe(self, *args))[0]
+    )
+    past = history_of(rows_of(plain), GROUPS)
+    found, _ = check(engine, make_requests(PROMPTS), past)
+    assert 0 < len(seen) <= found.stats.num_decode_steps
+    assert sum(proposed for _, proposed, _ in seen) <= found.stats.num_proposed_tokens
+    assert all(1 <= rows <= 16 and seconds > 0 for rows, _, seconds in seen)
+    assert max(cost.coefficients) > 0.0
+    assert set(asked) <= set(range(1, 17))
+    assert len(asked) > 0
+
+
+def test_nothing_is_proposed_where_it_does_not_pay(
+    engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 1.1)
+    past = history_of(rows_of(plain), GROUPS)
+    found, expected = check(engine, make_requests(PROMPTS), past)
+    for name in ("num_proposed_tokens", "num_accepted_proposals"):
+        assert getattr(found.stats, name) == 0
+    for name in ("num_engine_steps", "num_decode_steps", "num_computed_tokens", "max_row_steps"):
+        assert getattr(found.stats, name) == getattr(expected.stats, name)
 
 
 def test_history_is_forgotten(engine: Any, plain: Rollouts) -> None:
