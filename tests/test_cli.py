@@ -30,7 +30,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["rollout", "--num-samples", "x"], "argument --num-samples: invalid int value: 'x'"),
         (["train"], "train: expected CONFIG.toml or --resume RUNDIR, got neither"),
         (["train", "a.toml", "--resume", "runs/x"], "train: expected CONFIG.toml or --resume RUNDIR, got both"),
-        (["demo", "--runs", "vanila"], "--runs: expected names out of vanilla, lenient, coupled, coupled_off, got 'vanila'"),
+        (["demo", "--runs", "vanila"], "--runs: expected names out of vanilla, lenient, coupled, both, coupled_off, got 'vanila'"),
         (["demo", "--epochs", "1"], "--epochs: expected at least 2"),
         (["demo", "--seeds", "0,x"], "--seeds: expected integers with commas, got '0,x'"),
     ],
