@@ -37,6 +37,41 @@ def unpack_history(packed: PackedHistory) -> History:
     return History(*(torch.from_numpy(array) for array in arrays))
 
 
+class Payoff:
+    """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
+
+    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
+    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far.
+    """
+
+    _EXPLORE = 16
+    _FORGET = 0.9  # per step of that kind and size
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[int, bool], tuple[float, float]] = {}  # tokens, seconds
+        self._asked: dict[int, int] = {}
+
+    def observe(self, rows: int, has_proposals: bool, tokens: int, seconds: float) -> None:
+        """A step of decoding that gave `tokens` tokens to `rows` requests."""
+        key = (rows.bit_length(), has_proposals)
+        old_tokens, old_seconds = self._rates.get(key, (0.0, 0.0))
+        self._rates[key] = (
+            self._FORGET * old_tokens + tokens / rows,
+            self._FORGET * old_seconds + seconds,
+        )
+
+    def pays(self, rows: int) -> bool:
+        """Whether the next step should have proposals."""
+        size = rows.bit_length()
+        self._asked[size] = asked = self._asked.get(size, 0) + 1
+        tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
+        plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
+        better = (
+            not plain_seconds or not seconds or tokens * plain_seconds >= plain_tokens * seconds
+        )
+        return better != (asked % self._EXPLORE == 0)
+
+
 class HistoryProposals:
     """What is proposed to the live requests of one rollout call.
 
@@ -44,6 +79,7 @@ class HistoryProposals:
         history: Of the call.
         stop_token_ids: Of the call; never proposed.
         cost: Decides with the drafter how much to propose.
+        payoff: Decides whether to propose at all.
         max_proposal: Most tokens for one request.
         token_budget: Most tokens of one step; shared out evenly, so that nobody waits for another's proposal.
     """
@@ -53,6 +89,7 @@ class HistoryProposals:
         history: History,
         stop_token_ids: list[int],
         cost: StepCost,
+        payoff: Payoff,
         *,
         max_proposal: int,
         token_budget: int,
@@ -60,6 +97,7 @@ class HistoryProposals:
         self.num_requests = history.request_groups.numel()
         self._drafter = HistoryDrafter(history, stop_token_ids)
         self._cost = cost
+        self._payoff = payoff
         self._max_proposal = max_proposal
         self._token_budget = token_budget
         self._outcomes: list[tuple[int, int]] = []
@@ -67,6 +105,10 @@ class HistoryProposals:
     def tested(self, row: Row, accepted: int) -> None:
         """Of the last proposal to `row`, this many tokens passed; the next one, if there was one, did not."""
         self._outcomes.append((row.history_id, accepted))
+
+    def pays(self, num_rows: int) -> bool:
+        """Whether to propose anything in the next step of so many requests."""
+        return self._payoff.pays(num_rows)
 
     def propose(
         self,
@@ -115,7 +157,7 @@ class HistoryProposals:
         )
         most = min(self._max_proposal, self._token_budget // len(rows) - 1)
         limits = np.minimum(np.array(rooms, np.int64), most)
-        if not free or limits.max() < 1:
+        if not free or limits.max() < 1 or not self.pays(len(rows)):
             return
         ids = np.array([rows[r].history_id for r in free], np.int64)
         proposals = self._drafter.propose(ids, limits, self._cost.threshold(len(rows)))

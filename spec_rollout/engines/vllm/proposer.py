@@ -67,6 +67,7 @@ class ReuseProposer:
                 history,
                 stop_token_ids,
                 self.sampler.cost,
+                self.sampler.payoff,
                 max_proposal=self.sampler.max_chunk,
                 token_budget=self.token_budget,
             )

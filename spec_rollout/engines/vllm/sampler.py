@@ -21,7 +21,7 @@ from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled
 from spec_rollout.drafting import StepCost
 from spec_rollout.engines.vllm.collect import Collector
-from spec_rollout.engines.vllm.history import HistoryProposals
+from spec_rollout.engines.vllm.history import HistoryProposals, Payoff
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row
@@ -87,7 +87,10 @@ class ReuseSampler:
         self.max_chunk = max_chunk
         self.num_requests = 0  # of the rollout call, where known
         self.history: HistoryProposals | None = None
-        self.cost = StepCost()  # lives as long as the engine
+        self.cost = StepCost()  # this and the next live as long as the engine
+        self.payoff = Payoff()
+        self._num_accepted = 0  # proposals, up to the step before
+        self._is_decode = False
         self._step_end: float | None = None
         self._step_work: tuple[int, int] | None = None
         self._in_tail = False
@@ -135,6 +138,7 @@ class ReuseSampler:
         # Prefill is another kind of work: from its steps nothing is learnt about decoding.
         is_learnt = num_tokens == num_logits
         self._step_work = (num_requests, num_tokens - num_requests) if is_learnt else None
+        self._is_decode = is_decode
         self._in_tail = is_decode and num_requests < _TAIL_SHARE * self.num_requests
         metrics.num_tail_steps += self._in_tail
 
@@ -148,7 +152,12 @@ class ReuseSampler:
             if self._in_tail:
                 self.metrics.tail_seconds += seconds
             if self.history is not None and self._step_work is not None:
-                self.cost.observe(*self._step_work, seconds)
+                rows, extra = self._step_work
+                self.cost.observe(rows, extra, seconds)
+                if self._is_decode:
+                    gained = self.metrics.num_accepted_proposals - self._num_accepted
+                    self.payoff.observe(rows, extra > 0, rows + gained, seconds)
+        self._num_accepted = self.metrics.num_accepted_proposals
         self._step_end = now
 
     # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.

@@ -21,6 +21,7 @@ from vllm_samples import (
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
 from spec_rollout.drafting import StepCost
+from spec_rollout.engines.vllm.history import HistoryProposals, Payoff
 from spec_rollout.types import (
     FinishReason,
     History,
@@ -50,6 +51,7 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 def fixed_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is proposed does not depend on how busy this machine is."""
     monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.3)
+    monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
 
 
 def history_of(rows: Sequence[Sequence[int]], groups: Sequence[int] | torch.Tensor) -> History:
@@ -254,6 +256,18 @@ def test_nothing_is_proposed_where_it_does_not_pay(
         assert getattr(found.stats, name) == 0
     for name in ("num_engine_steps", "num_decode_steps", "num_computed_tokens", "max_row_steps"):
         assert getattr(found.stats, name) == getattr(expected.stats, name)
+
+
+def test_proposals_that_do_not_pay_become_rare() -> None:
+    payoff = Payoff()
+    assert payoff.pays(64)
+    payoff.observe(64, True, 70, 0.02)
+    payoff.observe(64, False, 64, 0.01)
+    assert sum(payoff.pays(64) for _ in range(160)) == 10
+    assert payoff.pays(2)  # other batches are another matter
+    for _ in range(40):
+        payoff.observe(64, True, 200, 0.02)
+    assert sum(payoff.pays(64) for _ in range(160)) == 150
 
 
 def test_history_is_forgotten(engine: Any, plain: Rollouts) -> None:

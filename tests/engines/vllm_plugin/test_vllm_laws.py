@@ -12,6 +12,7 @@ from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
 from spec_rollout.drafting import StepCost
+from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams, cu_lens_from
 
 NUM_REQUESTS = 20_000
@@ -155,6 +156,7 @@ def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.M
     """Lenient's law at the draft's token, and the target's behind it, where history proposes what is likeliest."""
     # As much as there is, whatever it costs.
     monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
+    monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
     params = SamplingParams(max_tokens=6)
     p = target_probs(hf_model, list(PROMPT), params)
     rng = np.random.default_rng(8)
