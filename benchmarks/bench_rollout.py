@@ -377,7 +377,7 @@ def main() -> None:
     options.add_argument(
         "--drift",
         type=float,
-        default=0.05,
+        default=0.08,
         help="of the table drafting: weights move by this share of their spread (default: %(default)s)",
     )
     args = options.parse_args()
