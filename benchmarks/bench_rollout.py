@@ -2,6 +2,8 @@
 
     python benchmarks/bench_rollout.py --engine vllm
 
+`--table drafting` measures prefix reuse, history drafting and both instead (rollout_drafting.py says how).
+
 In float32 a CPU's prefill is only about three times cheaper per token than its decoding, on a GPU some twenty times; in
 bfloat16, with AMX, it is in between.
 
@@ -42,6 +44,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import numpy as np
+import rollout_drafting
 import torch
 from _common import Results, Timing, parser
 
@@ -367,7 +370,27 @@ def main() -> None:
     options.add_argument("--eager", action="store_true", help="no CUDA graphs")
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
+    options.add_argument("--table", choices=["acceptance", "drafting"], default="acceptance")
+    options.add_argument(
+        "--batches", type=int, nargs="+", default=[64, 256], help="of the table drafting"
+    )
+    options.add_argument(
+        "--drift",
+        type=float,
+        default=0.08,
+        help="of the table drafting: weights move by this share of their spread (default: %(default)s)",
+    )
     args = options.parse_args()
+    if args.table == "drafting":
+        if args.quick:
+            args.batches, args.repeats, args.max_tokens = [16], 1, 64
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        gpu_suffix = "_gpu" if torch.cuda.is_available() else ""
+        results = Results(f"rollout_vllm_drafting{gpu_suffix}", args.out)
+        rollout_drafting.run(args, results)
+        results.write()
+        return
     gpu = torch.cuda.is_available()
     defaults = {
         "shape": ("small", "qwen3-1.7b"),

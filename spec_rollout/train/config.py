@@ -160,12 +160,6 @@ class RolloutConfig:
             "to be left out with the engine vllm",
             self.batch_invariant,
         )
-        _require(
-            self.engine != "vllm" or not self.drafting,
-            "rollout.drafting",
-            "false with the engine vllm, which does not propose from history",
-            self.drafting,
-        )
         try:
             self.schedule()
             self.sampling()
@@ -416,6 +410,13 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        two_pass = self.rollout.engine == "vllm" and self.vllm.strategy == "two_pass"
+        _require(
+            not (two_pass and self.rollout.drafting),
+            "rollout.drafting",
+            "false with vllm.strategy = 'two_pass', which does not propose from history",
+            self.rollout.drafting,
+        )
         if self.train.recompute_logprobs:
             return
         for key, off in (("top_k", 0), ("top_p", 1.0)):

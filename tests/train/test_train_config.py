@@ -126,6 +126,13 @@ def test_every_default_survives_the_round_trip(tmp_path):
         ),
         ({"vllm": {"num_speculative_tokens": 0}}, r"vllm\.num_speculative_tokens: expected at l"),
         ({"vllm": {"kv_cache_gib": 0}}, r"vllm\.kv_cache_gib: expected a positive number, got 0"),
+        (
+            {
+                "rollout": {"engine": "vllm", "drafting": True},
+                "vllm": {"strategy": "two_pass"},
+            },
+            r"rollout\.drafting: expected false with vllm\.strategy = 'two_pass', .*, got True",
+        ),
         ({"vllm": {"strategy": "two"}}, r"vllm\.strategy: expected one of inflight, two_pass"),
         ({"reward": {"weights": [1.0, 2.0]}}, r"reward\.weights: expected one per function \(1\)"),
         ({"reward": {"functions": "f"}}, r"reward\.functions: expected a list \(a string each\)"),

@@ -240,7 +240,7 @@ def _sample_hook(original: Callable) -> Callable:
         # vLLM replaces drafts by zeros near the model's length, unless the drafter is known to stop in time; ours does.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
         rows = _rows(self, proposer)
-        proposer.sampler.count(int(self.query_start_loc.np[len(rows)]), len(rows))
+        proposer.sampler.count(int(self.query_start_loc.np[len(rows)]), logits.shape[0], rows)
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None  # as without speculation: one row of logits per request
         if spec_decode_metadata is None and not any(rows):
@@ -319,6 +319,7 @@ def _new_row(runner: Any, proposer: ReuseProposer, state: Any) -> Row | None:
         stop_token_ids=frozenset(stops),
         first_chunk=proposer.first_chunk,
         masks=LogitMasks.of(params, runner.device),
+        history_id=proposer.history_id(request.collect_id),
     )
     if row.draft_len:
         proposer.sampler.metrics.draft_added(row.draft_len)

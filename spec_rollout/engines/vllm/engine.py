@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.history import pack_history
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.two_pass import check_two_pass, two_pass
@@ -141,8 +143,10 @@ class VLLMEngine:
     ) -> Rollouts:
         """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`. `limits`: [batch]."""
         start = time.perf_counter()
-        if requests.history is not None:
-            raise ValueError("history: expected None, this engine does not propose from it")
+        if requests.history is not None and not self.supports_history:
+            raise ValueError(
+                f"history: expected None with the strategy {self.strategy}, which does not propose from it"
+            )
         check_requests(
             requests,
             sampling,
@@ -159,14 +163,18 @@ class VLLMEngine:
         in_two_passes = self.strategy == "two_pass" and job.drafts.token_ids.numel() > 0
         if in_two_passes:
             check_two_pass(sampling, acceptance)
-        self._take()  # whatever a rollout that was interrupted left behind
-        self._take_metrics()
-        if in_two_passes:
-            responses, verification_seconds = two_pass(self, job, sampling)
-        else:
-            responses, verification_seconds = self.generate(job, sampling), 0.0
+        self._begin(requests, sampling)
+        try:
+            if in_two_passes:
+                responses, verification_seconds = two_pass(self, job, sampling)
+            else:
+                responses, verification_seconds = self.generate(job, sampling), 0.0
+        except BaseException:
+            with suppress(Exception):  # it may have been the engine that failed
+                self._end()
+            raise
         packing = time.perf_counter()
-        metrics = self._take_metrics()
+        metrics = self._end()
         self.metrics += metrics
         self.last_metrics = metrics
         stats = responses.stats(job.drafts, metrics)
@@ -177,6 +185,11 @@ class VLLMEngine:
         stats.assembly_seconds = end - packing
         stats.rollout_seconds = end - start
         return rollouts
+
+    @property
+    def supports_history(self) -> bool:
+        """Whether `RolloutRequests.history` is taken."""
+        return self.strategy == "inflight"
 
     def generate(self, job: Job, sampling: SamplingParams) -> Responses:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
@@ -243,6 +256,14 @@ class VLLMEngine:
             prompt_logprobs=job.prompt_logprobs,
             extra_args=job.extra_args(row),
         )
+
+    def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:
+        history = None if requests.history is None else pack_history(requests.history)
+        stops = list(sampling.stop_token_ids)
+        self.llm.collective_rpc("spec_rollout_begin", args=(requests.batch, history, stops))
+
+    def _end(self) -> ReuseMetrics:
+        return ReuseMetrics.from_dict(self.llm.collective_rpc("spec_rollout_end")[0])
 
     def _take(self) -> tuple[bytes, ...]:
         return tuple(self.llm.collective_rpc("spec_rollout_take")[0])

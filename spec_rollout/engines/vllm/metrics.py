@@ -15,7 +15,12 @@ class ReuseMetrics:
 
     Attributes:
         num_engine_steps: Forward passes that ended in sampling.
-        num_decode_steps: Of these, steps in which every request computed one token.
+        num_decode_steps: Of these, steps in which every request computed its last token, what was proposed from history
+            behind it, and nothing else.
+        num_tail_steps, tail_seconds: Decode steps with fewer than a tenth of the call's requests running.
+        max_row_steps: Steps of the longest request after its first token (of a sum: of each call's longest).
+        num_proposed_tokens: Tokens proposed from history; the model computed them all.
+        num_accepted_proposals: Of these, kept.
         num_computed_tokens: Tokens the model computed: prompts, draft chunks, single tokens.
         num_drafts: Requests with a draft.
         num_draft_tokens: Their draft tokens (after the cut to max_tokens and to the model's length).
@@ -39,6 +44,11 @@ class ReuseMetrics:
     num_wasted_tokens: int = 0
     num_fully_reused: int = 0
     num_placeholder_tokens: int = 0
+    num_tail_steps: int = 0
+    tail_seconds: float = 0.0
+    max_row_steps: int = 0
+    num_proposed_tokens: int = 0
+    num_accepted_proposals: int = 0
     tested_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     accepted_at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 

@@ -1,17 +1,21 @@
 """The drafter vLLM is given: `speculative_config={"method": "custom_class", "model": "...proposer.ReuseProposer"}`.
 
-It proposes the next chunk of each request's cached response while that is being accepted, and nothing afterwards. It is
+It proposes the next chunk of each request's cached response while that is being accepted; afterwards, what the prompt's
+other rollouts suggest, where the engine was given a history, and nothing otherwise. It is
 created in every worker process before the model is loaded, which is where the hooks of `compat` are installed.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.sampler import ReuseSampler
+from spec_rollout.types import History
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,11 +52,31 @@ class ReuseProposer:
                 f"got {max_chunk}"
             )
         self.first_chunk = min(first_chunk, max_chunk)
+        self.token_budget = budget
         self.sampler = ReuseSampler(max_chunk)
         compat.keep_cpu_weights()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """There is no model to load."""
+
+    def begin(self, num_requests: int, history: History | None, stop_token_ids: list[int]) -> None:
+        """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` - 1."""
+        proposals = None
+        if history is not None:
+            proposals = HistoryProposals(
+                history,
+                stop_token_ids,
+                self.sampler.cost,
+                self.sampler.payoff,
+                max_proposal=self.sampler.max_chunk,
+                token_budget=self.token_budget,
+            )
+        self.sampler.begin(num_requests, proposals)
+
+    def history_id(self, collect_id: int) -> int:
+        """A request's number in the history of the call, or -1."""
+        history = self.sampler.history
+        return collect_id if history is not None and collect_id < history.num_requests else -1
 
     def propose(
         self,
@@ -62,10 +86,23 @@ class ReuseProposer:
         slot_mappings: Any = None,
     ) -> list[list[int]]:
         """Draft tokens per request of the batch; an empty list where there is nothing to propose."""
-        drafts: list[list[int]] = []
-        for r, (row, sampled) in enumerate(zip(self.sampler.rows, sampled_token_ids, strict=True)):
-            if row is None or not row.alive or not sampled:
-                drafts.append([])
-            else:
-                drafts.append(row.propose(int(num_tokens_no_spec[r]) - row.prompt_len))
+        sampler = self.sampler
+        step = sampler.metrics.num_engine_steps
+        oldest = step
+        drafts: list[list[int]] = [[] for _ in sampler.rows]
+        for r, (row, sampled) in enumerate(zip(sampler.rows, sampled_token_ids, strict=True)):
+            if row is None or not sampled:
+                continue
+            if row.first_step < 0:
+                row.first_step = step
+            elif row.first_step < oldest:
+                oldest = row.first_step
+            if row.alive:
+                drafts[r] = row.propose(int(num_tokens_no_spec[r]) - row.prompt_len)
+        sampler.metrics.max_row_steps = max(sampler.metrics.max_row_steps, step - oldest)
+        if sampler.history is not None:
+            sampler.history.propose(
+                sampler.rows, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, drafts
+            )
+        sampler.end_step(time.perf_counter())
         return drafts

@@ -37,6 +37,7 @@ def check_requests(
     for name, ids in (
         ("prompt_ids", requests.prompt_ids),
         ("draft_ids", requests.drafts.token_ids),
+        *(() if requests.history is None else [("history.token_ids", requests.history.token_ids)]),
     ):
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
             raise ValueError(
@@ -228,6 +229,11 @@ class Responses:
             num_padding_tokens=0,
             num_engine_steps=metrics.num_engine_steps,
             num_decode_steps=metrics.num_decode_steps,
+            num_tail_steps=metrics.num_tail_steps,
+            tail_seconds=metrics.tail_seconds,
+            num_proposed_tokens=metrics.num_proposed_tokens,
+            num_accepted_proposals=metrics.num_accepted_proposals,
+            max_row_steps=metrics.max_row_steps,
         )
 
 

@@ -21,7 +21,12 @@ class Row:
         alive: Draft tokens remain and none has been rejected.
         ends: The response ends with the draft's last token, should that be accepted.
         chunk: Draft tokens to propose next.
-        proposed_at, proposal: What was proposed last, and for which token of the response it starts.
+        proposed_at, proposal: What was proposed last, from the draft or from history, and for which token of the
+            response it starts.
+        max_response_len: Most tokens of the response.
+        history_id: Its number in the rollout call, if proposals from history follow the draft; or -1.
+        num_indexed: Tokens of the response that the history knows.
+        first_step: Engine step that gave its first token; -1 before.
         masks: The request's `LogitMasks`, or None.
     """
 
@@ -35,8 +40,12 @@ class Row:
         "draft_logprobs",
         "ends",
         "first_position",
+        "first_step",
+        "history_id",
         "key",
         "masks",
+        "max_response_len",
+        "num_indexed",
         "prompt_len",
         "proposal",
         "proposed_at",
@@ -52,6 +61,7 @@ class Row:
         stop_token_ids: frozenset[int],
         first_chunk: int,
         masks: Any,
+        history_id: int = -1,
     ) -> None:
         draft = request.draft_ids[:max_response_len]
         stopped = False
@@ -76,6 +86,10 @@ class Row:
         self.proposed_at = -1
         self.proposal: list[int] = []
         self.masks = masks
+        self.max_response_len = max_response_len
+        self.history_id = history_id
+        self.num_indexed = 0
+        self.first_step = -1
 
     def num_scheduled(self, index: int, scheduled: list[int]) -> int:
         """How many of the draft tokens that vLLM scheduled really are this draft's, from response token `index` on.
@@ -91,6 +105,21 @@ class Row:
                 break
             count += 1
         return count
+
+    def from_history(self, index: int, scheduled: list[int]) -> tuple[np.ndarray, bool]:
+        """The scheduled tokens to test where no draft is followed, and whether they are those proposed last.
+
+        Whatever their origin: a token passes only if sampling gives it. vLLM's own inventions (-1) are left out, and
+        with tensor parallelism the proposals of one worker are tested by all.
+        """
+        if self.history_id < 0:
+            return np.empty(0, np.int32), False
+        tokens = np.array(scheduled, np.int32)
+        invented = np.flatnonzero(tokens < 0)
+        if invented.size:
+            tokens = tokens[: int(invented[0])]
+        ours = self.proposed_at == index and scheduled == self.proposal[: len(scheduled)]
+        return tokens, ours
 
     def propose(self, index: int) -> list[int]:
         """The next chunk, for response tokens from `index` on."""

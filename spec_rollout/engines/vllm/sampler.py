@@ -4,6 +4,8 @@ vLLM has computed, for request r, logits after its last token and after each of 
 n_r + 1 rows. Row i predicts response token j_r + i. Every row is tested against the draft token of its position where
 there is one: also the row at the end of a prompt's prefill (n_r = 0), and the last row of a chunk (vLLM's "bonus"), so
 that an accepted draft never loses a step at a chunk border.
+
+What was proposed from history instead of a draft is tested for being what sampling gives, under every rule.
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ import numpy as np
 import torch
 
 from spec_rollout import ops
-from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.acceptance import AcceptanceRule, Coupled
+from spec_rollout.drafting import StepCost
 from spec_rollout.engines.vllm.collect import Collector
+from spec_rollout.engines.vllm.history import HistoryProposals, Payoff
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row
 
 # (request, first logits row, its tokens, their log-probs) of the requests served in one step
 _Runs = list[tuple[int, int, np.ndarray, np.ndarray]]
+
+_SAMPLED = Coupled()  # passes what keyed sampling gives at that position
+# With fewer of the requests than this share running, a rollout call is in its tail.
+_TAIL_SHARE = 0.1
 
 
 @dataclass(slots=True)
@@ -55,15 +63,21 @@ class Step:
 
 @dataclass(slots=True)
 class _Segment:
-    """Logits rows first_row..first_row + num_rows of one request, tested against `num_tested` draft tokens."""
+    """Logits rows first_row..first_row + num_rows of one request, tested against some tokens."""
 
     request: int
     first_row: int
     num_rows: int
     index: int = 0  # response token that the first row predicts
-    num_tested: int = 0
-    num_proposed: int = 0  # of the draft's own tokens computed in this step
+    tokens: np.ndarray | None = None  # to test: of the draft, or proposed from history
+    num_proposed: int = 0  # of these, computed in this step
     row: Row | None = None  # None: nobody reads the result
+    is_draft: bool = True
+    learn: bool = False  # the drafter made this proposal and wants to know how it fared
+
+    @property
+    def num_tested(self) -> int:
+        return 0 if self.tokens is None else self.tokens.size
 
 
 class ReuseSampler:
@@ -71,6 +85,15 @@ class ReuseSampler:
 
     def __init__(self, max_chunk: int) -> None:
         self.max_chunk = max_chunk
+        self.num_requests = 0  # of the rollout call, where known
+        self.history: HistoryProposals | None = None
+        self.cost = StepCost()  # this and the next live as long as the engine
+        self.payoff = Payoff()
+        self._num_accepted = 0  # proposals, up to the step before
+        self._is_decode = False
+        self._step_end: float | None = None
+        self._step_work: tuple[int, int] | None = None
+        self._in_tail = False
         self.metrics = ReuseMetrics()
         self.collector = Collector()
         self.rows: list[Row | None] = []  # of the last step, for the proposer
@@ -88,11 +111,54 @@ class ReuseSampler:
         self._plain = None
         return self._verify(step)
 
-    def count(self, num_tokens: int, num_requests: int) -> None:
-        """A step in which the model computed `num_tokens` tokens for `num_requests` requests."""
-        self.metrics.num_engine_steps += 1
-        self.metrics.num_computed_tokens += num_tokens
-        self.metrics.num_decode_steps += num_tokens == num_requests
+    def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
+        """A rollout call of so many requests begins; what was left of an earlier one is forgotten."""
+        self.metrics = ReuseMetrics()
+        self.collector = Collector()
+        self.num_requests = num_requests
+        self.history = history
+        self._step_end = None
+
+    def end(self) -> ReuseMetrics:
+        """The call is over; its counters."""
+        metrics = self.metrics
+        self.begin(0, None)
+        return metrics
+
+    def count(self, num_tokens: int, num_logits: int, rows: list[Row | None]) -> None:
+        """A step in which the model computed `num_tokens` tokens, and logits after `num_logits` of them."""
+        num_requests = len(rows)
+        is_decode = num_tokens == num_logits and (
+            num_tokens == num_requests or not any(row is not None and row.alive for row in rows)
+        )
+        metrics = self.metrics
+        metrics.num_engine_steps += 1
+        metrics.num_computed_tokens += num_tokens
+        metrics.num_decode_steps += is_decode
+        # Prefill is another kind of work: from its steps nothing is learnt about decoding.
+        is_learnt = num_tokens == num_logits
+        self._step_work = (num_requests, num_tokens - num_requests) if is_learnt else None
+        self._is_decode = is_decode
+        self._in_tail = is_decode and num_requests < _TAIL_SHARE * self.num_requests
+        metrics.num_tail_steps += self._in_tail
+
+    def end_step(self, now: float) -> None:
+        """The step's tokens are sampled and the next one's proposals made; `now` in seconds.
+
+        A step takes from the end of the one before to its own, scheduling and all.
+        """
+        if self._step_end is not None:
+            seconds = now - self._step_end
+            if self._in_tail:
+                self.metrics.tail_seconds += seconds
+            if self.history is not None and self._step_work is not None:
+                rows, extra = self._step_work
+                self.cost.observe(rows, extra, seconds)
+                if self._is_decode:
+                    gained = self.metrics.num_accepted_proposals - self._num_accepted
+                    self.payoff.observe(rows, extra > 0, rows + gained, seconds)
+        self._num_accepted = self.metrics.num_accepted_proposals
+        self._step_end = now
 
     # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
 
@@ -178,16 +244,11 @@ class ReuseSampler:
                 order.append((None, _Segment(r, first, 1)))
                 used = 1
             else:
-                num_real = 0
-                if count > 1:
-                    assert step.scheduled is not None
-                    num_real = row.num_scheduled(index, step.scheduled[r]) if row.alive else 0
-                    self.metrics.num_verified_tokens += num_real
-                    self.metrics.num_placeholder_tokens += count - 1 - num_real
-                num_tested = min(num_real + 1, row.draft_len - index) if row.alive else 0
-                used = max(num_tested, min(num_real, num_tested) + 1)
-                segment = _Segment(r, first, used, index, num_tested, num_real, row)
-                order.append((row.rule if num_tested else None, segment))
+                scheduled = [] if step.scheduled is None else step.scheduled[r]
+                segment = self._segment(r, row, first, index, scheduled)
+                used = segment.num_rows
+                rule = row.rule if segment.is_draft else _SAMPLED
+                order.append((rule if segment.num_tested else None, segment))
                 if row.masks is not None:
                     row.masks.apply(step.logits[first : first + used], index + row.first_position)
             if used < count:  # rows computed for draft tokens that vLLM made up
@@ -198,6 +259,29 @@ class ReuseSampler:
         for rule, segment in order:
             groups.setdefault(default if rule is None else rule, []).append(segment)
         return groups
+
+    def _segment(
+        self, request: int, row: Row, first_row: int, index: int, scheduled: list[int]
+    ) -> _Segment:
+        """What is to be tested of one request, with draft tokens `scheduled` for response tokens from `index` on."""
+        metrics = self.metrics
+        if row.alive:
+            num_real = row.num_scheduled(index, scheduled) if scheduled else 0
+            metrics.num_verified_tokens += num_real
+            metrics.num_placeholder_tokens += len(scheduled) - num_real
+            num_tested = min(num_real + 1, row.draft_len - index)
+            num_rows = max(num_tested, min(num_real, num_tested) + 1)
+            tokens = row.draft[index : index + num_tested]
+            return _Segment(request, first_row, num_rows, index, tokens, num_real, row)
+        if not scheduled:
+            return _Segment(request, first_row, 1, index, row=row)
+        tokens, ours = row.from_history(index, scheduled)
+        n = tokens.size
+        metrics.num_proposed_tokens += n
+        metrics.num_placeholder_tokens += len(scheduled) - n
+        return _Segment(
+            request, first_row, n + 1, index, tokens, n, row, is_draft=False, learn=ours
+        )
 
     def _verify_group(
         self,
@@ -262,12 +346,19 @@ class ReuseSampler:
     ) -> None:
         """Books the outcome of one request."""
         index, out = segment.index, tokens[segment.request]
-        out[:accepted] = row.draft[index : index + accepted]
+        if accepted:
+            assert segment.tokens is not None
+            out[:accepted] = segment.tokens[:accepted]
         num_tokens = accepted
         if token >= 0:
             out[accepted] = token
             num_tokens += 1
-        if segment.num_tested:
+        if not segment.is_draft:
+            self.metrics.num_accepted_proposals += accepted
+            whole = accepted == segment.num_tested < len(row.proposal)  # the rest was not scheduled
+            if segment.learn and not whole and self.history is not None:
+                self.history.tested(row, accepted)
+        elif segment.num_tested:
             self.metrics.chunk_tested(index, segment.num_tested, accepted, segment.num_proposed)
             if accepted < segment.num_tested:
                 row.alive = False
@@ -281,7 +372,8 @@ class ReuseSampler:
             if row.alive and segment.num_proposed >= row.chunk:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
         if row.collect_id >= 0:
-            self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], accepted)
+            reused = accepted if segment.is_draft else 0
+            self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], reused)
         emitted.append(
             (segment.request, segment.first_row, out[:num_tokens], logprobs[:num_tokens])
         )
@@ -339,7 +431,7 @@ class _Batch:
                 numbers[2, i] = s.row.key
                 numbers[3, i] = s.row.first_position + s.index
                 if tested:
-                    ids.append(s.row.draft[s.index : s.index + tested])
+                    ids.append(s.tokens)
                     if rule.needs_draft_logprobs:
                         logprobs.append(s.row.draft_logprobs[s.index : s.index + tested])
             numbers[0, i + 1] = tested

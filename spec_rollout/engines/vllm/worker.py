@@ -8,11 +8,23 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.history import PackedHistory, unpack_history
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 
 
 class ReuseWorker:
     """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
+
+    def spec_rollout_begin(
+        self, num_requests: int, history: PackedHistory | None, stop_token_ids: list[int]
+    ) -> None:
+        """Ahead of the requests of a rollout call: starts counters anew and takes the history to propose from."""
+        unpacked = None if history is None else unpack_history(history)
+        compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids)
+
+    def spec_rollout_end(self) -> dict[str, Any]:
+        """After the last request of a rollout call: forgets its history and returns its counters."""
+        return compat.proposer_of(self).sampler.end().as_dict()
 
     def spec_rollout_take(self) -> tuple[bytes, ...]:
         """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`).

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.slow
 
 _SCRIPT = """
 import json, sys
+from dataclasses import replace
 import torch
 from vllm_samples import *
 from spec_rollout.acceptance import Coupled
 from spec_rollout.engines.vllm import VLLMEngine
-from spec_rollout.types import SamplingParams
+from spec_rollout.types import History, SamplingParams
 
 if __name__ == "__main__":
     folder, new_folder = sys.argv[1:]
@@ -28,7 +29,10 @@ if __name__ == "__main__":
     plain = engine.rollout(make_requests(prompts), sampling, Coupled())
     drafts = pack_drafts(mixed_drafts(rows_of(plain)))
     reused = engine.rollout(make_requests(prompts, drafts), sampling, Coupled())
+    past = History(plain.response_ids, plain.cu_response_lens, torch.arange(8) // 2, torch.arange(8) // 2)
+    drafted = engine.rollout(replace(make_requests(prompts), history=past), sampling, Coupled())
     out = {"plain": rows_of(plain), "reused": rows_of(reused), "accepted": reused.accepted_lens.tolist()}
+    out["drafted"], out["proposals"] = rows_of(drafted), drafted.stats.num_accepted_proposals
     out["logprob_gap"] = float((plain.logprobs - reused.logprobs).abs().max())
     from transformers import AutoModelForCausalLM
     engine.update_weights(AutoModelForCausalLM.from_pretrained(new_folder).float().named_parameters())
@@ -56,7 +60,8 @@ def test_same_results_from_a_process_of_its_own(vllm_installed: None, tmp_path: 
     make_model(tmp_path / "new", seed=5)
     found = _run(tmp_path, "1")
     assert not found["in_process"]
-    assert found["reused"] == found["plain"]
+    assert found["reused"] == found["drafted"] == found["plain"]
+    assert found["proposals"] > 0
     assert sum(found["accepted"]) > 0
     assert found["logprob_gap"] < 2e-5
     assert found["updated"] != found["plain"]

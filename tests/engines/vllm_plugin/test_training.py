@@ -86,6 +86,23 @@ def test_lossless_reuse_changes_no_token_of_a_run(make_config: Callable[..., Any
     assert rows[1]["reward"] == embedded[1]["reward"]
 
 
+def test_drafting_changes_no_token_of_a_run(make_config: Callable[..., Any]) -> None:
+    rows_off, off, _ = train(make_config("off"))
+    rows, on, _ = train(make_config("on", rollout={"drafting": True}))
+    assert len(on) == 6
+    assert [rows_of(r) for r in on] == [rows_of(r) for r in off]
+    for a, b in zip(on, off, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, atol=2e-5, rtol=0)
+        assert torch.equal(a.accepted_lens, b.accepted_lens)
+    assert sum(row["num_accepted_proposals"] for row in rows[1:]) > 0
+    assert all(row["num_proposed_tokens"] == 0 for row in rows_off[1:])
+
+    def steps(of: list[dict[str, Any]]) -> int:
+        return sum(row["num_engine_steps"] for row in of[1:])
+
+    assert steps(rows) < steps(rows_off)
+
+
 def test_two_pass_trains_with_the_lenient_rule(make_config: Callable[..., Any]) -> None:
     lenient = {"rule": "lenient", "log_lenience": 0.5}
     rows, two, _ = train(make_config("two", rollout=lenient, vllm={"strategy": "two_pass"}))
@@ -183,16 +200,18 @@ def test_rollout_command(tmp_path: Path) -> None:
 
 
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spec_rollout.demo_run import SHORT, VLLM_RUNS, demo, table
+    from spec_rollout.demo_run import RUNS, SHORT, demo, table
 
-    content = demo(tmp_path / "vllm", list(VLLM_RUNS), SHORT, 0, ["demo"], "vllm")
+    content = demo(tmp_path / "vllm", list(RUNS), SHORT, 0, ["demo"], "vllm")
     saved = json.loads((tmp_path / "vllm" / "summary.json").read_text())
     embedded = demo(tmp_path / "embedded", ["vanilla"], SHORT, 0, ["demo"])
-    assert saved.keys() - embedded.keys() == {"coupled_equals_off"}
+    assert saved.keys() - embedded.keys() == {"coupled_equals_off", "both_equals_off"}
     for run in saved["runs"].values():
         assert run.keys() == embedded["runs"]["vanilla"].keys()
     assert saved["engine"] == "vllm"
-    same = saved["coupled_equals_off"]
-    assert same["identical"] == same["total"] > 0
+    for name in ("coupled", "both"):
+        same = saved[f"{name}_equals_off"]
+        assert same["identical"] == same["total"] > 0
+    assert saved["runs"]["both"]["accepted_proposals"] > 0
     assert (tmp_path / "vllm" / "report.html").stat().st_size > 10_000
     assert "identical, token for token" in table(content)

@@ -11,7 +11,9 @@ from scipy import stats
 from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
-from spec_rollout.types import Drafts, RolloutRequests, SamplingParams, cu_lens_from
+from spec_rollout.drafting import StepCost
+from spec_rollout.engines.vllm.history import HistoryProposals
+from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams, cu_lens_from
 
 NUM_REQUESTS = 20_000
 PROMPT = np.array([11, 29, 5, 47, 8], np.int32)
@@ -104,11 +106,13 @@ SAMPLINGS = {
 }
 
 
-def likely_prefix(model: Any, length: int, sampling: SamplingParams) -> list[int]:
-    prefix: list[int] = []
+def likely_prefix(
+    model: Any, length: int, sampling: SamplingParams, after: list[int] | None = None
+) -> list[int]:
+    prefix = list(after or [])
     for _ in range(length):
         prefix.append(int(target_probs(model, [*PROMPT, *prefix], sampling).argmax()))
-    return prefix
+    return prefix[-length:] if length else []
 
 
 def with_len(sampling: SamplingParams, n: int) -> SamplingParams:
@@ -146,6 +150,50 @@ def test_lenient_law(law_engine: Any, hf_model: Any, place: str, sampling: str) 
     )  # fmt: skip
     assert chi_square(counts, lenient_law(p, q, 0.0)) > 1e-3
     assert chi_square(counts, p) < 1e-6  # the test can tell: it is not the target's law
+
+
+def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lenient's law at the draft's token, and the target's behind it, where history proposes what is likeliest."""
+    # As much as there is, whatever it costs.
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
+    monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
+    params = SamplingParams(max_tokens=6)
+    p = target_probs(hf_model, list(PROMPT), params)
+    rng = np.random.default_rng(8)
+    q = (p + rng.dirichlet(np.ones(VOCAB))) / 2
+    count = NUM_REQUESTS // 2
+    drafted = rng.choice(VOCAB, count, p=q).astype(np.int32)
+    # Behind every token, what is likeliest there: with the wrong test, these would come too often.
+    rows = [[t, *likely_prefix(hf_model, 3, params, [t])] for t in range(VOCAB)]
+    base = make_requests([PROMPT] * count, seed=9)
+    requests = RolloutRequests(
+        base.prompt_ids,
+        base.cu_prompt_lens,
+        base.keys,
+        Drafts(
+            torch.from_numpy(drafted),
+            cu_lens_from(torch.ones(count, dtype=torch.int64)),
+            torch.from_numpy(np.log(q[drafted]).astype(np.float32)),
+            torch.zeros(count, dtype=torch.bool),
+        ),
+        History(
+            torch.tensor(rows * 20, dtype=torch.int32).ravel(),
+            cu_lens_from(torch.full((20 * VOCAB,), 4)),
+            torch.arange(20).repeat_interleave(VOCAB),
+            torch.arange(count) % 20,
+        ),
+    )
+    rollouts = law_engine(64).rollout(requests, params, Lenient(0.0))
+    assert rollouts.stats.num_accepted_proposals > count // 10
+    out = rollouts.response_ids.reshape(count, 6).numpy()
+    assert chi_square(np.bincount(out[:, 0], minlength=VOCAB), lenient_law(p, q, 0.0)) > 1e-3
+    common = int(np.bincount(out[:, 0]).argmax())
+    rows_at = out[out[:, 0] == common]
+    for position in (1, 2):
+        law = target_probs(hf_model, [*PROMPT, *rows_at[0, :position].tolist()], params)
+        assert chi_square(np.bincount(rows_at[:, position], minlength=VOCAB), law) > 1e-3
+        follower = int(np.bincount(rows_at[:, position]).argmax())
+        rows_at = rows_at[rows_at[:, position] == follower]
 
 
 def test_lenient_law_with_lenience(law_engine: Any, hf_model: Any) -> None:

@@ -1,0 +1,173 @@
+"""Proposals from a prompt's other rollouts, for requests that follow no draft.
+
+The engine sends the history of a rollout call once, ahead of its requests (`ReuseWorker.spec_rollout_begin`), and a
+request says which it is by its `collect_id`. So nothing is sent twice, every worker of a tensor-parallel engine gets it,
+the index is built by several threads before the first step, and it is gone when the call ends.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spec_rollout.drafting import HistoryDrafter, StepCost
+from spec_rollout.engines.vllm.rows import Row
+from spec_rollout.types import History
+
+# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, little-endian
+PackedHistory = tuple[bytes, bytes, bytes, bytes]
+
+
+def pack_history(history: History) -> PackedHistory:
+    """The bytes of a history, for the way to the workers."""
+    return (
+        history.token_ids.numpy().astype("<i4", copy=False).tobytes(),
+        history.cu_lens.numpy().astype("<i8", copy=False).tobytes(),
+        history.row_groups.numpy().astype("<i8", copy=False).tobytes(),
+        history.request_groups.numpy().astype("<i8", copy=False).tobytes(),
+    )
+
+
+def unpack_history(packed: PackedHistory) -> History:
+    """Inverse of `pack_history`."""
+    arrays = [
+        np.frombuffer(data, dtype).astype(dtype[1:])  # a copy: torch wants to own what it gets
+        for data, dtype in zip(packed, ("<i4", "<i8", "<i8", "<i8"), strict=True)
+    ]
+    return History(*(torch.from_numpy(array) for array in arrays))
+
+
+class Payoff:
+    """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
+
+    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
+    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far.
+    """
+
+    _EXPLORE = 16
+    _FORGET = 0.9  # per step of that kind and size
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[int, bool], tuple[float, float]] = {}  # tokens, seconds
+        self._asked: dict[int, int] = {}
+
+    def observe(self, rows: int, has_proposals: bool, tokens: int, seconds: float) -> None:
+        """A step of decoding that gave `tokens` tokens to `rows` requests."""
+        key = (rows.bit_length(), has_proposals)
+        old_tokens, old_seconds = self._rates.get(key, (0.0, 0.0))
+        self._rates[key] = (
+            self._FORGET * old_tokens + tokens / rows,
+            self._FORGET * old_seconds + seconds,
+        )
+
+    def pays(self, rows: int) -> bool:
+        """Whether the next step should have proposals."""
+        size = rows.bit_length()
+        self._asked[size] = asked = self._asked.get(size, 0) + 1
+        tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
+        plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
+        better = (
+            not plain_seconds or not seconds or tokens * plain_seconds >= plain_tokens * seconds
+        )
+        return better != (asked % self._EXPLORE == 0)
+
+
+class HistoryProposals:
+    """What is proposed to the live requests of one rollout call.
+
+    Args:
+        history: Of the call.
+        stop_token_ids: Of the call; never proposed.
+        cost: Decides with the drafter how much to propose.
+        payoff: Decides whether to propose at all.
+        max_proposal: Most tokens for one request.
+        token_budget: Most tokens of one step; shared out evenly, so that nobody waits for another's proposal.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        stop_token_ids: list[int],
+        cost: StepCost,
+        payoff: Payoff,
+        *,
+        max_proposal: int,
+        token_budget: int,
+    ) -> None:
+        self.num_requests = history.request_groups.numel()
+        self._drafter = HistoryDrafter(history, stop_token_ids)
+        self._cost = cost
+        self._payoff = payoff
+        self._max_proposal = max_proposal
+        self._token_budget = token_budget
+        self._outcomes: list[tuple[int, int]] = []
+
+    def tested(self, row: Row, accepted: int) -> None:
+        """Of the last proposal to `row`, this many tokens passed; the next one, if there was one, did not."""
+        self._outcomes.append((row.history_id, accepted))
+
+    def pays(self, num_rows: int) -> bool:
+        """Whether to propose anything in the next step of so many requests."""
+        return self._payoff.pays(num_rows)
+
+    def propose(
+        self,
+        rows: list[Row | None],
+        sampled: list[list[int]],
+        ends: np.ndarray,
+        token_ids: np.ndarray,
+        drafts: list[list[int]],
+    ) -> None:
+        """Learns what was sampled, and fills `drafts` where a request has none to follow.
+
+        Args:
+            rows: Of the batch.
+            sampled: Tokens that each request was given in this step; none while its prefill is not finished.
+            ends: Tokens of prompt and response so far. [batch].
+            token_ids: Those tokens. [batch, longest].
+            drafts: Per request; lists are replaced.
+        """
+        if self._outcomes:
+            self._drafter.observe(*np.array(self._outcomes, np.int64).T.copy())
+            self._outcomes = []
+        requests: list[int] = []
+        tokens: list[int] = []
+        lens: list[int] = []
+        free: list[int] = []
+        rooms: list[int] = []
+        for r, (row, new) in enumerate(zip(rows, sampled, strict=True)):
+            if row is None or row.history_id < 0 or not new:
+                continue
+            end = int(ends[r])
+            index = end - row.prompt_len
+            if index - len(new) != row.num_indexed:  # cut, or part of them came another way
+                new = token_ids[r, row.prompt_len + row.num_indexed : end].tolist()
+            row.num_indexed = index
+            requests.append(row.history_id)
+            tokens += new
+            lens.append(len(new))
+            if not row.alive:
+                free.append(r)
+                # The token drawn behind the proposal needs room, too.
+                rooms.append(row.max_response_len - 1 - index)
+        if not requests:
+            return
+        self._drafter.extend(
+            np.array(requests, np.int64), np.array(tokens, np.int32), np.array(lens, np.int64)
+        )
+        most = min(self._max_proposal, self._token_budget // len(rows) - 1)
+        limits = np.minimum(np.array(rooms, np.int64), most)
+        if not free or limits.max() < 1 or not self.pays(len(rows)):
+            return
+        ids = np.array([rows[r].history_id for r in free], np.int64)
+        proposals = self._drafter.propose(ids, limits, self._cost.threshold(len(rows)))
+        if proposals.token_ids.size == 0:
+            return
+        flat, start = proposals.token_ids.tolist(), 0
+        for r, n in zip(free, proposals.lens.tolist(), strict=True):
+            if n:
+                row = rows[r]
+                row.proposed_at = row.num_indexed
+                row.proposal = flat[start : start + n]
+                drafts[r] = list(row.proposal)
+                start += n
