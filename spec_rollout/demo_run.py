@@ -109,7 +109,7 @@ def demo_config(
             max_tokens=MAX_RESPONSE_TOKENS,
             # The fastest there is for the plain run, which the others are compared with (benchmarks/bench_engine.py
             # sweeps it).
-            num_slots=256,
+            num_slots=512,
             **RUNS[name],
         ),
         reward=RewardConfig(functions=("spec_rollout.demo.task:reward",)),
