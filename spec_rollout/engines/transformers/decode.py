@@ -74,7 +74,7 @@ class Decoder:
         longest = int((plan.prompt_lens + plan.rooms).max())
         if drafter is not None and not forward.batch_invariant:
             longest += _MAX_PROPOSAL  # the padding of rows without proposals
-        self.cache = forward.new_cache(num_slots, longest)
+        self.cache = forward.kept_cache("slots", num_slots, longest)
         self._requests: list[int] = []
         self._first_positions: list[int] = []
         self._kv_lens: list[int] = []  # of each slot in use, the token to feed not yet counted

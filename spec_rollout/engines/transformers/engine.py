@@ -49,7 +49,8 @@ class TransformersEngine:
     (`AcceptanceRule.cut_lens`), before the engine sees the drafts.
 
     The model may be shared with a trainer: its mode, attention and hooks are restored after each
-    call, and nothing is kept between calls but `policy_version` and what decoding steps took.
+    call. Between calls `policy_version`, what decoding steps took and, on a CPU, the memory of the KV
+    caches are kept (num_slots and max_verify_tokens / verify_chunk rows of the longest length so far).
 
     Args:
         model: Causal LM with all parameters on one device, sdpa or eager attention.

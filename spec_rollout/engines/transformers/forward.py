@@ -53,6 +53,7 @@ class ModelForward:
         self._select: torch.Tensor | None = None
         self.num_steps = 0
         self.num_padding_tokens = 0
+        self._kept: dict[str, SlotCache] = {}
         self._numbers = torch.arange(0, device=self.device)
 
     @contextlib.contextmanager
@@ -77,6 +78,21 @@ class ModelForward:
     def new_cache(self, num_rows: int, capacity: int) -> SlotCache:
         """A cache that this model's forwards can use."""
         return SlotCache(self.num_layers, num_rows, capacity, by_span=self.batch_invariant)
+
+    def kept_cache(self, name: str, num_rows: int, capacity: int) -> SlotCache:
+        """The cache of this name if it is large enough, else a new one in its place.
+
+        On a CPU, memory that is handed back after each call costs more to get again than to keep: the
+        kernel clears it page by page. On a GPU the allocator keeps it, and a trainer wants it between
+        calls, so there every call has new caches.
+        """
+        if self.device.type != "cpu":
+            return self.new_cache(num_rows, capacity)
+        kept = self._kept.get(name)
+        if kept is None or kept.num_rows < num_rows or kept.capacity < capacity:
+            self._kept.pop(name, None)
+            kept = self._kept[name] = self.new_cache(num_rows, capacity)
+        return kept
 
     def __call__(
         self,

@@ -80,7 +80,7 @@ class Verifier:
         self._feed_lens = plan.feed_lens
         self.num_lanes = num_lanes
         longest = int(self._feed_lens.max()) + chunk
-        self.cache = forward.new_cache(num_lanes, longest)
+        self.cache = forward.kept_cache("lanes", num_lanes, longest)
 
     @property
     def num_busy(self) -> int:
