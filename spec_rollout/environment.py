@@ -88,8 +88,14 @@ def native_build() -> dict[str, Any] | None:
     return dict(_C.build_info())
 
 
+_RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
+
+
 def git_commit(root: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout whose top level is `root`; both None if it is not one."""
+    """{"commit", "dirty"} of the checkout whose top level is `root`; both None if it is not one.
+
+    Results and the tables made from them do not count as changes: a benchmark writes them.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(root), *args]
@@ -100,7 +106,8 @@ def git_commit(root: Path) -> dict[str, Any]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return {"commit": None, "dirty": None}
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        changes = git("status", "--porcelain", "--", ".", *_RESULTS)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
 

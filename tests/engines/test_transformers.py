@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tiny_models import (
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomReuse
 from spec_rollout.engines import RolloutEngine, TransformersEngine
+from spec_rollout.engines.transformers.verify import Verifier
 from spec_rollout.types import (
     Drafts,
     FinishReason,
@@ -377,3 +379,42 @@ def test_empty_batch(new_model) -> None:
 
 def test_is_a_rollout_engine(new_model) -> None:
     assert isinstance(TransformersEngine(new_model), RolloutEngine)
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_samples_of_a_prompt_share_its_computation(
+    monkeypatch: pytest.MonkeyPatch, new_model, old_rollouts, batch_invariant: bool
+) -> None:
+    """Prompts of one token, alone, in pairs and in threes: the same responses, for fewer tokens."""
+    requests, rollouts = old_rollouts
+    rows = prompts(requests)
+    rows[0] = rows[1] = rows[0][:1]
+    rows[2] = rows[3] = (rows[2] * 30)[:60]  # longer than a forward takes at a time
+    rows[5] = rows[6] = rows[4]
+    rows[8] = rows[7]
+    grouped = replace(
+        with_drafts(requests, drafts_of(rollouts)),
+        prompt_ids=torch.tensor([token for row in rows for token in row], dtype=torch.int32),
+        cu_prompt_lens=cu_lens_from(torch.tensor([len(row) for row in rows])),
+    )
+    engine = TransformersEngine(
+        new_model,
+        num_slots=9,
+        max_verify_tokens=32,
+        verify_chunk=8,
+        batch_invariant=batch_invariant,
+    )
+    shared, plain = (engine.rollout(grouped, SAMPLING, rule) for rule in (Coupled(), NoReuse()))
+    monkeypatch.setattr(Verifier, "_compute_shared_prompts", lambda *args: None)
+    apart, plain_apart = (
+        engine.rollout(grouped, SAMPLING, rule) for rule in (Coupled(), NoReuse())
+    )
+    if batch_invariant:
+        assert_same(shared, apart)
+        assert_same(plain, plain_apart)
+        # Without drafts, so that nothing is computed after a rejection.
+        saved = len(rows[2]) - 1 + 2 * (len(rows[4]) - 1) + len(rows[7]) - 1
+        assert plain.stats.num_computed_tokens == plain_apart.stats.num_computed_tokens - saved
+    else:  # up to rounding
+        same = zip(responses(shared), responses(apart), strict=True)
+        assert sum(a == b for a, b in same) >= 39

@@ -190,7 +190,7 @@ class TransformersEngine:
         """Fills `results`; returns what `Rollouts.running` says."""
         begin = start = time.perf_counter()
         drafter = None if history is None else HistoryDrafter(history, sampling.stop_token_ids)
-        stats.decode_seconds += time.perf_counter() - start
+        steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         num_slots = min(self.num_slots, plan.batch)
         num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)
         verifier = Verifier(
@@ -199,6 +199,7 @@ class TransformersEngine:
             sampling,
             rule,
             num_lanes=num_lanes,
+            max_tokens=self.max_verify_tokens,
             chunk=self.verify_chunk,
             stats=stats,
         )
@@ -214,8 +215,11 @@ class TransformersEngine:
             cost=self._step_cost,
         )
         waiting = deque(plan.order().tolist())
+        # Mostly the prompts that several requests share.
+        seconds, share = time.perf_counter() - start, float(plan.has_draft.mean())
+        stats.verification_seconds += share * seconds
+        stats.decode_seconds += (1.0 - share) * seconds
         refill = max(1, int(num_slots * _REFILL_SHARE))
-        steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         running = []
         while waiting or verifier.num_busy or decoder.num_live:
             start = time.perf_counter()

@@ -115,6 +115,11 @@ class Plan:
         """
         return np.lexsort((-self.feed_lens, self.has_draft))
 
+    def prompt_ids(self, request: int) -> np.ndarray:
+        """The prompt. [prompt_len], int64."""
+        start = self.stream_starts[request]
+        return self.stream_ids[start : start + self.prompt_lens[request]]
+
     def draft_ids(self, request: int) -> np.ndarray:
         """The cut draft. [draft_len], int64."""
         start = self.stream_starts[request] + self.prompt_lens[request]

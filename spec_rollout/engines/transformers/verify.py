@@ -11,6 +11,7 @@ from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.requests import Plan, ranges
+from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
 from spec_rollout.types import RolloutStats, SamplingParams
 
 
@@ -50,11 +51,15 @@ class Verifier:
     is full while requests wait. A request without a draft is one whose "draft" of no tokens is
     accepted: the token after it is the first of its response.
 
+    Requests of the same prompt, as the samples of a group, share its computation: all but its last
+    token is computed once and copied, if that takes no more memory than the lanes do.
+
     Args:
         forward: The model.
         plan: All requests.
         sampling, rule: As given to the engine.
         num_lanes: Requests under verification at a time.
+        max_tokens: Most tokens of one forward.
         chunk: Most tokens of one request per step; computation after a rejection is at most this.
         stats: Counts are added here.
     """
@@ -67,6 +72,7 @@ class Verifier:
         rule: AcceptanceRule,
         *,
         num_lanes: int,
+        max_tokens: int,
         chunk: int,
         stats: RolloutStats,
     ) -> None:
@@ -74,6 +80,7 @@ class Verifier:
         self._plan = plan
         self._sampling = sampling
         self._rule = rule
+        self._max_tokens = max_tokens
         self._chunk = chunk
         self._stats = stats
         self._lanes: list[_Lane | None] = []
@@ -81,6 +88,10 @@ class Verifier:
         self.num_lanes = num_lanes
         longest = int(self._feed_lens.max()) + chunk
         self.cache = forward.kept_cache("lanes", num_lanes, longest)
+
+        self._prompts: SlotCache | None = None
+        self._prompt_rows: dict[bytes, int] = {}  # rows of `_prompts`
+        self._compute_shared_prompts(num_lanes * longest)
 
     @property
     def num_busy(self) -> int:
@@ -105,6 +116,7 @@ class Verifier:
         """
         self._close_gaps()
         lanes = [lane for lane in self._lanes if lane is not None]
+        self._copy_prompts(lanes)
         requests = np.array([lane.request for lane in lanes])
         fed = np.array([lane.fed for lane in lanes])
         left = self._feed_lens[requests] - fed
@@ -142,6 +154,53 @@ class Verifier:
                 )
                 self._lanes[row] = None
         return verified, share
+
+    def _compute_shared_prompts(self, max_positions: int) -> None:
+        """KV of every prompt that several requests have, up to its last token."""
+        plan = self._plan
+        requests_of: dict[bytes, list[int]] = {}
+        for request in range(plan.batch):
+            if plan.prompt_lens[request] > 1:
+                requests_of.setdefault(plan.prompt_ids(request).tobytes(), []).append(request)
+        shared = {key: ids[0] for key, ids in requests_of.items() if len(ids) > 1}
+        if not shared or len(shared) * plan.prompt_lens.max() > max_positions:
+            return
+        # Longest first: the rows that go on are then the first ones.
+        keys = sorted(shared, key=lambda key: -plan.prompt_lens[shared[key]])
+        firsts = np.array([shared[key] for key in keys])
+        lens = plan.prompt_lens[firsts] - 1
+        self._prompts = self._forward.kept_cache("prompts", len(keys), int(lens.max()))
+        device = self._forward.device
+        fed = 0
+        while (live := int((lens > fed).sum())) > 0:
+            most = max(1, self._max_tokens // live)
+            counts = np.minimum(lens[:live] - fed, most)
+            tokens = np.repeat(plan.stream_starts[firsts[:live]] + fed, counts) + ranges(counts)
+            self._forward(
+                self._prompts,
+                torch.from_numpy(plan.stream_ids[tokens]).to(device),
+                torch.full((live,), fed, device=device),
+                torch.from_numpy(counts).to(device),
+                int(fed + counts.max()),
+                torch.zeros(1, dtype=torch.int64, device=device),  # nobody reads these logits
+            )
+            self._stats.num_computed_tokens += int(counts.sum())
+            fed += most
+        self._prompt_rows = {key: row for row, key in enumerate(keys)}
+
+    def _copy_prompts(self, lanes: list[_Lane]) -> None:
+        """Gives new lanes the prompts that are there already."""
+        if self._prompts is None:
+            return
+        rows, sources = [], []
+        for row, lane in enumerate(lanes):
+            if lane.fed == 0:
+                source = self._prompt_rows.get(self._plan.prompt_ids(lane.request).tobytes())
+                if source is not None:
+                    rows.append(row)
+                    sources.append(source)
+                    lane.fed = int(self._plan.prompt_lens[lane.request]) - 1
+        copy_rows(self._prompts, self.cache, sources, rows, [lanes[row].fed for row in rows])
 
     def _run(
         self,
