@@ -64,8 +64,8 @@ class TransformersEngine:
             `max_position_embeddings`.
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
             the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
-            with a cache are then those without. None: yes for float32 on CPU, where it costs some 7 %;
-            elsewhere it cannot be had. See `batch_invariance_error`.
+            with a cache are then those without. None: yes for float32 on CPU, where it is also the
+            faster way (benchmarks/bench_engine.py); elsewhere it cannot be had. See `batch_invariance_error`.
 
     Raises:
         ValueError: naming the argument or what the model has that this engine cannot work with.

@@ -84,9 +84,10 @@ class ModelForward:
 
         On a CPU, memory that is handed back after each call costs more to get again than to keep: the
         kernel clears it page by page. On a GPU the allocator keeps it, and a trainer wants it between
-        calls, so there every call has new caches.
+        calls. Forwards with masks always have new caches, too: a NaN left from earlier would get
+        through the mask.
         """
-        if self.device.type != "cpu":
+        if not self.batch_invariant:
             return self.new_cache(num_rows, capacity)
         kept = self._kept.get(name)
         if kept is None or kept.num_rows < num_rows or kept.capacity < capacity:
