@@ -19,9 +19,9 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled
-from spec_rollout.drafting import StepCost
+from spec_rollout.drafting import Payoff, StepCost
 from spec_rollout.engines.vllm.collect import Collector
-from spec_rollout.engines.vllm.history import HistoryProposals, Payoff
+from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row

@@ -20,8 +20,8 @@ from vllm_samples import (
 )
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import StepCost
-from spec_rollout.engines.vllm.history import HistoryProposals, Payoff
+from spec_rollout.drafting import Payoff, StepCost
+from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.types import (
     FinishReason,
     History,

@@ -1,0 +1,38 @@
+"""Whether proposing pays at all, judged by what steps with and without proposals gave."""
+
+from __future__ import annotations
+
+
+class Payoff:
+    """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
+
+    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
+    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far.
+    """
+
+    _EXPLORE = 16
+    _FORGET = 0.9  # per step of that kind and size
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[int, bool], tuple[float, float]] = {}  # tokens, seconds
+        self._asked: dict[int, int] = {}
+
+    def observe(self, rows: int, has_proposals: bool, tokens: int, seconds: float) -> None:
+        """A step of decoding that gave `tokens` tokens to `rows` requests."""
+        key = (rows.bit_length(), has_proposals)
+        old_tokens, old_seconds = self._rates.get(key, (0.0, 0.0))
+        self._rates[key] = (
+            self._FORGET * old_tokens + tokens / rows,
+            self._FORGET * old_seconds + seconds,
+        )
+
+    def pays(self, rows: int) -> bool:
+        """Whether the next step should have proposals."""
+        size = rows.bit_length()
+        self._asked[size] = asked = self._asked.get(size, 0) + 1
+        tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
+        plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
+        better = (
+            not plain_seconds or not seconds or tokens * plain_seconds >= plain_tokens * seconds
+        )
+        return better != (asked % self._EXPLORE == 0)
