@@ -458,6 +458,62 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
   cpu::causal_attention(args, num_threads);
 }
 
+void rms_norm(py::handle x, py::handle weight, double eps, py::handle out, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"}, dim{"dim"};
+  const TensorView view =
+      reader.tensor(x, "x", {rows, dim}, {DType::kFloat32}, Contiguity::kLastDim);
+  RmsNormArgs args;
+  args.x = static_cast<const float*>(view.data);
+  args.row_stride = view.strides[0];
+  args.weight =
+      static_cast<const float*>(reader.tensor(weight, "weight", {dim}, {DType::kFloat32}).data);
+  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
+  if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
+  args.num_rows = rows.value;
+  args.dim = dim.value;
+  args.eps = static_cast<float>(eps);
+  py::gil_scoped_release release;
+  cpu::rms_norm(args, num_threads);
+}
+
+void silu_mul(py::handle gate, py::handle up, py::handle out, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"}, dim{"dim"};
+  SiluMulArgs args;
+  args.gate =
+      static_cast<const float*>(reader.tensor(gate, "gate", {rows, dim}, {DType::kFloat32}).data);
+  args.up = static_cast<const float*>(reader.tensor(up, "up", {rows, dim}, {DType::kFloat32}).data);
+  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
+  if (!reader.on_cpu()) fail("gate: expected a tensor on CPU, got one on a GPU");
+  args.size = rows.value * dim.value;
+  py::gil_scoped_release release;
+  cpu::silu_mul(args, num_threads);
+}
+
+void rotate_halves(py::handle x, py::handle cos, py::handle sin, py::handle out, int num_threads) {
+  ArgReader reader;
+  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"};
+  const TensorView view = reader.tensor(x, "x", {rows, heads, tokens, head_dim}, {DType::kFloat32},
+                                        Contiguity::kLastDim);
+  if (head_dim.value % 2 != 0) fail("x: expected an even head_dim, got ", head_dim.value);
+  RotateHalvesArgs args;
+  args.x = static_cast<const float*>(view.data);
+  std::copy_n(view.strides, 3, args.strides);
+  args.cos = static_cast<const float*>(
+      reader.tensor(cos, "cos", {rows, tokens, head_dim}, {DType::kFloat32}).data);
+  args.sin = static_cast<const float*>(
+      reader.tensor(sin, "sin", {rows, tokens, head_dim}, {DType::kFloat32}).data);
+  args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
+  if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
+  args.num_rows = rows.value;
+  args.num_heads = heads.value;
+  args.num_tokens = tokens.value;
+  args.head_dim = head_dim.value;
+  py::gil_scoped_release release;
+  cpu::rotate_halves(args, num_threads);
+}
+
 // -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written;
 // on CUDA, where the values are out of reach, None after the checks of shapes and dtypes.
 py::object assemble_sizes(py::handle cu_prompt_lens, py::handle cu_prefix_lens,
@@ -603,6 +659,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("write_kv", &write_kv);
   module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("causal_attention", &causal_attention);
+  module.def("rms_norm", &rms_norm);
+  module.def("silu_mul", &silu_mul);
+  module.def("rotate_halves", &rotate_halves);
   module.def("gumbel_noise", &gumbel_noise);
   module.def("build_info", &build_info);
   bind_suffix_index(module);

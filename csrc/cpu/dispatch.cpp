@@ -67,6 +67,15 @@ void verify_prefix(const VerifyPrefixArgs& args, int num_threads) {
 void causal_attention(const CausalAttentionArgs& args, int num_threads) {
   level().kernels->causal_attention(args, num_threads);
 }
+void rms_norm(const RmsNormArgs& args, int num_threads) {
+  level().kernels->rms_norm(args, num_threads);
+}
+void silu_mul(const SiluMulArgs& args, int num_threads) {
+  level().kernels->silu_mul(args, num_threads);
+}
+void rotate_halves(const RotateHalvesArgs& args, int num_threads) {
+  level().kernels->rotate_halves(args, num_threads);
+}
 void gumbel_noise(const int64_t* keys, IntVec positions, int64_t batch, int64_t vocab, float* out,
                   int num_threads) {
   level().kernels->gumbel_noise(keys, positions, batch, vocab, out, num_threads);

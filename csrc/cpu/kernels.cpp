@@ -4,6 +4,7 @@
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 
 extern const Kernels kernels = {accept_prefix, token_logprobs,   sample_tokens,
-                                verify_prefix, causal_attention, gumbel_noise};
+                                verify_prefix, causal_attention, rms_norm,
+                                silu_mul,      rotate_halves,    gumbel_noise};
 
 }  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

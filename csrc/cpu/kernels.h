@@ -12,6 +12,9 @@ struct Kernels {
   void (*sample_tokens)(const SampleTokensArgs&, int);
   void (*verify_prefix)(const VerifyPrefixArgs&, int);
   void (*causal_attention)(const CausalAttentionArgs&, int);
+  void (*rms_norm)(const RmsNormArgs&, int);
+  void (*silu_mul)(const SiluMulArgs&, int);
+  void (*rotate_halves)(const RotateHalvesArgs&, int);
   void (*gumbel_noise)(const int64_t*, IntVec, int64_t, int64_t, float*, int);
 };
 
@@ -21,6 +24,9 @@ void token_logprobs(const TokenLogprobsArgs& args, int num_threads);
 void sample_tokens(const SampleTokensArgs& args, int num_threads);
 void verify_prefix(const VerifyPrefixArgs& args, int num_threads);
 void causal_attention(const CausalAttentionArgs& args, int num_threads);
+void rms_norm(const RmsNormArgs& args, int num_threads);
+void silu_mul(const SiluMulArgs& args, int num_threads);
+void rotate_halves(const RotateHalvesArgs& args, int num_threads);
 void gumbel_noise(const int64_t* keys, IntVec positions, int64_t batch, int64_t vocab, float* out,
                   int num_threads);
 extern const Kernels kernels;

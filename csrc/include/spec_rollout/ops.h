@@ -181,6 +181,35 @@ struct CausalAttentionArgs {
   float scale = 1.0f;  // of the scores
 };
 
+// The parts of a decoder layer between its matrix products, float32, CPU only.
+//
+// out = weight * x / sqrt(mean(x^2) + eps), row by row.
+struct RmsNormArgs {
+  const float* x = nullptr;       // [num_rows, dim], rows row_stride elements apart
+  const float* weight = nullptr;  // [dim]
+  float* out = nullptr;           // [num_rows, dim]
+  int64_t num_rows = 0, dim = 0, row_stride = 0;
+  float eps = 0.0f;
+};
+
+// out = gate / (1 + e^-gate) * up.
+struct SiluMulArgs {
+  const float* gate = nullptr;  // [size]
+  const float* up = nullptr;    // [size]
+  float* out = nullptr;         // [size]
+  int64_t size = 0;
+};
+
+// Rotary embedding: out = x * cos + (-second half of x, first half of x) * sin, head by head.
+struct RotateHalvesArgs {
+  const float* x = nullptr;    // [num_rows, num_heads, num_tokens, head_dim]
+  int64_t strides[3] = {};     // in elements, of row, head and token; head_dim is contiguous
+  const float* cos = nullptr;  // [num_rows, num_tokens, head_dim]
+  const float* sin = nullptr;  // the same shape
+  float* out = nullptr;        // [num_rows, num_tokens, num_heads, head_dim]
+  int64_t num_rows = 0, num_heads = 0, num_tokens = 0, head_dim = 0;
+};
+
 // Sizes of an assembled batch, in tokens.
 struct AssembleSizes {
   int64_t longest_prompt = 0, longest_response = 0, longest_row = 0, num_tokens = 0;
@@ -196,6 +225,9 @@ void splice_kv(const SpliceKvArgs& args, int num_threads);
 void assemble(const AssembleArgs& args, int num_threads);
 void write_kv(const WriteKvArgs& args, int num_threads);
 void causal_attention(const CausalAttentionArgs& args, int num_threads);
+void rms_norm(const RmsNormArgs& args, int num_threads);
+void silu_mul(const SiluMulArgs& args, int num_threads);
+void rotate_halves(const RotateHalvesArgs& args, int num_threads);
 // Checks the inputs of assemble (its layout and outputs are not read) and, where >= 0, the limits;
 // writes the packed offsets of the output to cu_lens [batch + 1].
 AssembleSizes assemble_sizes(const AssembleArgs& args, int64_t max_prompt_len,

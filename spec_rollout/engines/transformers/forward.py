@@ -15,6 +15,7 @@ from spec_rollout.engines.transformers.attention import (
     batch_invariant_attention,
     span_mask,
 )
+from spec_rollout.engines.transformers.layer_parts import LayerParts
 from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class ModelForward:
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
         self.min_rows = MIN_ROWS if self.batch_invariant else 1
+        self._parts = LayerParts(model) if self.batch_invariant else None
+        # Renamed in transformers 5.24.
+        takes_cache = "cache" in inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if takes_cache else "past_key_values"
         self._select: torch.Tensor | None = None
         self.num_steps = 0
         self.num_padding_tokens = 0
@@ -58,15 +63,16 @@ class ModelForward:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Evaluation and inference mode, our hook and attention; all as it was afterwards."""
+        """Evaluation and inference mode, our hook, attention and layer parts; all as it was afterwards."""
         training = [module for module in self.model.modules() if module.training]
         attention = self.model.config._attn_implementation
         hook = self._head.register_forward_pre_hook(self._keep_selected)
         self.model.eval()
         if self.batch_invariant:
             self.model.config._attn_implementation = BATCH_INVARIANT_ATTENTION
+        parts = contextlib.nullcontext() if self._parts is None else self._parts.installed()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), parts:
                 yield
         finally:
             hook.remove()
@@ -176,9 +182,9 @@ class ModelForward:
             # A model with one kind of layer takes a bare mask.
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **{self._cache_argument: cache},
         )
         return output.logits[0, :num_selected]
 
