@@ -57,11 +57,11 @@ class DemoSize:
 
     num_prompts: int = 256
     num_heldout: int = 256
-    prompts_per_step: int = 64
+    prompts_per_step: int = 128
     num_samples: int = 8
     epochs: int = 4
     num_eval_samples: int = 2
-    lr: float = 6e-4
+    lr: float = 5e-4
     threads: int | None = None
 
 
@@ -107,9 +107,9 @@ def demo_config(
             engine=engine,
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
-            # The fastest there is for the plain run, which the others are compared with (benchmarks/bench_engine.py
-            # sweeps it).
-            num_slots=512,
+            # All rollouts of a step at once: the fastest there is for the plain run, which the others are compared with
+            # (benchmarks/bench_engine.py sweeps it).
+            num_slots=1024,
             **RUNS[name],
         ),
         reward=RewardConfig(functions=("spec_rollout.demo.task:reward",)),
@@ -191,17 +191,39 @@ def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
     write_jsonl(heldout_problems(size.num_heldout), out / "heldout.jsonl")
 
 
-def run_one(
-    name: str, out: Path, size: DemoSize, seed: int, *, evaluate_first: bool, engine: str
-) -> RunSummary:
-    """Trains one run and saves the ids of all its training rollouts in responses.npz."""
-    from spec_rollout.train.trainer import run
+def run_all(
+    names: Sequence[str], out: Path, size: DemoSize, seed: int, engine: str
+) -> dict[str, RunSummary]:
+    """Trains all runs and saves the ids of each one's training rollouts in responses.npz.
 
-    responses = ResponseLog()
-    config = demo_config(name, out, size, seed, evaluate_first=evaluate_first, engine=engine)
-    summary = run(config, on_step=_ticker(name), on_rollouts=responses.add)
-    responses.save(out / name / "responses.npz")
-    return summary
+    On the embedded engine the runs take turns, step by step, so that a machine that gets slower or faster does so for
+    all of them. vLLM's engines run one after the other: an engine's process group is the whole process's.
+    """
+    from spec_rollout.train.trainer import Job, run_together
+
+    responses = {name: ResponseLog() for name in names}
+    jobs = {
+        name: Job(
+            # Evaluated once before training: the weights are the same for all.
+            demo_config(name, out, size, seed, evaluate_first=name == names[0], engine=engine),
+            on_step=_ticker(name),
+            on_rollouts=responses[name].add,
+        )
+        for name in names
+    }
+    turns = [list(names)] if engine == "transformers" else [[name] for name in names]
+    summaries: dict[str, RunSummary] = {}
+    for together in turns:
+        print(f"training (seed {seed}): {', '.join(together)}", flush=True)
+        for name, summary in zip(
+            together, run_together([jobs[name] for name in together]), strict=True
+        ):
+            responses[name].save(out / name / "responses.npz")
+            summaries[name] = summary
+    before = summaries[names[0]].accuracy_before
+    return {
+        name: replace(summary, accuracy_before=before) for name, summary in summaries.items()
+    }
 
 
 def _ticker(name: str) -> Callable[[Mapping[str, Any]], None] | None:
@@ -270,14 +292,7 @@ def demo(
     from spec_rollout.report import load_run, write_report
 
     prepare(out, names, size)
-    summaries: dict[str, RunSummary] = {}
-    for index, name in enumerate(names):
-        print(f"run {index + 1} of {len(names)}: {name} (seed {seed})", flush=True)
-        summary = run_one(name, out, size, seed, evaluate_first=not summaries, engine=engine)
-        if summaries:
-            first = next(iter(summaries.values()))
-            summary = replace(summary, accuracy_before=first.accuracy_before)
-        summaries[name] = summary
+    summaries = run_all(names, out, size, seed, engine)
     content: dict[str, Any] = {
         "name": "demo",
         "command": shlex.join(command),

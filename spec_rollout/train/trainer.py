@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,38 @@ def run(
         ConfigError, DataError, ValueError: naming what was expected and what was found; nothing is written then.
         RunInterrupted: on SIGINT or SIGTERM, a `SystemExit` with code 130 or 143; a checkpoint is written first.
     """
-    run_dir = Path(config.log.run_dir)
-    check_new_run_dir(run_dir)
-    parts = build(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / "config.toml", dump_config(config))
-    return _Run(config, parts, run_dir, on_step, on_rollouts).fit()
+    return run_together([Job(config, on_step, on_rollouts)])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to start: the arguments of `run`."""
+
+    config: RunConfig
+    on_step: Callable[[Row], None] | None = None
+    on_rollouts: Callable[[int, Rollouts], None] | None = None
+
+
+def run_together(jobs: Sequence[Job]) -> list[RunSummary]:
+    """`run` for several runs at once, one step of each in turn.
+
+    To compare their times: a machine that gets slower or faster meanwhile does so for all of them. What each
+    run computes is what it computes alone, as long as rewards do not draw from the process's random generators.
+    All models, optimizers and engines are in memory together.
+
+    Raises:
+        As `run`. An interruption leaves every run resumable; nothing is written if any config is refused.
+    """
+    for job in jobs:
+        check_new_run_dir(Path(job.config.log.run_dir))
+    parts = [build(job.config) for job in jobs]
+    runs = []
+    for job, components in zip(jobs, parts, strict=True):
+        run_dir = Path(job.config.log.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.toml", dump_config(job.config))
+        runs.append(_Run(job.config, components, run_dir, job.on_step, job.on_rollouts))
+    return _fit(runs)
 
 
 def resume(
@@ -114,7 +141,24 @@ def resume(
     )
     parts = build(config, found[-1])
     write_atomically(run_dir / "config.toml", dump_config(config))
-    return _Run(config, parts, run_dir, on_step, on_rollouts).fit()
+    return _fit([_Run(config, parts, run_dir, on_step, on_rollouts)])[0]
+
+
+def _fit(runs: Sequence[_Run]) -> list[RunSummary]:
+    """All remaining steps of the runs, one of each in turn, and their summaries."""
+    stop = StopRequest()
+    with ExitStack() as files:
+        for a_run in runs:
+            files.callback(a_run.close)
+        try:
+            with stop:
+                unfinished = [a_run.steps(stop) for a_run in runs]
+                while unfinished:
+                    unfinished = [steps for steps in unfinished if next(steps, None) is not None]
+        except Aborted:
+            assert stop.signum is not None
+            raise [a_run.interrupted(stop.signum) for a_run in runs][-1] from None
+    return [a_run.summary() for a_run in runs]
 
 
 class _Run:
@@ -148,19 +192,14 @@ class _Run:
             run_dir / "environment.json", json.dumps(self._environment, indent=2) + "\n"
         )
 
-    def fit(self) -> RunSummary:
-        """All remaining steps, the last checkpoint and the summary."""
-        stop = StopRequest()
-        try:
-            with stop, self._progress() as bar:
-                self._steps(stop, bar)
-        except Aborted:
-            assert stop.signum is not None
-            raise self._interrupted(stop.signum) from None
-        finally:
-            self._metrics.close()
-            self._samples.close()
-            self._running.close()
+    def close(self) -> None:
+        """Closes the files of the run."""
+        self._metrics.close()
+        self._samples.close()
+        self._running.close()
+
+    def summary(self) -> RunSummary:
+        """Of a run that has ended; written to summary.json."""
         summary = summarize(
             self._metrics.rows,
             run_dir=str(self._run_dir),
@@ -175,18 +214,22 @@ class _Run:
         write_atomically(self._run_dir / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
         return summary
 
-    def _steps(self, stop: StopRequest, bar: Any) -> None:
-        total = self._parts.total_steps
-        if self._pending is not None:
-            self._finish_step(self._pending, stop, bar)
-        while self._step < total:
-            row = self._train_step(stop, bar)
-            self._step += 1
-            self._finish_step(row, stop, bar)
-            bar.update(1)
-            bar.set_postfix(reward=f"{row['reward']:.3f}", reused=f"{row['reused_fraction']:.0%}")
-        if self._config.checkpoint.at_end:
-            self._checkpoint()
+    def steps(self, stop: StopRequest) -> Iterator[int]:
+        """All remaining steps and the last checkpoint; gives the number of each step done."""
+        with self._progress() as bar:
+            if self._pending is not None:
+                self._finish_step(self._pending, stop, bar)
+            while self._step < self._parts.total_steps:
+                row = self._train_step(stop, bar)
+                self._step += 1
+                self._finish_step(row, stop, bar)
+                bar.update(1)
+                bar.set_postfix(
+                    reward=f"{row['reward']:.3f}", reused=f"{row['reused_fraction']:.0%}"
+                )
+                yield self._step
+            if self._config.checkpoint.at_end:
+                self._checkpoint()
 
     def _train_step(self, stop: StopRequest, bar: Any) -> Row:
         """One step up to and with the weight update; a stop request is heeded only before rollouts are stored."""
@@ -195,7 +238,7 @@ class _Run:
         epoch = parts.order.epoch_of(self._step)
         rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
         num_samples = config.rollout.num_samples
-        bar.set_description(f"epoch {epoch} rollout")
+        bar.set_description(f"{self._run_dir.name}: epoch {epoch} rollout")
         with stop.aborting(parts.policy.model, parts.engine):
             rollouts = parts.session.rollout(
                 [row.prompt_ids for row in rows],
@@ -211,7 +254,7 @@ class _Run:
         rewards = score(parts.rewards, parts.policy.tokenizer, rollouts, rows, num_samples)
         grouped = group_advantages(rewards, normalize=config.train.normalize_advantages)
         train_start = time.perf_counter()
-        bar.set_description(f"epoch {epoch} update")
+        bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
         update = parts.updater.update(
             rollouts,
             grouped.advantages.flatten(),
@@ -248,7 +291,7 @@ class _Run:
         """Evaluation if one is due, the metrics row, a checkpoint if one is due."""
         self._pending = row
         if self._evaluation_due():
-            bar.set_description(f"epoch {row['epoch']} evaluation")
+            bar.set_description(f"{self._run_dir.name}: epoch {row['epoch']} evaluation")
             with stop.aborting(self._parts.policy.model, self._parts.engine):
                 row.update(self._evaluate())
         self._pending = None
@@ -323,7 +366,7 @@ class _Run:
             keep_last=self._config.checkpoint.keep_last,
         )
 
-    def _interrupted(self, signum: int) -> RunInterrupted:
+    def interrupted(self, signum: int) -> RunInterrupted:
         self._checkpoint()
         if self._pending is not None and len(self._pending) > 2:
             self._metrics.write(self._pending)  # replaced on resume by the row with its evaluation

@@ -20,7 +20,7 @@ from spec_rollout.train.config_io import dump_config, load_config
 from spec_rollout.train.data import DataError
 from spec_rollout.train.interrupt import RunInterrupted
 from spec_rollout.train.rewards import RewardError
-from spec_rollout.train.trainer import resume, run, thinned
+from spec_rollout.train.trainer import Job, resume, run, run_together, thinned
 from spec_rollout.types import RolloutStats
 
 
@@ -336,6 +336,42 @@ def test_a_crash_goes_back_to_the_last_checkpoint(make_config, tmp_path, uninter
     resume(run_dir)
     assert without_seconds(read_rows(run_dir)) == without_seconds(rows)
     assert_same_weights(final_weights(run_dir), weights)
+
+
+def test_runs_that_take_turns_are_those_alone(make_config, tmp_path, uninterrupted):
+    rows, weights, _ = uninterrupted
+    order = []
+    configs = [
+        interruption_config(make_config, tmp_path / "first"),
+        interruption_config(make_config, tmp_path / "second", seed=1, epochs=1),
+        interruption_config(make_config, tmp_path / "third"),
+    ]
+    summaries = run_together(
+        [
+            Job(config, on_step=lambda row, i=i: order.append((row["step"], i)))
+            for i, config in enumerate(configs)
+        ]
+    )
+    assert [summary.totals.steps for summary in summaries] == [4, 2, 4]
+    started = [turn for turn in order if turn[0] > 0]
+    assert started == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), *[(3, 0), (3, 2)], (4, 0), (4, 2)]  # fmt: skip
+    for config in (configs[0], configs[2]):
+        assert without_seconds(read_rows(config.log.run_dir)) == without_seconds(rows)
+        assert_same_weights(final_weights(config.log.run_dir), weights)
+
+
+def test_interrupting_runs_that_take_turns_leaves_all_resumable(
+    make_config, tmp_path, uninterrupted
+):
+    rows, weights, num_forwards = uninterrupted
+    configs = [interruption_config(make_config, tmp_path / name) for name in ("first", "second")]
+    with SignalAtForward(round(1.2 * num_forwards), signal.SIGINT), pytest.raises(RunInterrupted):
+        run_together([Job(config) for config in configs])
+    for config in configs:
+        assert 0 < len(read_rows(config.log.run_dir)) < len(rows)
+        resume(config.log.run_dir)
+        assert without_seconds(read_rows(config.log.run_dir)) == without_seconds(rows)
+        assert_same_weights(final_weights(config.log.run_dir), weights)
 
 
 def test_resuming_with_more_steps(make_config, tmp_path):
