@@ -212,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 2
+        from spec_rollout.malloc import keep_freed_memory
+
+        keep_freed_memory()
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
