@@ -93,11 +93,13 @@ struct PackedIds {
 };
 
 HistoryDrafter make_drafter(int64_t num_groups, py::handle groups,
-                            std::vector<int32_t> stop_token_ids) {
+                            std::vector<int32_t> stop_token_ids,
+                            std::shared_ptr<MatchShares> shares) {
   ArgReader reader;
   Dim requests{"num_requests"};
   const int64_t* values = int64s(reader, groups, "groups", requests);
-  return HistoryDrafter(num_groups, values, requests.value, std::move(stop_token_ids));
+  return HistoryDrafter(num_groups, values, requests.value, std::move(stop_token_ids),
+                        std::move(shares));
 }
 
 void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle cu_lens,
@@ -155,10 +157,11 @@ void bind_suffix_index(py::module_& module) {
       .def_property_readonly("num_rows", &SuffixIndex::num_rows)
       .def_property_readonly("num_tokens", &SuffixIndex::num_tokens)
       .def_property_readonly("num_bytes", &SuffixIndex::num_bytes);
+  py::class_<MatchShares, std::shared_ptr<MatchShares>>(module, "MatchShares").def(py::init<>());
   // Requests are trusted to be in range: spec_rollout/drafting is the only caller.
   py::class_<HistoryDrafter>(module, "HistoryDrafter")
       .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"),
-           py::arg("stop_token_ids"))
+           py::arg("stop_token_ids"), py::arg("shares").none(false))
       .def("add_history", &add_history)
       .def("extend", &extend_requests)
       .def("propose", &propose_for)

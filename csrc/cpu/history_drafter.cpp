@@ -20,14 +20,39 @@ constexpr double kRequestMemory = 24.0;  // tests
 constexpr double kRequestWeight =
     8.0;  // tests of its own after which a request's share counts half
 
+void add_test(Share& share, bool passed, double memory) {
+  if (share.tested >= memory) {
+    share.passed *= 0.5;
+    share.tested *= 0.5;
+  }
+  share.passed += passed ? 1.0 : 0.0;
+  share.tested += 1.0;
+}
+
+int32_t match_class(int32_t match) { return std::min<int32_t>(match, MatchShares::kMaxMatch); }
+
 }  // namespace
 
+Share MatchShares::share(int32_t match) const {
+  const Share& learned = learned_[match_class(match)];
+  return {learned.passed + prior(match_class(match)) * kPriorTests, learned.tested + kPriorTests};
+}
+
+void MatchShares::observe(int32_t match, bool passed) {
+  add_test(learned_[match_class(match)], passed, kMatchMemory);
+}
+
+void MatchShares::age() {
+  for (Share& share : learned_) share = {0.5 * share.passed, 0.5 * share.tested};
+}
+
 HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
-                               std::vector<int32_t> stop_token_ids)
-    : stop_token_ids_(std::move(stop_token_ids)) {
+                               std::vector<int32_t> stop_token_ids,
+                               std::shared_ptr<MatchShares> shares)
+    : by_match_(std::move(shares)), stop_token_ids_(std::move(stop_token_ids)) {
   if (num_groups < 0) fail("num_groups: expected >= 0, got ", num_groups);
   groups_.reserve(num_groups);
-  for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(kMaxMatch);
+  for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(MatchShares::kMaxMatch);
   requests_.reserve(num_requests);
   for (int64_t i = 0; i < num_requests; ++i) {
     if (groups[i] < 0 || groups[i] >= num_groups) {
@@ -36,9 +61,7 @@ HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_
     // Rows are made when a request first generates, so that history comes first.
     requests_.push_back({groups[i], -1});
   }
-  for (int match = 0; match <= kMaxMatch; ++match) {
-    by_match_.push_back({prior(match) * kPriorTests, kPriorTests});
-  }
+  by_match_->age();
 }
 
 void HistoryDrafter::add_history(const int32_t* token_ids, const int64_t* cu_lens,
@@ -74,7 +97,7 @@ void HistoryDrafter::extend(const int64_t* requests, int64_t count, const int32_
 }
 
 double HistoryDrafter::probability(int32_t match, const Request& request) const {
-  const Share& share = by_match_[std::min<int32_t>(match, kMaxMatch)];
+  const Share share = by_match_->share(match);
   const double general = share.passed / share.tested;
   return (general * kRequestWeight + request.share.passed) /
          (kRequestWeight + request.share.tested);
@@ -126,17 +149,8 @@ void HistoryDrafter::observe(const int64_t* requests, const int64_t* accepted_le
     // Tokens after the first that failed were not tested.
     const int32_t tested = std::min(accepted + 1, request.proposed);
     for (int32_t k = 0; k < tested; ++k) {
-      const double passed = k < accepted ? 1.0 : 0.0;
-      Share& share = by_match_[std::min<int32_t>(request.match + k, kMaxMatch)];
-      for (const auto& [counts, memory] :
-           {std::pair<Share*, double>{&share, kMatchMemory}, {&request.share, kRequestMemory}}) {
-        if (counts->tested >= memory) {
-          counts->passed *= 0.5;
-          counts->tested *= 0.5;
-        }
-        counts->passed += passed;
-        counts->tested += 1.0;
-      }
+      by_match_->observe(request.match + k, k < accepted);
+      add_test(request.share, k < accepted, kRequestMemory);
     }
     request.proposed = 0;
   }
@@ -156,7 +170,10 @@ int64_t HistoryDrafter::num_bytes() const {
 
 std::vector<double> HistoryDrafter::acceptance() const {
   std::vector<double> shares;
-  for (const Share& share : by_match_) shares.push_back(share.passed / share.tested);
+  for (int match = 0; match <= MatchShares::kMaxMatch; ++match) {
+    const Share share = by_match_->share(match);
+    shares.push_back(share.passed / share.tested);
+  }
   return shares;
 }
 

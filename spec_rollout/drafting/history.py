@@ -11,6 +11,9 @@ import torch
 from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.types import History
 
+# How proposed tokens fared, by length of the match; opaque, and kept by engines between calls.
+MatchShares = _C.MatchShares
+
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
@@ -38,12 +41,22 @@ class HistoryDrafter:
     Args:
         history: Earlier rollouts, and the group of each request.
         stop_token_ids: Never proposed, nor what followed them.
+        shares: What is known of how proposals fare; an engine hands its own to the drafter of every call. None is
+            new ones.
     """
 
-    def __init__(self, history: History, stop_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        history: History,
+        stop_token_ids: Sequence[int] = (),
+        shares: MatchShares | None = None,
+    ) -> None:
         rows = [history.row_groups, history.request_groups]
         num_groups = 1 + max((int(groups.max()) for groups in rows if groups.numel()), default=-1)
-        self._native = _C.HistoryDrafter(num_groups, history.request_groups, list(stop_token_ids))
+        shares = MatchShares() if shares is None else shares
+        self._native = _C.HistoryDrafter(
+            num_groups, history.request_groups, list(stop_token_ids), shares
+        )
         self._native.add_history(
             history.token_ids, history.cu_lens, history.row_groups, num_threads()
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spec_rollout.drafting import HistoryDrafter, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares, StepCost
 from spec_rollout.types import History, cu_lens_from
 
 A, B, C, D, STOP = 1, 2, 3, 4, 9
@@ -104,6 +104,29 @@ def test_tokens_after_the_first_failure_were_not_tested() -> None:
         propose(drafter, [0], limit=limit)
         drafter.observe(np.array([0]), np.array([0]))
     assert one._native.acceptance == many._native.acceptance
+
+
+def test_what_one_call_learns_the_next_one_knows() -> None:
+    shares = MatchShares()
+    past = history({0: [[A, B, C, D] * 8]}, [0])
+
+    def call(num_tests: int, accepted: int) -> int:
+        """Length of the first proposal, and that many tests afterwards."""
+        drafter = HistoryDrafter(past, shares=shares)
+        extend(drafter, {0: [A, B]})
+        first = len(propose(drafter, [0], least=0.3)[0])
+        for _ in range(num_tests):
+            propose(drafter, [0], least=0.0, limit=1)
+            drafter.observe(np.array([0]), np.array([accepted]))
+        return first
+
+    unlearned = call(100, 0)
+    assert unlearned >= 1
+    assert call(0, 0) == 0  # all of these failed
+    # Nothing is proposed and tested now, so it is given another chance after some calls.
+    assert [call(0, 0) for _ in range(12)][-1] == unlearned
+    call(100, 1)
+    assert call(0, 0) >= 1
 
 
 @pytest.mark.parametrize(

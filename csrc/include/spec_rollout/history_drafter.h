@@ -3,11 +3,37 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "spec_rollout/suffix_index.h"
 
 namespace spec_rollout {
+
+// How many of some tests passed; decayed counts.
+struct Share {
+  double passed = 0.0, tested = 0.0;
+};
+
+// How proposed tokens fared, by length of the match they followed. Outlives the drafters of single
+// rollout calls, so that what one call learned the next one knows.
+class MatchShares {
+ public:
+  // Matches of this length and longer are one class.
+  static constexpr int kMaxMatch = 32;
+
+  MatchShares() : learned_(kMaxMatch + 1) {}
+
+  // Share that passed, drawn towards what is believed before any test.
+  Share share(int32_t match) const;
+  void observe(int32_t match, bool passed);
+  // A call begins: what was learned counts half. A class that is not proposed any more, because it
+  // failed, is so believed in again after some calls.
+  void age();
+
+ private:
+  std::vector<Share> learned_;
+};
 
 // One SuffixIndex per group of rollouts (the samples of a prompt). Every live request is a row of
 // its group's index.
@@ -17,13 +43,10 @@ namespace spec_rollout {
 // that has been repeated for long goes on being repeated, and some requests stray.
 class HistoryDrafter {
  public:
-  // Matches of this length and longer are one class.
-  static constexpr int kMaxMatch = 32;
-
   // Nothing from the first of `stop_token_ids` on is proposed: where one is drawn, the request
   // ends.
   HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
-                 std::vector<int32_t> stop_token_ids);
+                 std::vector<int32_t> stop_token_ids, std::shared_ptr<MatchShares> shares);
 
   // Rows of earlier rollouts. All rows of all groups at once, so that groups are built in parallel.
   void add_history(const int32_t* token_ids, const int64_t* cu_lens, const int64_t* groups,
@@ -45,21 +68,18 @@ class HistoryDrafter {
   std::vector<double> acceptance() const;
 
  private:
-  struct Share {
-    double passed, tested;
-  };
   struct Request {
     int64_t group, row;
     int32_t match = 0;     // of the last proposal
     int32_t proposed = 0;  // its length
-    Share share{0.0, 0.0};
+    Share share;
   };
 
   double probability(int32_t match, const Request& request) const;
 
   std::vector<SuffixIndex> groups_;
   std::vector<Request> requests_;
-  std::vector<Share> by_match_;
+  std::shared_ptr<MatchShares> by_match_;
   std::vector<int32_t> stop_token_ids_;
 };
 

@@ -12,7 +12,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import Coupled
-from spec_rollout.drafting import HistoryDrafter, StepCost
+from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.requests import Plan, ranges
 from spec_rollout.engines.transformers.results import Results
@@ -46,6 +46,7 @@ class Decoder:
         stats: Counts are added here.
         drafter: Proposes tokens, which are tested against what sampling gives; None decodes plainly.
         cost: Decides with the drafter how much to propose, and sees what steps take.
+        payoff: Decides whether to propose at all, and sees what steps give.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Decoder:
         stats: RolloutStats,
         drafter: HistoryDrafter | None = None,
         cost: StepCost | None = None,
+        payoff: Payoff | None = None,
     ) -> None:
         self._drafter = drafter
         self._cost = StepCost() if cost is None else cost
+        self._payoff = Payoff() if payoff is None else payoff
         self._max_tokens = max_tokens
         self._forward = forward
         self._plan = plan
@@ -141,7 +144,9 @@ class Decoder:
         """One forward over the slots in use; finished responses go."""
         start = time.perf_counter()
         live = self.num_live
-        kept, num_proposed = self._step_with_proposals() if self._drafter else (None, 0)
+        kept, num_proposed = None, 0
+        if self._drafter is not None and self._payoff.pays(live):
+            kept, num_proposed = self._step_with_proposals()
         if kept is None:
             self._step_plainly()
             kept = [1] * live
@@ -160,6 +165,7 @@ class Decoder:
         seconds = time.perf_counter() - start
         if self._drafter is not None:
             self._cost.observe(live, num_proposed, seconds)
+            self._payoff.observe(live, num_proposed > 0, sum(kept), seconds)
         if live < _TAIL_SHARE * self._plan.batch:
             stats.num_tail_steps += 1
             stats.tail_seconds += seconds

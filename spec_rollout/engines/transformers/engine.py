@@ -13,7 +13,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
-from spec_rollout.drafting import HistoryDrafter, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.invariance import batch_invariance_error
@@ -49,7 +49,7 @@ class TransformersEngine:
     (`AcceptanceRule.cut_lens`), before the engine sees the drafts.
 
     The model may be shared with a trainer: its mode, attention and hooks are restored after each
-    call. Between calls `policy_version`, what decoding steps took and, on a CPU, the memory of the KV
+    call. Between calls `policy_version`, what decoding steps took, how proposals fared and, on a CPU, the memory of the KV
     caches are kept (num_slots and max_verify_tokens / verify_chunk rows of the longest length so far).
 
     Args:
@@ -104,6 +104,8 @@ class TransformersEngine:
         self.max_model_len = longest if max_model_len is None else max_model_len
         self._policy_version = 0
         self._step_cost = StepCost()
+        self._payoff = Payoff()
+        self._match_shares = MatchShares()
 
     @property
     def policy_version(self) -> int:
@@ -189,7 +191,9 @@ class TransformersEngine:
     ) -> list[tuple[float, int]]:
         """Fills `results`; returns what `Rollouts.running` says."""
         begin = start = time.perf_counter()
-        drafter = None if history is None else HistoryDrafter(history, sampling.stop_token_ids)
+        drafter = None
+        if history is not None:
+            drafter = HistoryDrafter(history, sampling.stop_token_ids, self._match_shares)
         steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         num_slots = min(self.num_slots, plan.batch)
         num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)
@@ -213,6 +217,7 @@ class TransformersEngine:
             stats=stats,
             drafter=drafter,
             cost=self._step_cost,
+            payoff=self._payoff,
         )
         waiting = deque(plan.order().tolist())
         # Mostly the prompts that several requests share.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.rows import Row
 from spec_rollout.types import History
 
@@ -45,6 +45,7 @@ class HistoryProposals:
         stop_token_ids: Of the call; never proposed.
         cost: Decides with the drafter how much to propose.
         payoff: Decides whether to propose at all.
+        shares: How proposals fared so far.
         max_proposal: Most tokens for one request.
         token_budget: Most tokens of one step; shared out evenly, so that nobody waits for another's proposal.
     """
@@ -55,12 +56,13 @@ class HistoryProposals:
         stop_token_ids: list[int],
         cost: StepCost,
         payoff: Payoff,
+        shares: MatchShares,
         *,
         max_proposal: int,
         token_budget: int,
     ) -> None:
         self.num_requests = history.request_groups.numel()
-        self._drafter = HistoryDrafter(history, stop_token_ids)
+        self._drafter = HistoryDrafter(history, stop_token_ids, shares)
         self._cost = cost
         self._payoff = payoff
         self._max_proposal = max_proposal

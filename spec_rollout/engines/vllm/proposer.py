@@ -68,6 +68,7 @@ class ReuseProposer:
                 stop_token_ids,
                 self.sampler.cost,
                 self.sampler.payoff,
+                self.sampler.match_shares,
                 max_proposal=self.sampler.max_chunk,
                 token_budget=self.token_budget,
             )

@@ -19,7 +19,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled
-from spec_rollout.drafting import Payoff, StepCost
+from spec_rollout.drafting import MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.collect import Collector
 from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
@@ -87,8 +87,9 @@ class ReuseSampler:
         self.max_chunk = max_chunk
         self.num_requests = 0  # of the rollout call, where known
         self.history: HistoryProposals | None = None
-        self.cost = StepCost()  # this and the next live as long as the engine
+        self.cost = StepCost()  # this and the next two live as long as the engine
         self.payoff = Payoff()
+        self.match_shares = MatchShares()
         self._num_accepted = 0  # proposals, up to the step before
         self._is_decode = False
         self._step_end: float | None = None
