@@ -406,7 +406,10 @@ def main() -> None:
         args.shape, args.requests, args.max_tokens, args.repeats = "tiny", 24, 64, 1
     if args.threads:
         torch.set_num_threads(args.threads)
-    results = Results("rollout_vllm_gpu" if gpu else "rollout_vllm", args.out)
+    name = "rollout_vllm_gpu" if gpu else "rollout_vllm"
+    if args.shape != defaults["shape"][gpu]:
+        name += f"_{args.shape}"
+    results = Results(name, args.out)
     with tempfile.TemporaryDirectory() as folder:
         from transformers import Qwen3Config
 
