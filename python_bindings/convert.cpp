@@ -248,4 +248,13 @@ LogitsView ArgReader::logits(py::handle value, Dim& rows, Dim& vocab) {
   return {view.data, view.dtype, view.shape[0], view.shape[1], view.strides[0]};
 }
 
+CacheView cache_view(const TensorView& view, bool paged) {
+  CacheView out;
+  out.data = static_cast<char*>(view.data);
+  out.outer_stride = view.strides[0] * view.item_size;
+  out.token_stride = view.strides[paged ? 1 : 2] * view.item_size;
+  out.head_stride = view.strides[paged ? 2 : 1] * view.item_size;
+  return out;
+}
+
 }  // namespace spec_rollout::python

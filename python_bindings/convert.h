@@ -8,6 +8,7 @@
 #include <string>
 
 #include "spec_rollout/check.h"
+#include "spec_rollout/ops.h"
 #include "spec_rollout/tensor_view.h"
 
 namespace spec_rollout::python {
@@ -52,8 +53,18 @@ class ArgReader {
   const char* device_arg_ = nullptr;
 };
 
+// Data of a contiguous tensor to write to.
+template <class T>
+T* output(ArgReader& reader, py::handle value, const char* name, std::initializer_list<Size> shape,
+          DType dtype) {
+  return static_cast<T*>(reader.tensor(value, name, shape, {dtype}).data);
+}
+
 // A tensor's layout without any expectation.
 TensorView describe(py::handle value, const char* name);
 const char* dtype_name(DType dtype);
+// A key or value cache: [rows, heads, tokens, head_dim], or paged [blocks, tokens, heads,
+// head_dim].
+CacheView cache_view(const TensorView& view, bool paged);
 
 }  // namespace spec_rollout::python

@@ -51,12 +51,6 @@ int32_t* status_word(ArgReader& reader, py::handle status) {
   return static_cast<int32_t*>(reader.tensor(status, "status", {one}, {DType::kInt32}).data);
 }
 
-template <class T>
-T* output(ArgReader& reader, py::handle value, const char* name, std::initializer_list<Size> shape,
-          DType dtype) {
-  return static_cast<T*>(reader.tensor(value, name, shape, {dtype}).data);
-}
-
 // Per-row tensor or one number for all rows.
 struct Sampling {
   SamplingArgs args;
@@ -262,12 +256,7 @@ std::vector<CacheView> cache_views(ArgReader& reader, const py::sequence& caches
       fail(name, ": expected all caches to be ", dtype_name(dtype), " (", item_size,
            " bytes), got ", dtype_name(view.dtype), " (", view.item_size, " bytes)");
     }
-    CacheView out;
-    out.data = static_cast<char*>(view.data);
-    out.outer_stride = view.strides[0] * item_size;
-    out.token_stride = view.strides[paged ? 1 : 2] * item_size;
-    out.head_stride = view.strides[paged ? 2 : 1] * item_size;
-    views.push_back(out);
+    views.push_back(cache_view(view, paged));
   }
   return views;
 }
@@ -382,136 +371,9 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
       SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
 }
 
-// [rows, 4] of int64 as what it means.
-const Span* spans_of(ArgReader& reader, py::handle spans, Dim& rows) {
-  Dim four{"4", 4};
-  static_assert(sizeof(Span) == 4 * sizeof(int64_t));
-  return static_cast<const Span*>(
-      reader.tensor(spans, "spans", {rows, four}, {DType::kInt64}).data);
-}
-
-void write_kv(py::handle states, py::handle storage, py::handle spans, int num_threads) {
-  ArgReader reader;
-  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"};
-  Dim dst_rows{"num_rows"}, dst_tokens{"capacity"};
-  DType dtype = DType::kOther;
-  int32_t item_size = 0;
-  const auto view = [&](py::handle cache, const char* name, Dim& outer, Dim& inner) {
-    const py::list one(1);
-    PyList_SetItem(one.ptr(), 0, py::reinterpret_borrow<py::object>(cache).release().ptr());
-    return cache_views(reader, one, name, false, heads, head_dim, outer, inner, dtype,
-                       item_size)[0];
-  };
-  WriteKvArgs args;
-  args.src = view(states, "states", rows, tokens);
-  args.dst = view(storage, "storage", dst_rows, dst_tokens);
-  if (!reader.on_cpu()) fail("states: expected a tensor on CPU, got one on a GPU");
-  args.spans = spans_of(reader, spans, rows);
-  args.num_rows = rows.value;
-  args.num_heads = heads.value;
-  args.num_tokens = tokens.value;
-  args.dst_rows = dst_rows.value;
-  args.dst_tokens = dst_tokens.value;
-  args.head_bytes = head_dim.value * item_size;
-  py::gil_scoped_release release;
-  cpu::write_kv(args, num_threads);
-}
-
 void prefer_huge_pages(py::handle tensor) {
   const TensorView view = describe(tensor, "tensor");
   if (view.device < 0) cpu::prefer_huge_pages(view.data, view.numel() * view.item_size);
-}
-
-void causal_attention(py::handle query, py::handle key, py::handle value, py::handle spans,
-                      double scale, py::handle out, int num_threads) {
-  ArgReader reader;
-  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"}, kv_heads{"kv_heads"},
-      cache_rows{"cache_rows"}, width{"width"};
-  const TensorView q = reader.tensor(query, "query", {rows, heads, tokens, head_dim},
-                                     {DType::kFloat32}, Contiguity::kLastDim);
-  const TensorView k = reader.tensor(key, "key", {cache_rows, kv_heads, width, head_dim},
-                                     {DType::kFloat32}, Contiguity::kLastDim);
-  const TensorView v = reader.tensor(value, "value", {cache_rows, kv_heads, width, head_dim},
-                                     {DType::kFloat32}, Contiguity::kLastDim);
-  if (!reader.on_cpu()) fail("query: expected a tensor on CPU, got one on a GPU");
-  if (kv_heads.value == 0 || heads.value % kv_heads.value != 0) {
-    fail("query: expected a multiple of key's ", kv_heads.value, " heads, got ", heads.value);
-  }
-  CausalAttentionArgs args;
-  args.query = static_cast<const float*>(q.data);
-  args.key = static_cast<const float*>(k.data);
-  args.value = static_cast<const float*>(v.data);
-  std::copy_n(q.strides, 3, args.query_strides);
-  std::copy_n(k.strides, 3, args.key_strides);
-  std::copy_n(v.strides, 3, args.value_strides);
-  args.spans = spans_of(reader, spans, rows);
-  args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
-  args.num_rows = rows.value;
-  args.num_heads = heads.value;
-  args.num_kv_heads = kv_heads.value;
-  args.num_tokens = tokens.value;
-  args.num_cache_rows = cache_rows.value;
-  args.width = width.value;
-  args.head_dim = head_dim.value;
-  args.scale = static_cast<float>(scale);
-  py::gil_scoped_release release;
-  cpu::causal_attention(args, num_threads);
-}
-
-void rms_norm(py::handle x, py::handle weight, double eps, py::handle out, int num_threads) {
-  ArgReader reader;
-  Dim rows{"rows"}, dim{"dim"};
-  const TensorView view =
-      reader.tensor(x, "x", {rows, dim}, {DType::kFloat32}, Contiguity::kLastDim);
-  RmsNormArgs args;
-  args.x = static_cast<const float*>(view.data);
-  args.row_stride = view.strides[0];
-  args.weight =
-      static_cast<const float*>(reader.tensor(weight, "weight", {dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
-  if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
-  args.num_rows = rows.value;
-  args.dim = dim.value;
-  args.eps = static_cast<float>(eps);
-  py::gil_scoped_release release;
-  cpu::rms_norm(args, num_threads);
-}
-
-void silu_mul(py::handle gate, py::handle up, py::handle out, int num_threads) {
-  ArgReader reader;
-  Dim rows{"rows"}, dim{"dim"};
-  SiluMulArgs args;
-  args.gate =
-      static_cast<const float*>(reader.tensor(gate, "gate", {rows, dim}, {DType::kFloat32}).data);
-  args.up = static_cast<const float*>(reader.tensor(up, "up", {rows, dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
-  if (!reader.on_cpu()) fail("gate: expected a tensor on CPU, got one on a GPU");
-  args.size = rows.value * dim.value;
-  py::gil_scoped_release release;
-  cpu::silu_mul(args, num_threads);
-}
-
-void rotate_halves(py::handle x, py::handle cos, py::handle sin, py::handle out, int num_threads) {
-  ArgReader reader;
-  Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"};
-  const TensorView view = reader.tensor(x, "x", {rows, heads, tokens, head_dim}, {DType::kFloat32},
-                                        Contiguity::kLastDim);
-  if (head_dim.value % 2 != 0) fail("x: expected an even head_dim, got ", head_dim.value);
-  RotateHalvesArgs args;
-  args.x = static_cast<const float*>(view.data);
-  std::copy_n(view.strides, 3, args.strides);
-  args.cos = static_cast<const float*>(
-      reader.tensor(cos, "cos", {rows, tokens, head_dim}, {DType::kFloat32}).data);
-  args.sin = static_cast<const float*>(
-      reader.tensor(sin, "sin", {rows, tokens, head_dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
-  if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
-  args.num_rows = rows.value;
-  args.num_heads = heads.value;
-  args.num_tokens = tokens.value;
-  args.head_dim = head_dim.value;
-  py::gil_scoped_release release;
-  cpu::rotate_halves(args, num_threads);
 }
 
 // -> (longest_prompt, longest_response, longest_row, num_tokens), and cu_lens [batch + 1] written;
@@ -638,6 +500,7 @@ py::dict build_info() {
 }  // namespace
 
 void bind_suffix_index(py::module_& module);  // suffix_index.cpp
+void bind_forward(py::module_& module);       // forward.cpp
 
 }  // namespace spec_rollout::python
 
@@ -656,15 +519,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("splice_kv", &splice_kv);
   module.def("assemble_sizes", &assemble_sizes);
   module.def("assemble", &assemble);
-  module.def("write_kv", &write_kv);
   module.def("prefer_huge_pages", &prefer_huge_pages);
-  module.def("causal_attention", &causal_attention);
-  module.def("rms_norm", &rms_norm);
-  module.def("silu_mul", &silu_mul);
-  module.def("rotate_halves", &rotate_halves);
   module.def("gumbel_noise", &gumbel_noise);
   module.def("build_info", &build_info);
   bind_suffix_index(module);
+  bind_forward(module);
   // Scalars of the shared arithmetic, for tests.
   module.def("philox",
              [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {

@@ -19,12 +19,19 @@ from tiny_models import (
 )
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
+from spec_rollout.drafting import Payoff
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
 
 BATCH, GROUP = 24, 4
 GROUPS = torch.arange(BATCH) // GROUP
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=(STOP,))
+
+
+@pytest.fixture(autouse=True)
+def proposing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it does is decided by the clock; here every step may propose."""
+    monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
 
 
 def history_of(rows: list[list[int]], groups: torch.Tensor) -> History:
@@ -63,6 +70,20 @@ def test_tokens_and_logprobs_are_those_without(old, new_model, rule, slots) -> N
     assert stats.max_row_steps <= expected.stats.max_row_steps
     assert stats.tokens_per_step > 1.0 == expected.stats.tokens_per_step
     assert stats.num_response_tokens == expected.stats.num_response_tokens
+
+
+def test_nothing_is_proposed_where_it_does_not_pay(old, new_model, monkeypatch) -> None:
+    requests, rollouts = old
+    monkeypatch.setattr(Payoff, "pays", lambda self, rows: rows % 2 == 0)
+    engine = TransformersEngine(new_model)
+    expected = engine.rollout(requests, SAMPLING, NoReuse())
+    requests = replace(requests, history=history_of(responses(rollouts), GROUPS))
+    assert_same(engine.rollout(requests, SAMPLING, NoReuse()), expected)
+    monkeypatch.setattr(Payoff, "pays", lambda self, rows: False)
+    actual = engine.rollout(requests, SAMPLING, NoReuse())
+    assert_same(actual, expected)
+    assert actual.stats.num_proposed_tokens == 0
+    assert actual.stats.num_decode_steps == expected.stats.num_decode_steps
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def _rotates_halves(original: Forward) -> bool:
     with torch.inference_mode():
         try:
             expected = original(q, k, cos, sin)
-        except Exception:  # a rotary embedding of another kind, with other arguments
+        except (IndexError, RuntimeError, TypeError, ValueError):  # one with other arguments
             return False
         actual = _make_rotary(original)(q, k, cos, sin)
     return (
