@@ -212,9 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 2
-        from spec_rollout.malloc import keep_freed_memory
+        if argv is None:  # a program of its own; who passes arguments has a process to care for
+            from spec_rollout.malloc import keep_freed_memory
 
-        keep_freed_memory()
+            keep_freed_memory()
         return args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -405,7 +405,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; 0 if it ran through and lossless reuse was lossless, else 1."""
     args = _parse(argv)
-    keep_freed_memory()
+    if argv is None:
+        keep_freed_memory()
     size = SHORT if args.short else DemoSize()
     if args.epochs is not None:
         size = replace(size, epochs=args.epochs)
