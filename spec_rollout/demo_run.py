@@ -107,8 +107,8 @@ def demo_config(
             engine=engine,
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
-            # All rollouts of a step at once: the fastest there is for the plain run, which the others are compared with
-            # (benchmarks/bench_engine.py sweeps it).
+            # All rollouts of a step at once: more slots were faster for the plain run, which the others are compared with,
+            # as far as benchmarks/bench_engine.py sweeps them (256).
             num_slots=1024,
             **RUNS[name],
         ),

@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Has glibc keep up to 1 GiB of freed memory instead of handing it back to the kernel.
 
     Every operation of a forward pass allocates its result anew. By default glibc returns blocks of some megabytes
-    at once, and the kernel clears their pages again a moment later: about 100,000 page faults in a rollout step of the
-    demo, up to a tenth of the time of verification. For programs to call at their start, not for libraries: it is
+    at once, and the kernel clears their pages again a moment later: tens of thousands of page faults in a rollout
+    step of the demo. For programs to call at their start, not for libraries: it is
     the whole process's allocator.
 
     Returns:
