@@ -1,5 +1,7 @@
 #include "convert.h"
 
+#include "dlpack.h"
+
 namespace spec_rollout::python {
 namespace {
 
@@ -14,6 +16,7 @@ struct Torch {
   } dtypes[7];
   PyObject *s_dtype, *s_shape, *s_stride, *s_data_ptr, *s_is_cuda, *s_is_cpu, *s_get_device,
       *s_element_size, *s_device;
+  const dlpack::ExchangeApi* exchange = nullptr;
 
   Torch() {
     py::module_ torch = py::module_::import("torch");
@@ -37,6 +40,24 @@ struct Torch {
     s_get_device = PyUnicode_InternFromString("get_device");
     s_element_size = PyUnicode_InternFromString("element_size");
     s_device = PyUnicode_InternFromString("device");
+    exchange = find_exchange();
+  }
+
+  // Null before torch 2.10, and for a version of the interface that is not known here.
+  const dlpack::ExchangeApi* find_exchange() const {
+    PyObject* capsule = PyObject_GetAttrString(tensor_type, dlpack::kAttribute);
+    if (capsule == nullptr) {
+      PyErr_Clear();
+      return nullptr;
+    }
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    Py_DECREF(capsule);
+    if (api == nullptr) {
+      PyErr_Clear();
+      return nullptr;
+    }
+    return api->header.major == dlpack::kMajor && api->view != nullptr ? api : nullptr;
   }
 };
 
@@ -116,9 +137,97 @@ const char* dtype_name(DType dtype) {
   return "another dtype";
 }
 
+namespace {
+
+DType dtype_of(const dlpack::Tensor& tensor) {
+  if (tensor.lanes != 1) return DType::kOther;
+  switch (tensor.type_code) {
+    case dlpack::kFloat:
+      if (tensor.bits == 32) return DType::kFloat32;
+      return tensor.bits == 16 ? DType::kFloat16 : DType::kOther;
+    case dlpack::kBfloat:
+      return tensor.bits == 16 ? DType::kBFloat16 : DType::kOther;
+    case dlpack::kInt:
+      if (tensor.bits == 64) return DType::kInt64;
+      return tensor.bits == 32 ? DType::kInt32 : DType::kOther;
+    case dlpack::kUInt:
+      return tensor.bits == 8 ? DType::kUInt8 : DType::kOther;
+    case dlpack::kBool:
+      return tensor.bits == 8 ? DType::kBool : DType::kOther;
+    default:
+      return DType::kOther;
+  }
+}
+
+// False where the exchange interface has no answer; the tensor's attributes have one, or an error
+// that names the argument.
+bool describe_by_exchange(py::handle value, const dlpack::ExchangeApi& exchange, TensorView& view) {
+  dlpack::Tensor tensor;
+  if (exchange.view(value.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (tensor.device_type == dlpack::kCuda) {
+    view.device = tensor.device_id;
+  } else if (tensor.device_type == dlpack::kCpu || tensor.device_type == dlpack::kCudaHost) {
+    view.device = -1;
+  } else {
+    return false;
+  }
+  if (tensor.ndim > kMaxDims) return false;
+  view.dtype = dtype_of(tensor);
+  view.item_size = (tensor.bits * tensor.lanes + 7) / 8;
+  view.ndim = tensor.ndim;
+  for (int32_t d = 0; d < tensor.ndim; ++d) {
+    view.shape[d] = tensor.shape[d];
+    view.strides[d] = tensor.strides[d];
+  }
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+bool is_plain(PyObject* value, PyObject* tensor_type) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
+  if (type == tensor_type || value == Py_None || PyFloat_CheckExact(value) ||
+      PyLong_CheckExact(value)) {
+    return true;
+  }
+  if (PyList_CheckExact(value) || PyTuple_CheckExact(value)) {
+    PyObject** items = PySequence_Fast_ITEMS(value);
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
+      if (!is_plain(items[i], tensor_type)) return false;
+    }
+    return true;
+  }
+  const int is_tensor = PyObject_IsInstance(value, tensor_type);
+  if (is_tensor < 0) throw py::error_already_set();
+  return is_tensor == 0;
+}
+
+}  // namespace
+
+bool all_plain(const py::tuple& args) { return is_plain(args.ptr(), torch().tensor_type); }
+
+void* current_stream(int device) {
+  const Torch& t = torch();
+  void* stream = nullptr;
+  if (t.exchange != nullptr && t.exchange->current_stream != nullptr) {
+    if (t.exchange->current_stream(dlpack::kCuda, device, &stream) != 0) {
+      throw py::error_already_set();
+    }
+    return stream;
+  }
+  const py::object function =
+      py::module_::import("torch").attr("_C").attr("_cuda_getCurrentRawStream");
+  return reinterpret_cast<void*>(py::cast<uintptr_t>(function(device)));
+}
+
 TensorView describe(py::handle value, const char* name) {
   const Torch& t = torch();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) != t.tensor_type) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) == t.tensor_type) {
+    TensorView view;
+    if (t.exchange != nullptr && describe_by_exchange(value, *t.exchange, view)) return view;
+  } else {
     const int is_tensor = PyObject_IsInstance(value.ptr(), t.tensor_type);
     if (is_tensor < 0) throw py::error_already_set();
     if (is_tensor == 0)

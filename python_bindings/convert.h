@@ -1,5 +1,6 @@
 // Tensors of Python to views of the core, and the checks of rank, size, dtype, device and layout on
-// the way. Torch is not needed to build this: its tensors are read through their Python attributes.
+// the way. Torch is not needed to build this: its tensors are read through DLPack's exchange
+// interface, or, where that is missing, through their Python attributes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -60,6 +61,10 @@ T* output(ArgReader& reader, py::handle value, const char* name, std::initialize
   return static_cast<T*>(reader.tensor(value, name, shape, {dtype}).data);
 }
 
+// Whether none of a call's arguments, or items of its lists, is a subclass of Tensor.
+bool all_plain(const py::tuple& args);
+// Torch's current stream on a CUDA device.
+void* current_stream(int device);
 // A tensor's layout without any expectation.
 TensorView describe(py::handle value, const char* name);
 const char* dtype_name(DType dtype);

@@ -1,11 +1,14 @@
 // The Python face of the core. Every function takes tensors (never loose pointers), writes into
-// outputs the caller allocated, and ends with the CUDA stream to run on (ignored on CPU) and the
-// number of CPU threads to use.
+// outputs the caller allocated, and ends with the number of CPU threads to use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <vector>
+
+#if defined(SPEC_ROLLOUT_WITH_CUDA)
+#include <cuda_runtime.h>
+#endif
 
 #include "convert.h"
 #include "spec_rollout/huge_pages.h"
@@ -24,13 +27,41 @@ RuleParams rule_params(const py::tuple& rule) {
   return params;
 }
 
-// Runs the CPU or the CUDA implementation without the interpreter lock.
+#if defined(SPEC_ROLLOUT_WITH_CUDA)
+// Makes a GPU the current one; nothing where it is already.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&previous_));
+    if (device_ != previous_) check(cudaSetDevice(device_));
+  }
+  ~DeviceGuard() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  static void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  }
+  int device_, previous_ = 0;
+};
+#endif
+
+// Runs the CPU or the CUDA implementation without the interpreter lock; on CUDA, on the tensors'
+// device and torch's current stream there.
 template <class Cpu, class Cuda>
 void launch(const ArgReader& reader, Cpu cpu, [[maybe_unused]] Cuda cuda) {
-  py::gil_scoped_release release;
-  if (reader.on_cpu()) return cpu();
+  if (reader.on_cpu()) {
+    py::gil_scoped_release release;
+    return cpu();
+  }
 #if defined(SPEC_ROLLOUT_WITH_CUDA)
-  cuda();
+  void* stream = current_stream(reader.device());
+  py::gil_scoped_release release;
+  const DeviceGuard guard(reader.device());
+  cuda(stream);
 #else
   throw std::runtime_error(
       "spec_rollout was built without CUDA; install it on a machine with the CUDA toolkit (nvcc), "
@@ -40,7 +71,7 @@ void launch(const ArgReader& reader, Cpu cpu, [[maybe_unused]] Cuda cuda) {
 }
 
 #if defined(SPEC_ROLLOUT_WITH_CUDA)
-#define SPEC_ROLLOUT_CUDA_CALL(call) [&] { cuda::call; }
+#define SPEC_ROLLOUT_CUDA_CALL(call) [&](void* stream) { cuda::call; }
 #else
 #define SPEC_ROLLOUT_CUDA_CALL(call) [] {}
 #endif
@@ -67,8 +98,7 @@ struct Sampling {
 
 void accept_prefix(py::handle draft_logprobs, py::handle target_logprobs, py::handle lens,
                    py::handle cu_lens, py::handle keys, py::handle positions, const py::tuple& rule,
-                   py::handle accepted_lens, py::handle status, [[maybe_unused]] uintptr_t stream,
-                   int num_threads) {
+                   py::handle accepted_lens, py::handle status, int num_threads) {
   ArgReader reader;
   Dim batch{"batch"}, tokens{"num_draft_tokens"}, width{"max_draft_len"};
   AcceptPrefixArgs args;
@@ -102,7 +132,7 @@ void accept_prefix(py::handle draft_logprobs, py::handle target_logprobs, py::ha
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::accept_prefix(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(accept_prefix(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(accept_prefix(args, stream)));
 }
 
 TokenLogprobsArgs token_logprobs_inputs(ArgReader& reader, Dim& rows, py::handle logits,
@@ -118,8 +148,7 @@ TokenLogprobsArgs token_logprobs_inputs(ArgReader& reader, Dim& rows, py::handle
 }
 
 void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperatures,
-                    double temperature, py::handle logprobs, py::handle status,
-                    [[maybe_unused]] uintptr_t stream, int num_threads) {
+                    double temperature, py::handle logprobs, py::handle status, int num_threads) {
   ArgReader reader;
   Dim rows{"num_tokens"};
   TokenLogprobsArgs args =
@@ -128,7 +157,7 @@ void token_logprobs(py::handle logits, py::handle token_ids, py::handle temperat
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::token_logprobs(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(token_logprobs(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(token_logprobs(args, stream)));
 }
 
 // The checks of token_logprobs alone, for implementations that are not in this extension.
@@ -142,7 +171,7 @@ void check_token_logprobs(py::handle logits, py::handle token_ids, py::handle te
 void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
                    py::handle temperatures, double temperature, py::handle top_ks, int64_t top_k,
                    py::handle top_ps, double top_p, py::handle token_ids, py::handle logprobs,
-                   py::handle status, [[maybe_unused]] uintptr_t stream, int num_threads) {
+                   py::handle status, int num_threads) {
   ArgReader reader;
   Dim batch{"batch"}, vocab{"vocab"};
   SampleTokensArgs args;
@@ -156,7 +185,7 @@ void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::sample_tokens(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, stream)));
 }
 
 VerifyPrefixArgs verify_prefix_inputs(ArgReader& reader, Dim& rows, Dim& batch, py::handle logits,
@@ -192,8 +221,7 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
                    py::handle positions, py::handle temperatures, double temperature,
                    py::handle top_ks, int64_t top_k, py::handle top_ps, double top_p,
                    const py::tuple& rule, py::handle accepted_lens, py::handle next_token_ids,
-                   py::handle logprobs, py::handle workspace, py::handle status,
-                   [[maybe_unused]] uintptr_t stream, int num_threads) {
+                   py::handle logprobs, py::handle workspace, py::handle status, int num_threads) {
   ArgReader reader;
   Dim rows{"num_logits_rows"}, batch{"batch"};
   VerifyPrefixArgs args = verify_prefix_inputs(
@@ -212,7 +240,7 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::verify_prefix(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, stream)));
 }
 
 // The checks of verify_prefix alone, for implementations that are not in this extension.
@@ -292,8 +320,7 @@ int32_t access_bytes(int64_t head_bytes, const std::vector<CacheView>& src,
 void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_rows,
                py::handle src_starts, py::handle dst_rows, py::handle dst_starts, py::handle lens,
                py::handle src_block_table, py::handle dst_block_table, int64_t max_range_len,
-               py::handle src_views, py::handle dst_views, py::handle status,
-               [[maybe_unused]] uintptr_t stream, int num_threads) {
+               py::handle src_views, py::handle dst_views, py::handle status, int num_threads) {
   if (src.size() != dst.size()) {
     fail("dst: expected as many caches as src (", src.size(), "), got ", dst.size());
   }
@@ -368,7 +395,7 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
   }
   launch(
       reader, [&] { cpu::splice_kv(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(splice_kv(args, stream)));
 }
 
 void prefer_huge_pages(py::handle tensor) {
@@ -408,8 +435,7 @@ void assemble(py::handle prompt_ids, py::handle cu_prompt_lens, py::handle prefi
               py::handle continuation_logprobs, int layout, int64_t prompt_width,
               int64_t pad_token_id, py::handle cu_lens, py::handle input_ids,
               py::handle position_ids, py::handle attention_mask, py::handle response_mask,
-              py::handle logprobs, py::handle status, [[maybe_unused]] uintptr_t stream,
-              int num_threads) {
+              py::handle logprobs, py::handle status, int num_threads) {
   ArgReader reader;
   Dim batch{"batch"}, prompt_tokens{"num_prompt_tokens"}, prefix_tokens{"num_prefix_tokens"},
       continuation_tokens{"num_continuation_tokens"}, width{"width"}, tokens{"num_tokens"};
@@ -465,7 +491,7 @@ void assemble(py::handle prompt_ids, py::handle cu_prompt_lens, py::handle prefi
   args.status = status_word(reader, status);
   launch(
       reader, [&] { cpu::assemble(args, num_threads); },
-      SPEC_ROLLOUT_CUDA_CALL(assemble(args, reinterpret_cast<void*>(stream))));
+      SPEC_ROLLOUT_CUDA_CALL(assemble(args, stream)));
 }
 
 void gumbel_noise(py::handle keys, py::handle positions, py::handle out, int num_threads) {
@@ -521,6 +547,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("assemble", &assemble);
   module.def("prefer_huge_pages", &prefer_huge_pages);
   module.def("gumbel_noise", &gumbel_noise);
+  module.def("all_plain", &all_plain);
   module.def("build_info", &build_info);
   bind_suffix_index(module);
   bind_forward(module);

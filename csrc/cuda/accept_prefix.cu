@@ -8,14 +8,15 @@ namespace spec_rollout::cuda {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
+constexpr int64_t kMaxLen = 0x7fffff00;  // accepted lengths are int32, and a warp looks ahead
 
 template <bool kReadsDraft>
-__global__ void __launch_bounds__(kWarpsPerBlock * 32)
+__global__ void __launch_bounds__(kWarpsPerBlock * 32, 6)
     accept_prefix_kernel(const AcceptPrefixArgs args) {
   const int lane = threadIdx.x & 31;
   const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + (threadIdx.x >> 5);
-  for (int64_t row = first; row < args.batch; row += num_warps) {
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + (threadIdx.x >> 5);
+  for (int64_t row = first_row; row < args.batch; row += num_warps) {
     int64_t draft_begin, target_begin, len;
     if (args.cu_lens) {
       draft_begin = target_begin = args.cu_lens[row];
@@ -33,22 +34,41 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32)
         len = 0;
       }
     }
+    if (len > kMaxLen) {
+      if (lane == 0) raise_status(args.status, kStatusBadOffsets);
+      len = 0;
+    }
     const NoiseKey key(args.keys[row]);
     const int64_t position = args.positions ? args.positions[row] : 0;
-    int64_t accepted = len;
-    // Lanes take quads of positions, so the first one may begin before the row does.
-    for (int64_t first_of_warp = -(position & 3); first_of_warp < len; first_of_warp += 128) {
-      const int64_t i = first_of_warp + 4 * lane;
+    const float* target = args.target_logprobs + target_begin;
+    const float* draft = kReadsDraft ? args.draft_logprobs + draft_begin : nullptr;
+    const int row_len = static_cast<int>(len);
+    int accepted = row_len;
+    // Lanes take quads of positions, so the first one may begin before the row does. The next quad
+    // is on its way while one is decided: a long row is a chain of reads otherwise.
+    const auto load = [&](int i, float (&p)[4], float (&q)[4]) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const bool has = i + w >= 0 && i + w < row_len;
+        p[w] = has ? target[i + w] : 0.0f;
+        q[w] = has && kReadsDraft ? draft[i + w] : 0.0f;
+      }
+    };
+    const int first = -static_cast<int>(position & 3);
+    float p[4], q[4];
+    load(first + 4 * lane, p, q);
+    for (int first_of_warp = first; first_of_warp < row_len; first_of_warp += 128) {
+      const int i = first_of_warp + 4 * lane;
+      float next_p[4], next_q[4];
+      load(i + 128, next_p, next_q);
       float threshold[4];
       bool needs_bits = false;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         threshold[w] = INFINITY;
-        if (i + w < 0 || i + w >= len) continue;
-        const float p = args.target_logprobs[target_begin + i + w];
-        const float q = kReadsDraft ? args.draft_logprobs[draft_begin + i + w] : 0.0f;
-        if (p != p || q != q) raise_status(args.status, kStatusNanLogprob);
-        threshold[w] = accept_threshold(args.rule, p, q);
+        if (i + w < 0 || i + w >= row_len) continue;
+        if (p[w] != p[w] || q[w] != q[w]) raise_status(args.status, kStatusNanLogprob);
+        threshold[w] = accept_threshold(args.rule, p[w], q[w]);
         needs_bits |= !(threshold[w] >= 0.0f);
       }
       int rejected_at = 4;
@@ -66,8 +86,13 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32)
                    __shfl_sync(0xffffffffu, rejected_at, lane_of_first);
         break;
       }
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        p[w] = next_p[w];
+        q[w] = next_q[w];
+      }
     }
-    if (lane == 0) args.accepted_lens[row] = static_cast<int32_t>(accepted);
+    if (lane == 0) args.accepted_lens[row] = accepted;
   }
 }
 

@@ -26,6 +26,14 @@ inline unsigned grid_size(int64_t blocks) {
   return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 0x7fffffff));
 }
 
+inline int num_processors() {
+  int device = 0, processors = 1;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  return processors;
+}
+
 __device__ inline void raise_status(int32_t* status, int32_t bit) {
   if (status != nullptr) atomicOr(status, bit);
 }

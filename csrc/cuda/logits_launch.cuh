@@ -7,13 +7,15 @@
 namespace spec_rollout::cuda {
 
 constexpr int kLogitsThreads = 32 * kMaxWarps;  // most threads of a block
+// Blocks that a processor must have room for: 80 registers per thread are enough to draw without
+// spilling, and one block computes while another one reduces.
+template <int kThreads>
+constexpr int kDrawBlocks = kThreads == kLogitsThreads ? 1 : 3;
 
-inline int num_processors() {
-  int device = 0, processors = 1;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return processors;
+// A block per row.
+inline unsigned row_blocks(int64_t rows) {
+  if (rows > 0x7fffffff) fail("logits: expected less than 2^31 rows, got ", rows);
+  return static_cast<unsigned>(rows);
 }
 
 // Threads for `rows` blocks that each read a row. A small vocabulary does not fill a large block.

@@ -6,22 +6,24 @@
 namespace spec_rollout::cuda {
 namespace {
 
-template <class Logit>
-__global__ void __launch_bounds__(kLogitsThreads, 1)
+template <class Logit, int kThreads>
+__global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
     sample_tokens_kernel(const SampleTokensArgs args) {
-  __shared__ RowShared shared;
-  for (int64_t r = blockIdx.x; r < args.logits.num_rows; r += gridDim.x) {
-    const RowSampling sampling = checked_sampling(args.sampling, r, args.logits.vocab, args.status);
-    const DeviceRow<Logit> row(args.logits, r, sampling.inv_temperature);
-    const DrawSpec spec{NoiseKey(args.keys[r]), args.positions[r], sampling.greedy, -1, Best()};
-    const float threshold = block_threshold(row, sampling, shared);
-    const RowDraw draw = block_sum_and_draw<true>(row, threshold, spec, shared);
-    if (threadIdx.x == 0) {
-      const bool good = valid_sum(draw.total) && draw.best.id >= 0;
-      if (!good) raise_status(args.status, kStatusBadLogits);
-      args.token_ids[r] = good ? draw.best.id : 0;
-      args.logprobs[r] = good ? logprob_of(row.at(draw.best.id), draw.total) : NAN;
-    }
+  __shared__ __align__(16) unsigned char memory[sizeof(RowShared)];
+  RowShared& shared = *reinterpret_cast<RowShared*>(memory);
+  const int64_t r = blockIdx.x;
+  const RowSampling sampling = checked_sampling(args.sampling, r, args.logits.vocab, args.status);
+  const DeviceRow<Logit> row(args.logits, r, sampling.inv_temperature);
+  const DrawSpec spec{NoiseKey(args.keys[r]), args.positions[r], -1, Best()};
+  const float threshold = block_threshold<kThreads>(row, sampling, shared);
+  const RowDraw draw =
+      sampling.greedy ? block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, spec, shared)
+                      : block_sum_and_draw<Draw::kNoise, kThreads>(row, threshold, spec, shared);
+  if (threadIdx.x == 0) {
+    const bool good = valid_sum(draw.total) && draw.best.id >= 0;
+    if (!good) raise_status(args.status, kStatusBadLogits);
+    args.token_ids[r] = good ? draw.best.id : 0;
+    args.logprobs[r] = good ? logprob_of(row.at(draw.best.id), draw.total) : NAN;
   }
 }
 
@@ -29,12 +31,16 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
 
 void sample_tokens(const SampleTokensArgs& args, Stream stream) {
   if (args.logits.num_rows == 0) return;
-  const dim3 grid(grid_size(args.logits.num_rows));
-  const dim3 block(logits_threads(args.logits.vocab, args.logits.num_rows, num_processors()));
+  const dim3 grid(row_blocks(args.logits.num_rows));
+  const int threads = logits_threads(args.logits.vocab, args.logits.num_rows, num_processors());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   dispatch_dtype(args.logits.dtype, [&](auto logit) {
     using Logit = decltype(logit);
-    sample_tokens_kernel<Logit><<<grid, block, 0, cuda_stream>>>(args);
+    if (threads > kLogitsThreads / 2) {
+      sample_tokens_kernel<Logit, kLogitsThreads><<<grid, threads, 0, cuda_stream>>>(args);
+    } else {
+      sample_tokens_kernel<Logit, kLogitsThreads / 2><<<grid, threads, 0, cuda_stream>>>(args);
+    }
   });
   check_launch("sample_tokens");
 }

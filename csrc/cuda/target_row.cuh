@@ -12,85 +12,89 @@ namespace spec_rollout::cuda {
 
 constexpr float kKeepAll = -FLT_MAX;  // every token that can be drawn at all
 
-// Random bits of kCount tokens from `token` on; a quad of noise may begin before it.
-template <int kCount>
-__device__ __forceinline__ void gumbel_bits_from(NoiseKey key, int64_t position, int32_t token,
-                                                 uint32_t (&bits)[kCount]) {
-  constexpr int kAlignedQuads = (kCount + 3) / 4;
-  constexpr int kQuads = (kCount + 6) / 4;  // enough for any offset of the first token in its quad
-  const int offset = token & 3;
-  const uint32_t quad = static_cast<uint32_t>(token) >> 2;
-  uint32_t all[4 * kQuads] = {};
+// values[i] by constant indices only, so that they stay in registers; i is in range.
+template <class T, int kCount>
+__device__ __forceinline__ T pick(const T (&values)[kCount], int i) {
+  T value = values[0];
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    if (q < kAlignedQuads || offset != 0) {
-      const Philox4 four = gumbel_bits4(key, position, quad + static_cast<uint32_t>(q));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) all[4 * q + i] = four.x[i];
-    }
-  }
-  // all[offset + i] by constant indices only, so that it stays in registers.
-  if (offset & 1) {
-#pragma unroll
-    for (int i = 0; i + 1 < 4 * kQuads; ++i) all[i] = all[i + 1];
-  }
-  if (offset & 2) {
-#pragma unroll
-    for (int i = 0; i + 2 < 4 * kQuads; ++i) all[i] = all[i + 2];
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) bits[i] = all[i];
+  for (int j = 1; j < kCount; ++j) value = j == i ? values[j] : value;
+  return value;
 }
 
 // What is drawn from a row, besides its distribution.
 struct DrawSpec {
-  NoiseKey key;
-  int64_t position;
-  bool greedy = false;    // no noise
+  NoiseKey key{0};
+  int64_t position = 0;
   int32_t excluded = -1;  // a token that takes no part, or has its score in `start`
   Best start;             // a candidate to beat
 };
 
-// Takes kCount tokens into an argmax. `bound` is a score that the final result is known to reach.
+// What a thread knows while it looks for the argmax under noise.
+struct NoiseSearch {
+  Best best;
+  uint32_t bound_key = 0;  // the block's bound that `bound` and `scale` stand for
+  float bound = -INFINITY;
+  float ref = -INFINITY;  // what `scale` is relative to
+  float scale = INFINITY;
+  float unreachable = 0.0f;
+};
+
+// Takes the tokens of one quad of noise into the search. Element i of x and term is token `token +
+// i`; the quad begins at element `first`, which may be before the elements do.
 template <int kCount>
-__device__ __forceinline__ void consider_tokens(const float (&x)[kCount], int32_t token,
-                                                const DrawSpec& spec, float threshold, float bound,
-                                                Best& best) {
-  if (spec.greedy) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (x[i] >= threshold && token + i != spec.excluded) consider(x[i], token + i, best);
-    }
-    return;
-  }
+__device__ __forceinline__ void consider_quad(const float (&x)[kCount], const float (&term)[kCount],
+                                              int first, int32_t token, const DrawSpec& spec,
+                                              float threshold, NoiseSearch& search,
+                                              uint32_t* shared_bound) {
+  const Philox4 four =
+      gumbel_bits4(spec.key, spec.position, static_cast<uint32_t>(token + first) >> 2);
   bool any = false;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    any |= x[i] >= threshold && exact_add(x[i], kMaxGumbel) >= bound;
+  for (int i = 0; i < 4; ++i) {
+    const bool has = first + i >= 0 && first + i < kCount;
+    any |= has && may_reach(four.x[i], pick(term, first + i), search.scale);
   }
   if (!any) return;
-  uint32_t bits[kCount];
-  gumbel_bits_from(spec.key, spec.position, token, bits);
-  uint32_t candidates = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const bool may_win = x[i] >= threshold && exact_add(x[i], gumbel_bound(bits[i])) >= bound;
-    candidates |= static_cast<uint32_t>(may_win) << i;
-  }
-  // Rare, so one copy of the logarithms serves all positions.
+  // Rare, so one copy of the logarithms serves all four.
 #pragma unroll 1
-  while (candidates != 0) {
-    const int index = __ffs(static_cast<int>(candidates)) - 1;
-    candidates &= candidates - 1;
-    float candidate = x[0];
-    uint32_t candidate_bits = bits[0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) {
-      candidate = i == index ? x[i] : candidate;
-      candidate_bits = i == index ? bits[i] : candidate_bits;
+  for (int i = 0; i < 4; ++i) {
+    if (first + i < 0 || first + i >= kCount) continue;
+    const float candidate = pick(x, first + i);
+    if (candidate >= threshold && token + first + i != spec.excluded) {
+      consider(exact_add(candidate, gumbel_from_bits(pick(four.x, i))), token + first + i,
+               search.best);
     }
-    if (token + index != spec.excluded) {
-      consider(exact_add(candidate, gumbel_from_bits(candidate_bits)), token + index, best);
+  }
+  const uint32_t key = ordered_key(search.best.score);
+  if (key > search.bound_key) atomicMax(shared_bound, key);
+}
+
+// Takes kCount tokens, whose terms relative to `ref` sum to `group`, into the search. What other
+// warps have found only spares work: when it is seen does not change the result.
+template <int kCount>
+__device__ __forceinline__ void consider_tokens(const float (&x)[kCount],
+                                                const float (&term)[kCount], float group, float ref,
+                                                int32_t token, const DrawSpec& spec,
+                                                float threshold, NoiseSearch& search,
+                                                uint32_t* shared_bound) {
+  const uint32_t key = *static_cast<volatile uint32_t*>(shared_bound);
+  if (key != search.bound_key || ref != search.ref) {
+    search.bound_key = key;
+    search.ref = ref;
+    search.scale = reach_scale(ref, from_ordered_key(key));
+    search.unreachable = unreachable_sum(search.scale);
+  }
+  if (group < search.unreachable) return;
+  if (kCount % 4 == 0 && (token & 3) == 0) {
+#pragma unroll
+    for (int first = 0; first < kCount; first += 4) {
+      consider_quad(x, term, first, token, spec, threshold, search, shared_bound);
+    }
+  } else {
+    // Vectors that begin within a quad: only where the vocabulary is no multiple of four.
+#pragma unroll 1
+    for (int first = -(token & 3); first < kCount; first += 4) {
+      consider_quad(x, term, first, token, spec, threshold, search, shared_bound);
     }
   }
 }
@@ -100,30 +104,55 @@ struct RowDraw {
   Best best;
 };
 
-// Sum and, if kDraw, argmax over the tokens with x >= threshold, in one read of the row.
-template <bool kDraw, class Logit>
+enum class Draw { kNone, kArgmax, kNoise };
+
+// Sum over the tokens with x >= threshold and, unless kDraw is kNone, their argmax, without or with
+// noise, in one read of the row.
+template <Draw kDraw, int kThreads, class Logit>
 __device__ RowDraw block_sum_and_draw(const DeviceRow<Logit>& row, float threshold,
                                       const DrawSpec& spec, RowShared& shared) {
-  RowDraw result;
-  result.best = spec.start;
-  visit_row<kDraw ? 2 : 4>(row, [&](int token, const auto& raw, bool has) {
+  OnlineSum total;
+  NoiseSearch search;
+  search.best = spec.start;
+  DrawSpec uniform = spec;
+  if (kDraw == Draw::kNoise) {
+    // Same for all lanes, and after a reduction the compiler knows it: the round keys of the noise
+    // are worked out once per warp.
+    uniform.key.k0 = __reduce_or_sync(kFullMask, spec.key.k0);
+    uniform.key.k1 = __reduce_or_sync(kFullMask, spec.key.k1);
+    if (threadIdx.x == 0) shared.bound = ordered_key(spec.start.score);
+    __syncthreads();
+  }
+  const bool filtered = threshold > kKeepAll;
+  visit_row_async<kThreads>(row, shared.ring, [&](int token, const auto& raw) {
     constexpr int kCount = sizeof(raw) / sizeof(raw[0]);
-    float bound = 0.0f;
-    if (kDraw) {
-      bound = from_ordered_key(__reduce_max_sync(kFullMask, ordered_key(result.best.score)));
-    }
-    if (!has) return;
     float x[kCount];
+    row.values(raw, x);
+    if (filtered) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      x[i] = row.value(raw[i]);
-      if (x[i] < threshold) x[i] = -INFINITY;  // NaN stays, to be reported
+      for (int i = 0; i < kCount; ++i) {
+        if (x[i] < threshold) x[i] = -INFINITY;  // NaN stays, to be reported
+      }
     }
-    add_to_sum(result.total, x);
-    if (kDraw) consider_tokens(x, token, spec, threshold, bound, result.best);
+    float term[kCount];
+    const float group = add_to_sum(total, x, term);
+    if (kDraw == Draw::kArgmax) {
+      float largest = x[0];
+#pragma unroll
+      for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);
+      if (largest >= search.best.score) {
+#pragma unroll 1
+        for (int i = 0; i < kCount; ++i) {
+          const float candidate = pick(x, i);
+          if (candidate >= threshold) consider(candidate, token + i, search.best);
+        }
+      }
+    } else if (kDraw == Draw::kNoise) {
+      consider_tokens(x, term, group, total.ref, token, uniform, threshold, search, &shared.bound);
+    }
   });
-  result.total = block_reduce(result.total, shared.sums, merge_sums);
-  if (kDraw) {
+  RowDraw result{block_reduce(total, shared.sums, merge_sums), search.best};
+  if (kDraw != Draw::kNone) {
     result.best = block_reduce(result.best, shared.bests, [](Best a, const Best& b) {
       consider(b.score, b.id, a);
       return a;
@@ -133,13 +162,12 @@ __device__ RowDraw block_sum_and_draw(const DeviceRow<Logit>& row, float thresho
 }
 
 // Sums of weight(x, key) over the row, one for each of three weights.
-template <class Logit, class Weigh>
+template <int kThreads, class Logit, class Weigh>
 __device__ RowShared::Weights block_weights(const DeviceRow<Logit>& row, RowShared& shared,
                                             Weigh weigh) {
   RowShared::Weights sums{};
-  visit_row<2>(row, [&](int, const auto& raw, bool has) {
+  visit_row_async<kThreads>(row, shared.ring, [&](int, const auto& raw) {
     constexpr int kCount = sizeof(raw) / sizeof(raw[0]);
-    if (!has) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) weigh(raw[i], sums);
   });
@@ -152,7 +180,7 @@ __device__ RowShared::Weights block_weights(const DeviceRow<Logit>& row, RowShar
 
 // The largest x with the weights of x_v >= x at least `target`: bisection on the keys of the
 // logits, into four parts a pass. Integer sums, so the result does not depend on their order.
-template <class Logit, class Weight>
+template <int kThreads, class Logit, class Weight>
 __device__ float block_select(const DeviceRow<Logit>& row, uint64_t target, RowShared& shared,
                               Weight weight) {
   using Raw = typename Logit::Raw;
@@ -165,7 +193,7 @@ __device__ float block_select(const DeviceRow<Logit>& row, uint64_t target, RowS
   while (high - low > 1) {
     const uint32_t quarter = (high - low) / 4 > 0 ? (high - low) / 4 : 1;
     const RowShared::Weights sums =
-        block_weights(row, shared, [&](Raw raw, RowShared::Weights& add) {
+        block_weights<kThreads>(row, shared, [&](Raw raw, RowShared::Weights& add) {
           const uint32_t key = Row::key(raw);
           if (key < low + quarter || key >= high) return;
           const uint64_t w = weight(row.value(raw));
@@ -196,32 +224,35 @@ __device__ float block_select(const DeviceRow<Logit>& row, uint64_t target, RowS
 
 // Threshold on x of the tokens that top-k, then top-p keep. A call of its own: most rows have no
 // filter, and its registers must not burden theirs.
-template <class Logit>
+template <int kThreads, class Logit>
 __device__ __noinline__ float filter_threshold(const DeviceRow<Logit> row,
                                                const RowSampling sampling, RowShared& shared) {
   float threshold = kKeepAll;
   if (sampling.top_k > 0) {
-    threshold = fmaxf(threshold, block_select(row, static_cast<uint64_t>(sampling.top_k), shared,
-                                              [](float) { return uint64_t{1}; }));
+    threshold = fmaxf(threshold, block_select<kThreads>(row, static_cast<uint64_t>(sampling.top_k),
+                                                        shared, [](float) { return uint64_t{1}; }));
   }
   if (sampling.top_p < 1.0f) {
-    const float max = block_sum(row, shared).max;
+    const float max =
+        block_sum_and_draw<Draw::kArgmax, kThreads>(row, kKeepAll, {}, shared).best.score;
     const float kept = threshold;
     const auto weight = [max, kept](float x) { return x >= kept ? top_p_weight(x, max) : 0; };
     const uint64_t total =
-        block_weights(row, shared, [&](typename Logit::Raw raw, RowShared::Weights& add) {
+        block_weights<kThreads>(row, shared, [&](typename Logit::Raw raw, RowShared::Weights& add) {
           add.at[0] += weight(row.value(raw));
         }).at[0];
     const uint64_t target = top_p_target(total, sampling.top_p);
-    threshold = fmaxf(threshold, block_select(row, target, shared, weight));
+    threshold = fmaxf(threshold, block_select<kThreads>(row, target, shared, weight));
   }
   return threshold;
 }
 
-template <class Logit>
+template <int kThreads, class Logit>
 __device__ __forceinline__ float block_threshold(const DeviceRow<Logit>& row,
                                                  const RowSampling& sampling, RowShared& shared) {
-  if (sampling.top_k > 0 || sampling.top_p < 1.0f) return filter_threshold(row, sampling, shared);
+  if (sampling.top_k > 0 || sampling.top_p < 1.0f) {
+    return filter_threshold<kThreads>(row, sampling, shared);
+  }
   return kKeepAll;
 }
 

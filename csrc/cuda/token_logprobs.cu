@@ -9,12 +9,19 @@ namespace {
 template <class Logit>
 __global__ void __launch_bounds__(kLogitsThreads)
     token_logprobs_kernel(const TokenLogprobsArgs args) {
-  __shared__ RowShared shared;
+  __shared__ __align__(8) unsigned char memory[kMaxWarps * sizeof(OnlineSum)];
+  OnlineSum* sums = reinterpret_cast<OnlineSum*>(memory);
   for (int64_t r = blockIdx.x; r < args.logits.num_rows; r += gridDim.x) {
     const float temperature =
         args.temperatures != nullptr ? args.temperatures[r] : args.temperature;
     const DeviceRow<Logit> row(args.logits, r, inverse_temperature(temperature));
-    const OnlineSum total = block_sum(row, shared);
+    OnlineSum total;
+    visit_row<4>(row, [&](int, const auto& raw) {
+      float x[sizeof(raw) / sizeof(raw[0])];
+      row.values(raw, x);
+      add_to_sum(total, x);
+    });
+    total = block_reduce(total, sums, merge_sums);
     if (threadIdx.x == 0) {
       const int64_t token = args.token_ids[r];
       const bool known = token >= 0 && token < args.logits.vocab;

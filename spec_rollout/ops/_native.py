@@ -1,4 +1,4 @@
-"""What every op needs on its way into the compiled core: the extension, the stream, the device guard."""
+"""What every op needs on its way into the compiled core: the extension, the device guard, the threads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ _NULL_CONTEXT: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Makes the tensor's GPU the current one for a launch; nothing on CPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _NULL_CONTEXT
-
-
-def stream_of(tensor: torch.Tensor) -> int:
-    """Torch's current stream on the tensor's device as an integer; 0 on CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    """Makes the tensor's GPU the current one for a launch; nothing on CPU, or where it is the current one."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NULL_CONTEXT
+    return torch.cuda.device(tensor.device)
 
 
 def num_threads() -> int:
@@ -38,4 +35,4 @@ def build_info() -> dict[str, object]:
     return _C.build_info()
 
 
-__all__ = ["_C", "build_info", "device_guard", "num_threads", "stream_of"]
+__all__ = ["_C", "build_info", "device_guard", "num_threads"]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from spec_rollout.ops._native import _C
+
 _LIBRARY = torch.library.Library("spec_rollout", "DEF")
+
+_num_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch.autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
 
 
 def register_op(
     schema: str, *, fake: Callable[..., Any]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that registers an implementation for CPU and CUDA and returns the op to call.
+    """Decorator that registers an implementation for CPU and CUDA and returns what to call.
+
+    A call goes through torch's dispatcher where that has anything to add: while compiling or exporting, under a
+    dispatch mode or the profiler, and for subclasses of Tensor. Anywhere else it would only cost what a whole call
+    costs, and the implementation is called at once.
 
     Args:
         schema: `name(arguments) -> results`, in torch's schema language.
@@ -27,6 +38,14 @@ def register_op(
             _LIBRARY.impl(name, implementation, backend)
         torch.library.register_fake(f"spec_rollout::{name}", fake, lib=_LIBRARY)
         # The overload itself: looking it up in the packet at each call costs as much as the call.
-        return getattr(torch.ops.spec_rollout, name).default
+        op = getattr(torch.ops.spec_rollout, name).default
+
+        @functools.wraps(implementation)
+        def call(*args: Any) -> Any:
+            if _is_compiling() or _num_modes() or _is_profiled() or not _C.all_plain(args):
+                return op(*args)
+            return implementation(*args)
+
+        return call
 
     return decorate

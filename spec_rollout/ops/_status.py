@@ -21,7 +21,7 @@ _MEANINGS = {
     32: "temperature / top_k / top_p: expected values in their ranges, got others",
 }
 _CHECK_EVERY_CALL = os.environ.get("SPEC_ROLLOUT_CHECK", "0") not in ("", "0")
-_words: dict[torch.device, torch.Tensor] = {}
+_words: dict[int, torch.Tensor] = {}  # by CUDA device index; -1 is the CPU
 
 
 def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor | None:
@@ -29,10 +29,12 @@ def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor |
     `on_cpu`."""
     if not tensor.is_cuda and not on_cpu:
         return None
-    word = _words.get(tensor.device)
+    index = tensor.get_device()
+    word = _words.get(index)
     if word is None:
-        word = torch.zeros(1, dtype=torch.int32, device=tensor.device)
-        _words[tensor.device] = word
+        # A copy rather than a kernel that fills it: compute-sanitizer's initcheck sees copies.
+        word = torch.zeros(1, dtype=torch.int32).to(tensor.device)
+        _words[index] = word
     return word
 
 
@@ -45,9 +47,16 @@ def check_status(device: torch.device | str | None = None) -> None:
     Raises:
         ValueError: naming the argument.
     """
-    devices = list(_words) if device is None else [torch.device(device)]
-    for dev in devices:
-        word = _words.get(dev)
+    if device is None:
+        indices = list(_words)
+    else:
+        given = torch.device(device)
+        if given.type == "cpu":
+            indices = [-1]
+        else:
+            indices = [torch.cuda.current_device() if given.index is None else given.index]
+    for index in indices:
+        word = _words.get(index)
         if word is None:
             continue
         bits = int(word.item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
@@ -92,20 +92,18 @@ def _accept_prefix(
     scale,
     min_target_prob,
 ):
-    accepted_lens = torch.empty(keys.shape, dtype=torch.int32, device=keys.device)
-    with device_guard(target_logprobs):
-        _C.accept_prefix(
-            draft_logprobs,
-            target_logprobs,
-            draft_lens,
-            cu_draft_lens,
-            keys,
-            positions,
-            (rule_kind, log_lenience, scale, min_target_prob),
-            accepted_lens,
-            status_word(target_logprobs),
-            stream_of(target_logprobs),
-            num_threads(),
-        )
+    accepted_lens = torch.empty(keys.numel(), dtype=torch.int32, device=keys.device)
+    _C.accept_prefix(
+        draft_logprobs,
+        target_logprobs,
+        draft_lens,
+        cu_draft_lens,
+        keys,
+        positions,
+        (rule_kind, log_lenience, scale, min_target_prob),
+        accepted_lens,
+        status_word(target_logprobs),
+        num_threads(),
+    )
     after_launch(target_logprobs)
     return accepted_lens

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
@@ -374,28 +374,26 @@ def _write(
 ):
     """Launches on given outputs; `width` is theirs."""
     input_ids, attention_mask, position_ids, response_mask, logprobs = outputs
-    with device_guard(prompt_ids):
-        _C.assemble(
-            prompt_ids,
-            cu_prompt_lens,
-            prefix_ids,
-            cu_prefix_lens,
-            accepted_lens,
-            continuation_ids,
-            cu_continuation_lens,
-            prefix_logprobs,
-            continuation_logprobs,
-            layout,
-            prompt_width,
-            pad_token_id,
-            cu_lens,
-            input_ids,
-            position_ids,
-            None if layout == _LAYOUTS["packed"] else attention_mask,
-            response_mask,
-            None if prefix_logprobs is None else logprobs,
-            status_word(prompt_ids),
-            stream_of(prompt_ids),
-            num_threads(),
-        )
+    _C.assemble(
+        prompt_ids,
+        cu_prompt_lens,
+        prefix_ids,
+        cu_prefix_lens,
+        accepted_lens,
+        continuation_ids,
+        cu_continuation_lens,
+        prefix_logprobs,
+        continuation_logprobs,
+        layout,
+        prompt_width,
+        pad_token_id,
+        cu_lens,
+        input_ids,
+        position_ids,
+        None if layout == _LAYOUTS["packed"] else attention_mask,
+        response_mask,
+        None if prefix_logprobs is None else logprobs,
+        status_word(prompt_ids),
+        num_threads(),
+    )
     after_launch(prompt_ids)

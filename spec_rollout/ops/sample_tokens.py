@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
 from spec_rollout.ops._status import after_launch, status_word
@@ -86,24 +86,22 @@ def _sample_tokens_fake(logits, keys, *args):
 def _sample_tokens(
     logits, keys, positions, temperatures, temperature, top_ks, top_k, top_ps, top_p
 ):
-    token_ids = torch.empty(keys.shape, dtype=torch.int32, device=logits.device)
-    logprobs = torch.empty(keys.shape, dtype=torch.float32, device=logits.device)
-    with device_guard(logits):
-        _C.sample_tokens(
-            logits,
-            keys,
-            positions,
-            temperatures,
-            temperature,
-            top_ks,
-            top_k,
-            top_ps,
-            top_p,
-            token_ids,
-            logprobs,
-            status_word(logits),
-            stream_of(logits),
-            num_threads(),
-        )
+    token_ids = torch.empty(keys.numel(), dtype=torch.int32, device=logits.device)
+    logprobs = torch.empty(keys.numel(), dtype=torch.float32, device=logits.device)
+    _C.sample_tokens(
+        logits,
+        keys,
+        positions,
+        temperatures,
+        temperature,
+        top_ks,
+        top_k,
+        top_ps,
+        top_p,
+        token_ids,
+        logprobs,
+        status_word(logits),
+        num_threads(),
+    )
     after_launch(logits)
     return token_ids, logprobs

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
@@ -127,22 +127,20 @@ def _splice_kv(
     src_block_table,
     dst_block_table,
 ):
-    with device_guard(lens):
-        _C.splice_kv(
-            src,
-            dst,
-            src_rows,
-            src_starts,
-            dst_rows,
-            dst_starts,
-            lens,
-            src_block_table,
-            dst_block_table,
-            min(_positions(src, src_block_table), _positions(dst, dst_block_table)),
-            _view_table(src, src_block_table is not None),
-            _view_table(dst, dst_block_table is not None),
-            status_word(lens),
-            stream_of(lens),
-            num_threads(),
-        )
+    _C.splice_kv(
+        src,
+        dst,
+        src_rows,
+        src_starts,
+        dst_rows,
+        dst_starts,
+        lens,
+        src_block_table,
+        dst_block_table,
+        min(_positions(src, src_block_table), _positions(dst, dst_block_table)),
+        _view_table(src, src_block_table is not None),
+        _view_table(dst, dst_block_table is not None),
+        status_word(lens),
+        num_threads(),
+    )
     after_launch(lens)

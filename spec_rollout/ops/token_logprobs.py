@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from spec_rollout.ops._impl import implementation, triton_module
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature
 from spec_rollout.ops._status import after_launch, after_triton, status_word
@@ -54,18 +54,16 @@ def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
     fake=_token_logprobs_fake,
 )
 def _token_logprobs(logits, token_ids, temperatures, temperature):
-    logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
-    with device_guard(logits):
-        _C.token_logprobs(
-            logits,
-            token_ids,
-            temperatures,
-            temperature,
-            logprobs,
-            status_word(logits),
-            stream_of(logits),
-            num_threads(),
-        )
+    logprobs = torch.empty(token_ids.numel(), dtype=torch.float32, device=logits.device)
+    _C.token_logprobs(
+        logits,
+        token_ids,
+        temperatures,
+        temperature,
+        logprobs,
+        status_word(logits),
+        num_threads(),
+    )
     after_launch(logits)
     return logprobs
 

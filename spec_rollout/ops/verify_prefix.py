@@ -8,7 +8,7 @@ import torch
 
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.ops._impl import implementation, triton_module
-from spec_rollout.ops._native import _C, device_guard, num_threads, stream_of
+from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
 from spec_rollout.ops._status import after_launch, after_triton, status_word
@@ -150,38 +150,36 @@ def _verify_prefix(
     scale,
     min_target_prob,
 ):
-    device = logits.device
-    accepted_lens = torch.empty(keys.shape, dtype=torch.int32, device=device)
-    next_token_ids = torch.empty(keys.shape, dtype=torch.int32, device=device)
-    logprobs = torch.empty(logits.shape[:1], dtype=torch.float32, device=device)
+    device, batch = logits.device, keys.numel()
+    accepted_lens = torch.empty(batch, dtype=torch.int32, device=device)
+    next_token_ids = torch.empty(batch, dtype=torch.int32, device=device)
+    logprobs = torch.empty(logits.shape[0], dtype=torch.float32, device=device)
     workspace = None
     if logits.is_cuda:
-        num_bytes = _C.verify_prefix_workspace_bytes(*logits.shape, keys.numel())
+        num_bytes = _C.verify_prefix_workspace_bytes(*logits.shape, batch)
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    with device_guard(logits):
-        _C.verify_prefix(
-            logits,
-            draft_ids,
-            cu_draft_lens,
-            draft_logprobs,
-            cu_logits_lens,
-            keys,
-            positions,
-            temperatures,
-            temperature,
-            top_ks,
-            top_k,
-            top_ps,
-            top_p,
-            (rule_kind, log_lenience, scale, min_target_prob),
-            accepted_lens,
-            next_token_ids,
-            logprobs,
-            workspace,
-            status_word(logits),
-            stream_of(logits),
-            num_threads(),
-        )
+    _C.verify_prefix(
+        logits,
+        draft_ids,
+        cu_draft_lens,
+        draft_logprobs,
+        cu_logits_lens,
+        keys,
+        positions,
+        temperatures,
+        temperature,
+        top_ks,
+        top_k,
+        top_ps,
+        top_p,
+        (rule_kind, log_lenience, scale, min_target_prob),
+        accepted_lens,
+        next_token_ids,
+        logprobs,
+        workspace,
+        status_word(logits),
+        num_threads(),
+    )
     after_launch(logits)
     return accepted_lens, next_token_ids, logprobs
 

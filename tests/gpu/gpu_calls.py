@@ -47,8 +47,9 @@ def make_call(name: str, device: str = "cuda", vocab: int = 1003) -> Callable[[]
     positions = torch.arange(rows).to(device)
     ids = torch.randint(0, vocab, (rows,), generator=generator).to(device)
     cu = cu_lens_from(lens).to(device)
-    target = -torch.rand(tokens, generator=generator).to(device)
-    draft = target - 0.1 * torch.randn(tokens, generator=generator).to(device)
+    target = -torch.rand(tokens, generator=generator)
+    draft = target - 0.1 * torch.randn(tokens, generator=generator)
+    target, draft = target.to(device), draft.to(device)
     padded = -torch.rand(batch, 20, generator=generator)
     padded, padded_target = padded.to(device), (padded - 0.05).to(device)
     drafts = {"keys": keys, "draft_logprobs": draft}
@@ -59,8 +60,8 @@ def make_call(name: str, device: str = "cuda", vocab: int = 1003) -> Callable[[]
     caches = [
         torch.randn(6, 2, 24, 16, generator=generator).bfloat16().to(device) for _ in range(4)
     ]
-    other = [torch.zeros_like(cache) for cache in caches]
-    blocks = [torch.zeros(36, 4, 2, 16, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    other = [torch.zeros(cache.shape, dtype=cache.dtype).to(device) for cache in caches]
+    blocks = [torch.zeros(36, 4, 2, 16, dtype=torch.bfloat16).to(device) for _ in range(4)]
     table = torch.randperm(36, generator=generator).view(6, 6).to(device)
     index = torch.arange(batch).to(device)
     starts = torch.tensor([0, 3, 2, 0, 1], device=device)

@@ -70,43 +70,112 @@ SR_HD void consider(float score, int32_t id, Best& best) {
   }
 }
 
-// e^x where the exact bits do not matter: terms of a log-sum-exp.
-SR_HD float softmax_exp(float x) {
+// 2^x where the exact bits do not matter: terms of a log-sum-exp.
+SR_HD float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return std::exp(x);
+  return std::exp2(x);
 #endif
 }
 
-// sum_v e^(x_v) of the values seen so far, held as the maximum and sum_v e^(x_v - max). NaN or +inf
-// among the values makes the sum NaN.
+// sum_v e^(x_v) of the values seen so far, as sum_v 2^(x_v * kLog2e - c), c = x_ref * kLog2e
+// rounded: one fused multiplication and addition per value, whose rounding is relative to its
+// result, and the rounding of c is the same in all terms. `ref` is one of the values, and moves
+// only when a group of terms becomes large, so that a group costs no search for its maximum. Where
+// |ref| is so large that c would be far from the product, differences come first. NaN or +inf among
+// the values makes the sum NaN.
+constexpr float kLog2e = 1.44269504f;
+constexpr float kFarRef = 0x1p22f;
+constexpr float kLargeTerms = 0x1p12f;
+
 struct OnlineSum {
-  float max = -3.402823466e38f;
+  float ref = -INFINITY;
   float sum = 0.0f;
 };
 
+SR_HD bool is_far(float ref) { return fabsf(ref) > kFarRef; }
+SR_HD float ref_exponent(float ref) { return exact_mul(ref, kLog2e); }
+
+// The term of x: e^(x - ref), nearly.
+SR_HD float term_of(float x, float ref) {
+  if (is_far(ref)) return fast_exp2(exact_mul(exact_sub(x, ref), kLog2e));
+  return fast_exp2(exact_fma(x, kLog2e, -ref_exponent(ref)));
+}
+
+// What terms relative to `from` are multiplied with to be relative to `to` >= from.
+SR_HD float rescale(float from, float to) {
+  if (from == to) return 1.0f;
+  if (is_far(from) || is_far(to)) return fast_exp2(exact_mul(exact_sub(from, to), kLog2e));
+  return fast_exp2(exact_sub(ref_exponent(from), ref_exponent(to)));
+}
+
+template <int kCount>
+SR_HD float sum_of(const float (&term)[kCount]) {
+  float pairs[(kCount + 1) / 2];
+  for (int i = 0; i < (kCount + 1) / 2; ++i) {
+    pairs[i] = 2 * i + 1 < kCount ? term[2 * i] + term[2 * i + 1] : term[2 * i];
+  }
+  float sum = pairs[0];
+  for (int i = 1; i < (kCount + 1) / 2; ++i) sum += pairs[i];
+  return sum;
+}
+
+// Adds values; gives their terms relative to the new `ref`, and returns the sum of these.
+template <int kCount>
+SR_HD float add_to_sum(OnlineSum& total, const float (&x)[kCount], float (&term)[kCount]) {
+  if (is_far(total.ref)) {
+    for (int i = 0; i < kCount; ++i) term[i] = term_of(x[i], total.ref);
+  } else {
+    const float c = ref_exponent(total.ref);
+    for (int i = 0; i < kCount; ++i) term[i] = fast_exp2(exact_fma(x[i], kLog2e, -c));
+  }
+  float group = sum_of(term);
+  if (!(group <= kLargeTerms)) {
+    float largest = x[0];
+    for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);  // the number, if one is NaN
+    if (largest == -INFINITY) {  // nothing so far (a NaN is left as it is)
+      for (int i = 0; i < kCount; ++i) term[i] = x[i] == x[i] ? 0.0f : x[i];
+    } else if (largest > total.ref) {
+      total.sum *= rescale(total.ref, largest);
+      total.ref = largest;
+      for (int i = 0; i < kCount; ++i) term[i] = term_of(x[i], largest);
+    }
+    group = sum_of(term);
+  }
+  total.sum += group;
+  return group;
+}
 template <int kCount>
 SR_HD void add_to_sum(OnlineSum& total, const float (&x)[kCount]) {
-  float max = total.max;
-  for (int i = 0; i < kCount; ++i) max = fmaxf(max, x[i]);  // the number, if one is NaN
-  float sum = total.sum * softmax_exp(total.max - max);
-  for (int i = 0; i < kCount; ++i) sum += softmax_exp(x[i] - max);
-  total.max = max;
-  total.sum = sum;
+  float term[kCount];
+  add_to_sum(total, x, term);
 }
 
 SR_HD OnlineSum merge_sums(const OnlineSum& a, const OnlineSum& b) {
   OnlineSum merged;
-  merged.max = fmaxf(a.max, b.max);
-  merged.sum = a.sum * softmax_exp(a.max - merged.max) + b.sum * softmax_exp(b.max - merged.max);
+  merged.ref = fmaxf(a.ref, b.ref);
+  merged.sum = a.sum * rescale(a.ref, merged.ref) + b.sum * rescale(b.ref, merged.ref);
   return merged;
 }
 
-// A good row has the 1 of its maximum in the sum.
-SR_HD bool valid_sum(const OnlineSum& total) { return total.sum >= 0.5f; }
+// A good row has about 1, or more, of its ref in the sum.
+SR_HD bool valid_sum(const OnlineSum& total) {
+  return total.sum >= 0.25f && total.sum <= 3.0e38f && total.ref < INFINITY;
+}
+
+// Log-prob of x under total.
+SR_HD float logprob_of(float x, const OnlineSum& total) {
+  const double log_sum = log(static_cast<double>(total.sum));
+  if (is_far(total.ref)) {
+    return static_cast<float>(static_cast<double>(x) - static_cast<double>(total.ref) - log_sum);
+  }
+  const double exponent = static_cast<double>(x) * static_cast<double>(kLog2e) -
+                          static_cast<double>(ref_exponent(total.ref));
+  return static_cast<float>(exponent * 0.6931471805599453 - log_sum);
+}
 
 // No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
 constexpr float kMaxGumbel = 22.9f;
@@ -120,6 +189,25 @@ SR_HD float gumbel_bound(uint32_t bits) {
   const int32_t log2_v = static_cast<int32_t>(float_bits(uniform_from_bits(bits)));
   return exact_fma(static_cast<float>(log2_v), -0x1.62e43p-24f, 88.02969193f + 1e-4f);
 }
+
+// The same question without conversions between integers and floats, which a GPU does at an eighth
+// of the rate of other instructions, where the term e^(x - ref) of a sum is at hand: x + noise can
+// reach `bound` only if uniform <= e^(x - bound) = term * e^(ref - bound), because -ln(-ln(1 - v))
+// <= -ln v. The margin covers the roundings of score, noise and terms. Infinite while ref is far
+// above the bound: terms may have underflowed then, and every token passes.
+SR_HD float reach_scale(float ref, float bound) {
+  const float gap = ref - (bound - fabsf(bound) * 0x1p-20f - 2e-3f);
+  return gap <= 40.0f ? fast_exp2(gap * kLog2e) : INFINITY;
+}
+
+// Compares 1 + uniform, cut to 23 bits, with 1 + what it must not exceed; NaN (0 * inf) passes.
+SR_HD bool may_reach(uint32_t bits, float term, float scale) {
+  return !(float_from_bits(0x3f800000u | (bits >> 9)) > exact_fma(term, scale, 1.0f));
+}
+
+// No token of a group can reach the bound if the sum of their terms is below this: the smallest
+// uniform is 2^-33.
+SR_HD float unreachable_sum(float scale) { return 0x1p-34f / scale; }
 
 // e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86.
 // Polynomial of Cephes' expf (S. Moshier).
