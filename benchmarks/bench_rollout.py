@@ -30,6 +30,7 @@ stretch as it does wall time.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -147,15 +148,18 @@ class Bench:
         else:
             common["block_size"] = 32
         self.args, self.common = args, common
-        self.engine = VLLMEngine(
-            model, num_speculative_tokens=args.k, first_chunk=args.first_chunk, llm_args=common
-        )
+        common |= dict(args.llm_args)
+        # The stock engine first: on GPUs it takes vLLM's newer model runner, the plugin the older one, which leaves
+        # capturing of CUDA graphs switched off in the process when it has captured its own.
         self.stock = LLM(
             model,
             skip_tokenizer_init=True,
             generation_config="vllm",
             disable_log_stats=True,
             **common,
+        )
+        self.engine = VLLMEngine(
+            model, num_speculative_tokens=args.k, first_chunk=args.first_chunk, llm_args=common
         )
         self.steps = 0
         for llm in (self.engine.llm, self.stock):
@@ -352,6 +356,13 @@ def run(args: argparse.Namespace, results: Results, model: str) -> None:
         )
 
 
+def _llm_arg(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=JSON, got {text!r}")
+    return name, json.loads(value)
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--engine", choices=["vllm"], default="vllm")
@@ -368,6 +379,15 @@ def main() -> None:
     options.add_argument("--first-chunk", type=int, help="see engine_args")
     options.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     options.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    options.add_argument(
+        "--llm-arg",
+        dest="llm_args",
+        metavar="NAME=JSON",
+        type=_llm_arg,
+        action="append",
+        default=[],
+        help="an argument of both engines, e.g. cudagraph_capture_sizes=[1,64]",
+    )
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     options.add_argument("--table", choices=["acceptance", "drafting"], default="acceptance")

@@ -233,9 +233,9 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
       output<int32_t>(reader, next_token_ids, "next_token_ids", {batch}, DType::kInt32);
   args.logprobs = output<float>(reader, logprobs, "logprobs", {rows}, DType::kFloat32);
   if (!workspace.is_none()) {
-    Dim bytes{"workspace_bytes"};
-    args.workspace = reader.tensor(workspace, "workspace", {bytes}, {DType::kUInt8}).data;
-    args.workspace_bytes = bytes.value;
+    Dim words{"workspace_words"};
+    args.workspace = reader.tensor(workspace, "workspace", {words}, {DType::kInt32}).data;
+    args.workspace_bytes = words.value * static_cast<int64_t>(sizeof(int32_t));
   }
   args.status = status_word(reader, status);
   launch(

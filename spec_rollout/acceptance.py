@@ -22,6 +22,10 @@ class RuleKind(IntEnum):
     ONE_HOT = 2
 
 
+# Of an op's arguments: an enum's conversion at each call costs as much as reading a tensor.
+_LENIENT, _COUPLED = int(RuleKind.LENIENT), int(RuleKind.COUPLED)
+
+
 @dataclass(frozen=True, slots=True)
 class AcceptanceRule:
     """Base of all rules; use a subclass."""
@@ -108,7 +112,7 @@ class Lenient(AcceptanceRule):
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return int(self.kind), self.log_lenience, self.scale, self.min_target_prob
+        return _LENIENT, self.log_lenience, self.scale, self.min_target_prob
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ class Coupled(AcceptanceRule):
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return int(self.kind), self.log_lenience, 1.0, 0.0
+        return _COUPLED, self.log_lenience, 1.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ class RandomReuse(AcceptanceRule):
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return int(RuleKind.LENIENT), math.inf, 1.0, 0.0
+        return _LENIENT, math.inf, 1.0, 0.0
 
     def cut_lens(self, draft_lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         return torch.where(
@@ -190,7 +194,7 @@ class RandomCut(AcceptanceRule):
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return int(RuleKind.LENIENT), math.inf, 1.0, 0.0
+        return _LENIENT, math.inf, 1.0, 0.0
 
     def cut_lens(self, draft_lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         lens = torch.floor(_row_uniforms(keys) * (draft_lens + 1).double()).to(draft_lens.dtype)

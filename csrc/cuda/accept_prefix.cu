@@ -8,10 +8,10 @@ namespace spec_rollout::cuda {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
-constexpr int64_t kMaxLen = 0x7fffff00;  // accepted lengths are int32, and a warp looks ahead
+constexpr int64_t kMaxLen = 0x7ffffe00;  // accepted lengths are int32, and a warp looks ahead
 
 template <bool kReadsDraft>
-__global__ void __launch_bounds__(kWarpsPerBlock * 32, 6)
+__global__ void __launch_bounds__(kWarpsPerBlock * 32, 5)
     accept_prefix_kernel(const AcceptPrefixArgs args) {
   const int lane = threadIdx.x & 31;
   const int64_t num_warps = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
@@ -55,12 +55,13 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 6)
       }
     };
     const int first = -static_cast<int>(position & 3);
-    float p[4], q[4];
+    float p[4], q[4], next_p[4], next_q[4];
     load(first + 4 * lane, p, q);
+    load(first + 4 * lane + 128, next_p, next_q);
     for (int first_of_warp = first; first_of_warp < row_len; first_of_warp += 128) {
       const int i = first_of_warp + 4 * lane;
-      float next_p[4], next_q[4];
-      load(i + 128, next_p, next_q);
+      float later_p[4], later_q[4];
+      load(i + 256, later_p, later_q);
       float threshold[4];
       bool needs_bits = false;
 #pragma unroll
@@ -90,6 +91,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock * 32, 6)
       for (int w = 0; w < 4; ++w) {
         p[w] = next_p[w];
         q[w] = next_q[w];
+        next_p[w] = later_p[w];
+        next_q[w] = later_q[w];
       }
     }
     if (lane == 0) args.accepted_lens[row] = accepted;

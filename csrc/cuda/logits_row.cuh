@@ -15,6 +15,8 @@ struct Float32Logit {
   using Raw = uint32_t;
   static constexpr int kBits = 32;
   static constexpr Raw kInfinity = 0x7f800000u;
+  static constexpr uint4 kNothing = {0xff800000u, 0xff800000u, 0xff800000u,
+                                     0xff800000u};  // of -inf
   __device__ static float to_float(Raw raw) { return __uint_as_float(raw); }
   template <int kCount>
   __device__ __forceinline__ static void to_floats(const Raw (&raw)[kCount], float (&x)[kCount]) {
@@ -26,17 +28,32 @@ struct Float16Logit {
   using Raw = uint16_t;
   static constexpr int kBits = 16;
   static constexpr Raw kInfinity = 0x7c00u;
+  static constexpr uint4 kNothing = {0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u,
+                                     0xfc00fc00u};  // of -inf
   __device__ static float to_float(Raw raw) { return __half2float(__ushort_as_half(raw)); }
   template <int kCount>
   __device__ __forceinline__ static void to_floats(const Raw (&raw)[kCount], float (&x)[kCount]) {
+    if constexpr (kCount % 2 == 0) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = to_float(raw[i]);
+      for (int i = 0; i < kCount; i += 2) {
+        __half2 pair;
+        memcpy(&pair, &raw[i], sizeof pair);
+        const float2 both = __half22float2(pair);
+        x[i] = both.x;
+        x[i + 1] = both.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = to_float(raw[i]);
+    }
   }
 };
 struct BFloat16Logit {
   using Raw = uint16_t;
   static constexpr int kBits = 16;
   static constexpr Raw kInfinity = 0x7f80u;
+  static constexpr uint4 kNothing = {0xff80ff80u, 0xff80ff80u, 0xff80ff80u,
+                                     0xff80ff80u};  // of -inf
   __device__ static float to_float(Raw raw) {
     return __uint_as_float(static_cast<uint32_t>(raw) << 16);
   }
@@ -73,18 +90,12 @@ struct DeviceRow {
         vocab(static_cast<int32_t>(view.vocab)),
         inv_temperature(inv) {}
 
-  __device__ float value(Raw raw) const { return exact_mul(Logit::to_float(raw), inv_temperature); }
-  // The same of several elements. Most rows have temperature 1, and a branch around the products is
-  // one instruction.
-  template <int kCount>
-  __device__ __forceinline__ void values(const Raw (&raw)[kCount], float (&x)[kCount]) const {
-    Logit::to_floats(raw, x);
-    if (inv_temperature != 1.0f) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = exact_mul(x[i], inv_temperature);
-    }
-  }
+  __device__ float raw_at(int64_t token) const { return Logit::to_float(data[token]); }
+  // x = logit / temperature, of which scores are made.
+  __device__ float scaled(float logit) const { return exact_mul(logit, inv_temperature); }
+  __device__ float value(Raw raw) const { return scaled(Logit::to_float(raw)); }
   __device__ float at(int64_t token) const { return value(data[token]); }
+  __device__ float slope() const { return slope_of(inv_temperature); }
 
   // Integers in the order of the logits. x = logit / T has the same order (ties aside), so a
   // threshold found on keys is one on x.
@@ -152,50 +163,108 @@ __device__ __forceinline__ void visit_row(const DeviceRow<Logit>& row, Visit&& v
   }
 }
 
-// Vectors on their way from device memory, kDepth per thread: visitors that need many registers
-// have few threads, which must have more bytes in flight each than registers could hold.
+// Vectors on their way from device memory, kDepth per thread: loops that need many registers have
+// few threads, which must have more bytes in flight each than registers could hold. Each thread
+// reads what it copied itself, so no barrier is needed. Addresses are those of shared memory, 32
+// bits wide: a generic pointer would be converted at every use.
 constexpr int kRingVectors = 2048;
 
-__device__ __forceinline__ void copy_async(uint4* to, const uint4* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
+template <int kThreads, class Logit>
+class RowRing {
+ public:
+  static constexpr int kDepth = kRingVectors / kThreads;
+  static_assert(kDepth % 2 == 0, "vectors are taken in pairs");
 
-// visit_row through `ring`. Each thread reads what it copied itself, so no barrier is needed.
+  // Starts the copies of the first vectors.
+  __device__ __forceinline__ RowRing(const DeviceRow<Logit>& row, const RowParts<Logit>& parts,
+                                     uint4* ring)
+      : vectors_(reinterpret_cast<const uint4*>(row.data + parts.head)),
+        num_vectors_(parts.num_vectors),
+        slot_(static_cast<uint32_t>(__cvta_generic_to_shared(ring + threadIdx.x))),
+        end_(slot_ + kDepth * stride()) {
+    int index = static_cast<int>(threadIdx.x);
+    uint32_t slot = slot_;
+#pragma unroll
+    for (int j = 0; j < kDepth; j += 2) {
+      copy(slot, index);
+      copy(slot + stride(), index + num_threads());
+      commit();
+      slot += 2 * stride();
+      index += 2 * num_threads();
+    }
+  }
+
+  // Vectors `index` and index + blockDim.x of the row, once they are there; the second one may be
+  // beyond its end.
+  __device__ __forceinline__ void take(uint4 (&pair)[2]) const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth / 2 - 1) : "memory");
+    pair[0] = load(slot_);
+    pair[1] = load(slot_ + stride());
+  }
+
+  // One of them once more, until `advance`.
+  template <class Element, int kVec>
+  __device__ __forceinline__ void again(int which, Element (&raw)[kVec]) const {
+    const uint4 vector = load(slot_ + which * stride());
+    memcpy(raw, &vector, sizeof raw);
+  }
+
+  // Starts the copies that take these two vectors' places. To be called when they have been worked
+  // on.
+  __device__ __forceinline__ void advance(int index) {
+    copy(slot_, index + kDepth * num_threads());
+    copy(slot_ + stride(), index + (kDepth + 1) * num_threads());
+    commit();
+    slot_ += 2 * stride();
+    if (slot_ >= end_) slot_ -= kDepth * stride();
+  }
+
+ private:
+  __device__ static int num_threads() { return static_cast<int>(blockDim.x); }
+  __device__ static uint32_t stride() { return blockDim.x * static_cast<uint32_t>(sizeof(uint4)); }
+  __device__ static uint4 load(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+  }
+  __device__ void copy(uint32_t to, int index) const {
+    if (index < num_vectors_) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(vectors_ + index)
+                   : "memory");
+    }
+  }
+  __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+  const uint4* vectors_;
+  int num_vectors_;
+  uint32_t slot_, end_;
+};
+
+// Calls visit(token, raw) for all of a row, once per element, by all threads of a block, through
+// `ring`; raw has kVec elements or 1.
 template <int kThreads, class Logit, class Visit>
-__device__ __forceinline__ void visit_row_async(const DeviceRow<Logit>& row, uint4* ring,
+__device__ __forceinline__ void visit_row_async(const DeviceRow<Logit>& row, uint4* ring_memory,
                                                 Visit&& visit) {
   constexpr int kVec = DeviceRow<Logit>::kVec;
-  constexpr int kDepth = kRingVectors / kThreads;  // a power of two
   const RowParts<Logit> parts(row);
   const int num_threads = static_cast<int>(blockDim.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  const uint4* vectors = reinterpret_cast<const uint4*>(row.data + parts.head);
-#pragma unroll
-  for (int j = 0; j < kDepth; ++j) {
-    const int index = thread + j * num_threads;
-    if (index < parts.num_vectors) copy_async(ring + index, vectors + index);
-    commit_copies();
-  }
+  RowRing<kThreads, Logit> ring(row, parts, ring_memory);
   visit_singles(row, parts, visit);
-  int slot = thread;
-  for (int index = thread; index < parts.num_vectors; index += num_threads) {
-    wait_for_copies<kDepth - 1>();
-    typename Logit::Raw raw[kVec];
-    memcpy(raw, ring + slot, sizeof raw);
-    visit(parts.head + index * kVec, raw);
-    const int next = index + kDepth * num_threads;
-    if (next < parts.num_vectors) copy_async(ring + slot, vectors + next);
-    commit_copies();
-    slot += num_threads;
-    if (slot >= kDepth * num_threads) slot = thread;
+  for (int index = static_cast<int>(threadIdx.x); index < parts.num_vectors;
+       index += 2 * num_threads) {
+    uint4 pair[2];
+    ring.take(pair);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (index + j * num_threads >= parts.num_vectors) break;
+      typename Logit::Raw raw[kVec];
+      memcpy(raw, &pair[j], sizeof raw);
+      visit(parts.head + (index + j * num_threads) * kVec, raw);
+    }
+    ring.advance(index);
   }
 }
 
@@ -207,7 +276,9 @@ struct RowShared {
   struct Weights {
     uint64_t at[3];
   } weights[kMaxWarps];
-  uint32_t bound;  // ordered key of the best score that any warp has found in the row
+  uint32_t bound;    // ordered key of the best score that any warp has found in the row
+  int32_t excluded;  // as in DrawSpec
+  float threshold;   // on the scores of the row
 };
 
 }  // namespace spec_rollout::cuda

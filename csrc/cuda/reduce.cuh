@@ -27,17 +27,19 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int lane_mask) {
 }
 
 // merge must be associative and commutative up to rounding. `shared` has room for kMaxWarps values
-// and may be reused by the next call at once.
+// and may be reused by the next call at once. Blocks have a power of two of warps.
 template <class T, class Merge>
 __device__ T block_reduce(T value, T* shared, Merge merge) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) value = merge(value, shuffle_xor(value, mask));
-  const int warp = static_cast<int>(threadIdx.x) >> 5;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
   const int num_warps = static_cast<int>(blockDim.x) >> 5;
-  if ((threadIdx.x & 31) == 0) shared[warp] = value;
+  if (lane == 0) shared[warp] = value;
   __syncthreads();
-  value = shared[0];
-  for (int i = 1; i < num_warps; ++i) value = merge(value, shared[i]);
+  value = shared[lane & (num_warps - 1)];
+  for (int mask = num_warps >> 1; mask > 0; mask >>= 1) {
+    value = merge(value, shuffle_xor(value, mask));
+  }
   __syncthreads();
   return value;
 }

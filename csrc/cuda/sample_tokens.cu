@@ -6,24 +6,34 @@
 namespace spec_rollout::cuda {
 namespace {
 
+// In shared memory, where it takes no registers while the row is read.
+struct SampleShared {
+  RowShared row;
+  RowSampling sampling;
+};
+
 template <class Logit, int kThreads>
 __global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
     sample_tokens_kernel(const SampleTokensArgs args) {
-  __shared__ __align__(16) unsigned char memory[sizeof(RowShared)];
-  RowShared& shared = *reinterpret_cast<RowShared*>(memory);
-  const int64_t r = blockIdx.x;
-  const RowSampling sampling = checked_sampling(args.sampling, r, args.logits.vocab, args.status);
-  const DeviceRow<Logit> row(args.logits, r, sampling.inv_temperature);
-  const DrawSpec spec{NoiseKey(args.keys[r]), args.positions[r], -1, Best()};
-  const float threshold = block_threshold<kThreads>(row, sampling, shared);
+  __shared__ __align__(16) unsigned char memory[sizeof(SampleShared)];
+  SampleShared& shared = *reinterpret_cast<SampleShared*>(memory);
+  if (threadIdx.x == 0) {
+    shared.sampling = checked_sampling(args.sampling, blockIdx.x, args.logits.vocab, args.status);
+  }
+  __syncthreads();
+  const DeviceRow<Logit> row(args.logits, blockIdx.x, shared.sampling.inv_temperature);
+  const float threshold = block_threshold<kThreads>(row, shared.sampling, shared.row);
+  const DrawSpec spec{NoiseKey(args.keys[blockIdx.x]), args.positions[blockIdx.x], -1, Best()};
   const RowDraw draw =
-      sampling.greedy ? block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, spec, shared)
-                      : block_sum_and_draw<Draw::kNoise, kThreads>(row, threshold, spec, shared);
+      shared.sampling.greedy
+          ? block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, spec, shared.row)
+          : block_sum_and_draw<Draw::kNoise, kThreads>(row, threshold, spec, shared.row);
   if (threadIdx.x == 0) {
     const bool good = valid_sum(draw.total) && draw.best.id >= 0;
     if (!good) raise_status(args.status, kStatusBadLogits);
-    args.token_ids[r] = good ? draw.best.id : 0;
-    args.logprobs[r] = good ? logprob_of(row.at(draw.best.id), draw.total) : NAN;
+    args.token_ids[blockIdx.x] = good ? draw.best.id : 0;
+    args.logprobs[blockIdx.x] =
+        good ? logprob_of(row.raw_at(draw.best.id), draw.total, row.slope()) : NAN;
   }
 }
 

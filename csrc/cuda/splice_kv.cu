@@ -165,7 +165,7 @@ __device__ int64_t checked_len(const Params& params, int64_t cache, int64_t rang
 
 // Block (x, y): the x-th part of all tokens of cache y, counted through all ranges.
 template <class Vec, bool kPaged>
-__global__ void __launch_bounds__(kThreads, 4) splice_kv_kernel(const Params params) {
+__global__ void __launch_bounds__(kThreads) splice_kv_kernel(const Params params) {
   __shared__ int64_t warp_sums[kThreads / 32];
   __shared__ int64_t first_range, first_offset;
   const int64_t cache = blockIdx.y;

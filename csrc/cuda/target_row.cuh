@@ -29,76 +29,6 @@ struct DrawSpec {
   Best start;             // a candidate to beat
 };
 
-// What a thread knows while it looks for the argmax under noise.
-struct NoiseSearch {
-  Best best;
-  uint32_t bound_key = 0;  // the block's bound that `bound` and `scale` stand for
-  float bound = -INFINITY;
-  float ref = -INFINITY;  // what `scale` is relative to
-  float scale = INFINITY;
-  float unreachable = 0.0f;
-};
-
-// Takes the tokens of one quad of noise into the search. Element i of x and term is token `token +
-// i`; the quad begins at element `first`, which may be before the elements do.
-template <int kCount>
-__device__ __forceinline__ void consider_quad(const float (&x)[kCount], const float (&term)[kCount],
-                                              int first, int32_t token, const DrawSpec& spec,
-                                              float threshold, NoiseSearch& search,
-                                              uint32_t* shared_bound) {
-  const Philox4 four =
-      gumbel_bits4(spec.key, spec.position, static_cast<uint32_t>(token + first) >> 2);
-  bool any = false;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool has = first + i >= 0 && first + i < kCount;
-    any |= has && may_reach(four.x[i], pick(term, first + i), search.scale);
-  }
-  if (!any) return;
-  // Rare, so one copy of the logarithms serves all four.
-#pragma unroll 1
-  for (int i = 0; i < 4; ++i) {
-    if (first + i < 0 || first + i >= kCount) continue;
-    const float candidate = pick(x, first + i);
-    if (candidate >= threshold && token + first + i != spec.excluded) {
-      consider(exact_add(candidate, gumbel_from_bits(pick(four.x, i))), token + first + i,
-               search.best);
-    }
-  }
-  const uint32_t key = ordered_key(search.best.score);
-  if (key > search.bound_key) atomicMax(shared_bound, key);
-}
-
-// Takes kCount tokens, whose terms relative to `ref` sum to `group`, into the search. What other
-// warps have found only spares work: when it is seen does not change the result.
-template <int kCount>
-__device__ __forceinline__ void consider_tokens(const float (&x)[kCount],
-                                                const float (&term)[kCount], float group, float ref,
-                                                int32_t token, const DrawSpec& spec,
-                                                float threshold, NoiseSearch& search,
-                                                uint32_t* shared_bound) {
-  const uint32_t key = *static_cast<volatile uint32_t*>(shared_bound);
-  if (key != search.bound_key || ref != search.ref) {
-    search.bound_key = key;
-    search.ref = ref;
-    search.scale = reach_scale(ref, from_ordered_key(key));
-    search.unreachable = unreachable_sum(search.scale);
-  }
-  if (group < search.unreachable) return;
-  if (kCount % 4 == 0 && (token & 3) == 0) {
-#pragma unroll
-    for (int first = 0; first < kCount; first += 4) {
-      consider_quad(x, term, first, token, spec, threshold, search, shared_bound);
-    }
-  } else {
-    // Vectors that begin within a quad: only where the vocabulary is no multiple of four.
-#pragma unroll 1
-    for (int first = -(token & 3); first < kCount; first += 4) {
-      consider_quad(x, term, first, token, spec, threshold, search, shared_bound);
-    }
-  }
-}
-
 struct RowDraw {
   OnlineSum total;  // over the kept tokens
   Best best;
@@ -106,52 +36,249 @@ struct RowDraw {
 
 enum class Draw { kNone, kArgmax, kNoise };
 
-// Sum over the tokens with x >= threshold and, unless kDraw is kNone, their argmax, without or with
-// noise, in one read of the row.
+// One thread's part of the sum of a row and, unless kDraw is kNone, of the argmax of its scores,
+// with or without noise. What other warps have found only spares work: when it is seen does not
+// change the result.
+template <Draw kDraw, class Logit>
+class RowSearch {
+ public:
+  using Raw = typename Logit::Raw;
+  OnlineSum total;
+  Best best;
+
+  // `shared` has the threshold, the bound, and the excluded token.
+  __device__ RowSearch(const DeviceRow<Logit>& row, const DrawSpec& spec, RowShared& shared)
+      : best(spec.start), row_(row), slope_(row.slope()), spec_(spec), shared_(shared) {}
+
+  // Two vectors of whole quads, without a filter: the hot path. False where ref is far from 0, or
+  // has not been found, and nothing has been done. again(j, raw) gives the vectors once more where
+  // their exact scores are wanted: registers would hold them through all the noise.
+  template <int kVec, class Again>
+  __device__ __forceinline__ bool take_pair(const Raw (&a)[kVec], int32_t token_a,
+                                            const Raw (&b)[kVec], int32_t token_b, Again again) {
+    float term_a[kVec], term_b[kVec];
+    const float c = exact_mul(total.ref, slope_);
+    float group = terms(a, c, term_a) + terms(b, c, term_b);
+    const uint32_t key = kDraw == Draw::kNone ? 0 : bound_key();
+    if (!(group <= kLargeTerms) || key != seen_) {
+      if (!(group <= kLargeTerms)) {
+        float y[kVec];
+        Logit::to_floats(a, y);
+        raise_ref(total, y, slope_);
+        Logit::to_floats(b, y);
+        raise_ref(total, y, slope_);
+        const float new_c = exact_mul(total.ref, slope_);
+        if (is_far(new_c)) return false;
+        group = terms(a, new_c, term_a) + terms(b, new_c, term_b);
+      }
+      if (kDraw != Draw::kNone) see(bound_key());
+    }
+    total.sum += group;
+    if (kDraw == Draw::kNone || group * scale_ < kReachable) return true;
+    // All quads before the one branch: their rounds are chains that hide each other's latency.
+    if (kDraw == Draw::kNoise && !(reaches(term_a, token_a) | reaches(term_b, token_b)))
+      return true;
+#pragma unroll 1
+    for (int j = 0; j < 2; ++j) {
+      Raw raw[kVec];
+      float term[kVec];
+      again(j, raw);
+      terms(raw, exact_mul(total.ref, slope_), term);
+      consider(raw, term, j == 0 ? token_a : token_b);
+    }
+    return true;
+  }
+
+  // Any elements: unaligned ones, of filtered rows, or far ones.
+  template <int kCount>
+  __device__ __forceinline__ void take(const Raw (&raw)[kCount], int32_t token) {
+    float y[kCount], term[kCount];
+    Logit::to_floats(raw, y);
+    if (shared_.threshold > kKeepAll) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (row_.scaled(y[i]) < shared_.threshold) y[i] = -INFINITY;  // NaN stays, to be reported
+      }
+    }
+    const float ref = total.ref;
+    const float group = add_to_sum(total, y, slope_, term);
+    if (kDraw == Draw::kNone) return;
+    const uint32_t key = bound_key();
+    if (key != seen_ || ref != total.ref) see(key);
+    if (group * scale_ < kReachable) return;
+    consider(raw, term, token);
+  }
+
+  // The score of the likeliest token of a vector's first quad of noise: with one of every thread
+  // there is a bound before any other token is looked at.
+  template <int kVec>
+  __device__ __forceinline__ void begin(const Raw (&raw)[kVec], int32_t token) {
+    const Philox4 four = bits_of(token);
+    uint32_t bits = four.x[0];
+    float x = row_.scaled(Logit::to_float(raw[0]));
+    int32_t id = token;
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      const float other = row_.scaled(Logit::to_float(raw[i]));
+      if (!(other > x)) continue;
+      x = other;
+      bits = four.x[i];
+      id = token + i;
+    }
+    if (!(x >= shared_.threshold) || id == shared_.excluded) return;
+    offer(exact_add(x, gumbel_from_bits(bits)), id);
+    atomicMax(&shared_.bound, ordered_key(best.score));
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ float terms(const Raw (&raw)[kCount], float c,
+                                         float (&term)[kCount]) const {
+    float y[kCount];
+    Logit::to_floats(raw, y);
+    return near_terms(y, slope_, c, term);
+  }
+
+  __device__ __forceinline__ uint32_t bound_key() const {
+    return *static_cast<volatile uint32_t*>(&shared_.bound);
+  }
+
+  __device__ __forceinline__ void see(uint32_t key) {
+    seen_ = key;
+    const float gap = reach_gap(row_.scaled(total.ref), from_ordered_key(key));
+    scale_ = reach_scale(gap);
+  }
+
+  __device__ __forceinline__ void offer(float score, int32_t token) {
+    spec_rollout::consider(score, token, best);
+  }
+
+  __device__ __forceinline__ Philox4 bits_of(int32_t token) const {
+    return gumbel_bits4(spec_.key, spec_.position, static_cast<uint32_t>(token) >> 2);
+  }
+
+  // Whether a token of a vector that begins with a quad of noise may reach the bound.
+  template <int kVec>
+  __device__ __forceinline__ bool reaches(const float (&term)[kVec], int32_t token) const {
+    bool any = false;
+#pragma unroll
+    for (int first = 0; first < kVec; first += 4) {
+      const Philox4 four = bits_of(token + first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) any |= may_reach(four.x[i], term[first + i], scale_);
+    }
+    return any;
+  }
+
+  // Exact scores of the tokens that may reach the bound. Rare, so one copy of the logarithms serves
+  // all. Element i of raw and term is token `token + i`, which may be anywhere in its quad.
+  template <int kCount>
+  __device__ __forceinline__ void consider(const Raw (&raw)[kCount], const float (&term)[kCount],
+                                           int32_t token) {
+    if constexpr (kDraw == Draw::kArgmax) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float x = row_.scaled(Logit::to_float(raw[i]));
+        if (x >= shared_.threshold) offer(x, token + i);
+      }
+    } else if constexpr (kDraw == Draw::kNoise) {
+#pragma unroll 1
+      for (int first = -(token & 3); first < kCount; first += 4) {
+        const Philox4 four = bits_of(token + first);
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+          const int element = first + i;
+          if (element < 0 || element >= kCount) continue;
+          const uint32_t bits = pick(four.x, i);
+          if (!may_reach(bits, pick(term, element), scale_)) continue;
+          const float x = row_.scaled(Logit::to_float(pick(raw, element)));
+          if (x >= shared_.threshold && token + element != shared_.excluded) {
+            offer(exact_add(x, gumbel_from_bits(bits)), token + element);
+            see(max(seen_, ordered_key(best.score)));
+          }
+        }
+      }
+    }
+    const uint32_t key = ordered_key(best.score);
+    if (key >= seen_) atomicMax(&shared_.bound, key);
+  }
+
+  const DeviceRow<Logit>& row_;
+  const float slope_;
+  const DrawSpec& spec_;
+  RowShared& shared_;
+  // No token of a group reaches the bound whose terms sum to less than this over scale_.
+  static constexpr float kReachable = kDraw == Draw::kNoise ? kLeastUniform : 1.0f;
+  uint32_t seen_ = 0;  // the bound that scale_ stands for
+  float scale_ = INFINITY;
+};
+
+// Sum over the tokens with x >= threshold and, unless kDraw is kNone, their argmax, in one read of
+// the row.
 template <Draw kDraw, int kThreads, class Logit>
 __device__ RowDraw block_sum_and_draw(const DeviceRow<Logit>& row, float threshold,
                                       const DrawSpec& spec, RowShared& shared) {
-  OnlineSum total;
-  NoiseSearch search;
-  search.best = spec.start;
+  constexpr int kVec = DeviceRow<Logit>::kVec;
   DrawSpec uniform = spec;
   if (kDraw == Draw::kNoise) {
-    // Same for all lanes, and after a reduction the compiler knows it: the round keys of the noise
-    // are worked out once per warp.
+    // Same for all lanes, and after a reduction the compiler knows it.
     uniform.key.k0 = __reduce_or_sync(kFullMask, spec.key.k0);
     uniform.key.k1 = __reduce_or_sync(kFullMask, spec.key.k1);
-    if (threadIdx.x == 0) shared.bound = ordered_key(spec.start.score);
+  }
+  if (threadIdx.x == 0) {
+    shared.threshold = threshold;
+    shared.bound = ordered_key(spec.start.score);
+    shared.excluded = spec.excluded;
+  }
+  __syncthreads();
+  const RowParts<Logit> parts(row);
+  const int num_threads = static_cast<int>(blockDim.x);
+  RowRing<kThreads, Logit> ring(row, parts, shared.ring);
+  RowSearch<kDraw, Logit> search(row, uniform, shared);
+  bool special = shared.threshold > kKeepAll || (kDraw == Draw::kNoise && (parts.head & 3) != 0);
+  visit_singles(row, parts, [&](int token, const auto& raw) { search.take(raw, token); });
+  if (kDraw == Draw::kNoise && !special) {
+    if (static_cast<int>(threadIdx.x) < parts.num_vectors) {
+      uint4 pair[2];
+      ring.take(pair);
+      typename Logit::Raw first[kVec];
+      memcpy(first, &pair[0], sizeof first);
+      search.begin(first, parts.head + static_cast<int>(threadIdx.x) * kVec);
+    }
     __syncthreads();
   }
-  const bool filtered = threshold > kKeepAll;
-  visit_row_async<kThreads>(row, shared.ring, [&](int token, const auto& raw) {
-    constexpr int kCount = sizeof(raw) / sizeof(raw[0]);
-    float x[kCount];
-    row.values(raw, x);
-    if (filtered) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (x[i] < threshold) x[i] = -INFINITY;  // NaN stays, to be reported
-      }
-    }
-    float term[kCount];
-    const float group = add_to_sum(total, x, term);
-    if (kDraw == Draw::kArgmax) {
-      float largest = x[0];
-#pragma unroll
-      for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);
-      if (largest >= search.best.score) {
+  for (int index = static_cast<int>(threadIdx.x); index < parts.num_vectors;
+       index += 2 * num_threads) {
+    uint4 pair[2];
+    ring.take(pair);
+    const bool both = index + num_threads < parts.num_vectors;
+    if (!both) pair[1] = Logit::kNothing;
+    typename Logit::Raw a[kVec], b[kVec];
+    memcpy(a, &pair[0], sizeof a);
+    memcpy(b, &pair[1], sizeof b);
+    const int32_t token_a = parts.head + index * kVec, token_b = token_a + num_threads * kVec;
+    const auto again = [&](int j, typename Logit::Raw(&raw)[kVec]) {
+      ring.again(j, raw);
+      const uint4 nothing = Logit::kNothing;
+      if (j == 1 && !both) memcpy(raw, &nothing, sizeof raw);
+    };
+    if (!special) special = !search.take_pair(a, token_a, b, token_b, again);
+    if (special) {
 #pragma unroll 1
-        for (int i = 0; i < kCount; ++i) {
-          const float candidate = pick(x, i);
-          if (candidate >= threshold) consider(candidate, token + i, search.best);
-        }
+      for (int j = 0; j < 1 + both; ++j) {
+        typename Logit::Raw raw[kVec];
+        again(j, raw);
+        search.take(raw, j == 0 ? token_a : token_b);
       }
-    } else if (kDraw == Draw::kNoise) {
-      consider_tokens(x, term, group, total.ref, token, uniform, threshold, search, &shared.bound);
     }
-  });
-  RowDraw result{block_reduce(total, shared.sums, merge_sums), search.best};
+    ring.advance(index);
+  }
+  const float slope = row.slope();
+  RowDraw result{block_reduce(search.total, shared.sums,
+                              [slope](const OnlineSum& a, const OnlineSum& b) {
+                                return merge_sums(a, b, slope);
+                              }),
+                 search.best};
   if (kDraw != Draw::kNone) {
     result.best = block_reduce(result.best, shared.bests, [](Best a, const Best& b) {
       consider(b.score, b.id, a);

@@ -15,20 +15,24 @@ __global__ void __launch_bounds__(kLogitsThreads)
     const float temperature =
         args.temperatures != nullptr ? args.temperatures[r] : args.temperature;
     const DeviceRow<Logit> row(args.logits, r, inverse_temperature(temperature));
+    const float slope = row.slope();
     OnlineSum total;
     visit_row<4>(row, [&](int, const auto& raw) {
-      float x[sizeof(raw) / sizeof(raw[0])];
-      row.values(raw, x);
-      add_to_sum(total, x);
+      constexpr int kCount = sizeof(raw) / sizeof(raw[0]);
+      float y[kCount], term[kCount];
+      Logit::to_floats(raw, y);
+      add_to_sum(total, y, slope, term);
     });
-    total = block_reduce(total, sums, merge_sums);
+    total = block_reduce(total, sums, [slope](const OnlineSum& a, const OnlineSum& b) {
+      return merge_sums(a, b, slope);
+    });
     if (threadIdx.x == 0) {
       const int64_t token = args.token_ids[r];
       const bool known = token >= 0 && token < args.logits.vocab;
       if (!known) raise_status(args.status, kStatusBadTokenId);
       if (!valid_sum(total)) raise_status(args.status, kStatusBadLogits);
       if (!valid_temperature(temperature)) raise_status(args.status, kStatusBadSampling);
-      args.logprobs[r] = known ? logprob_of(row.at(token), total) : NAN;
+      args.logprobs[r] = known ? logprob_of(row.raw_at(token), total, slope) : NAN;
     }
   }
 }

@@ -69,6 +69,7 @@ struct VerifyShared {
   RowSampling sampling;
   int64_t index;          // of the draft
   int64_t key, position;  // of its first token
+  int32_t turn;           // how many rows of the draft come before this block's next one
   int32_t step;           // place in the draft of the row that is read
   int32_t token;          // the draft token there; -1: none, or not in the vocabulary
   int32_t excluded;       // as in DrawSpec
@@ -105,15 +106,31 @@ __device__ inline void write_result(const VerifyPrefixArgs& args, const VerifySh
   if (next_id >= 0) args.logprobs[shared.draft.logits_begin + shared.step] = next_logprob;
 }
 
+// The row whose turn it is. A bonus row is drawn from, which takes longer than the sum that a
+// token's test may need; last of all, it would keep a few blocks busy when all others are done. So
+// it comes when half of the draft has been tested: in vain if the other half is not accepted.
+template <bool kCoupled>
+__device__ inline int32_t step_of(const Draft& draft, int32_t turn) {
+  if (kCoupled || draft.num_logits == draft.draft_len) return turn;
+  const int32_t bonus_turn = (draft.draft_len + 1) / 2;
+  if (turn < bonus_turn) return turn;
+  return turn == bonus_turn ? draft.draft_len : turn - 1;
+}
+
 // For thread 0: finds the row to read next, and how, or leaves the draft.
 template <bool kCoupled>
 __device__ Read next_read(const VerifyPrefixArgs& args, VerifyShared& shared, int32_t splits) {
   if (shared.finishes) return Read::kNone;
   const Workspace workspace(args);
   const bool greedy = shared.sampling.greedy;
-  if (!shared.leaves && shared.step < shared.draft.num_logits &&
-      shared.step < *static_cast<volatile int32_t*>(workspace.first_rejection(shared.index))) {
+  for (; !shared.leaves && shared.turn < shared.draft.num_logits; shared.turn += splits) {
+    shared.step = step_of<kCoupled>(shared.draft, shared.turn);
     const bool bonus = shared.step == shared.draft.draft_len;
+    const volatile int32_t* rejection = workspace.first_rejection(shared.index);
+    if (shared.step >= *rejection) {
+      if (bonus) continue;  // tokens before the rejection may follow
+      break;
+    }
     shared.token = bonus ? -1 : draft_token(args, shared);
     if (!bonus && shared.token < 0) raise_status(args.status, kStatusBadTokenId);
     shared.excluded = kCoupled ? shared.token : -1;
@@ -147,7 +164,7 @@ __device__ inline bool drawn_is_accepted(const RuleParams& rule, bool greedy, in
 // For thread 0, after a row was read: decides on its draft token and keeps what was drawn.
 template <bool kCoupled, class Logit>
 __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_t splits, Read read,
-                      float threshold, const RowDraw& result) {
+                      const RowDraw& result) {
   const DeviceRow<Logit> row = row_of<Logit>(args, shared);
   const int64_t row_index = shared.draft.logits_begin + shared.step;
   const int32_t token = shared.token;
@@ -157,7 +174,9 @@ __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_
   if (!good || (read != Read::kSum && !drawn)) raise_status(args.status, kStatusBadLogits);
   if (token >= 0 && good) {
     const float x = row.at(token);
-    const float logprob = x >= threshold ? logprob_of(x, result.total) : -INFINITY;
+    const float logprob = x >= shared.row.threshold
+                              ? logprob_of(row.raw_at(token), result.total, row.slope())
+                              : -INFINITY;
     bool accepted;
     if (draws) {
       accepted = drawn_is_accepted(args.rule, shared.sampling.greedy, token, result.best.id);
@@ -171,26 +190,34 @@ __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_
     }
     if (accepted) {
       args.logprobs[row_index] = logprob;
-      shared.step += splits;
+      shared.turn += splits;
       return;
     }
   }
   // Drawn in place of the draft token, or after all of them, or at the end.
   if (read != Read::kSum) {
     const int32_t next_id = drawn ? result.best.id : 0;
-    const float next_logprob = drawn ? logprob_of(row.at(next_id), result.total) : NAN;
+    const float next_logprob =
+        drawn ? logprob_of(row.raw_at(next_id), result.total, row.slope()) : NAN;
     if (shared.finishes) return write_result(args, shared, next_id, next_logprob);
     *Workspace(args).next_id(row_index) = next_id;
     *Workspace(args).next_logprob(row_index) = next_logprob;
   }
-  if (shared.step < shared.draft.draft_len) {
-    atomicMin(Workspace(args).first_rejection(shared.index), shared.step);
+  if (shared.step == shared.draft.draft_len) {  // the bonus row
+    shared.turn += splits;
+    return;
   }
+  atomicMin(Workspace(args).first_rejection(shared.index), shared.step);
   shared.leaves = true;
 }
 
+// Float32 rows take a few registers more.
+template <class Logit, int kThreads>
+constexpr int kVerifyBlocks =
+    sizeof(typename Logit::Raw) == 4 ? std::min(kDrawBlocks<kThreads>, 2) : kDrawBlocks<kThreads>;
+
 template <class Logit, bool kCoupled, int kThreads>
-__global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
+__global__ void __launch_bounds__(kThreads, (kVerifyBlocks<Logit, kThreads>))
     verify_prefix_kernel(const VerifyPrefixArgs args, const int32_t splits) {
   // Bytes, because a shared variable cannot have the initial values of its members.
   __shared__ __align__(16) unsigned char memory[sizeof(VerifyShared)];
@@ -203,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
     shared.index = r;
     shared.key = args.keys[r];
     shared.position = args.positions ? args.positions[r] : 0;
-    shared.step = static_cast<int32_t>(blockIdx.x / args.batch);
+    shared.turn = static_cast<int32_t>(blockIdx.x / args.batch);
     shared.leaves = shared.finishes = false;
   }
   while (true) {
@@ -213,14 +240,13 @@ __global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
     if (read == Read::kNone) break;
     const DeviceRow<Logit> row = row_of<Logit>(args, shared);
     const float threshold = block_threshold<kThreads>(row, shared.sampling, shared.row);
-    DrawSpec spec{NoiseKey(shared.key), shared.position + shared.step, shared.excluded, Best()};
     RowDraw result;
     if (read == Read::kSum) {
-      result = block_sum_and_draw<Draw::kNone, kThreads>(row, threshold, spec, shared.row);
+      result = block_sum_and_draw<Draw::kNone, kThreads>(row, threshold, DrawSpec(), shared.row);
     } else if (read == Read::kArgmax) {
-      spec.excluded = -1;
-      result = block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, spec, shared.row);
+      result = block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, DrawSpec(), shared.row);
     } else {
+      DrawSpec spec{NoiseKey(shared.key), shared.position + shared.step, shared.excluded, Best()};
       if (kCoupled && shared.token >= 0) {
         // The drafted token competes with its bonus instead of its plain score.
         const float x = row.at(shared.token);
@@ -231,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
       }
       result = block_sum_and_draw<Draw::kNoise, kThreads>(row, threshold, spec, shared.row);
     }
-    if (threadIdx.x == 0) judge<kCoupled, Logit>(args, shared, splits, read, threshold, result);
+    if (threadIdx.x == 0) judge<kCoupled, Logit>(args, shared, splits, next, result);
   }
   if (!shared.finishes) return;
   for (int32_t i = shared.step + 1 + static_cast<int32_t>(threadIdx.x); i < shared.draft.num_logits;
@@ -267,7 +293,8 @@ void verify_prefix(const VerifyPrefixArgs& args, Stream stream) {
     constexpr int kThreads = decltype(max_threads)::value;
     // Rows per block: one where rows are few; where they are many, several, so that blocks that
     // find nothing to do are few, too.
-    const int64_t resident = int64_t{processors} * kDrawBlocks<kThreads> * kThreads / threads;
+    const int64_t resident =
+        int64_t{processors} * kVerifyBlocks<Logit, kThreads> * kThreads / threads;
     const int64_t per_block = std::max<int64_t>(1, rows / (8 * resident));
     const int64_t per_draft = (rows + args.batch - 1) / args.batch;
     const auto splits = static_cast<int32_t>(

@@ -18,7 +18,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def register_op(
-    schema: str, *, fake: Callable[..., Any]
+    schema: str, *, fake: Callable[..., Any], direct: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that registers an implementation for CPU and CUDA and returns what to call.
 
@@ -29,6 +29,8 @@ def register_op(
     Args:
         schema: `name(arguments) -> results`, in torch's schema language.
         fake: The same signature on tensors without data: output shapes, dtypes and devices.
+        direct: What to call where the dispatcher is not needed, if that may do something the dispatcher may not see,
+            such as results that share memory.
     """
     name = schema.partition("(")[0]
 
@@ -40,11 +42,13 @@ def register_op(
         # The overload itself: looking it up in the packet at each call costs as much as the call.
         op = getattr(torch.ops.spec_rollout, name).default
 
+        undispatched = direct or implementation
+
         @functools.wraps(implementation)
         def call(*args: Any) -> Any:
             if _is_compiling() or _num_modes() or _is_profiled() or not _C.all_plain(args):
                 return op(*args)
-            return implementation(*args)
+            return undispatched(*args)
 
         return call
 

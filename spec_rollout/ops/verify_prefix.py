@@ -88,7 +88,7 @@ def verify_prefix(
             and rows without a finite logit (in rows that are read), NaN log-probs.
         ImportError: if impl is "triton" and triton is not installed.
     """
-    op = implementation(_IMPLEMENTATIONS, impl)
+    op = _verify_prefix if impl == "native" else implementation(_IMPLEMENTATIONS, impl)
     if rule.needs_draft_logprobs and draft_logprobs is None:
         raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
     kind, log_lenience, scale, min_target_prob = rule.kernel_params
@@ -130,49 +130,11 @@ _SCHEMA = (
 )
 
 
-@register_op("verify_prefix" + _SCHEMA, fake=_verify_prefix_fake)
-def _verify_prefix(
-    logits,
-    draft_ids,
-    cu_draft_lens,
-    draft_logprobs,
-    cu_logits_lens,
-    keys,
-    positions,
-    temperatures,
-    temperature,
-    top_ks,
-    top_k,
-    top_ps,
-    top_p,
-    rule_kind,
-    log_lenience,
-    scale,
-    min_target_prob,
-):
-    device, batch = logits.device, keys.numel()
-    accepted_lens = torch.empty(batch, dtype=torch.int32, device=device)
-    next_token_ids = torch.empty(batch, dtype=torch.int32, device=device)
-    logprobs = torch.empty(logits.shape[0], dtype=torch.float32, device=device)
-    workspace = None
-    if logits.is_cuda:
-        num_bytes = _C.verify_prefix_workspace_bytes(*logits.shape, batch)
-        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+def _run(logits, accepted_lens, next_token_ids, logprobs, workspace, inputs, rule):
+    """Launches on given outputs."""
     _C.verify_prefix(
-        logits,
-        draft_ids,
-        cu_draft_lens,
-        draft_logprobs,
-        cu_logits_lens,
-        keys,
-        positions,
-        temperatures,
-        temperature,
-        top_ks,
-        top_k,
-        top_ps,
-        top_p,
-        (rule_kind, log_lenience, scale, min_target_prob),
+        *inputs,
+        rule,
         accepted_lens,
         next_token_ids,
         logprobs,
@@ -182,6 +144,48 @@ def _verify_prefix(
     )
     after_launch(logits)
     return accepted_lens, next_token_ids, logprobs
+
+
+def _workspace_words(logits, batch: int) -> int:
+    return _C.verify_prefix_workspace_bytes(*logits.shape, batch) // 4 if logits.is_cuda else 0
+
+
+def _verify_prefix_direct(*args):
+    """One allocation for all outputs and the workspace: on a GPU allocating costs more than all the rest of a call."""
+    *inputs, kind, log_lenience, scale, min_target_prob = args
+    logits, keys = inputs[0], inputs[5]
+    batch, rows = keys.numel(), logits.shape[0] if logits.ndim else 0
+    sizes = [batch, batch, rows, _workspace_words(logits, batch) if logits.ndim == 2 else 0]
+    words = torch.empty(sum(sizes), dtype=torch.int32, device=logits.device)
+    accepted_lens, next_token_ids, logprobs, workspace = words.split_with_sizes(sizes)
+    return _run(
+        logits,
+        accepted_lens,
+        next_token_ids,
+        logprobs.view(torch.float32),
+        workspace if logits.is_cuda else None,
+        inputs,
+        (kind, log_lenience, scale, min_target_prob),
+    )
+
+
+@register_op("verify_prefix" + _SCHEMA, fake=_verify_prefix_fake, direct=_verify_prefix_direct)
+def _verify_prefix(*args):
+    *inputs, kind, log_lenience, scale, min_target_prob = args
+    logits, keys = inputs[0], inputs[5]
+    device, batch = logits.device, keys.numel()
+    workspace = None
+    if logits.is_cuda:
+        workspace = torch.empty(_workspace_words(logits, batch), dtype=torch.int32, device=device)
+    return _run(
+        logits,
+        torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(batch, dtype=torch.int32, device=device),
+        torch.empty(logits.shape[0], dtype=torch.float32, device=device),
+        workspace,
+        inputs,
+        (kind, log_lenience, scale, min_target_prob),
+    )
 
 
 @register_op("verify_prefix_triton" + _SCHEMA, fake=_verify_prefix_fake)

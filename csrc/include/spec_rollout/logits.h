@@ -81,14 +81,14 @@ SR_HD float fast_exp2(float x) {
 #endif
 }
 
-// sum_v e^(x_v) of the values seen so far, as sum_v 2^(x_v * kLog2e - c), c = x_ref * kLog2e
-// rounded: one fused multiplication and addition per value, whose rounding is relative to its
-// result, and the rounding of c is the same in all terms. `ref` is one of the values, and moves
-// only when a group of terms becomes large, so that a group costs no search for its maximum. Where
-// |ref| is so large that c would be far from the product, differences come first. NaN or +inf among
-// the values makes the sum NaN.
+// sum_v e^(x_v) of the logits y_v seen so far, x = y / temperature, as sum_v 2^(y_v * slope - c)
+// with c = ref * slope rounded: one fused multiplication and addition per logit, whose rounding is
+// relative to its result; and the rounding of c is the same in all terms. `ref` is one of the
+// logits, and moves only when terms become large, so that no maximum is searched for. Where |c| is
+// so large that it would be far from the product, differences come first. NaN or +inf among the
+// logits makes the sum NaN.
 constexpr float kLog2e = 1.44269504f;
-constexpr float kFarRef = 0x1p22f;
+constexpr float kFarExponent = 0x1p22f;
 constexpr float kLargeTerms = 0x1p12f;
 
 struct OnlineSum {
@@ -96,24 +96,28 @@ struct OnlineSum {
   float sum = 0.0f;
 };
 
-SR_HD bool is_far(float ref) { return fabsf(ref) > kFarRef; }
-SR_HD float ref_exponent(float ref) { return exact_mul(ref, kLog2e); }
+SR_HD float slope_of(float inv_temperature) { return exact_mul(inv_temperature, kLog2e); }
+SR_HD bool is_far(float exponent) { return fabsf(exponent) > kFarExponent; }
 
-// The term of x: e^(x - ref), nearly.
-SR_HD float term_of(float x, float ref) {
-  if (is_far(ref)) return fast_exp2(exact_mul(exact_sub(x, ref), kLog2e));
-  return fast_exp2(exact_fma(x, kLog2e, -ref_exponent(ref)));
+// The term of y: e^(x - x_ref), nearly.
+SR_HD float term_of(float y, float ref, float slope) {
+  const float c = exact_mul(ref, slope);
+  if (is_far(c)) return fast_exp2(exact_mul(exact_sub(y, ref), slope));
+  return fast_exp2(exact_fma(y, slope, -c));
 }
 
 // What terms relative to `from` are multiplied with to be relative to `to` >= from.
-SR_HD float rescale(float from, float to) {
+SR_HD float rescale(float from, float to, float slope) {
   if (from == to) return 1.0f;
-  if (is_far(from) || is_far(to)) return fast_exp2(exact_mul(exact_sub(from, to), kLog2e));
-  return fast_exp2(exact_sub(ref_exponent(from), ref_exponent(to)));
+  const float from_c = exact_mul(from, slope), to_c = exact_mul(to, slope);
+  if (is_far(from_c) || is_far(to_c)) return fast_exp2(exact_mul(exact_sub(from, to), slope));
+  return fast_exp2(exact_sub(from_c, to_c));
 }
 
+// Terms relative to a ref whose c is not far; returns their sum.
 template <int kCount>
-SR_HD float sum_of(const float (&term)[kCount]) {
+SR_HD float near_terms(const float (&y)[kCount], float slope, float c, float (&term)[kCount]) {
+  for (int i = 0; i < kCount; ++i) term[i] = fast_exp2(exact_fma(y[i], slope, -c));
   float pairs[(kCount + 1) / 2];
   for (int i = 0; i < (kCount + 1) / 2; ++i) {
     pairs[i] = 2 * i + 1 < kCount ? term[2 * i] + term[2 * i + 1] : term[2 * i];
@@ -123,58 +127,66 @@ SR_HD float sum_of(const float (&term)[kCount]) {
   return sum;
 }
 
-// Adds values; gives their terms relative to the new `ref`, and returns the sum of these.
+// Moves ref to the largest of these logits if that is larger, the number where one is NaN.
 template <int kCount>
-SR_HD float add_to_sum(OnlineSum& total, const float (&x)[kCount], float (&term)[kCount]) {
-  if (is_far(total.ref)) {
-    for (int i = 0; i < kCount; ++i) term[i] = term_of(x[i], total.ref);
-  } else {
-    const float c = ref_exponent(total.ref);
-    for (int i = 0; i < kCount; ++i) term[i] = fast_exp2(exact_fma(x[i], kLog2e, -c));
+SR_HD void raise_ref(OnlineSum& total, const float (&y)[kCount], float slope) {
+  float largest = y[0];
+  for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, y[i]);
+  if (largest > total.ref) {
+    if (total.sum != 0.0f) total.sum *= rescale(total.ref, largest, slope);
+    total.ref = largest;
   }
-  float group = sum_of(term);
+}
+
+// Terms relative to whatever ref is: without one, nothing but -inf and NaN has been seen.
+template <int kCount>
+SR_HD float any_terms(const float (&y)[kCount], const OnlineSum& total, float slope,
+                      float (&term)[kCount]) {
+  float sum = 0.0f;
+  for (int i = 0; i < kCount; ++i) {
+    const bool none = y[i] == -INFINITY && total.ref == -INFINITY;
+    term[i] = none ? 0.0f : term_of(y[i], total.ref, slope);
+    sum += term[i];
+  }
+  return sum;
+}
+
+// Adds logits, whatever they are; gives their terms relative to the new ref and returns their sum.
+template <int kCount>
+SR_HD float add_to_sum(OnlineSum& total, const float (&y)[kCount], float slope,
+                       float (&term)[kCount]) {
+  const float c = exact_mul(total.ref, slope);
+  float group = INFINITY;
+  if (!is_far(c)) group = near_terms(y, slope, c, term);
   if (!(group <= kLargeTerms)) {
-    float largest = x[0];
-    for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, x[i]);  // the number, if one is NaN
-    if (largest == -INFINITY) {  // nothing so far (a NaN is left as it is)
-      for (int i = 0; i < kCount; ++i) term[i] = x[i] == x[i] ? 0.0f : x[i];
-    } else if (largest > total.ref) {
-      total.sum *= rescale(total.ref, largest);
-      total.ref = largest;
-      for (int i = 0; i < kCount; ++i) term[i] = term_of(x[i], largest);
-    }
-    group = sum_of(term);
+    raise_ref(total, y, slope);
+    group = any_terms(y, total, slope, term);
   }
   total.sum += group;
   return group;
 }
-template <int kCount>
-SR_HD void add_to_sum(OnlineSum& total, const float (&x)[kCount]) {
-  float term[kCount];
-  add_to_sum(total, x, term);
-}
 
-SR_HD OnlineSum merge_sums(const OnlineSum& a, const OnlineSum& b) {
+SR_HD OnlineSum merge_sums(const OnlineSum& a, const OnlineSum& b, float slope) {
   OnlineSum merged;
   merged.ref = fmaxf(a.ref, b.ref);
-  merged.sum = a.sum * rescale(a.ref, merged.ref) + b.sum * rescale(b.ref, merged.ref);
+  merged.sum =
+      a.sum * rescale(a.ref, merged.ref, slope) + b.sum * rescale(b.ref, merged.ref, slope);
   return merged;
 }
 
 // A good row has about 1, or more, of its ref in the sum.
 SR_HD bool valid_sum(const OnlineSum& total) {
-  return total.sum >= 0.25f && total.sum <= 3.0e38f && total.ref < INFINITY;
+  return total.sum >= 0.25f && total.sum < INFINITY && total.ref < INFINITY;
 }
 
-// Log-prob of x under total.
-SR_HD float logprob_of(float x, const OnlineSum& total) {
-  const double log_sum = log(static_cast<double>(total.sum));
-  if (is_far(total.ref)) {
-    return static_cast<float>(static_cast<double>(x) - static_cast<double>(total.ref) - log_sum);
-  }
-  const double exponent = static_cast<double>(x) * static_cast<double>(kLog2e) -
-                          static_cast<double>(ref_exponent(total.ref));
-  return static_cast<float>(exponent * 0.6931471805599453 - log_sum);
+// Log-prob of y under total.
+SR_HD float logprob_of(float y, const OnlineSum& total, float slope) {
+  const float c = exact_mul(total.ref, slope);
+  const double wide = static_cast<double>(slope);
+  const double exponent = is_far(c)
+                              ? (static_cast<double>(y) - static_cast<double>(total.ref)) * wide
+                              : static_cast<double>(y) * wide - static_cast<double>(c);
+  return static_cast<float>(exponent * 0.6931471805599453 - log(static_cast<double>(total.sum)));
 }
 
 // No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
@@ -194,20 +206,22 @@ SR_HD float gumbel_bound(uint32_t bits) {
 // of the rate of other instructions, where the term e^(x - ref) of a sum is at hand: x + noise can
 // reach `bound` only if uniform <= e^(x - bound) = term * e^(ref - bound), because -ln(-ln(1 - v))
 // <= -ln v. The margin covers the roundings of score, noise and terms. Infinite while ref is far
-// above the bound: terms may have underflowed then, and every token passes.
-SR_HD float reach_scale(float ref, float bound) {
-  const float gap = ref - (bound - fabsf(bound) * 0x1p-20f - 2e-3f);
-  return gap <= 40.0f ? fast_exp2(gap * kLog2e) : INFINITY;
+// above the bound: terms may have underflowed then, and every token passes. A bound of +inf has gap
+// -inf: nothing reaches it.
+SR_HD float reach_gap(float ref, float bound) {
+  if (bound == INFINITY) return -INFINITY;
+  return ref - (bound - fabsf(bound) * 0x1p-20f - 2e-3f);
 }
+SR_HD float reach_scale(float gap) { return gap <= 40.0f ? fast_exp2(gap * kLog2e) : INFINITY; }
 
 // Compares 1 + uniform, cut to 23 bits, with 1 + what it must not exceed; NaN (0 * inf) passes.
 SR_HD bool may_reach(uint32_t bits, float term, float scale) {
-  return !(float_from_bits(0x3f800000u | (bits >> 9)) > exact_fma(term, scale, 1.0f));
+  return !(float_from_bits(0x3f800000u + (bits >> 9)) > exact_fma(term, scale, 1.0f));
 }
 
-// No token of a group can reach the bound if the sum of their terms is below this: the smallest
-// uniform is 2^-33.
-SR_HD float unreachable_sum(float scale) { return 0x1p-34f / scale; }
+// The smallest uniform there is, and a little less: what no token of a group exceeds whose terms
+// sum to less than this over scale.
+constexpr float kLeastUniform = 0x1p-33f * 0.99f;
 
 // e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86.
 // Polynomial of Cephes' expf (S. Moshier).
