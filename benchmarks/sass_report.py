@@ -109,7 +109,8 @@ def inner_loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
 
 def load_width(opcode: str) -> int | None:
     """Bits of a load from global memory; None for other instructions."""
-    if not (opcode.startswith("LDG") or re.match(r"LD\.E", opcode)):
+    # LDGSTS copies to shared memory; LDGDEPBAR only closes a group of such copies.
+    if opcode == "LDGDEPBAR" or not (opcode.startswith("LDG") or re.match(r"LD\.E", opcode)):
         return None
     for mark, width in ((".128", 128), (".64", 64), (".U16", 16), (".S16", 16), (".U8", 8)):
         if mark in opcode:

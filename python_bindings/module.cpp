@@ -527,6 +527,7 @@ py::dict build_info() {
 
 void bind_suffix_index(py::module_& module);  // suffix_index.cpp
 void bind_forward(py::module_& module);       // forward.cpp
+void bind_arithmetic(py::module_& module);    // arithmetic.cpp
 
 }  // namespace spec_rollout::python
 
@@ -551,16 +552,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   bind_suffix_index(module);
   bind_forward(module);
-  // Scalars of the shared arithmetic, for tests.
-  module.def("philox",
-             [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-               const auto out = spec_rollout::philox4x32_10(c0, c1, c2, c3, k0, k1);
-               return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
-             });
-  module.def("accept_bits", [](int64_t key, int64_t position) {
-    return spec_rollout::accept_bits(spec_rollout::NoiseKey(key), position);
-  });
-  module.def("uniform_from_bits", &spec_rollout::uniform_from_bits);
-  module.def("gumbel_from_bits", &spec_rollout::gumbel_from_bits);
-  module.def("exact_log", &spec_rollout::exact_log);
+  bind_arithmetic(module);
 }

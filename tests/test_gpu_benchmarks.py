@@ -99,6 +99,8 @@ def test_the_width_of_the_inner_loops_loads_is_read_from_sass(monkeypatch, capsy
     assert (good.name, good.registers) == ("token_logprobs_kernel<bfloat16>", 40)
     assert good.loops == ({128: 1},)
     assert report.report([("good", good)]) == 0
+    _, (staged,) = kernels("LDGSTS.E.BYPASS.128", "LDGDEPBAR")
+    assert not staged.faults
     _, (narrow,) = kernels("LDG.E.U16", "FMUL")
     assert narrow.faults == ["inner loop with loads of 16 bits"]
     _, (spilled,) = kernels("LDG.E.128", "STL")

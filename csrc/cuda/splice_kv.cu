@@ -165,7 +165,7 @@ __device__ int64_t checked_len(const Params& params, int64_t cache, int64_t rang
 
 // Block (x, y): the x-th part of all tokens of cache y, counted through all ranges.
 template <class Vec, bool kPaged>
-__global__ void __launch_bounds__(kThreads) splice_kv_kernel(const Params params) {
+__global__ void __launch_bounds__(kThreads, 3) splice_kv_kernel(const Params params) {
   __shared__ int64_t warp_sums[kThreads / 32];
   __shared__ int64_t first_range, first_offset;
   const int64_t cache = blockIdx.y;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) splice_kv_kernel(const Params params
 // tile in registers, waits until all threads have read theirs, and writes. Writes of a tile cannot
 // reach the tiles still to be read, so one barrier per tile is enough.
 template <class Vec>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     splice_kv_in_place_kernel(const Params params, const int64_t num_items) {
   for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
     const int64_t head = item % params.num_heads;

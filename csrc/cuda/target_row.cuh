@@ -48,7 +48,15 @@ class RowSearch {
 
   // `shared` has the threshold, the bound, and the excluded token.
   __device__ RowSearch(const DeviceRow<Logit>& row, const DrawSpec& spec, RowShared& shared)
-      : best(spec.start), row_(row), slope_(row.slope()), spec_(spec), shared_(shared) {}
+      : best(spec.start), row_(row), slope_(row.slope()), spec_(spec), shared_(shared) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.bound));
+#if defined(__CUDA_ARCH__)
+    // Hidden, so that it is kept: finding where shared memory begins waits for a special register.
+    asm volatile("mov.u32 %0, %1;" : "=r"(bound_address_) : "r"(address));
+#else
+    bound_address_ = address;
+#endif
+  }
 
   // Two vectors of whole quads, without a filter: the hot path. False where ref is far from 0, or
   // has not been found, and nothing has been done. again(j, raw) gives the vectors once more where
@@ -140,7 +148,13 @@ class RowSearch {
   }
 
   __device__ __forceinline__ uint32_t bound_key() const {
-    return *static_cast<volatile uint32_t*>(&shared_.bound);
+#if defined(__CUDA_ARCH__)
+    uint32_t key;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(key) : "r"(bound_address_) : "memory");
+    return key;
+#else
+    return shared_.bound;
+#endif
   }
 
   __device__ __forceinline__ void see(uint32_t key) {
@@ -207,6 +221,7 @@ class RowSearch {
   const float slope_;
   const DrawSpec& spec_;
   RowShared& shared_;
+  uint32_t bound_address_;
   // No token of a group reaches the bound whose terms sum to less than this over scale_.
   static constexpr float kReachable = kDraw == Draw::kNoise ? kLeastUniform : 1.0f;
   uint32_t seen_ = 0;  // the bound that scale_ stands for

@@ -123,11 +123,12 @@ __device__ Read next_read(const VerifyPrefixArgs& args, VerifyShared& shared, in
   if (shared.finishes) return Read::kNone;
   const Workspace workspace(args);
   const bool greedy = shared.sampling.greedy;
+  const int32_t rejection_so_far =
+      *static_cast<const volatile int32_t*>(workspace.first_rejection(shared.index));
   for (; !shared.leaves && shared.turn < shared.draft.num_logits; shared.turn += splits) {
     shared.step = step_of<kCoupled>(shared.draft, shared.turn);
     const bool bonus = shared.step == shared.draft.draft_len;
-    const volatile int32_t* rejection = workspace.first_rejection(shared.index);
-    if (shared.step >= *rejection) {
+    if (shared.step >= rejection_so_far) {
       if (bonus) continue;  // tokens before the rejection may follow
       break;
     }
