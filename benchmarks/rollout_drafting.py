@@ -10,7 +10,7 @@ random noise (`--drift`), and the next epoch's rollouts are made anew, under the
 | prefix | own old rollout | |
 | drafting | | old rollouts of the group, and its live ones |
 | both | own old rollout | old rollouts of the group, and its live ones |
-| useless | | random tokens, every request a group of its own |
+| useless | | random tokens, every request a group of its own; on an engine that sees nothing else |
 """
 
 from __future__ import annotations
@@ -96,14 +96,22 @@ def run(args: argparse.Namespace, results: Results) -> None:
         **({"gpu_memory_utilization": 0.4} if on_gpu else {"block_size": 32}),
     }
     for batch in args.batches:
-        engine = VLLMEngine(
-            str(model_dir()), num_speculative_tokens=args.k, llm_args=dict(engine_args)
-        )
-        _run_batch(args, results, engine, batch)
-        del engine
+        engines = [
+            VLLMEngine(str(model_dir()), num_speculative_tokens=args.k, llm_args=dict(engine_args))
+            for _ in range(2)
+        ]
+        _run_batch(args, results, *engines, batch)
+        del engines
 
 
-def _run_batch(args: argparse.Namespace, results: Results, engine: VLLMEngine, batch: int) -> None:
+def _run_batch(
+    args: argparse.Namespace,
+    results: Results,
+    engine: VLLMEngine,
+    without_use: VLLMEngine,
+    batch: int,
+) -> None:
+    """`without_use` serves the useless history: an engine carries what it learns about proposals from call to call."""
     first, second, stops = _requests(batch)
     sampling = SamplingParams(
         max_tokens=args.max_tokens or MAX_RESPONSE_TOKENS, stop_token_ids=stops
@@ -117,7 +125,8 @@ def _run_batch(args: argparse.Namespace, results: Results, engine: VLLMEngine, b
     )
     groups = torch.arange(batch) // GROUP
     history = History(old.response_ids, old.cu_response_lens, groups, groups)
-    engine.update_weights(_moved(args.drift))
+    for each in (engine, without_use):
+        each.update_weights(_moved(args.drift))
 
     contenders: dict[tuple[str, str], tuple[RolloutRequests, AcceptanceRule]] = {}
     for label, rule in RULES.items():
@@ -136,9 +145,10 @@ def _run_batch(args: argparse.Namespace, results: Results, engine: VLLMEngine, b
         print("warm-up" if round_ == 0 else f"round {round_} of {args.repeats}", flush=True)
         shift = round_ * len(items) // (args.repeats + 1)
         for key, (requests, rule) in items[shift:] + items[:shift]:
-            engine.llm.reset_prefix_cache()
+            serving = without_use if key[0] == "useless" else engine
+            serving.llm.reset_prefix_cache()
             start = time.perf_counter()
-            last[key] = engine.rollout(requests, sampling, rule)
+            last[key] = serving.rollout(requests, sampling, rule)
             if round_:
                 seconds[key].append(time.perf_counter() - start)
 
