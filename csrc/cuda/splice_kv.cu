@@ -82,6 +82,22 @@ struct Params {
   int32_t* status;
 };
 
+// Where byte `offset` of a head of a range's token is, on both sides; false, and reported, if its
+// block id is out of range.
+__device__ __forceinline__ bool find_access(const Params& params, const Cursor& src,
+                                            const Cursor& dst, uint32_t token, int64_t head,
+                                            uint32_t offset, const char*& from, char*& to) {
+  from = token_address(params.src, src, token);
+  to = token_address(params.dst, dst, token);
+  if (from == nullptr || to == nullptr) {
+    raise_status(params.status, kStatusBadCacheSlot);
+    return false;
+  }
+  from += head * src.cache.head_stride + offset;
+  to += head * dst.cache.head_stride + offset;
+  return true;
+}
+
 // Copies the accesses [0, total) of a piece of a range. find(linear, from, to) gives the addresses;
 // false leaves one out.
 template <class Vec, bool kInPlace, class Find>
@@ -114,23 +130,15 @@ __device__ __forceinline__ void copy_tokens(const Params& params, const Cursor& 
                                             uint32_t num_tokens) {
   if constexpr (kPaged) {
     // Token by token, as a block of a paged cache has them.
-    copy_piece<Vec, false>(num_tokens * params.vecs_per_token.value,
-                           [&](uint32_t linear, const char*& from, char*& to) {
-                             const uint32_t token = params.vecs_per_token.divide(linear);
-                             const uint32_t rest = linear - token * params.vecs_per_token.value;
-                             const uint32_t head = params.vecs_per_head.divide(rest);
-                             const uint32_t offset =
-                                 (rest - head * params.vecs_per_head.value) * sizeof(Vec);
-                             from = token_address(params.src, src, begin + token);
-                             to = token_address(params.dst, dst, begin + token);
-                             if (from == nullptr || to == nullptr) {
-                               raise_status(params.status, kStatusBadCacheSlot);
-                               return false;
-                             }
-                             from += head * src.cache.head_stride + offset;
-                             to += head * dst.cache.head_stride + offset;
-                             return true;
-                           });
+    copy_piece<Vec, false>(
+        num_tokens * params.vecs_per_token.value,
+        [&](uint32_t linear, const char*& from, char*& to) {
+          const uint32_t token = params.vecs_per_token.divide(linear);
+          const uint32_t rest = linear - token * params.vecs_per_token.value;
+          const uint32_t head = params.vecs_per_head.divide(rest);
+          const uint32_t offset = (rest - head * params.vecs_per_head.value) * sizeof(Vec);
+          return find_access(params, src, dst, begin + token, head, offset, from, to);
+        });
   } else {
     // Head by head: one head's tokens are neighbours.
     const char* from_head = token_address(params.src, src, begin);
@@ -248,15 +256,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         if (reverse) linear = total - 1 - linear;
         const uint32_t token = params.vecs_per_head.divide(linear);
         const uint32_t offset = (linear - token * params.vecs_per_head.value) * sizeof(Vec);
-        from = token_address(params.src, src, begin + token);
-        to = token_address(params.dst, dst, begin + token);
-        if (from == nullptr || to == nullptr) {
-          raise_status(params.status, kStatusBadCacheSlot);
-          return false;
-        }
-        from += head * src.cache.head_stride + offset;
-        to += head * dst.cache.head_stride + offset;
-        return true;
+        return find_access(params, src, dst, begin + token, head, offset, from, to);
       });
     }
   }

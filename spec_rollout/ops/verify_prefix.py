@@ -15,7 +15,7 @@ from spec_rollout.ops._status import after_launch, after_triton, status_word
 
 
 class VerifyResult(NamedTuple):
-    """What `verify_prefix` returns.
+    """What `verify_prefix` returns. The three may be parts of one allocation.
 
     Attributes:
         accepted_lens: Draft tokens accepted in each row. [batch], int32.
