@@ -124,7 +124,7 @@ def _run_batch(
         old.finish_reasons == FinishReason.STOP,
     )
     groups = torch.arange(batch) // GROUP
-    history = History(old.response_ids, old.cu_response_lens, groups, groups)
+    history = History(old.response_ids, old.cu_response_lens, groups, groups, old.logprobs)
     for each in (engine, without_use):
         each.update_weights(_moved(args.drift))
 

@@ -69,6 +69,13 @@ py::tuple propose(const SuffixIndex& index, int64_t row, int64_t max_tokens, int
   return py::make_tuple(ids, match.len);
 }
 
+// None: null.
+const float* logprobs_of(ArgReader& reader, py::handle value, Size size) {
+  if (value.is_none()) return nullptr;
+  return static_cast<const float*>(
+      reader.tensor(value, "logprobs", {size}, {DType::kFloat32}).data);
+}
+
 const int64_t* int64s(ArgReader& reader, py::handle value, const char* name, Size size) {
   return static_cast<const int64_t*>(reader.tensor(value, name, {size}, {DType::kInt64}).data);
 }
@@ -76,11 +83,14 @@ const int64_t* int64s(ArgReader& reader, py::handle value, const char* name, Siz
 // Packed rows; the offsets are checked.
 struct PackedIds {
   const int32_t* ids;
+  const float* logprobs;
   const int64_t* cu;
-  PackedIds(ArgReader& reader, py::handle token_ids, py::handle cu_lens, Dim& rows) {
+  PackedIds(ArgReader& reader, py::handle token_ids, py::handle logprob_values, py::handle cu_lens,
+            Dim& rows) {
     Dim tokens{"num_tokens"};
     ids = static_cast<const int32_t*>(
         reader.tensor(token_ids, "token_ids", {tokens}, {DType::kInt32}).data);
+    logprobs = logprobs_of(reader, logprob_values, tokens);
     cu = int64s(reader, cu_lens, "cu_lens", {rows, 1});
     if (!reader.on_cpu()) fail("token_ids: expected a CPU tensor, got a CUDA one");
     bool rising = cu[0] == 0 && cu[rows.value] == tokens.value;
@@ -102,38 +112,42 @@ HistoryDrafter make_drafter(int64_t num_groups, py::handle groups,
                         std::move(shares));
 }
 
-void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle cu_lens,
-                 py::handle groups, int num_threads) {
+void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle logprobs,
+                 py::handle cu_lens, py::handle groups, int num_threads) {
   ArgReader reader;
   Dim rows{"rows"};
   const int64_t* values = int64s(reader, groups, "groups", rows);
-  const PackedIds packed(reader, token_ids, cu_lens, rows);
+  const PackedIds packed(reader, token_ids, logprobs, cu_lens, rows);
   py::gil_scoped_release release;
-  drafter.add_history(packed.ids, packed.cu, values, rows.value, num_threads);
+  drafter.add_history(packed.ids, packed.logprobs, packed.cu, values, rows.value, num_threads);
 }
 
 void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle token_ids,
-                     py::handle cu_lens) {
+                     py::handle logprobs, py::handle cu_lens) {
   ArgReader reader;
   Dim count{"count"};
   const int64_t* values = int64s(reader, requests, "requests", count);
-  const PackedIds packed(reader, token_ids, cu_lens, count);
-  drafter.extend(values, count.value, packed.ids, packed.cu);
+  const PackedIds packed(reader, token_ids, logprobs, cu_lens, count);
+  drafter.extend(values, count.value, packed.ids, packed.logprobs, packed.cu);
 }
 
 int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
-                    double min_probability, py::handle out, py::handle out_lens) {
+                    py::handle keys, py::handle positions, double min_probability, py::handle out,
+                    py::handle out_lens) {
   ArgReader reader;
   Dim count{"count"}, room{"room"};
   const int64_t* values = int64s(reader, requests, "requests", count);
   const int64_t* most = int64s(reader, limits, "limits", count);
+  const bool keyed = !keys.is_none();
+  const int64_t* noise_keys = keyed ? int64s(reader, keys, "keys", count) : nullptr;
+  const int64_t* next = keyed ? int64s(reader, positions, "positions", count) : nullptr;
   const TensorView ids = reader.tensor(out, "out", {room}, {DType::kInt32});
   int64_t total = 0;
   for (int64_t i = 0; i < count.value; ++i) total += std::max<int64_t>(0, most[i]);
   if (total > room.value) fail("out: expected room for ", total, " tokens, got ", room.value);
   auto* lens =
       static_cast<int64_t*>(reader.tensor(out_lens, "out_lens", {count}, {DType::kInt64}).data);
-  return drafter.propose(values, most, count.value, min_probability,
+  return drafter.propose(values, most, noise_keys, next, count.value, min_probability,
                          static_cast<int32_t*>(ids.data), lens);
 }
 

@@ -137,7 +137,9 @@ class RolloutSession:
             cached = self.cache.lookup(batch.keys, batch.sample_ids, max_tokens=sampling.max_tokens)
         history = None
         if self.drafting:
-            history = History(cached.token_ids, cached.cu_lens, batch.groups, batch.groups)
+            history = History(
+                cached.token_ids, cached.cu_lens, batch.groups, batch.groups, cached.logprobs
+            )
         drafts, num_misses = Drafts.none(batch.size), 0
         draft_lens = drafts.lens
         if reuse:

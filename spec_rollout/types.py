@@ -159,12 +159,15 @@ class History:
         row_groups: Group of each of these rows. [rows], int64, >= 0.
         request_groups: Group of each request; requests of a group see each other's live rollouts too.
             [batch], int64, >= 0.
+        logprobs: With which the tokens were drawn (as `Drafts.logprobs`), or None. With them it is known better which
+            token the noise will pick. [num_history_tokens], float32.
     """
 
     token_ids: torch.Tensor
     cu_lens: torch.Tensor
     row_groups: torch.Tensor
     request_groups: torch.Tensor
+    logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("row_groups", "request_groups"):
@@ -180,6 +183,13 @@ class History:
             raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
         if self.token_ids.numel() and int(self.token_ids.min()) < 0:
             raise ValueError(f"token_ids: expected ids >= 0, got {int(self.token_ids.min())}")
+        if self.logprobs is not None and (
+            self.logprobs.shape != self.token_ids.shape or self.logprobs.dtype != torch.float32
+        ):
+            raise ValueError(
+                f"logprobs: expected float32 of shape {list(self.token_ids.shape)}, "
+                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 #include "spec_rollout/suffix_index.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "spec_rollout/check.h"
 
@@ -10,11 +11,28 @@ namespace {
 // A walk this long means contexts that random text does not produce; what lies deeper is forgotten.
 constexpr int kMaxDepth = 256;
 
+// Of equal contexts, so many are looked at.
+constexpr int kMaxOlder = 8;
+
+uint16_t upper_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (!std::isnan(value)) bits += 0x8000u;  // to the nearest
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+float from_upper_half(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 uint32_t hash_token(int32_t token) { return static_cast<uint32_t>(token) * 0x9E3779B1u; }
 
 }  // namespace
 
-SuffixIndex::SuffixIndex(int32_t max_match) : max_match_(max_match), roots_(64) {
+SuffixIndex::SuffixIndex(int32_t max_match) : max_match_(max_match), roots_(64, kNone) {
   if (max_match < 1) fail("max_match: expected >= 1, got ", max_match);
 }
 
@@ -23,13 +41,15 @@ int64_t SuffixIndex::add_row(int64_t capacity) {
   Row& row = rows_.emplace_back();
   const int64_t reserved = std::clamp<int64_t>(capacity, 0, kMaxRowTokens) + 1;
   row.tokens.reserve(reserved);
+  row.logprobs.reserve(reserved);
   row.links.reserve(reserved);
   row.tokens.push_back(kStart);
+  row.logprobs.push_back(0);
   row.links.emplace_back();
   return num_rows() - 1;
 }
 
-void SuffixIndex::append(int64_t row_number, int32_t token) {
+void SuffixIndex::append(int64_t row_number, int32_t token, float logprob) {
   if (row_number < 0 || row_number >= num_rows()) {
     fail("row: expected 0 <= value < ", num_rows(), ", got ", row_number);
   }
@@ -41,6 +61,7 @@ void SuffixIndex::append(int64_t row_number, int32_t token) {
   }
   const auto last = static_cast<NodeId>(row.tokens.size() - 1);
   row.tokens.push_back(token);
+  row.logprobs.push_back(upper_half(logprob));
   row.links.emplace_back();
   ++num_tokens_;
   // Only now does the position before have something to propose.
@@ -73,6 +94,7 @@ void SuffixIndex::insert(NodeId id) {
     if (len == max_match_) {
       *less = links.less;
       *greater = links.greater;
+      links_at(id).older = current;
       return;
     }
     if (other[-len] < context[-len]) {
@@ -120,6 +142,46 @@ SuffixIndex::Match SuffixIndex::find(int64_t row_number) const {
   return best;
 }
 
+int SuffixIndex::followers(const int32_t* context, int max_followers, Follower* out) const {
+  int count = 0;
+  const auto add = [&](NodeId id, int32_t len) {
+    if (count == max_followers && (count == 0 || out[count - 1].match >= len)) return false;
+    int at = count < max_followers ? count++ : count - 1;
+    for (; at > 0 && out[at - 1].match < len; --at) out[at] = out[at - 1];
+    const Row& row = rows_[id >> kOffsetBits];
+    const uint32_t next = (id & ((1u << kOffsetBits) - 1)) + 1;
+    out[at] = {row.tokens[next], len, from_upper_half(row.logprobs[next])};
+    return true;
+  };
+  int32_t less_len = 0, greater_len = 0;
+  NodeId current = root_of(*context);
+  for (int depth = 0; current != kNone && depth < kMaxDepth; ++depth) {
+    const int32_t* other = token_at(current);
+    const int32_t len = common_context(context, other, std::min(less_len, greater_len));
+    const Links& links = links_at(current);
+    NodeId same = current;
+    for (int i = 0; same != kNone && i < kMaxOlder && add(same, len); ++i) {
+      same = links_at(same).older;
+    }
+    if (len == max_match_) break;
+    if (other[-len] < context[-len]) {
+      less_len = len;
+      current = links.greater;
+    } else {
+      greater_len = len;
+      current = links.less;
+    }
+  }
+  return count;
+}
+
+int64_t SuffixIndex::context(int64_t row_number, int32_t* out) const {
+  const std::vector<int32_t>& tokens = rows_[row_number].tokens;
+  const int64_t count = std::min<int64_t>(static_cast<int64_t>(tokens.size()), max_match_ + 1);
+  std::copy_n(tokens.end() - count, count, out);
+  return count;
+}
+
 int64_t SuffixIndex::continuation(const Match& match, int64_t max_tokens, int32_t* out) const {
   if (match.len == 0) return 0;
   const Row& row = rows_[match.row];
@@ -131,10 +193,11 @@ int64_t SuffixIndex::continuation(const Match& match, int64_t max_tokens, int32_
 }
 
 int64_t SuffixIndex::num_bytes() const {
-  int64_t bytes = static_cast<int64_t>(sizeof(*this) + roots_.capacity() * sizeof(Root) +
+  int64_t bytes = static_cast<int64_t>(sizeof(*this) + roots_.capacity() * sizeof(NodeId) +
                                        rows_.capacity() * sizeof(Row));
   for (const Row& row : rows_) {
     bytes += static_cast<int64_t>(row.tokens.capacity() * sizeof(int32_t) +
+                                  row.logprobs.capacity() * sizeof(uint16_t) +
                                   row.links.capacity() * sizeof(Links));
   }
   return bytes;
@@ -143,8 +206,7 @@ int64_t SuffixIndex::num_bytes() const {
 SuffixIndex::NodeId SuffixIndex::root_of(int32_t token) const {
   const size_t mask = roots_.size() - 1;
   for (size_t i = hash_token(token) & mask;; i = (i + 1) & mask) {
-    if (roots_[i].node == kNone) return kNone;
-    if (roots_[i].token == token) return roots_[i].node;
+    if (roots_[i] == kNone || *token_at(roots_[i]) == token) return roots_[i];
   }
 }
 
@@ -152,22 +214,19 @@ SuffixIndex::NodeId* SuffixIndex::root_slot(int32_t token) {
   if (4 * (num_roots_ + 1) > 3 * static_cast<int64_t>(roots_.size())) grow_roots();
   const size_t mask = roots_.size() - 1;
   size_t i = hash_token(token) & mask;
-  while (roots_[i].node != kNone && roots_[i].token != token) i = (i + 1) & mask;
-  if (roots_[i].node == kNone) {
-    roots_[i].token = token;
-    ++num_roots_;
-  }
-  return &roots_[i].node;
+  while (roots_[i] != kNone && *token_at(roots_[i]) != token) i = (i + 1) & mask;
+  if (roots_[i] == kNone) ++num_roots_;
+  return &roots_[i];
 }
 
 void SuffixIndex::grow_roots() {
-  std::vector<Root> old(roots_.size() * 2);
+  std::vector<NodeId> old(roots_.size() * 2, kNone);
   old.swap(roots_);
   const size_t mask = roots_.size() - 1;
-  for (const Root& root : old) {
-    if (root.node == kNone) continue;
-    size_t i = hash_token(root.token) & mask;
-    while (roots_[i].node != kNone) i = (i + 1) & mask;
+  for (const NodeId root : old) {
+    if (root == kNone) continue;
+    size_t i = hash_token(*token_at(root)) & mask;
+    while (roots_[i] != kNone) i = (i + 1) & mask;
     roots_[i] = root;
   }
 }

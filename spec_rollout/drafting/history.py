@@ -32,9 +32,10 @@ class HistoryDrafter:
     """Proposes for the live requests of one rollout call, and learns which proposals pass.
 
     Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts
-    and over what its live requests have generated so far. A proposal is what followed the most recent
-    of the longest matches; it goes on as long as its tokens are likely enough to pass, judged by how
-    proposals after matches of that length fared lately, for all requests and for this one.
+    and over what its live requests have generated so far. Of the tokens that followed the longest matches, the one is
+    proposed that the request's noise is likeliest to pick: the noise is known ahead, and the log-probs that the tokens
+    were drawn with are an estimate of the present ones. A proposal goes on as long as its tokens are likely enough to
+    pass, judged by that comparison and by how such proposals fared lately, for all requests and for this one.
 
     A proposal changes no token: it is tested against the token that sampling gives anyway.
 
@@ -58,24 +59,45 @@ class HistoryDrafter:
             num_groups, history.request_groups, list(stop_token_ids), shares
         )
         self._native.add_history(
-            history.token_ids, history.cu_lens, history.row_groups, num_threads()
+            history.token_ids,
+            history.logprobs,
+            history.cu_lens,
+            history.row_groups,
+            num_threads(),
         )
 
-    def extend(self, requests: np.ndarray, token_ids: np.ndarray, lens: np.ndarray) -> None:
+    def extend(
+        self,
+        requests: np.ndarray,
+        token_ids: np.ndarray,
+        lens: np.ndarray,
+        logprobs: np.ndarray | None = None,
+    ) -> None:
         """Adds what requests generated since the last call.
 
         Args:
             requests: [count], int64.
             token_ids: Row after row. [num_tokens], int32.
             lens: [count], int64.
+            logprobs: Of the tokens; NaN, or None for all, where they are not known. [num_tokens], float32.
         """
-        cu_lens = np.concatenate([[0], np.cumsum(lens)])
+        cu_lens = np.zeros(lens.size + 1, np.int64)
+        np.cumsum(lens, out=cu_lens[1:])
         self._native.extend(
-            torch.from_numpy(requests), torch.from_numpy(token_ids), torch.from_numpy(cu_lens)
+            torch.from_numpy(requests),
+            torch.from_numpy(token_ids),
+            None if logprobs is None else torch.from_numpy(logprobs),
+            torch.from_numpy(cu_lens),
         )
 
     def propose(
-        self, requests: np.ndarray, limits: np.ndarray, min_probability: float
+        self,
+        requests: np.ndarray,
+        limits: np.ndarray,
+        min_probability: float,
+        *,
+        keys: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
     ) -> Proposals:
         """Proposes for each request the tokens that pass with at least this estimated probability.
 
@@ -83,12 +105,16 @@ class HistoryDrafter:
             requests: Requests that `extend` has seen. [count], int64.
             limits: Most tokens for each. [count], int64.
             min_probability: Of a token and all before it in its proposal passing.
+            keys, positions: Noise key of each request and noise position of its next token (`sample_tokens`); None
+                where tokens are not drawn with keyed noise. [count], int64 both.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
         lens = np.empty(requests.size, dtype=np.int64)
         total = self._native.propose(
             torch.from_numpy(requests),
             torch.from_numpy(limits),
+            None if keys is None else torch.from_numpy(keys),
+            None if positions is None else torch.from_numpy(positions),
             min_probability,
             torch.from_numpy(out),
             torch.from_numpy(lens),

@@ -1,9 +1,12 @@
 """Proposals from history, and how many of them are worth computing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from spec_rollout import ops
 from spec_rollout.drafting import HistoryDrafter, MatchShares, StepCost
 from spec_rollout.types import History, cu_lens_from
 
@@ -124,14 +127,76 @@ def test_what_one_call_learns_the_next_one_knows() -> None:
     assert unlearned >= 1
     assert call(0, 0) == 0  # all of these failed
     # Nothing is proposed and tested now, so it is given another chance after some calls.
-    assert [call(0, 0) for _ in range(12)][-1] == unlearned
+    assert unlearned / 2 < [call(0, 0) for _ in range(12)][-1] <= unlearned
     call(100, 1)
     assert call(0, 0) >= 1
+
+
+def _guesses(probs: dict[int, float], keyed: bool, known: bool = True) -> tuple[np.ndarray, ...]:
+    """4,000 requests at the same text, which each token of `probs` followed once: proposed tokens, keys, positions."""
+    n = 4_000
+    rows = [[A, B, token] for token in probs]
+    logprobs = torch.tensor([[0.0, 0.0, np.log(p)] for p in probs.values()]).flatten()
+    past = history({0: rows}, [0] * n)
+    drafter = HistoryDrafter(replace(past, logprobs=logprobs.float() if known else None))
+    requests = np.arange(n)
+    drafter.extend(requests, np.tile(np.array([A, B], np.int32), n), np.full(n, 2))
+    keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, n)
+    positions = np.full(n, 2) + requests % 7
+    noise = {"keys": keys, "positions": positions} if keyed else {}
+    proposals = drafter.propose(requests, np.ones(n, np.int64), 0.0, **noise)
+    assert proposals.lens.tolist() == [1] * n
+    return proposals.token_ids, keys, positions
+
+
+def _drawn(probs: dict[int, float], keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    logits = torch.full((keys.size, 8), -torch.inf)
+    for token, p in probs.items():
+        logits[:, token] = np.log(p)
+    drawn = ops.sample_tokens(
+        logits, keys=torch.from_numpy(keys), positions=torch.from_numpy(positions)
+    )
+    return drawn.token_ids.numpy()
+
+
+def test_the_noise_says_which_follower_will_be_drawn() -> None:
+    """Without looking at the noise no better than the mode; with it as good as the followers seen are complete."""
+    probs = {3: 0.5, 4: 0.3, 5: 0.2}
+    guessed, keys, positions = _guesses(probs, keyed=True)
+    # Log-probs are kept in 16 bits, so a near-tie can go the other way.
+    assert (guessed == _drawn(probs, keys, positions)).mean() > 0.998
+    blind, keys, positions = _guesses(probs, keyed=False)
+    assert set(blind) == {3}
+    assert (blind == _drawn(probs, keys, positions)).mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_what_was_never_seen_is_all_that_fails() -> None:
+    seen = {3: 0.5, 4: 0.2}
+    guessed, keys, positions = _guesses(seen, keyed=True)
+    drawn = _drawn(seen | {5: 0.3}, keys, positions)
+    assert (guessed == drawn).mean() == pytest.approx(0.7, abs=0.03)  # 4 sigma
+    assert (guessed == drawn)[drawn != 5].mean() > 0.998
+
+
+def test_followers_without_logprobs_count_by_their_number() -> None:
+    guessed, keys, positions = _guesses({3: 0.9, 4: 0.1}, keyed=True, known=False)
+    drawn = _drawn({3: 0.5, 4: 0.5}, keys, positions)
+    np.testing.assert_array_equal(guessed, drawn)
+
+
+def test_all_followers_of_a_shared_beginning_are_found() -> None:
+    """Contexts equal back to the start of their rows are one node of the index."""
+    probs = {3: 0.25, 4: 0.25, 5: 0.25, 6: 0.25}
+    guessed, keys, positions = _guesses(probs, keyed=True)
+    assert set(guessed) == set(probs)
+    np.testing.assert_array_equal(guessed, _drawn(probs, keys, positions))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"logprobs": torch.zeros(3)}, r"logprobs: expected float32 of shape \[2\]"),
+        ({"logprobs": torch.zeros(2).double()}, "logprobs: expected float32"),
         ({"row_groups": torch.tensor([-1])}, "row_groups: expected groups >= 0, got -1"),
         ({"row_groups": torch.tensor([0.0])}, "row_groups: expected int64"),
         ({"token_ids": torch.tensor([1, -2], dtype=torch.int32)}, "token_ids: expected ids >= 0"),
@@ -168,7 +233,7 @@ def test_step_cost_follows_a_change() -> None:
     generator = np.random.default_rng(0)
     cost = StepCost()
     for price in (1e-5, 3e-5):
-        for _ in range(800):
+        for _ in range(1600):
             rows, proposed = int(generator.integers(1, 256)), int(generator.integers(0, 500))
             cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + price * proposed)
     assert cost.coefficients[2] == pytest.approx(3e-5, rel=0.02)

@@ -6,11 +6,12 @@
 // the root of its tree, which is split on the way down, as in the match finder of LZMA: the newest
 // nodes stay on top, so of several longest matches the most recently added is found, and both
 // insertion and search are one walk. Contexts that agree on `max_match` tokens are one node, the
-// newer: a looping model costs no depth.
+// newer, from which a list leads to the older ones: a looping model costs no depth.
 //
-// Memory: 4 bytes for the token, 8 for the two links.
+// Memory: 4 bytes for the token, 2 for its log-probability, 12 for the three links.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -28,38 +29,50 @@ class SuffixIndex {
     int32_t offset = -1;  // its last token; the proposal begins at the next
   };
 
+  // A token that followed such a context once.
+  struct Follower {
+    int32_t token = -1;
+    int32_t match = 0;  // tokens of context that agree, as in Match
+    float logprob = 0;  // with which it was drawn then; NaN: not known
+  };
+
   explicit SuffixIndex(int32_t max_match);
 
   // A new, empty row; `capacity` tokens are reserved. Returns its number.
   int64_t add_row(int64_t capacity);
-  void append(int64_t row, int32_t token);
+  void append(int64_t row, int32_t token, float logprob = NAN);
   // Longest suffix of the row that occurs before a known token, in any row. At most max_match long.
   Match find(int64_t row) const;
   // Tokens that followed the match: writes at most max_tokens, returns how many.
   int64_t continuation(const Match& match, int64_t max_tokens, int32_t* out) const;
 
+  // What followed the contexts that agree longest with one ending at `context` (max_match tokens
+  // back, or to a kStart before), the longest first and of these the newest first.
+  int followers(const int32_t* context, int max_followers, Follower* out) const;
+  // The last tokens of a row, at most max_match, after a kStart if the row has no more. Returns how
+  // many were written; `out` takes max_match + 1.
+  int64_t context(int64_t row, int32_t* out) const;
+
   int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_bytes() const;
+
+  static constexpr int32_t kStart = -1;  // first "token" of every row
 
  private:
   using NodeId = uint32_t;  // row << 20 | offset
   static constexpr NodeId kNone = 0xffffffffu;
   static constexpr int kOffsetBits = 20;
-  static constexpr int32_t kStart = -1;  // first "token" of every row
 
   struct Links {
     NodeId less = kNone, greater = kNone;
+    NodeId older = kNone;  // with the same context
   };
   struct Row {
     std::vector<int32_t> tokens;
+    std::vector<uint16_t> logprobs;  // upper halves of float32
     std::vector<Links> links;
   };
-  struct Root {
-    int32_t token = 0;
-    NodeId node = kNone;
-  };
-
   const int32_t* token_at(NodeId id) const {
     return rows_[id >> kOffsetBits].tokens.data() + (id & ((1u << kOffsetBits) - 1));
   }
@@ -78,7 +91,7 @@ class SuffixIndex {
   int32_t max_match_;
   int64_t num_tokens_ = 0;
   std::vector<Row> rows_;
-  std::vector<Root> roots_;  // open addressing by token; a power of two
+  std::vector<NodeId> roots_;  // open addressing by last token; a power of two
   int64_t num_roots_ = 0;
 };
 

@@ -14,10 +14,11 @@ from spec_rollout import ops
 from spec_rollout.acceptance import Coupled
 from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
 from spec_rollout.engines.transformers.forward import ModelForward
-from spec_rollout.engines.transformers.requests import Plan, ranges
+from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.results import Results
 from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
 from spec_rollout.engines.transformers.verify import Verified
+from spec_rollout.ragged import ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
 # Rows of the state on the device: the token to feed, its position in the sequence, the response
@@ -164,7 +165,7 @@ class Decoder:
         done = finished.nonzero().flatten().tolist()
         seconds = time.perf_counter() - start
         if self._drafter is not None:
-            self._cost.observe(live, num_proposed, seconds)
+            self._cost.observe(live, num_proposed, seconds, sum(kept) - live)
             self._payoff.observe(live, num_proposed > 0, sum(kept), seconds)
         if live < _TAIL_SHARE * self._plan.batch:
             stats.num_tail_steps += 1
@@ -215,7 +216,14 @@ class Decoder:
         limits = np.minimum(self._plan.rooms[requests] - 1 - positions, most)
         if limits.max() < 1:
             return None, 0
-        proposals = self._drafter.propose(requests, limits, self._cost.threshold(live))
+        proposals = self._drafter.propose(
+            requests,
+            limits,
+            self._cost.threshold(live),
+            # Greedy decoding knows no noise.
+            keys=self._plan.keys[requests] if self._sampling.temperature > 0 else None,
+            positions=positions,
+        )
         num_proposed = proposals.token_ids.size
         if num_proposed == 0:
             return None, 0

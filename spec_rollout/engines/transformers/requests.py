@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.ragged import ranges
 from spec_rollout.types import Drafts, RolloutRequests, SamplingParams
 
 
@@ -124,11 +125,6 @@ class Plan:
         """The cut draft. [draft_len], int64."""
         start = self.stream_starts[request] + self.prompt_lens[request]
         return self.stream_ids[start : start + self.draft_lens[request]]
-
-
-def ranges(counts: np.ndarray) -> np.ndarray:
-    """0..counts[0]-1, 0..counts[1]-1, ... end to end."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:

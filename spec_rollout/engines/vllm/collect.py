@@ -30,16 +30,9 @@ class Collector:
         self._indices.append(indices)
         self._logprobs.append(logprobs)
 
-    def add_run(self, collect_id: int, first: int, logprobs: np.ndarray, accepted: int) -> None:
-        """Consecutive tokens of one response, from token `first` on; `accepted` of them came from the draft."""
-        n = logprobs.size
-        self.add(
-            np.full(n, collect_id, np.int32),
-            np.arange(first, first + n, dtype=np.int32),
-            torch.from_numpy(logprobs),
-        )
-        if accepted:
-            self._accepted[collect_id] = self._accepted.get(collect_id, 0) + accepted
+    def reused(self, collect_id: int, num_tokens: int) -> None:
+        """So many more tokens of a response came from its draft."""
+        self._accepted[collect_id] = self._accepted.get(collect_id, 0) + num_tokens
 
     def take(self) -> tuple[bytes, bytes, bytes, bytes, bytes]:
         """Everything recorded, and forgets it.

@@ -14,8 +14,8 @@ from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.rows import Row
 from spec_rollout.types import History
 
-# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, little-endian
-PackedHistory = tuple[bytes, bytes, bytes, bytes]
+# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none: empty), little-endian
+PackedHistory = tuple[bytes, bytes, bytes, bytes, bytes]
 
 
 def pack_history(history: History) -> PackedHistory:
@@ -25,16 +25,21 @@ def pack_history(history: History) -> PackedHistory:
         history.cu_lens.numpy().astype("<i8", copy=False).tobytes(),
         history.row_groups.numpy().astype("<i8", copy=False).tobytes(),
         history.request_groups.numpy().astype("<i8", copy=False).tobytes(),
+        b""
+        if history.logprobs is None
+        else history.logprobs.numpy().astype("<f4", copy=False).tobytes(),
     )
 
 
 def unpack_history(packed: PackedHistory) -> History:
     """Inverse of `pack_history`."""
-    arrays = [
-        np.frombuffer(data, dtype).astype(dtype[1:])  # a copy: torch wants to own what it gets
-        for data, dtype in zip(packed, ("<i4", "<i8", "<i8", "<i8"), strict=True)
+    *arrays, logprobs = [
+        torch.from_numpy(
+            np.frombuffer(data, dtype).astype(dtype[1:])
+        )  # a copy: torch wants to own what it gets
+        for data, dtype in zip(packed, ("<i4", "<i8", "<i8", "<i8", "<f4"), strict=True)
     ]
-    return History(*(torch.from_numpy(array) for array in arrays))
+    return History(*arrays, logprobs if logprobs.shape == arrays[0].shape else None)
 
 
 class HistoryProposals:
@@ -127,7 +132,15 @@ class HistoryProposals:
         if not free or limits.max() < 1 or not self.pays(len(rows)):
             return
         ids = np.array([rows[r].history_id for r in free], np.int64)
-        proposals = self._drafter.propose(ids, limits, self._cost.threshold(len(rows)))
+        proposals = self._drafter.propose(
+            ids,
+            limits,
+            self._cost.threshold(len(rows)),
+            keys=np.array([rows[r].key for r in free], np.int64),
+            positions=np.array(
+                [rows[r].first_position + rows[r].num_indexed for r in free], np.int64
+            ),
+        )
         if proposals.token_ids.size == 0:
             return
         flat, start = proposals.token_ids.tolist(), 0
@@ -136,5 +149,6 @@ class HistoryProposals:
                 row = rows[r]
                 row.proposed_at = row.num_indexed
                 row.proposal = flat[start : start + n]
+                row.proposal_ids = proposals.token_ids[start : start + n]
                 drafts[r] = list(row.proposal)
                 start += n

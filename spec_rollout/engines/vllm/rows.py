@@ -21,8 +21,8 @@ class Row:
         alive: Draft tokens remain and none has been rejected.
         ends: The response ends with the draft's last token, should that be accepted.
         chunk: Draft tokens to propose next.
-        proposed_at, proposal: What was proposed last, from the draft or from history, and for which token of the
-            response it starts.
+        proposed_at, proposal, proposal_ids: For which token of the response the last proposal starts, be it from the
+            draft or from history, and what it is, as a list and as an array.
         max_response_len: Most tokens of the response.
         history_id: Its number in the rollout call, if proposals from history follow the draft; or -1.
         num_indexed: Tokens of the response that the history knows.
@@ -48,6 +48,7 @@ class Row:
         "num_indexed",
         "prompt_len",
         "proposal",
+        "proposal_ids",
         "proposed_at",
         "rule",
     )
@@ -85,6 +86,7 @@ class Row:
         self.chunk = first_chunk
         self.proposed_at = -1
         self.proposal: list[int] = []
+        self.proposal_ids = draft[:0]
         self.masks = masks
         self.max_response_len = max_response_len
         self.history_id = history_id
@@ -114,12 +116,14 @@ class Row:
         """
         if self.history_id < 0:
             return np.empty(0, np.int32), False
+        n = len(scheduled)
+        if self.proposed_at == index and scheduled == self.proposal[:n]:
+            return self.proposal_ids[:n], True
         tokens = np.array(scheduled, np.int32)
         invented = np.flatnonzero(tokens < 0)
         if invented.size:
             tokens = tokens[: int(invented[0])]
-        ours = self.proposed_at == index and scheduled == self.proposal[: len(scheduled)]
-        return tokens, ours
+        return tokens, False
 
     def propose(self, index: int) -> list[int]:
         """The next chunk, for response tokens from `index` on."""
@@ -128,4 +132,5 @@ class Row:
         stop = min(index + self.chunk, self.draft_len - 1 if self.ends else self.draft_len)
         self.proposed_at = index
         self.proposal = self.draft_list[index:stop]
+        self.proposal_ids = self.draft[index:stop]
         return list(self.proposal)

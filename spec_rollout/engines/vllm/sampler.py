@@ -25,6 +25,7 @@ from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row
+from spec_rollout.ragged import ranges
 
 # (request, first logits row, its tokens, their log-probs) of the requests served in one step
 _Runs = list[tuple[int, int, np.ndarray, np.ndarray]]
@@ -98,7 +99,7 @@ class ReuseSampler:
         self.metrics = ReuseMetrics()
         self.collector = Collector()
         self.rows: list[Row | None] = []  # of the last step, for the proposer
-        self._plain: _PlainBatch | None = None
+        self._known: _Known | None = None
 
     def __call__(self, step: Step) -> tuple[torch.Tensor, Any]:
         """Samples one step.
@@ -107,10 +108,12 @@ class ReuseSampler:
             Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's LogprobsTensors or None.
         """
         self.rows = step.rows
-        if step.scheduled is None and self._is_plain(step):
-            return self._draw_plain(step)
-        self._plain = None
-        return self._verify(step)
+        # Row has no __eq__: the same objects in the same order.
+        if self._known is None or self._known.rows != step.rows:
+            self._known = _Known.of(step.rows)
+        if step.scheduled is None and self._is_plain(step, self._known):
+            return self._draw_plain(step, self._known)
+        return self._verify(step, self._known)
 
     def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
         """A rollout call of so many requests begins; what was left of an earlier one is forgotten."""
@@ -154,42 +157,37 @@ class ReuseSampler:
                 self.metrics.tail_seconds += seconds
             if self.history is not None and self._step_work is not None:
                 rows, extra = self._step_work
-                self.cost.observe(rows, extra, seconds)
+                gained = None
                 if self._is_decode:
                     gained = self.metrics.num_accepted_proposals - self._num_accepted
+                self.cost.observe(rows, extra, seconds, gained)
+                if gained is not None:
                     self.payoff.observe(rows, extra > 0, rows + gained, seconds)
         self._num_accepted = self.metrics.num_accepted_proposals
         self._step_end = now
 
     # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
 
-    def _is_plain(self, step: Step) -> bool:
-        plain = self._plain
-        if plain is not None and plain.rows == step.rows and not step.discard.any():
-            return True
-        for row in step.rows:
-            if row is None or row.alive or row.masks is not None:
-                return False
-        if step.discard.any():
-            return False
-        self._plain = _PlainBatch.of(step.rows, step.logits.device)
-        return True
+    def _is_plain(self, step: Step, known: _Known) -> bool:
+        if not known.is_plain:  # if it ever was, it still is: drafts do not come back to life
+            known.is_plain = not any(
+                row is None or row.alive or row.masks is not None for row in step.rows
+            )
+        return known.is_plain and not step.discard.any()
 
-    def _draw_plain(self, step: Step) -> tuple[torch.Tensor, Any]:
-        plain = self._plain
-        assert plain is not None
-        indices = step.lens - plain.prompt_lens
-        positions = torch.from_numpy(indices + plain.first_positions)
+    def _draw_plain(self, step: Step, known: _Known) -> tuple[torch.Tensor, Any]:
+        indices = step.lens - known.prompt_lens
+        positions = torch.from_numpy(indices + known.first_positions)
         result = ops.sample_tokens(
             step.logits,
-            keys=plain.keys,
+            keys=known.keys_on(step.logits.device),
             positions=positions.to(step.logits.device, non_blocking=True),
             temperature=step.temperature,
             top_k=step.top_k,
             top_p=step.top_p,
         )
-        if plain.any_collected:
-            self.collector.add(plain.collect_ids, indices.astype(np.int32), result.logprobs)
+        if known.any_collected:
+            self.collector.add(known.collect_ids, indices.astype(np.int32), result.logprobs)
         tokens = result.token_ids[:, None]
         if step.logprobs is None:
             return tokens, None
@@ -200,7 +198,7 @@ class ReuseSampler:
 
     # -- The general step.
 
-    def _verify(self, step: Step) -> tuple[torch.Tensor, Any]:
+    def _verify(self, step: Step, known: _Known) -> tuple[torch.Tensor, Any]:
         batch = len(step.rows)
         counts = [1] * batch if step.scheduled is None else [len(s) + 1 for s in step.scheduled]
         first_rows = np.zeros(batch + 1, np.int64)
@@ -220,32 +218,52 @@ class ReuseSampler:
         if logprobs is not None:
             logprobs.keep_raw(step.logits, any(row is not None and row.masks for row in step.rows))
 
-        groups = self._segments(step, first_rows) if len(stock) < batch else {}
-        for rule, segments in groups.items():
-            self._verify_group(
-                step, rule, segments, len(groups) == 1 and not stock, tokens, emitted
-            )
+        if len(stock) < batch:
+            groups, plain = self._segments(step, first_rows)
+            default = next(iter(groups), _SAMPLED)
+            for rule in groups or [default]:
+                group = _Group.of(
+                    groups.get(rule, []), plain if rule is default else [], step, known, first_rows
+                )
+                self._verify_group(
+                    step, rule, group, len(groups) <= 1 and not stock, tokens, emitted
+                )
 
         output = torch.from_numpy(tokens)
         if logprobs is None:
             return output, None
         return output, logprobs.scatter(step.logits, tokens.shape, emitted, stock, stock_output)
 
-    def _segments(self, step: Step, first_rows: np.ndarray) -> dict[AcceptanceRule, list[_Segment]]:
-        """Logits rows by acceptance rule, in order; together they own every row of the keyed requests."""
+    def _segments(
+        self, step: Step, first_rows: np.ndarray
+    ) -> tuple[dict[AcceptanceRule, list[_Segment]], list[int]]:
+        """Logits rows by acceptance rule, in order; and the requests that have nothing tested, one row each.
+
+        Together they own every row of the keyed requests.
+        """
         order: list[
             tuple[AcceptanceRule | None, _Segment]
         ] = []  # None: nothing to test, any rule will do
+        plain: list[int] = []
+        scheduled_all = step.scheduled
+        discard = step.discard.tolist()
         for r, row in enumerate(step.rows):
             if row is None:
                 continue
-            first, count = int(first_rows[r]), int(first_rows[r + 1] - first_rows[r])
-            index = int(step.lens[r]) - row.prompt_len
-            if step.discard[r]:
+            scheduled = [] if scheduled_all is None else scheduled_all[r]
+            if not (scheduled or row.alive or discard[r]):
+                plain.append(r)
+                if row.masks is not None:
+                    first = int(first_rows[r])
+                    position = int(step.lens[r]) - row.prompt_len + row.first_position
+                    row.masks.apply(step.logits[first : first + 1], position)
+                continue
+            first, count = int(first_rows[r]), len(scheduled) + 1
+            if discard[r]:
                 order.append((None, _Segment(r, first, 1)))
                 used = 1
             else:
-                scheduled = [] if step.scheduled is None else step.scheduled[r]
+                index = int(step.lens[r]) - row.prompt_len
                 segment = self._segment(r, row, first, index, scheduled)
                 used = segment.num_rows
                 rule = row.rule if segment.is_draft else _SAMPLED
@@ -254,12 +272,13 @@ class ReuseSampler:
                     row.masks.apply(step.logits[first : first + used], index + row.first_position)
             if used < count:  # rows computed for draft tokens that vLLM made up
                 order.append((None, _Segment(r, first + used, count - used)))
-        rules = [rule for rule, _ in order if rule is not None]
-        default = rules[0] if rules else next(row.rule for row in step.rows if row is not None)
+        default = next((rule for rule, _ in order if rule is not None), _SAMPLED)
         groups: dict[AcceptanceRule, list[_Segment]] = {}
         for rule, segment in order:
             groups.setdefault(default if rule is None else rule, []).append(segment)
-        return groups
+        if default in groups:  # first, for it is the one that plain requests join
+            groups = {default: groups.pop(default), **groups}
+        return groups, plain
 
     def _segment(
         self, request: int, row: Row, first_row: int, index: int, scheduled: list[int]
@@ -274,8 +293,6 @@ class ReuseSampler:
             num_rows = max(num_tested, min(num_real, num_tested) + 1)
             tokens = row.draft[index : index + num_tested]
             return _Segment(request, first_row, num_rows, index, tokens, num_real, row)
-        if not scheduled:
-            return _Segment(request, first_row, 1, index, row=row)
         tokens, ours = row.from_history(index, scheduled)
         n = tokens.size
         metrics.num_proposed_tokens += n
@@ -288,7 +305,7 @@ class ReuseSampler:
         self,
         step: Step,
         rule: AcceptanceRule,
-        segments: list[_Segment],
+        group: _Group,
         owns_all: bool,
         tokens: np.ndarray,
         emitted: _Runs,
@@ -296,15 +313,12 @@ class ReuseSampler:
         device = step.logits.device
         logits = step.logits
         if not owns_all:
-            segments = [s for s in segments if s.row is not None]
-            if not segments:
+            group = group.read_only()
+            if not group.requests.size:
                 return
-            wanted = np.concatenate(
-                [np.arange(s.first_row, s.first_row + s.num_rows) for s in segments]
-            )
+            wanted = np.repeat(group.first_rows, group.num_rows) + ranges(group.num_rows)
             logits = logits[torch.from_numpy(wanted).to(device)]
-        batch = _Batch.of(segments, rule, device)
-        requests = batch.requests
+        requests = group.requests
         if requests.size == len(step.rows) and bool((requests[1:] > requests[:-1]).all()):
             sampling = (step.temperature, step.top_k, step.top_p)
         else:
@@ -313,47 +327,70 @@ class ReuseSampler:
                 value[where] if isinstance(value, torch.Tensor) else value
                 for value in (step.temperature, step.top_k, step.top_p)
             )
+        draft_ids, draft_logprobs = group.drafts(rule.needs_draft_logprobs)
+        packed = to_device(group.numbers(), device)
+        n = requests.size
         result = ops.verify_prefix(
             logits,
-            batch.draft_ids,
-            batch.cu_draft_lens,
+            to_device(draft_ids, device),
+            packed[0],
             rule=rule,
-            keys=batch.keys,
-            positions=batch.positions,
-            draft_logprobs=batch.draft_logprobs,
-            cu_logits_lens=batch.cu_logits_lens,
+            keys=packed[2, :n],
+            positions=packed[3, :n],
+            draft_logprobs=None if draft_logprobs is None else to_device(draft_logprobs, device),
+            cu_logits_lens=packed[1],
             temperature=sampling[0],
             top_k=sampling[1],
             top_p=sampling[2],
         )
         accepted, drawn, logprobs = _to_host(result)
-        offset = 0
-        for s, a, token in zip(segments, accepted.tolist(), drawn.tolist(), strict=True):
-            if s.row is not None:
-                self._settle(
-                    s, s.row, a, token, logprobs[offset : offset + s.num_rows], tokens, emitted
-                )
-            offset += s.num_rows
+        self._record(
+            step, group, draft_ids, accepted.astype(np.int64), drawn, logprobs, tokens, emitted
+        )
+        for i, segment in zip(group.places, group.segments, strict=True):
+            if segment.row is not None:
+                self._settle(segment, segment.row, int(accepted[i]), int(drawn[i]))
 
-    def _settle(
+    def _record(
         self,
-        segment: _Segment,
-        row: Row,
-        accepted: int,
-        token: int,
+        step: Step,
+        group: _Group,
+        draft_ids: np.ndarray,
+        accepted: np.ndarray,
+        drawn: np.ndarray,
         logprobs: np.ndarray,
         tokens: np.ndarray,
         emitted: _Runs,
     ) -> None:
-        """Books the outcome of one request."""
-        index, out = segment.index, tokens[segment.request]
-        if accepted:
-            assert segment.tokens is not None
-            out[:accepted] = segment.tokens[:accepted]
-        num_tokens = accepted
-        if token >= 0:
-            out[accepted] = token
-            num_tokens += 1
+        """Writes down what the requests were given: `tokens` [batch, width], and their log-probs where those are wanted."""
+        was_drawn = (drawn >= 0) & group.is_read
+        accepted = np.where(group.is_read, accepted, 0)
+        from_draft = np.flatnonzero(accepted)
+        if from_draft.size:
+            counts = accepted[from_draft]
+            columns = ranges(counts)
+            sources = np.repeat(group.first_tokens[from_draft], counts) + columns
+            tokens[np.repeat(group.requests[from_draft], counts), columns] = draft_ids[sources]
+        tokens[group.requests[was_drawn], accepted[was_drawn]] = drawn[was_drawn]
+        kept = accepted + was_drawn
+        firsts = np.cumsum(group.num_rows) - group.num_rows  # of the rows in `logprobs`
+        if group.any_collected:
+            collected = np.where(group.collect_ids >= 0, kept, 0)
+            offsets = ranges(collected)
+            self.collector.add(
+                np.repeat(group.collect_ids, collected),
+                (np.repeat(group.indices, collected) + offsets).astype(np.int32),
+                torch.from_numpy(logprobs[np.repeat(firsts, collected) + offsets]),
+            )
+        if step.logprobs is not None:
+            for i in np.flatnonzero(group.is_read).tolist():
+                request, n, first = int(group.requests[i]), int(kept[i]), int(firsts[i])
+                row = int(group.first_rows[i])
+                emitted.append((request, row, tokens[request, :n], logprobs[first : first + n]))
+
+    def _settle(self, segment: _Segment, row: Row, accepted: int, token: int) -> None:
+        """Books the outcome of one request that something was tested for."""
+        index = segment.index
         if not segment.is_draft:
             self.metrics.num_accepted_proposals += accepted
             whole = accepted == segment.num_tested < len(row.proposal)  # the rest was not scheduled
@@ -372,84 +409,181 @@ class ReuseSampler:
                 self.metrics.num_verified_tokens += 1
             if row.alive and segment.num_proposed >= row.chunk:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
-        if row.collect_id >= 0:
-            reused = accepted if segment.is_draft else 0
-            self.collector.add_run(row.collect_id, index, logprobs[:num_tokens], reused)
-        emitted.append(
-            (segment.request, segment.first_row, out[:num_tokens], logprobs[:num_tokens])
-        )
+            if accepted and row.collect_id >= 0:
+                self.collector.reused(row.collect_id, accepted)
 
 
 @dataclass(slots=True)
-class _PlainBatch:
-    """A batch in which nothing is left to verify."""
+class _Known:
+    """What is fixed about the requests of a batch, as arrays; made anew when the batch changes.
+
+    Entries of requests without a key are zeros, their collect id is -1.
+    """
 
     rows: list[Row | None]
-    keys: torch.Tensor
+    keys: np.ndarray
     prompt_lens: np.ndarray
     first_positions: np.ndarray
     collect_ids: np.ndarray
     any_collected: bool
+    is_plain: bool = False  # nothing is left to verify
+    device_keys: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, rows: list[Row | None], device: torch.device) -> _PlainBatch:
-        collect_ids = np.array([row.collect_id for row in rows], np.int32)
+    def of(cls, rows: list[Row | None]) -> _Known:
+        numbers = np.array(
+            [
+                (0, 0, 0, -1)
+                if row is None
+                else (row.key, row.prompt_len, row.first_position, row.collect_id)
+                for row in rows
+            ],
+            np.int64,
+        ).reshape(-1, 4)
+        keys, prompt_lens, first_positions, collect_ids = numbers.T.copy()
         return cls(
             rows=rows,
-            keys=torch.tensor([row.key for row in rows], dtype=torch.int64, device=device),
-            prompt_lens=np.array([row.prompt_len for row in rows], np.int64),
-            first_positions=np.array([row.first_position for row in rows], np.int64),
-            collect_ids=collect_ids,
+            keys=keys,
+            prompt_lens=prompt_lens,
+            first_positions=first_positions,
+            collect_ids=collect_ids.astype(np.int32),
             any_collected=bool((collect_ids >= 0).any()),
         )
 
+    def keys_on(self, device: torch.device) -> torch.Tensor:
+        """The keys as a tensor, which stays on the device while the batch is the same."""
+        if self.device_keys is None:
+            self.device_keys = torch.from_numpy(self.keys).to(device)
+        return self.device_keys
+
 
 @dataclass(slots=True)
-class _Batch:
-    """Segments as `verify_prefix` takes them."""
+class _Group:
+    """Rows of logits that one call of `verify_prefix` works on, in their order; arrays by segment.
 
+    Attributes:
+        segments: Those with something to test, or that nobody reads.
+        places: Where each of them stands among all; between them stand requests with nothing to test.
+        is_read: Whether somebody reads the result.
+        first_tokens: Of each segment's tokens, among those of all.
+    """
+
+    segments: list[_Segment]
+    places: list[int]
     requests: np.ndarray
-    draft_ids: torch.Tensor
-    draft_logprobs: torch.Tensor | None
-    cu_draft_lens: torch.Tensor
-    cu_logits_lens: torch.Tensor
-    keys: torch.Tensor
-    positions: torch.Tensor
+    first_rows: np.ndarray
+    num_rows: np.ndarray
+    num_tested: np.ndarray
+    indices: np.ndarray
+    keys: np.ndarray
+    positions: np.ndarray
+    collect_ids: np.ndarray
+    is_read: np.ndarray
+    first_tokens: np.ndarray
+    any_collected: bool
 
     @classmethod
-    def of(cls, segments: list[_Segment], rule: AcceptanceRule, device: torch.device) -> _Batch:
-        n = len(segments)
-        ids, logprobs = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-        numbers = np.zeros((4, n + 1), np.int64)  # cu_draft, cu_logits, keys, positions
-        for i, s in enumerate(segments):
-            if s.row is None:
-                # Nobody reads these rows; a draft of token 0 makes them one row of work.
-                tested = s.num_rows
-                ids.append(np.zeros(tested, np.int32))
-                logprobs.append(np.full(tested, np.inf, np.float32))
-            else:
-                tested = s.num_tested
-                numbers[2, i] = s.row.key
-                numbers[3, i] = s.row.first_position + s.index
-                if tested:
-                    ids.append(s.tokens)
-                    if rule.needs_draft_logprobs:
-                        logprobs.append(s.row.draft_logprobs[s.index : s.index + tested])
-            numbers[0, i + 1] = tested
-            numbers[1, i + 1] = s.num_rows
-        np.cumsum(numbers[:2], axis=1, out=numbers[:2])
-        packed = to_device(numbers, device)
+    def of(
+        cls,
+        segments: list[_Segment],
+        plain: list[int],
+        step: Step,
+        known: _Known,
+        first_rows: np.ndarray,
+    ) -> _Group:
+        # What nobody reads is tested against token 0 in every row: one row of work.
+        listed = np.array(
+            [
+                (s.request, s.first_row, s.num_rows, s.num_rows, 0)
+                if s.row is None
+                else (s.request, s.first_row, s.num_rows, s.num_tested, 1)
+                for s in segments
+            ],
+            np.int64,
+        ).reshape(-1, 5)
+        if plain:
+            columns = np.array(plain, np.int64)
+            ones = np.ones_like(columns)
+            rest = np.stack([columns, first_rows[columns], ones, 0 * ones, ones], axis=1)
+            listed = np.concatenate([listed, rest])
+            order = np.argsort(listed[:, 1], kind="stable")
+            listed = listed[order]
+            places = np.flatnonzero(order < len(segments)).tolist()
+        else:
+            places = list(range(len(segments)))
+        requests, first, num_rows, num_tested, is_read = np.ascontiguousarray(listed.T)
+        indices = step.lens[requests] - known.prompt_lens[requests]
         return cls(
-            requests=np.array([s.request for s in segments], np.int64),
-            draft_ids=to_device(np.concatenate(ids), device),
-            draft_logprobs=to_device(np.concatenate(logprobs), device)
-            if rule.needs_draft_logprobs
-            else None,
-            cu_draft_lens=packed[0],
-            cu_logits_lens=packed[1],
-            keys=packed[2, :n],
-            positions=packed[3, :n],
+            segments=segments,
+            places=places,
+            requests=requests,
+            first_rows=first,
+            num_rows=num_rows,
+            num_tested=num_tested,
+            indices=indices,
+            keys=known.keys[requests],
+            positions=indices + known.first_positions[requests],
+            collect_ids=known.collect_ids[requests],
+            is_read=is_read.astype(bool),
+            first_tokens=np.cumsum(num_tested) - num_tested,
+            any_collected=known.any_collected,
         )
+
+    def read_only(self) -> _Group:
+        """Without what nobody reads."""
+        if self.is_read.all():
+            return self
+        new_places = np.cumsum(self.is_read) - 1
+        arrays = {
+            name: getattr(self, name)[self.is_read]
+            for name in (
+                "requests",
+                "first_rows",
+                "num_rows",
+                "num_tested",
+                "indices",
+                "keys",
+                "positions",
+                "collect_ids",
+                "is_read",
+            )
+        }
+        num_tested = arrays["num_tested"]
+        return _Group(
+            segments=[s for s in self.segments if s.row is not None],
+            places=[
+                int(new_places[i])
+                for i, s in zip(self.places, self.segments, strict=True)
+                if s.row is not None
+            ],
+            first_tokens=np.cumsum(num_tested) - num_tested,
+            any_collected=self.any_collected,
+            **arrays,
+        )
+
+    def numbers(self) -> np.ndarray:
+        """Offsets of tokens and of rows, keys and positions. [4, segments + 1], the last two one shorter."""
+        n = self.requests.size
+        numbers = np.zeros((4, n + 1), np.int64)
+        np.cumsum(self.num_tested, out=numbers[0, 1:])
+        np.cumsum(self.num_rows, out=numbers[1, 1:])
+        numbers[2, :n] = self.keys
+        numbers[3, :n] = self.positions
+        return numbers
+
+    def drafts(self, with_logprobs: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens to test, and the log-probs they come with."""
+        ids, logprobs = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
+        for s in self.segments:
+            if s.row is None:
+                ids.append(np.zeros(s.num_rows, np.int32))
+                if with_logprobs:
+                    logprobs.append(np.full(s.num_rows, np.inf, np.float32))
+            elif s.tokens is not None and s.tokens.size:
+                ids.append(s.tokens)
+                if with_logprobs:
+                    logprobs.append(s.row.draft_logprobs[s.index : s.index + s.tokens.size])
+        return np.concatenate(ids), np.concatenate(logprobs) if with_logprobs else None
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -231,7 +231,7 @@ def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.Mo
     monkeypatch.setattr(proposer_of(worker).sampler, "cost", cost := StepCost())
     asked: list[int] = []
     monkeypatch.setattr(StepCost, "threshold", lambda self, rows: asked.append(rows) or 0.3)
-    seen: list[tuple[int, int, float]] = []
+    seen: list[tuple[int, int, float, int | None]] = []
     observe = StepCost.observe
     monkeypatch.setattr(
         StepCost, "observe", lambda self, *args: (seen.append(args), observe(self, *args))[0]
@@ -239,8 +239,11 @@ def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.Mo
     past = history_of(rows_of(plain), GROUPS)
     found, _ = check(engine, make_requests(PROMPTS), past)
     assert 0 < len(seen) <= found.stats.num_decode_steps
-    assert sum(proposed for _, proposed, _ in seen) <= found.stats.num_proposed_tokens
-    assert all(1 <= rows <= 16 and seconds > 0 for rows, _, seconds in seen)
+    assert sum(proposed for _, proposed, _, _ in seen) <= found.stats.num_proposed_tokens
+    assert all(1 <= rows <= 16 and seconds > 0 for rows, _, seconds, _ in seen)
+    kept = [(accepted, proposed) for _, proposed, _, accepted in seen if accepted is not None]
+    assert all(0 <= accepted <= proposed for accepted, proposed in kept)
+    assert 0 < sum(accepted for accepted, _ in kept) <= found.stats.num_accepted_proposals
     assert max(cost.coefficients) > 0.0
     assert set(asked) <= set(range(1, 17))
     assert len(asked) > 0
