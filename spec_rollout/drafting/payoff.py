@@ -7,10 +7,13 @@ class Payoff:
     """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
 
     `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
-    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far.
+    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far, one in
+    `_EXPLORE_CLEAR` where that paid by far.
     """
 
     _EXPLORE = 16
+    _EXPLORE_CLEAR = 64
+    _CLEAR = 1.3  # times as many tokens per second
     _FORGET = 0.9  # per step of that kind and size
 
     def __init__(self) -> None:
@@ -32,7 +35,9 @@ class Payoff:
         self._asked[size] = asked = self._asked.get(size, 0) + 1
         tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
         plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
-        better = (
-            not plain_seconds or not seconds or tokens * plain_seconds >= plain_tokens * seconds
-        )
-        return better != (asked % self._EXPLORE == 0)
+        if not plain_seconds or not seconds:
+            return asked % self._EXPLORE != 0
+        ratio = tokens * plain_seconds / (plain_tokens * seconds)
+        clear = ratio > self._CLEAR or ratio < 1.0 / self._CLEAR
+        explore = asked % (self._EXPLORE_CLEAR if clear else self._EXPLORE) == 0
+        return (ratio >= 1.0) != explore

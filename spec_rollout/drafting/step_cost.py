@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 _FORGET = 0.995  # per step: the last two hundred steps decide
 _FORGET_RATE = 0.9  # per step with proposals of that batch size
 _MIN_STEPS = 12  # before that, the first guess
@@ -23,12 +21,14 @@ class StepCost:
 
     which is the condition for the most tokens per second (the marginal token is as dear as the average one). Few rows share
     the fixed part among them, so in the tail of a batch unlikelier tokens are worth trying than when the batch is full.
-    The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine.
+    The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine. It is asked
+    in every step, hence plain numbers: nine of them are less work than one call of a library.
     """
 
     def __init__(self) -> None:
-        self._xx = np.zeros((3, 3))
-        self._xy = np.zeros(3)
+        # Decayed sums over steps of x_i * x_j and x_i * seconds, x = (1, rows, proposed), upper triangle row by row.
+        self._xx = [0.0] * 6
+        self._xy = [0.0] * 3
         self._num_steps = 0
         # By batch size (powers of two): steps, proposed and accepted tokens per row, all decayed.
         self._rates: dict[int, tuple[float, float, float]] = {}
@@ -40,11 +40,12 @@ class StepCost:
 
         `accepted` is None where the further tokens were not (all) proposals.
         """
-        x = np.array([1.0, rows, proposed])
         # Relative errors count: long steps are not measured better than short ones.
-        weight = 1.0 / max(seconds, 1e-6) ** 2
-        self._xx = _FORGET * self._xx + weight * np.outer(x, x)
-        self._xy = _FORGET * self._xy + weight * seconds * x
+        w = 1.0 / max(seconds, 1e-6) ** 2
+        products = (1.0, rows, proposed, rows * rows, rows * proposed, proposed * proposed)
+        self._xx = [_FORGET * old + w * new for old, new in zip(self._xx, products, strict=True)]
+        targets = (seconds, rows * seconds, proposed * seconds)
+        self._xy = [_FORGET * old + w * new for old, new in zip(self._xy, targets, strict=True)]
         self._num_steps += 1
         if proposed and accepted is not None:
             size = rows.bit_length()
@@ -58,11 +59,27 @@ class StepCost:
     @property
     def coefficients(self) -> tuple[float, float, float]:
         """Seconds per step, per row and per proposed token; zeros before anything was seen."""
-        scale = np.sqrt(np.maximum(np.diag(self._xx), 1e-30))
-        ridge = 1e-6 * np.eye(3)
-        solved = np.linalg.solve(self._xx / np.outer(scale, scale) + ridge, self._xy / scale)
-        fixed, per_row, per_proposal = np.maximum(solved / scale, 0.0)
-        return float(fixed), float(per_row), float(per_proposal)
+        # Scaled to ones on the diagonal; the ridge keeps what was never varied at zero.
+        a, b, c, d, e, f = self._xx
+        scales = [max(v, 1e-30) ** 0.5 for v in (a, d, f)]
+        one = 1.0 + 1e-6
+        p, q, r = (
+            b / (scales[0] * scales[1]),
+            c / (scales[0] * scales[2]),
+            e / (scales[1] * scales[2]),
+        )
+        x, y, z = (v / s for v, s in zip(self._xy, scales, strict=True))
+        # Cramer's rule.
+        det = one * (one * one - r * r) - p * (p * one - r * q) + q * (p * r - one * q)
+        solved = (
+            x * (one * one - r * r) - p * (y * one - r * z) + q * (y * r - one * z),
+            one * (y * one - r * z) - x * (p * one - r * q) + q * (p * z - y * q),
+            one * (one * z - y * r) - p * (p * z - y * q) + x * (p * r - one * q),
+        )
+        fixed, per_row, per_proposal = (
+            max(0.0, v / (det * s)) for v, s in zip(solved, scales, strict=True)
+        )
+        return fixed, per_row, per_proposal
 
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
@@ -75,4 +92,4 @@ class StepCost:
             )
             if price > 0 and per_proposal > 0:
                 share = per_proposal / price
-        return float(np.clip(share, 0.05, 0.95))
+        return min(max(share, 0.05), 0.95)

@@ -7,11 +7,14 @@ the index is built by several threads before the first step, and it is gone when
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.rows import Row
+from spec_rollout.ragged import ranges
 from spec_rollout.types import History
 
 # token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none: empty), little-endian
@@ -73,6 +76,8 @@ class HistoryProposals:
         self._max_proposal = max_proposal
         self._token_budget = token_budget
         self._outcomes: list[tuple[int, int]] = []
+        self._num_indexed = np.zeros(self.num_requests, np.int64)  # tokens that the drafter knows
+        self._batch: _Batch | None = None
 
     def tested(self, row: Row, accepted: int) -> None:
         """Of the last proposal to `row`, this many tokens passed; the next one, if there was one, did not."""
@@ -102,53 +107,77 @@ class HistoryProposals:
         if self._outcomes:
             self._drafter.observe(*np.array(self._outcomes, np.int64).T.copy())
             self._outcomes = []
-        requests: list[int] = []
-        tokens: list[int] = []
-        lens: list[int] = []
-        free: list[int] = []
-        rooms: list[int] = []
-        for r, (row, new) in enumerate(zip(rows, sampled, strict=True)):
-            if row is None or row.history_id < 0 or not new:
-                continue
-            end = int(ends[r])
-            index = end - row.prompt_len
-            if index - len(new) != row.num_indexed:  # cut, or part of them came another way
-                new = token_ids[r, row.prompt_len + row.num_indexed : end].tolist()
-            row.num_indexed = index
-            requests.append(row.history_id)
-            tokens += new
-            lens.append(len(new))
-            if not row.alive:
-                free.append(r)
-                # The token drawn behind the proposal needs room, too.
-                rooms.append(row.max_response_len - 1 - index)
-        if not requests:
+        if self._batch is None or self._batch.rows is not rows:
+            self._batch = _Batch.of(rows)
+        batch = self._batch
+        given = np.fromiter(map(len, sampled), np.int64, len(sampled))
+        where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
+        if not where.size:
             return
-        self._drafter.extend(
-            np.array(requests, np.int64), np.array(tokens, np.int32), np.array(lens, np.int64)
-        )
+        requests = batch.history_ids[where]
+        # Not simply what was sampled: it may have been cut, or part of the tokens came another way.
+        indices = ends[where] - batch.prompt_lens[where]
+        known = self._num_indexed[requests]
+        new = indices - known
+        self._num_indexed[requests] = indices
+        columns = np.repeat(batch.prompt_lens[where] + known, new) + ranges(new)
+        tokens = token_ids[np.repeat(where, new), columns]
+        self._drafter.extend(requests, tokens.astype(np.int32, copy=False), new)
         most = min(self._max_proposal, self._token_budget // len(rows) - 1)
-        limits = np.minimum(np.array(rooms, np.int64), most)
-        if not free or limits.max() < 1 or not self.pays(len(rows)):
+        # The token drawn behind the proposal needs room, too.
+        limits = np.minimum(batch.max_response_lens[where] - 1 - indices, most)
+        is_free = np.fromiter((not rows[r].alive for r in where), bool, where.size)
+        is_free &= limits > 0
+        if not is_free.any() or not self.pays(len(rows)):
             return
-        ids = np.array([rows[r].history_id for r in free], np.int64)
+        free = where[is_free]
         proposals = self._drafter.propose(
-            ids,
-            limits,
+            requests[is_free],
+            limits[is_free],
             self._cost.threshold(len(rows)),
-            keys=np.array([rows[r].key for r in free], np.int64),
-            positions=np.array(
-                [rows[r].first_position + rows[r].num_indexed for r in free], np.int64
-            ),
+            keys=batch.keys[free],
+            positions=batch.first_positions[free] + indices[is_free],
         )
         if proposals.token_ids.size == 0:
             return
         flat, start = proposals.token_ids.tolist(), 0
-        for r, n in zip(free, proposals.lens.tolist(), strict=True):
+        counts = zip(free.tolist(), indices[is_free].tolist(), proposals.lens.tolist(), strict=True)
+        for r, index, n in counts:
             if n:
                 row = rows[r]
-                row.proposed_at = row.num_indexed
+                row.proposed_at = index
                 row.proposal = flat[start : start + n]
                 row.proposal_ids = proposals.token_ids[start : start + n]
                 drafts[r] = list(row.proposal)
                 start += n
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What is fixed about the requests of a batch, as arrays; those without a history have the id -1."""
+
+    rows: list[Row | None]
+    history_ids: np.ndarray
+    keys: np.ndarray
+    prompt_lens: np.ndarray
+    first_positions: np.ndarray
+    max_response_lens: np.ndarray
+
+    @classmethod
+    def of(cls, rows: list[Row | None]) -> _Batch:
+        numbers = np.array(
+            [
+                (-1, 0, 0, 0, 0)
+                if row is None
+                else (
+                    row.history_id,
+                    row.key,
+                    row.prompt_len,
+                    row.first_position,
+                    row.max_response_len,
+                )
+                for row in rows
+            ],
+            np.int64,
+        ).reshape(-1, 5)
+        return cls(rows, *numbers.T.copy())

@@ -14,6 +14,7 @@ import numpy as np
 
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.history import HistoryProposals
+from spec_rollout.engines.vllm.rows import Row
 from spec_rollout.engines.vllm.sampler import ReuseSampler
 from spec_rollout.types import History
 
@@ -54,6 +55,8 @@ class ReuseProposer:
         self.first_chunk = min(first_chunk, max_chunk)
         self.token_budget = budget
         self.sampler = ReuseSampler(max_chunk)
+        # vLLM's records of the requests of the last step, and our rows of them: mostly the next step has the same.
+        self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
         compat.keep_cpu_weights()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -61,6 +64,7 @@ class ReuseProposer:
 
     def begin(self, num_requests: int, history: History | None, stop_token_ids: list[int]) -> None:
         """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` - 1."""
+        self.last_batch = ([], [])
         proposals = None
         if history is not None:
             proposals = HistoryProposals(

@@ -25,7 +25,6 @@ class Row:
             draft or from history, and what it is, as a list and as an array.
         max_response_len: Most tokens of the response.
         history_id: Its number in the rollout call, if proposals from history follow the draft; or -1.
-        num_indexed: Tokens of the response that the history knows.
         first_step: Engine step that gave its first token; -1 before.
         masks: The request's `LogitMasks`, or None.
     """
@@ -45,7 +44,6 @@ class Row:
         "key",
         "masks",
         "max_response_len",
-        "num_indexed",
         "prompt_len",
         "proposal",
         "proposal_ids",
@@ -90,7 +88,6 @@ class Row:
         self.masks = masks
         self.max_response_len = max_response_len
         self.history_id = history_id
-        self.num_indexed = 0
         self.first_step = -1
 
     def num_scheduled(self, index: int, scheduled: list[int]) -> int:

@@ -108,8 +108,8 @@ class ReuseSampler:
             Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's LogprobsTensors or None.
         """
         self.rows = step.rows
-        # Row has no __eq__: the same objects in the same order.
-        if self._known is None or self._known.rows != step.rows:
+        # The list is the same object as long as the batch is the same.
+        if self._known is None or self._known.rows is not step.rows:
             self._known = _Known.of(step.rows)
         if step.scheduled is None and self._is_plain(step, self._known):
             return self._draw_plain(step, self._known)

@@ -266,11 +266,14 @@ def test_proposals_that_do_not_pay_become_rare() -> None:
     assert payoff.pays(64)
     payoff.observe(64, True, 70, 0.02)
     payoff.observe(64, False, 64, 0.01)
-    assert sum(payoff.pays(64) for _ in range(160)) == 10
+    assert sum(payoff.pays(64) for _ in range(320)) == 5  # clearly not
     assert payoff.pays(2)  # other batches are another matter
     for _ in range(40):
         payoff.observe(64, True, 200, 0.02)
-    assert sum(payoff.pays(64) for _ in range(160)) == 150
+    assert sum(payoff.pays(64) for _ in range(320)) == 315
+    for _ in range(40):
+        payoff.observe(64, True, 150, 0.02)
+    assert sum(payoff.pays(64) for _ in range(160)) == 150  # that is close
 
 
 def test_history_is_forgotten(engine: Any, plain: Rollouts) -> None:
