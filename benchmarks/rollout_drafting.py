@@ -1,8 +1,9 @@
 """The second table of bench_rollout.py: prefix reuse, history drafting and both, on real text of a drifting policy.
 
-The demo's model writes responses (long-tailed in length: they end where the model ends them), its weights are moved by
-random noise (`--drift`), and the next epoch's rollouts are made anew, under the same noise where reuse is lossless
-(`Coupled`) and under fresh noise with `Lenient(0.5)`.
+The policies are the demo's: its plain run is trained for two epochs (four optimiser steps), and rollouts of the weights at
+the start of the second epoch are the history of rollouts of the weights at its end, as they would be in the third. Responses are
+long-tailed in length, for they end where the model ends them. The new rollouts are made under the same noise where reuse is
+lossless (`Coupled`), under fresh noise with `Lenient(0.5)`.
 
 | mode | drafts | history |
 |---|---|---|
@@ -16,8 +17,11 @@ random noise (`--drift`), and the next epoch's rollouts are made anew, under the
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,16 +75,26 @@ def _useless(old: Rollouts, vocab: int) -> History:
     return History(torch.from_numpy(ids), old.cu_response_lens, groups, groups)
 
 
-def _moved(drift: float) -> list[tuple[str, torch.Tensor]]:
-    """The demo's weights, each matrix moved by `drift` of its own spread."""
+def _policies(quick: bool) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The demo's weights one epoch of training apart."""
     from safetensors.torch import load_file
 
-    generator = torch.Generator().manual_seed(0)
-    moved = []
-    for name, tensor in load_file(model_dir() / "model.safetensors").items():
-        noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
-        moved.append((name, tensor + drift * noise if tensor.dim() > 1 else tensor))
-    return moved
+    from spec_rollout.demo_run import SHORT, DemoSize, demo_config, prepare
+    from spec_rollout.train.config import CheckpointConfig
+    from spec_rollout.train.trainer import run as train
+
+    size = replace(SHORT if quick else DemoSize(), epochs=2)
+    per_epoch = size.num_prompts // size.prompts_per_step
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        prepare(out, ["vanilla"], size)
+        config = demo_config("vanilla", out, size, seed=0, evaluate_first=False)
+        checkpoint = CheckpointConfig(every_steps=per_epoch, keep_last=2)
+        train(
+            replace(config, eval=replace(config.eval, at_end=False), checkpoint=checkpoint),
+        )
+        old, new = sorted((out / "vanilla" / "checkpoints").glob("*/model/model.safetensors"))
+        return load_file(old), load_file(new)
 
 
 def run(args: argparse.Namespace, results: Results) -> None:
@@ -95,12 +109,13 @@ def run(args: argparse.Namespace, results: Results) -> None:
         "seed": 0,
         **({"gpu_memory_utilization": 0.4} if on_gpu else {"block_size": 32}),
     }
+    policies = _policies(args.quick)
     for batch in args.batches:
         engines = [
             VLLMEngine(str(model_dir()), num_speculative_tokens=args.k, llm_args=dict(engine_args))
             for _ in range(2)
         ]
-        _run_batch(args, results, *engines, batch)
+        _run_batch(args, results, *engines, policies, batch)
         del engines
 
 
@@ -109,6 +124,7 @@ def _run_batch(
     results: Results,
     engine: VLLMEngine,
     without_use: VLLMEngine,
+    policies: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
     batch: int,
 ) -> None:
     """`without_use` serves the useless history: an engine carries what it learns about proposals from call to call."""
@@ -116,6 +132,7 @@ def _run_batch(
     sampling = SamplingParams(
         max_tokens=args.max_tokens or MAX_RESPONSE_TOKENS, stop_token_ids=stops
     )
+    engine.update_weights(policies[0].items())
     old = engine.rollout(first, sampling, NoReuse())
     drafts = Drafts(
         old.response_ids,
@@ -126,7 +143,7 @@ def _run_batch(
     groups = torch.arange(batch) // GROUP
     history = History(old.response_ids, old.cu_response_lens, groups, groups, old.logprobs)
     for each in (engine, without_use):
-        each.update_weights(_moved(args.drift))
+        each.update_weights(policies[1].items())
 
     contenders: dict[tuple[str, str], tuple[RolloutRequests, AcceptanceRule]] = {}
     for label, rule in RULES.items():
