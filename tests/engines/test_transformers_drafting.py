@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import Payoff
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
 
@@ -107,6 +107,30 @@ def test_sampling_and_limits(name: str, sampling: SamplingParams) -> None:
     assert_same(actual, expected)
     if sampling.max_tokens > 20:
         assert actual.stats.num_decode_steps < expected.stats.num_decode_steps
+
+
+def test_the_noise_in_view_is_that_of_the_token(
+    old, new_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses at the sample pass far more often with the noise of its key and position than with any other."""
+    requests, _ = old
+    engine = TransformersEngine(new_model)
+    seen = engine.rollout(replace(requests, keys=requests.keys + 1), SAMPLING, NoReuse())
+    past = history_of(responses(seen), GROUPS)
+    past = replace(past, logprobs=seen.logprobs)
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
+    propose = HistoryDrafter.propose
+
+    def accepted(shift: int) -> int:
+        def shifted(*args, keys, positions):
+            return propose(*args, keys=keys, positions=positions + shift)
+
+        monkeypatch.setattr(HistoryDrafter, "propose", shifted)
+        engine._match_shares = MatchShares()
+        rollouts = engine.rollout(replace(requests, history=past), SAMPLING, NoReuse())
+        return rollouts.stats.num_accepted_proposals
+
+    assert accepted(0) > 2 * max(accepted(1), accepted(-1), 10)
 
 
 def test_model_length(new_model) -> None:

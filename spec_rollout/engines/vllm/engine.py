@@ -260,7 +260,8 @@ class VLLMEngine:
     def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:
         history = None if requests.history is None else pack_history(requests.history)
         stops = list(sampling.stop_token_ids)
-        self.llm.collective_rpc("spec_rollout_begin", args=(requests.batch, history, stops))
+        keyed = sampling.temperature > 0  # greedy decoding knows no noise
+        self.llm.collective_rpc("spec_rollout_begin", args=(requests.batch, history, stops, keyed))
 
     def _end(self) -> ReuseMetrics:
         return ReuseMetrics.from_dict(self.llm.collective_rpc("spec_rollout_end")[0])

@@ -51,6 +51,7 @@ class HistoryProposals:
     Args:
         history: Of the call.
         stop_token_ids: Of the call; never proposed.
+        keyed: Whether the call draws with keyed noise, which then is looked at.
         cost: Decides with the drafter how much to propose.
         payoff: Decides whether to propose at all.
         shares: How proposals fared so far.
@@ -62,6 +63,7 @@ class HistoryProposals:
         self,
         history: History,
         stop_token_ids: list[int],
+        keyed: bool,
         cost: StepCost,
         payoff: Payoff,
         shares: MatchShares,
@@ -71,6 +73,7 @@ class HistoryProposals:
     ) -> None:
         self.num_requests = history.request_groups.numel()
         self._drafter = HistoryDrafter(history, stop_token_ids, shares)
+        self._keyed = keyed
         self._cost = cost
         self._payoff = payoff
         self._max_proposal = max_proposal
@@ -135,7 +138,7 @@ class HistoryProposals:
             requests[is_free],
             limits[is_free],
             self._cost.threshold(len(rows)),
-            keys=batch.keys[free],
+            keys=batch.keys[free] if self._keyed else None,
             positions=batch.first_positions[free] + indices[is_free],
         )
         if proposals.token_ids.size == 0:

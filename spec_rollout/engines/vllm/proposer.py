@@ -62,14 +62,24 @@ class ReuseProposer:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """There is no model to load."""
 
-    def begin(self, num_requests: int, history: History | None, stop_token_ids: list[int]) -> None:
-        """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` - 1."""
+    def begin(
+        self,
+        num_requests: int,
+        history: History | None,
+        stop_token_ids: list[int],
+        keyed: bool,
+    ) -> None:
+        """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` - 1.
+
+        `keyed`: their tokens are drawn with keyed noise, not greedily.
+        """
         self.last_batch = ([], [])
         proposals = None
         if history is not None:
             proposals = HistoryProposals(
                 history,
                 stop_token_ids,
+                keyed,
                 self.sampler.cost,
                 self.sampler.payoff,
                 self.sampler.match_shares,

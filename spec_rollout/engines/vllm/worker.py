@@ -16,11 +16,15 @@ class ReuseWorker:
     """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
 
     def spec_rollout_begin(
-        self, num_requests: int, history: PackedHistory | None, stop_token_ids: list[int]
+        self,
+        num_requests: int,
+        history: PackedHistory | None,
+        stop_token_ids: list[int],
+        keyed: bool,
     ) -> None:
         """Ahead of the requests of a rollout call: starts counters anew and takes the history to propose from."""
         unpacked = None if history is None else unpack_history(history)
-        compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids)
+        compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
 
     def spec_rollout_end(self) -> dict[str, Any]:
         """After the last request of a rollout call: forgets its history and returns its counters."""

@@ -20,7 +20,7 @@ from vllm_samples import (
 )
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
 from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.types import (
     FinishReason,
@@ -221,6 +221,27 @@ def test_model_length(engine: Any) -> None:
     found, _ = check(engine, make_requests(prompts), history_of(rows, GROUPS), sampling)
     assert found.finish_reasons.tolist() == [FinishReason.LENGTH] * BATCH
     assert found.stats.num_accepted_proposals > 0
+
+
+def test_the_noise_in_view_is_that_of_the_token(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guesses at the sample pass far more often with the noise of its key and position than with any other."""
+    requests = make_requests(PROMPTS)
+    seen = engine.rollout(replace(requests, keys=requests.keys + 1), SAMPLING, NoReuse())
+    past = replace(history_of(rows_of(seen), GROUPS), logprobs=seen.logprobs)
+    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
+    propose = HistoryDrafter.propose
+
+    def accepted(shift: int) -> int:
+        def shifted(*args: Any, keys: np.ndarray, positions: np.ndarray) -> Any:
+            return propose(*args, keys=keys, positions=positions + shift)
+
+        monkeypatch.setattr(HistoryDrafter, "propose", shifted)
+        rollouts = engine.rollout(replace(requests, history=past), SAMPLING, NoReuse())
+        return rollouts.stats.num_accepted_proposals
+
+    assert accepted(0) > 2 * max(accepted(1), accepted(-1), 10)
 
 
 def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
