@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import (
@@ -19,7 +20,7 @@ from tiny_models import (
 )
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, Payoff
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
 
@@ -112,25 +113,35 @@ def test_sampling_and_limits(name: str, sampling: SamplingParams) -> None:
 def test_the_noise_in_view_is_that_of_the_token(
     old, new_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guesses at the sample pass far more often with the noise of its key and position than with any other."""
-    requests, _ = old
-    engine = TransformersEngine(new_model)
-    seen = engine.rollout(replace(requests, keys=requests.keys + 1), SAMPLING, NoReuse())
-    past = history_of(responses(seen), GROUPS)
-    past = replace(past, logprobs=seen.logprobs)
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
-    propose = HistoryDrafter.propose
+    """The drafter is told each request's key, and the position after all the tokens it has been given."""
+    requests, rollouts = old
+    engine = TransformersEngine(new_model, num_slots=7)
+    past = replace(history_of(responses(rollouts), GROUPS), logprobs=rollouts.logprobs)
+    requests = with_drafts(requests, drafts_of(rollouts))
+    known = np.zeros(BATCH, np.int64)
+    asked: list[int] = []
+    extend, propose = HistoryDrafter.extend, HistoryDrafter.propose
 
-    def accepted(shift: int) -> int:
-        def shifted(*args, keys, positions):
-            return propose(*args, keys=keys, positions=positions + shift)
+    def extended(self, rows, token_ids, lens, *args):
+        np.add.at(known, rows, lens)
+        extend(self, rows, token_ids, lens, *args)
 
-        monkeypatch.setattr(HistoryDrafter, "propose", shifted)
-        engine._match_shares = MatchShares()
-        rollouts = engine.rollout(replace(requests, history=past), SAMPLING, NoReuse())
-        return rollouts.stats.num_accepted_proposals
+    def proposed(self, rows, *args, keys, positions):
+        if expected_keys is None:
+            assert keys is None
+        else:
+            np.testing.assert_array_equal(keys, expected_keys[rows])
+            np.testing.assert_array_equal(positions, known[rows])
+        asked.extend(rows.tolist())
+        return propose(self, rows, *args, keys=keys, positions=positions)
 
-    assert accepted(0) > 2 * max(accepted(1), accepted(-1), 10)
+    monkeypatch.setattr(HistoryDrafter, "extend", extended)
+    monkeypatch.setattr(HistoryDrafter, "propose", proposed)
+    expected_keys = requests.keys.numpy()
+    engine.rollout(replace(requests, history=past), SAMPLING, Coupled())
+    assert len(set(asked)) > BATCH // 2
+    expected_keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
+    engine.rollout(replace(requests, history=past), greedy, NoReuse())
 
 
 def test_model_length(new_model) -> None:

@@ -224,24 +224,36 @@ def test_model_length(engine: Any) -> None:
 
 
 def test_the_noise_in_view_is_that_of_the_token(
-    engine: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guesses at the sample pass far more often with the noise of its key and position than with any other."""
-    requests = make_requests(PROMPTS)
-    seen = engine.rollout(replace(requests, keys=requests.keys + 1), SAMPLING, NoReuse())
-    past = replace(history_of(rows_of(seen), GROUPS), logprobs=seen.logprobs)
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
-    propose = HistoryDrafter.propose
+    """The drafter is told each request's key, and the position after all the tokens it has been given."""
+    drafts = pack_drafts(mixed_drafts(rows_of(plain)), logprobs=-1.5)
+    requests = make_requests(PROMPTS, drafts)
+    past = replace(history_of(rows_of(plain), GROUPS), logprobs=plain.logprobs)
+    known = np.zeros(BATCH, np.int64)
+    asked: list[int] = []
+    extend, propose = HistoryDrafter.extend, HistoryDrafter.propose
 
-    def accepted(shift: int) -> int:
-        def shifted(*args: Any, keys: np.ndarray, positions: np.ndarray) -> Any:
-            return propose(*args, keys=keys, positions=positions + shift)
+    def extended(self, rows, token_ids, lens, *args):
+        np.add.at(known, rows, lens)
+        extend(self, rows, token_ids, lens, *args)
 
-        monkeypatch.setattr(HistoryDrafter, "propose", shifted)
-        rollouts = engine.rollout(replace(requests, history=past), SAMPLING, NoReuse())
-        return rollouts.stats.num_accepted_proposals
+    def proposed(self, rows, *args, keys, positions):
+        if expected_keys is None:
+            assert keys is None
+        else:
+            np.testing.assert_array_equal(keys, expected_keys[rows])
+            np.testing.assert_array_equal(positions, known[rows])
+        asked.extend(rows.tolist())
+        return propose(self, rows, *args, keys=keys, positions=positions)
 
-    assert accepted(0) > 2 * max(accepted(1), accepted(-1), 10)
+    monkeypatch.setattr(HistoryDrafter, "extend", extended)
+    monkeypatch.setattr(HistoryDrafter, "propose", proposed)
+    expected_keys = requests.keys.numpy()
+    engine.rollout(replace(requests, history=past), SAMPLING, Coupled())
+    assert len(set(asked)) > BATCH // 2
+    expected_keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
+    engine.rollout(replace(requests, history=past), greedy, NoReuse())
 
 
 def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch) -> None:
