@@ -284,12 +284,35 @@ def drafting_table(content: Mapping[str, Any]) -> str:
     return f"{table}\n\n{markdown_table(['index', 'per token', 'bytes per token'], lines)}"
 
 
+def rollout_drafting_table(content: Mapping[str, Any]) -> str:
+    """bench_rollout.py --table drafting: seconds and engine steps by mode."""
+    lines = []
+    for row in content["rows"]:
+        vanilla = row.get("peers", {}).get("vanilla")
+        computed = row["computed_tokens"] / row["shape"]["response_tokens"]
+        lines.append(
+            [
+                str(row["shape"]["batch"]),
+                row["rule"],
+                row["mode"],
+                f"{row['reused_share']:.0%}",
+                seconds(row["seconds"]["p50"]),
+                "" if vanilla is None else speedup(vanilla["speedup"]),
+                str(row["engine_steps"]),
+                f"{computed:.2f}",
+            ]
+        )
+    header = ["requests", "rule", "mode", "tokens reused", "median", "vanilla / mode"]
+    return markdown_table([*header, "engine steps", "computed per token"], lines)
+
+
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
     "drafting": drafting_table,
     "rollout_vllm": rollout_table,
     "rollout_vllm_gpu": rollout_table,
+    "rollout_vllm_drafting": rollout_drafting_table,
 }
 
 
