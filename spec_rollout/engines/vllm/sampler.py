@@ -21,6 +21,7 @@ from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled
 from spec_rollout.drafting import MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.collect import Collector
+from spec_rollout.engines.vllm.groups import Group, Known, Segment
 from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
@@ -62,25 +63,6 @@ class Step:
     logprobs: SampledLogprobs | None
 
 
-@dataclass(slots=True)
-class _Segment:
-    """Logits rows first_row..first_row + num_rows of one request, tested against some tokens."""
-
-    request: int
-    first_row: int
-    num_rows: int
-    index: int = 0  # response token that the first row predicts
-    tokens: np.ndarray | None = None  # to test: of the draft, or proposed from history
-    num_proposed: int = 0  # of these, computed in this step
-    row: Row | None = None  # None: nobody reads the result
-    is_draft: bool = True
-    learn: bool = False  # the drafter made this proposal and wants to know how it fared
-
-    @property
-    def num_tested(self) -> int:
-        return 0 if self.tokens is None else self.tokens.size
-
-
 class ReuseSampler:
     """Draws the tokens of every request that has a noise key; leaves the others to vLLM's sampler."""
 
@@ -99,7 +81,7 @@ class ReuseSampler:
         self.metrics = ReuseMetrics()
         self.collector = Collector()
         self.rows: list[Row | None] = []  # of the last step, for the proposer
-        self._known: _Known | None = None
+        self._known: Known | None = None
 
     def __call__(self, step: Step) -> tuple[torch.Tensor, Any]:
         """Samples one step.
@@ -110,7 +92,7 @@ class ReuseSampler:
         self.rows = step.rows
         # The list is the same object as long as the batch is the same.
         if self._known is None or self._known.rows is not step.rows:
-            self._known = _Known.of(step.rows)
+            self._known = Known.of(step.rows)
         if step.scheduled is None and self._is_plain(step, self._known):
             return self._draw_plain(step, self._known)
         return self._verify(step, self._known)
@@ -168,14 +150,14 @@ class ReuseSampler:
 
     # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
 
-    def _is_plain(self, step: Step, known: _Known) -> bool:
+    def _is_plain(self, step: Step, known: Known) -> bool:
         if not known.is_plain:  # if it ever was, it still is: drafts do not come back to life
             known.is_plain = not any(
                 row is None or row.alive or row.masks is not None for row in step.rows
             )
         return known.is_plain and not step.discard.any()
 
-    def _draw_plain(self, step: Step, known: _Known) -> tuple[torch.Tensor, Any]:
+    def _draw_plain(self, step: Step, known: Known) -> tuple[torch.Tensor, Any]:
         indices = step.lens - known.prompt_lens
         positions = torch.from_numpy(indices + known.first_positions)
         result = ops.sample_tokens(
@@ -198,7 +180,7 @@ class ReuseSampler:
 
     # -- The general step.
 
-    def _verify(self, step: Step, known: _Known) -> tuple[torch.Tensor, Any]:
+    def _verify(self, step: Step, known: Known) -> tuple[torch.Tensor, Any]:
         batch = len(step.rows)
         counts = [1] * batch if step.scheduled is None else [len(s) + 1 for s in step.scheduled]
         first_rows = np.zeros(batch + 1, np.int64)
@@ -222,8 +204,12 @@ class ReuseSampler:
             groups, plain = self._segments(step, first_rows)
             default = next(iter(groups), _SAMPLED)
             for rule in groups or [default]:
-                group = _Group.of(
-                    groups.get(rule, []), plain if rule is default else [], step, known, first_rows
+                group = Group.of(
+                    groups.get(rule, []),
+                    plain if rule is default else [],
+                    step.lens,
+                    known,
+                    first_rows,
                 )
                 self._verify_group(
                     step, rule, group, len(groups) <= 1 and not stock, tokens, emitted
@@ -236,13 +222,13 @@ class ReuseSampler:
 
     def _segments(
         self, step: Step, first_rows: np.ndarray
-    ) -> tuple[dict[AcceptanceRule, list[_Segment]], list[int]]:
+    ) -> tuple[dict[AcceptanceRule, list[Segment]], list[int]]:
         """Logits rows by acceptance rule, in order; and the requests that have nothing tested, one row each.
 
         Together they own every row of the keyed requests.
         """
         order: list[
-            tuple[AcceptanceRule | None, _Segment]
+            tuple[AcceptanceRule | None, Segment]
         ] = []  # None: nothing to test, any rule will do
         plain: list[int] = []
         scheduled_all = step.scheduled
@@ -260,7 +246,7 @@ class ReuseSampler:
                 continue
             first, count = int(first_rows[r]), len(scheduled) + 1
             if discard[r]:
-                order.append((None, _Segment(r, first, 1)))
+                order.append((None, Segment(r, first, 1)))
                 used = 1
             else:
                 index = int(step.lens[r]) - row.prompt_len
@@ -271,9 +257,9 @@ class ReuseSampler:
                 if row.masks is not None:
                     row.masks.apply(step.logits[first : first + used], index + row.first_position)
             if used < count:  # rows computed for draft tokens that vLLM made up
-                order.append((None, _Segment(r, first + used, count - used)))
+                order.append((None, Segment(r, first + used, count - used)))
         default = next((rule for rule, _ in order if rule is not None), _SAMPLED)
-        groups: dict[AcceptanceRule, list[_Segment]] = {}
+        groups: dict[AcceptanceRule, list[Segment]] = {}
         for rule, segment in order:
             groups.setdefault(default if rule is None else rule, []).append(segment)
         if default in groups:  # first, for it is the one that plain requests join
@@ -282,7 +268,7 @@ class ReuseSampler:
 
     def _segment(
         self, request: int, row: Row, first_row: int, index: int, scheduled: list[int]
-    ) -> _Segment:
+    ) -> Segment:
         """What is to be tested of one request, with draft tokens `scheduled` for response tokens from `index` on."""
         metrics = self.metrics
         if row.alive:
@@ -292,20 +278,18 @@ class ReuseSampler:
             num_tested = min(num_real + 1, row.draft_len - index)
             num_rows = max(num_tested, min(num_real, num_tested) + 1)
             tokens = row.draft[index : index + num_tested]
-            return _Segment(request, first_row, num_rows, index, tokens, num_real, row)
+            return Segment(request, first_row, num_rows, index, tokens, num_real, row)
         tokens, ours = row.from_history(index, scheduled)
         n = tokens.size
         metrics.num_proposed_tokens += n
         metrics.num_placeholder_tokens += len(scheduled) - n
-        return _Segment(
-            request, first_row, n + 1, index, tokens, n, row, is_draft=False, learn=ours
-        )
+        return Segment(request, first_row, n + 1, index, tokens, n, row, is_draft=False, learn=ours)
 
     def _verify_group(
         self,
         step: Step,
         rule: AcceptanceRule,
-        group: _Group,
+        group: Group,
         owns_all: bool,
         tokens: np.ndarray,
         emitted: _Runs,
@@ -354,7 +338,7 @@ class ReuseSampler:
     def _record(
         self,
         step: Step,
-        group: _Group,
+        group: Group,
         draft_ids: np.ndarray,
         accepted: np.ndarray,
         drawn: np.ndarray,
@@ -388,7 +372,7 @@ class ReuseSampler:
                 row = int(group.first_rows[i])
                 emitted.append((request, row, tokens[request, :n], logprobs[first : first + n]))
 
-    def _settle(self, segment: _Segment, row: Row, accepted: int, token: int) -> None:
+    def _settle(self, segment: Segment, row: Row, accepted: int, token: int) -> None:
         """Books the outcome of one request that something was tested for."""
         index = segment.index
         if not segment.is_draft:
@@ -411,179 +395,6 @@ class ReuseSampler:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
             if accepted and row.collect_id >= 0:
                 self.collector.reused(row.collect_id, accepted)
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is fixed about the requests of a batch, as arrays; made anew when the batch changes.
-
-    Entries of requests without a key are zeros, their collect id is -1.
-    """
-
-    rows: list[Row | None]
-    keys: np.ndarray
-    prompt_lens: np.ndarray
-    first_positions: np.ndarray
-    collect_ids: np.ndarray
-    any_collected: bool
-    is_plain: bool = False  # nothing is left to verify
-    device_keys: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, rows: list[Row | None]) -> _Known:
-        numbers = np.array(
-            [
-                (0, 0, 0, -1)
-                if row is None
-                else (row.key, row.prompt_len, row.first_position, row.collect_id)
-                for row in rows
-            ],
-            np.int64,
-        ).reshape(-1, 4)
-        keys, prompt_lens, first_positions, collect_ids = numbers.T.copy()
-        return cls(
-            rows=rows,
-            keys=keys,
-            prompt_lens=prompt_lens,
-            first_positions=first_positions,
-            collect_ids=collect_ids.astype(np.int32),
-            any_collected=bool((collect_ids >= 0).any()),
-        )
-
-    def keys_on(self, device: torch.device) -> torch.Tensor:
-        """The keys as a tensor, which stays on the device while the batch is the same."""
-        if self.device_keys is None:
-            self.device_keys = torch.from_numpy(self.keys).to(device)
-        return self.device_keys
-
-
-@dataclass(slots=True)
-class _Group:
-    """Rows of logits that one call of `verify_prefix` works on, in their order; arrays by segment.
-
-    Attributes:
-        segments: Those with something to test, or that nobody reads.
-        places: Where each of them stands among all; between them stand requests with nothing to test.
-        is_read: Whether somebody reads the result.
-        first_tokens: Of each segment's tokens, among those of all.
-    """
-
-    segments: list[_Segment]
-    places: list[int]
-    requests: np.ndarray
-    first_rows: np.ndarray
-    num_rows: np.ndarray
-    num_tested: np.ndarray
-    indices: np.ndarray
-    keys: np.ndarray
-    positions: np.ndarray
-    collect_ids: np.ndarray
-    is_read: np.ndarray
-    first_tokens: np.ndarray
-    any_collected: bool
-
-    @classmethod
-    def of(
-        cls,
-        segments: list[_Segment],
-        plain: list[int],
-        step: Step,
-        known: _Known,
-        first_rows: np.ndarray,
-    ) -> _Group:
-        # What nobody reads is tested against token 0 in every row: one row of work.
-        listed = np.array(
-            [
-                (s.request, s.first_row, s.num_rows, s.num_rows, 0)
-                if s.row is None
-                else (s.request, s.first_row, s.num_rows, s.num_tested, 1)
-                for s in segments
-            ],
-            np.int64,
-        ).reshape(-1, 5)
-        if plain:
-            columns = np.array(plain, np.int64)
-            ones = np.ones_like(columns)
-            rest = np.stack([columns, first_rows[columns], ones, 0 * ones, ones], axis=1)
-            listed = np.concatenate([listed, rest])
-            order = np.argsort(listed[:, 1], kind="stable")
-            listed = listed[order]
-            places = np.flatnonzero(order < len(segments)).tolist()
-        else:
-            places = list(range(len(segments)))
-        requests, first, num_rows, num_tested, is_read = np.ascontiguousarray(listed.T)
-        indices = step.lens[requests] - known.prompt_lens[requests]
-        return cls(
-            segments=segments,
-            places=places,
-            requests=requests,
-            first_rows=first,
-            num_rows=num_rows,
-            num_tested=num_tested,
-            indices=indices,
-            keys=known.keys[requests],
-            positions=indices + known.first_positions[requests],
-            collect_ids=known.collect_ids[requests],
-            is_read=is_read.astype(bool),
-            first_tokens=np.cumsum(num_tested) - num_tested,
-            any_collected=known.any_collected,
-        )
-
-    def read_only(self) -> _Group:
-        """Without what nobody reads."""
-        if self.is_read.all():
-            return self
-        new_places = np.cumsum(self.is_read) - 1
-        arrays = {
-            name: getattr(self, name)[self.is_read]
-            for name in (
-                "requests",
-                "first_rows",
-                "num_rows",
-                "num_tested",
-                "indices",
-                "keys",
-                "positions",
-                "collect_ids",
-                "is_read",
-            )
-        }
-        num_tested = arrays["num_tested"]
-        return _Group(
-            segments=[s for s in self.segments if s.row is not None],
-            places=[
-                int(new_places[i])
-                for i, s in zip(self.places, self.segments, strict=True)
-                if s.row is not None
-            ],
-            first_tokens=np.cumsum(num_tested) - num_tested,
-            any_collected=self.any_collected,
-            **arrays,
-        )
-
-    def numbers(self) -> np.ndarray:
-        """Offsets of tokens and of rows, keys and positions. [4, segments + 1], the last two one shorter."""
-        n = self.requests.size
-        numbers = np.zeros((4, n + 1), np.int64)
-        np.cumsum(self.num_tested, out=numbers[0, 1:])
-        np.cumsum(self.num_rows, out=numbers[1, 1:])
-        numbers[2, :n] = self.keys
-        numbers[3, :n] = self.positions
-        return numbers
-
-    def drafts(self, with_logprobs: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens to test, and the log-probs they come with."""
-        ids, logprobs = [np.empty(0, np.int32)], [np.empty(0, np.float32)]
-        for s in self.segments:
-            if s.row is None:
-                ids.append(np.zeros(s.num_rows, np.int32))
-                if with_logprobs:
-                    logprobs.append(np.full(s.num_rows, np.inf, np.float32))
-            elif s.tokens is not None and s.tokens.size:
-                ids.append(s.tokens)
-                if with_logprobs:
-                    logprobs.append(s.row.draft_logprobs[s.index : s.index + s.tokens.size])
-        return np.concatenate(ids), np.concatenate(logprobs) if with_logprobs else None
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
