@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from noise_watch import NoiseWatch
 from tiny_models import (
     SAMPLING,
     STOP,
@@ -20,7 +20,7 @@ from tiny_models import (
 )
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import HistoryDrafter, Payoff
+from spec_rollout.drafting import Payoff
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
 
@@ -118,29 +118,10 @@ def test_the_noise_in_view_is_that_of_the_token(
     engine = TransformersEngine(new_model, num_slots=7)
     past = replace(history_of(responses(rollouts), GROUPS), logprobs=rollouts.logprobs)
     requests = with_drafts(requests, drafts_of(rollouts))
-    known = np.zeros(BATCH, np.int64)
-    asked: list[int] = []
-    extend, propose = HistoryDrafter.extend, HistoryDrafter.propose
-
-    def extended(self, rows, token_ids, lens, *args):
-        np.add.at(known, rows, lens)
-        extend(self, rows, token_ids, lens, *args)
-
-    def proposed(self, rows, *args, keys, positions):
-        if expected_keys is None:
-            assert keys is None
-        else:
-            np.testing.assert_array_equal(keys, expected_keys[rows])
-            np.testing.assert_array_equal(positions, known[rows])
-        asked.extend(rows.tolist())
-        return propose(self, rows, *args, keys=keys, positions=positions)
-
-    monkeypatch.setattr(HistoryDrafter, "extend", extended)
-    monkeypatch.setattr(HistoryDrafter, "propose", proposed)
-    expected_keys = requests.keys.numpy()
+    watch = NoiseWatch(monkeypatch, requests.keys.numpy())
     engine.rollout(replace(requests, history=past), SAMPLING, Coupled())
-    assert len(set(asked)) > BATCH // 2
-    expected_keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
+    assert len(watch.asked) > BATCH // 2
+    watch.keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
     engine.rollout(replace(requests, history=past), greedy, NoReuse())
 
 

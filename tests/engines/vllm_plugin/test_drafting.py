@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from noise_watch import NoiseWatch
 from vllm_samples import (
     EOS,
     drafts_of,
@@ -20,7 +21,7 @@ from vllm_samples import (
 )
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
+from spec_rollout.drafting import Payoff, StepCost
 from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.types import (
     FinishReason,
@@ -230,29 +231,10 @@ def test_the_noise_in_view_is_that_of_the_token(
     drafts = pack_drafts(mixed_drafts(rows_of(plain)), logprobs=-1.5)
     requests = make_requests(PROMPTS, drafts)
     past = replace(history_of(rows_of(plain), GROUPS), logprobs=plain.logprobs)
-    known = np.zeros(BATCH, np.int64)
-    asked: list[int] = []
-    extend, propose = HistoryDrafter.extend, HistoryDrafter.propose
-
-    def extended(self, rows, token_ids, lens, *args):
-        np.add.at(known, rows, lens)
-        extend(self, rows, token_ids, lens, *args)
-
-    def proposed(self, rows, *args, keys, positions):
-        if expected_keys is None:
-            assert keys is None
-        else:
-            np.testing.assert_array_equal(keys, expected_keys[rows])
-            np.testing.assert_array_equal(positions, known[rows])
-        asked.extend(rows.tolist())
-        return propose(self, rows, *args, keys=keys, positions=positions)
-
-    monkeypatch.setattr(HistoryDrafter, "extend", extended)
-    monkeypatch.setattr(HistoryDrafter, "propose", proposed)
-    expected_keys = requests.keys.numpy()
+    watch = NoiseWatch(monkeypatch, requests.keys.numpy())
     engine.rollout(replace(requests, history=past), SAMPLING, Coupled())
-    assert len(set(asked)) > BATCH // 2
-    expected_keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
+    assert len(watch.asked) > BATCH // 2
+    watch.keys, greedy = None, replace(SAMPLING, temperature=0.0)  # there is no noise then
     engine.rollout(replace(requests, history=past), greedy, NoReuse())
 
 
