@@ -122,6 +122,16 @@ void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle logpr
   drafter.add_history(packed.ids, packed.logprobs, packed.cu, values, rows.value, num_threads);
 }
 
+void follow(HistoryDrafter& drafter, int64_t request, py::handle token_ids, py::handle logprobs) {
+  ArgReader reader;
+  Dim count{"num_tokens"};
+  const TensorView ids = reader.tensor(token_ids, "token_ids", {count}, {DType::kInt32});
+  const TensorView known = reader.tensor(logprobs, "logprobs", {count}, {DType::kFloat32});
+  if (!reader.on_cpu()) fail("token_ids: expected a CPU tensor, got a CUDA one");
+  drafter.follow(request, static_cast<const int32_t*>(ids.data),
+                 static_cast<const float*>(known.data), count.value);
+}
+
 void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle token_ids,
                      py::handle logprobs, py::handle cu_lens) {
   ArgReader reader;
@@ -132,8 +142,9 @@ void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle to
 }
 
 int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
-                    py::handle keys, py::handle positions, double min_probability, py::handle out,
-                    py::handle out_lens) {
+                    py::handle keys, py::handle positions, double min_probability,
+                    int64_t max_total, int num_threads, py::handle out, py::handle out_lens,
+                    py::handle own_lens) {
   ArgReader reader;
   Dim count{"count"}, room{"room"};
   const int64_t* values = int64s(reader, requests, "requests", count);
@@ -147,8 +158,11 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
   if (total > room.value) fail("out: expected room for ", total, " tokens, got ", room.value);
   auto* lens =
       static_cast<int64_t*>(reader.tensor(out_lens, "out_lens", {count}, {DType::kInt64}).data);
-  return drafter.propose(values, most, noise_keys, next, count.value, min_probability,
-                         static_cast<int32_t*>(ids.data), lens);
+  auto* own =
+      static_cast<int64_t*>(reader.tensor(own_lens, "own_lens", {count}, {DType::kInt64}).data);
+  py::gil_scoped_release release;
+  return drafter.propose(values, most, noise_keys, next, count.value, min_probability, max_total,
+                         num_threads, static_cast<int32_t*>(ids.data), lens, own);
 }
 
 void observe(HistoryDrafter& drafter, py::handle requests, py::handle accepted_lens) {
@@ -177,9 +191,11 @@ void bind_suffix_index(py::module_& module) {
       .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"),
            py::arg("stop_token_ids"), py::arg("shares").none(false))
       .def("add_history", &add_history)
+      .def("follow", &follow)
       .def("extend", &extend_requests)
       .def("propose", &propose_for)
       .def("observe", &observe)
+      .def_property_readonly("followed_lens", &HistoryDrafter::followed_lens)
       .def_property_readonly("num_tokens", &HistoryDrafter::num_tokens)
       .def_property_readonly("num_bytes", &HistoryDrafter::num_bytes)
       .def_property_readonly("acceptance", &HistoryDrafter::acceptance);

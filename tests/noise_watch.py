@@ -26,14 +26,14 @@ class NoiseWatch:
             np.add.at(known, rows, lens)
             extend(drafter, rows, token_ids, lens, *args)
 
-        def proposed(drafter, rows, *args, keys, positions):
+        def proposed(drafter, rows, *args, keys, positions, **kwargs):
             if self.keys is None:
                 assert keys is None
             else:
                 np.testing.assert_array_equal(keys, self.keys[rows])
                 np.testing.assert_array_equal(positions, known[rows])
             self.asked.update(rows.tolist())
-            return propose(drafter, rows, *args, keys=keys, positions=positions)
+            return propose(drafter, rows, *args, keys=keys, positions=positions, **kwargs)
 
         monkeypatch.setattr(HistoryDrafter, "extend", extended)
         monkeypatch.setattr(HistoryDrafter, "propose", proposed)

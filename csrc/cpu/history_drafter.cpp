@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <unordered_map>
 #include <utility>
 
 #include "parallel.h"
 #include "spec_rollout/check.h"
 #include "spec_rollout/philox.h"
+#include "spec_rollout/token_guess.h"
 
 namespace spec_rollout {
 namespace {
@@ -15,14 +16,15 @@ namespace {
 // What is believed before anything was tested, worth as many tests as this: longer matches are
 // better ones, and the chance is not to be trusted all the way.
 constexpr double kPriorTests = 4.0;
-double prior(int match, double chance) {
-  return (1.0 - 0.6 / (1.0 + 0.5 * match)) * (0.1 + 0.9 * chance);
+double prior(int source, double chance) {
+  if (source == MatchShares::kOwnDraft) return 0.5 + 0.5 * chance;
+  return (1.0 - 0.6 / (3.0 + source)) * (0.1 + 0.9 * chance);
 }
 
-// A follower drawn with an unknown probability is believed to have had its share of the followers
-// seen, less something for those that were not.
-constexpr float kSeenMass = 0.9f;
-constexpr int kMaxFollowers = 12;
+constexpr int kMaxFollowers = 16;
+
+// A draft's token as likely as this is proposed without looking for another.
+constexpr double kSure = 0.9;
 
 // Old tests count for less: the policy moves, and a rollout enters and leaves known text.
 constexpr double kMatchMemory = 4096.0;  // tests
@@ -39,78 +41,43 @@ void add_test(Share& share, bool passed, double weight, double memory) {
   share.tested += weight;
 }
 
-// Longest match of each class.
-constexpr int kClassEnds[] = {1, 2, 3, 4, 5, 6, 8, 11, 15, 21, 31, MatchShares::kMaxMatch};
+// Entropy of single tokens, in bits, of the first of them.
+double entropy(const int32_t* token_ids, int64_t count) {
+  count = std::min<int64_t>(count, 1 << 16);
+  std::unordered_map<int32_t, int64_t> counts;
+  for (int64_t i = 0; i < count; ++i) ++counts[token_ids[i]];
+  double bits = 0.0;
+  for (const auto& [token, n] : counts) {
+    const double p = static_cast<double>(n) / static_cast<double>(count);
+    bits -= p * std::log2(p);
+  }
+  return bits;
+}
 
-struct Guess {
-  int32_t token = -1;
-  int32_t match = 0;
-  double chance = 0.0;
-};
-
-// The follower most likely to be drawn, and how likely that is. `key` null: without noise.
-Guess guess(const SuffixIndex::Follower* followers, int count, const int64_t* key,
-            int64_t position) {
-  struct Candidate {
-    int32_t token, match;
-    int seen;
-    float sum, weight;  // of known probabilities
-  } candidates[kMaxFollowers];
-  int num = 0;
-  for (int i = 0; i < count; ++i) {
-    const SuffixIndex::Follower& f = followers[i];
-    // Much shorter matches say little beside a long one.
-    if (2 * f.match < followers[0].match) break;
-    int c = 0;
-    while (c < num && candidates[c].token != f.token) ++c;
-    if (c == num) candidates[num++] = {f.token, f.match, 0, 0.0f, 0.0f};
-    Candidate& candidate = candidates[c];
-    ++candidate.seen;
-    if (!std::isnan(f.logprob)) {
-      candidate.sum += std::exp(f.logprob);
-      candidate.weight += 1.0f;
-    }
+// The largest c such that values cut to c sum up to at most `total`.
+int64_t even_cut(std::vector<int64_t> values, int64_t total) {
+  std::sort(values.begin(), values.end());
+  auto left = static_cast<int64_t>(values.size());
+  for (const int64_t value : values) {
+    if (value * left > total) return total / left;
+    total -= value;
+    --left;
   }
-  float seen = 0.0f, mass = 0.0f;
-  for (int c = 0; c < num; ++c) seen += static_cast<float>(candidates[c].seen);
-  float p[kMaxFollowers];
-  for (int c = 0; c < num; ++c) {
-    const Candidate& candidate = candidates[c];
-    p[c] = candidate.weight > 0.0f ? candidate.sum / candidate.weight
-                                   : kSeenMass * static_cast<float>(candidate.seen) / seen;
-    p[c] = std::max(p[c], 1e-6f);
-    mass += p[c];
-  }
-  // Together at most 1; a little is always left for what was never seen.
-  const float scale = mass > 0.999f ? 0.999f / mass : 1.0f;
-  const float left = 1.0f - scale * mass;
-  Guess best;
-  float best_score = 0.0f;
-  for (int c = 0; c < num; ++c) {
-    float score = std::log(scale * p[c]);
-    if (key != nullptr) score += gumbel(NoiseKey(*key), position, candidates[c].token);
-    if (best.token >= 0 && score <= best_score) continue;
-    best = {candidates[c].token, candidates[c].match,
-            key != nullptr ? std::exp(-left * std::exp(-score)) : scale * p[c]};
-    best_score = score;
-  }
-  return best;
+  return values.empty() ? 0 : values.back();
 }
 
 }  // namespace
 
-int MatchShares::cell(int32_t match, double chance) {
-  const int row = static_cast<int>(
-      std::lower_bound(std::begin(kClassEnds), std::end(kClassEnds) - 1, match) - kClassEnds);
+int MatchShares::cell(int source, double chance) {
   // Finer towards 1, where long proposals are decided: even steps of the square root of 1 - chance.
   const double left = std::sqrt(std::max(0.0, 1.0 - chance));
-  return row * kChances + std::min(static_cast<int>(left * kChances), kChances - 1);
+  return source * kChances + std::min(static_cast<int>(left * kChances), kChances - 1);
 }
 
 // What has not been tested itself is believed to fare as matches of its length do.
 double MatchShares::believed(int cell) const {
   const double left = (cell % kChances + 0.5) / kChances;
-  const double first = prior(kClassEnds[cell / kChances], 1.0 - left * left);
+  const double first = prior(cell / kChances, 1.0 - left * left);
   const Share& others = classes_[cell / kChances];
   return std::min(1.0, first * (others.passed + kPriorTests) / (others.tested + kPriorTests));
 }
@@ -122,7 +89,7 @@ Share MatchShares::share(int cell) const {
 
 void MatchShares::observe(int cell, bool passed) {
   const double left = (cell % kChances + 0.5) / kChances;
-  add_test(classes_[cell / kChances], passed, prior(kClassEnds[cell / kChances], 1.0 - left * left),
+  add_test(classes_[cell / kChances], passed, prior(cell / kChances, 1.0 - left * left),
            kMatchMemory);
   add_test(learned_[cell], passed, 1.0, kMatchMemory);
 }
@@ -148,7 +115,7 @@ HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_
     : by_match_(std::move(shares)), stop_token_ids_(std::move(stop_token_ids)) {
   if (num_groups < 0) fail("num_groups: expected >= 0, got ", num_groups);
   groups_.reserve(num_groups);
-  for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(MatchShares::kMaxMatch);
+  for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(kMaxMatch);
   requests_.reserve(num_requests);
   for (int64_t i = 0; i < num_requests; ++i) {
     if (groups[i] < 0 || groups[i] >= num_groups) {
@@ -170,6 +137,26 @@ void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs
     }
     rows[groups[r]].push_back(r);
   }
+  table_ = NgramTable(cu_lens[num_rows]);
+  if (cu_lens[num_rows] > 0) contexts_ = GroupContexts(entropy(token_ids, cu_lens[num_rows]));
+  cpu::parallel_for(NgramTable::kNumOrders, 1, num_threads, [&](int64_t begin, int64_t end) {
+    int32_t context[NgramTable::kMaxOrder];
+    for (int64_t order = begin; order < end; ++order) {
+      for (int64_t r = 0; r < num_rows; ++r) {
+        const int64_t first = cu_lens[r];
+        for (int64_t i = first; i < cu_lens[r + 1]; ++i) {
+          const int32_t* last = token_ids + i - 1;
+          if (i - first < NgramTable::kMaxOrder) {
+            context[0] = SuffixIndex::kStart;
+            std::copy(token_ids + first, token_ids + i, context + 1);
+            last = context + (i - first);
+          }
+          table_.learn(static_cast<int>(order), table_.locate(last), token_ids[i],
+                       logprobs == nullptr ? NAN : std::exp(logprobs[i]));
+        }
+      }
+    }
+  });
   cpu::parallel_for(
       static_cast<int64_t>(groups_.size()), 1, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t g = begin; g < end; ++g) {
@@ -183,6 +170,13 @@ void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs
       });
 }
 
+void HistoryDrafter::follow(int64_t request, const int32_t* token_ids, const float* logprobs,
+                            int64_t count) {
+  Request& r = requests_[request];
+  r.draft.assign(token_ids, token_ids + count);
+  r.draft_logprobs.assign(logprobs, logprobs + count);
+}
+
 void HistoryDrafter::extend(const int64_t* requests, int64_t count, const int32_t* token_ids,
                             const float* logprobs, const int64_t* cu_lens) {
   for (int64_t i = 0; i < count; ++i) {
@@ -190,7 +184,17 @@ void HistoryDrafter::extend(const int64_t* requests, int64_t count, const int32_
     SuffixIndex& group = groups_[request.group];
     if (request.row < 0) request.row = group.add_row(0);
     for (int64_t k = cu_lens[i]; k < cu_lens[i + 1]; ++k) {
-      group.append(request.row, token_ids[k], logprobs == nullptr ? NAN : logprobs[k]);
+      if (request.num_tokens < static_cast<int64_t>(request.draft.size()) &&
+          request.draft[request.num_tokens] == token_ids[k]) {
+        ++request.num_followed;
+      } else {
+        request.draft.clear();
+      }
+      ++request.num_tokens;
+      const NgramTable::Place place = table_.locate(group.last(request.row));
+      const float logprob = logprobs == nullptr ? NAN : logprobs[k];
+      group.append(request.row, token_ids[k], logprob);
+      table_.learn(place, token_ids[k], logprob);
     }
   }
 }
@@ -202,39 +206,101 @@ double HistoryDrafter::probability(int cell, const Request& request) const {
          (kRequestWeight + request.share.tested);
 }
 
+void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& noise,
+                                 double min_probability, std::vector<int32_t>& context,
+                                 int32_t* out, int64_t* num_own) const {
+  const SuffixIndex& group = groups_[request.group];
+  context.resize(kMaxMatch + 1 + limit);
+  int64_t end = group.context(request.row, context.data());
+  double likely = 1.0;
+  bool is_own = noise.key != nullptr && !request.draft.empty();
+  for (int64_t k = 0; k < limit; ++k) {
+    int32_t token = -1;
+    int cell = 0;
+    double passes = 0.0;
+    const int64_t at = request.num_tokens + k;
+    is_own = is_own && at < static_cast<int64_t>(request.draft.size());
+    if (is_own) {
+      token = request.draft[at];
+      const double logprob = request.draft_logprobs[at];
+      const double score = logprob + gumbel(NoiseKey(*noise.key), noise.position + k, token);
+      // All other tokens' best is below `score` with this probability.
+      cell = MatchShares::cell(MatchShares::kOwnDraft,
+                               std::exp(std::expm1(logprob) * std::exp(-score)));
+      passes = probability(cell, request);
+    }
+    if (passes < kSure) {
+      const int32_t* last = context.data() + end - 1;
+      const NgramTable::Place place = table_.locate(last);
+      SuffixIndex::Follower followers[kMaxFollowers];
+      const int num_followers = group.followers(last, kMaxFollowers, followers);
+      const NgramTable::Line* lines[NgramTable::kNumOrders];
+      const int num_lines = table_.find(place, lines);
+      const TokenGuess guess = guess_token(followers, num_followers, contexts_, lines, num_lines,
+                                           noise.key, noise.position + k);
+      if (guess.token >= 0 && guess.token != token) {
+        const int other = MatchShares::cell(guess.source, guess.chance);
+        const double other_passes = probability(other, request);
+        if (other_passes > passes) {
+          token = guess.token;
+          cell = other;
+          passes = other_passes;
+          is_own = false;
+        }
+      }
+    }
+    if (token < 0 ||
+        std::find(stop_token_ids_.begin(), stop_token_ids_.end(), token) != stop_token_ids_.end()) {
+      return;
+    }
+    likely *= passes;
+    if (likely < min_probability) return;
+    *num_own += is_own;
+    request.proposed.push_back(static_cast<int16_t>(cell));
+    out[k] = token;
+    context[end++] = token;
+  }
+}
+
 int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
                                 const int64_t* positions, int64_t count, double min_probability,
-                                int32_t* out, int64_t* out_lens) {
-  constexpr int kMaxContext = MatchShares::kMaxMatch + 1;
-  std::vector<int32_t> context;
-  SuffixIndex::Follower followers[kMaxFollowers];
+                                int64_t max_total, int num_threads, int32_t* out, int64_t* out_lens,
+                                int64_t* own_lens) {
+  // Every request writes to room of its own first.
+  std::vector<int64_t> starts(count + 1, 0);
+  for (int64_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + std::max<int64_t>(0, limits[i]);
+  cpu::parallel_for(count, 8, num_threads, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> context;
+    for (int64_t i = begin; i < end; ++i) {
+      Request& request = requests_[requests[i]];
+      request.proposed.clear();
+      out_lens[i] = own_lens[i] = 0;
+      if (request.row < 0 || limits[i] <= 0) continue;
+      const Noise noise{keys == nullptr ? nullptr : keys + i, keys == nullptr ? 0 : positions[i]};
+      propose_one(request, limits[i], noise, min_probability, context, out + starts[i],
+                  own_lens + i);
+      out_lens[i] = static_cast<int64_t>(request.proposed.size());
+    }
+  });
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
-    Request& request = requests_[requests[i]];
-    request.proposed.clear();
-    out_lens[i] = 0;
-    if (request.row < 0 || limits[i] <= 0) continue;
-    const SuffixIndex& group = groups_[request.group];
-    context.resize(kMaxContext + limits[i]);
-    int64_t end = group.context(request.row, context.data());
-    double likely = 1.0;
-    for (int64_t k = 0; k < limits[i]; ++k) {
-      const int found = group.followers(context.data() + end - 1, kMaxFollowers, followers);
-      if (found == 0) break;
-      const Guess next = guess(followers, found, keys == nullptr ? nullptr : keys + i,
-                               positions == nullptr ? 0 : positions[i] + k);
-      if (std::find(stop_token_ids_.begin(), stop_token_ids_.end(), next.token) !=
-          stop_token_ids_.end()) {
-        break;
-      }
-      const int cell = MatchShares::cell(next.match, next.chance);
-      likely *= probability(cell, request);
-      if (likely < min_probability) break;
-      request.proposed.push_back(static_cast<int16_t>(cell));
-      out[total++] = next.token;
-      context[end++] = next.token;
+    std::copy_n(out + starts[i], out_lens[i], out + total);
+    total += out_lens[i];
+  }
+  if (total > max_total) {
+    const int64_t cut = even_cut({out_lens, out_lens + count}, max_total);
+    const int32_t* from = out;
+    int32_t* to = out;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t kept = std::min(out_lens[i], cut);
+      std::copy(from, from + kept, to);
+      from += out_lens[i];
+      to += kept;
+      requests_[requests[i]].proposed.resize(kept);
+      out_lens[i] = kept;
+      own_lens[i] = std::min(own_lens[i], kept);
     }
-    out_lens[i] = static_cast<int64_t>(request.proposed.size());
+    total = to - out;
   }
   return total;
 }
@@ -253,6 +319,12 @@ void HistoryDrafter::observe(const int64_t* requests, const int64_t* accepted_le
   }
 }
 
+std::vector<int64_t> HistoryDrafter::followed_lens() const {
+  std::vector<int64_t> lens;
+  for (const Request& request : requests_) lens.push_back(request.num_followed);
+  return lens;
+}
+
 int64_t HistoryDrafter::num_tokens() const {
   int64_t total = 0;
   for (const SuffixIndex& group : groups_) total += group.num_tokens();
@@ -260,7 +332,7 @@ int64_t HistoryDrafter::num_tokens() const {
 }
 
 int64_t HistoryDrafter::num_bytes() const {
-  int64_t total = static_cast<int64_t>(requests_.capacity() * sizeof(Request));
+  int64_t total = static_cast<int64_t>(requests_.capacity() * sizeof(Request)) + table_.num_bytes();
   for (const SuffixIndex& group : groups_) total += group.num_bytes();
   return total;
 }

@@ -1,8 +1,8 @@
 #include "spec_rollout/suffix_index.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "spec_rollout/bfloat16_bits.h"
 #include "spec_rollout/check.h"
 
 namespace spec_rollout {
@@ -13,20 +13,6 @@ constexpr int kMaxDepth = 256;
 
 // Of equal contexts, so many are looked at.
 constexpr int kMaxOlder = 8;
-
-uint16_t upper_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (!std::isnan(value)) bits += 0x8000u;  // to the nearest
-  return static_cast<uint16_t>(bits >> 16);
-}
-
-float from_upper_half(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 uint32_t hash_token(int32_t token) { return static_cast<uint32_t>(token) * 0x9E3779B1u; }
 

@@ -22,10 +22,12 @@ class Proposals:
     Attributes:
         token_ids: [num_tokens], int32.
         lens: [count], int64.
+        own_lens: Of these, the first ones, those that are the request's own draft (`follow`). [count], int64.
     """
 
     token_ids: np.ndarray
     lens: np.ndarray
+    own_lens: np.ndarray
 
 
 class HistoryDrafter:
@@ -66,6 +68,19 @@ class HistoryDrafter:
             num_threads(),
         )
 
+    def follow(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Gives a request its own earlier rollout to go by: one drawn with the same noise (`Coupled`).
+
+        As long as what it generates is the same, the draft's next token competes with what the history says. What the
+        log-probs and the noise say of how near another token came decides how far it is believed.
+
+        Args:
+            request: Before its first `extend`.
+            token_ids: [draft_len], int32.
+            logprobs: With which they were drawn. [draft_len], float32.
+        """
+        self._native.follow(request, torch.from_numpy(token_ids), torch.from_numpy(logprobs))
+
     def extend(
         self,
         requests: np.ndarray,
@@ -96,6 +111,7 @@ class HistoryDrafter:
         limits: np.ndarray,
         min_probability: float,
         *,
+        max_total: int | None = None,
         keys: np.ndarray | None = None,
         positions: np.ndarray | None = None,
     ) -> Proposals:
@@ -105,25 +121,35 @@ class HistoryDrafter:
             requests: Requests that `extend` has seen. [count], int64.
             limits: Most tokens for each. [count], int64.
             min_probability: Of a token and all before it in its proposal passing.
+            max_total: Most tokens for all; where there are more, the longest proposals are cut.
             keys, positions: Noise key of each request and noise position of its next token (`sample_tokens`); None
                 where tokens are not drawn with keyed noise. [count], int64 both.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
         lens = np.empty(requests.size, dtype=np.int64)
+        own_lens = np.empty(requests.size, dtype=np.int64)
         total = self._native.propose(
             torch.from_numpy(requests),
             torch.from_numpy(limits),
             None if keys is None else torch.from_numpy(keys),
             None if positions is None else torch.from_numpy(positions),
             min_probability,
+            out.size if max_total is None else max_total,
+            num_threads(),
             torch.from_numpy(out),
             torch.from_numpy(lens),
+            torch.from_numpy(own_lens),
         )
-        return Proposals(out[:total], lens)
+        return Proposals(out[:total], lens, own_lens)
 
     def observe(self, requests: np.ndarray, accepted_lens: np.ndarray) -> None:
         """Says how many tokens of each request's last proposal passed. [count], int64 both."""
         self._native.observe(torch.from_numpy(requests), torch.from_numpy(accepted_lens))
+
+    @property
+    def followed_lens(self) -> np.ndarray:
+        """Tokens for which each request followed its draft; 0 without one. [num_requests], int64."""
+        return np.array(self._native.followed_lens, np.int64)
 
     @property
     def num_tokens(self) -> int:

@@ -7,13 +7,12 @@ class Payoff:
     """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
 
     `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
-    what useless proposals can lose: one step in `_EXPLORE` does the opposite of what has paid so far, one in
-    `_EXPLORE_CLEAR` where that paid by far.
+    what useless proposals can lose: now and then a step does the opposite of what has paid so far, the more seldom the
+    clearer it paid.
     """
 
-    _EXPLORE = 16
-    _EXPLORE_CLEAR = 64
-    _CLEAR = 1.3  # times as many tokens per second
+    # (how many times as many tokens per second, one step in so many does the opposite)
+    _EXPLORE = ((1.0, 16), (1.3, 64), (2.0, 256))
     _FORGET = 0.9  # per step of that kind and size
 
     def __init__(self) -> None:
@@ -36,8 +35,8 @@ class Payoff:
         tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
         plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
         if not plain_seconds or not seconds:
-            return asked % self._EXPLORE != 0
+            return asked % self._EXPLORE[0][1] != 0
         ratio = tokens * plain_seconds / (plain_tokens * seconds)
-        clear = ratio > self._CLEAR or ratio < 1.0 / self._CLEAR
-        explore = asked % (self._EXPLORE_CLEAR if clear else self._EXPLORE) == 0
-        return (ratio >= 1.0) != explore
+        clear = max(ratio, 1.0 / max(ratio, 1e-9))
+        every = next(steps for least, steps in reversed(self._EXPLORE) if clear >= least)
+        return (ratio >= 1.0) != (asked % every == 0)

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-_FORGET = 0.995  # per step: the last two hundred steps decide
+from dataclasses import dataclass, field
+
+_FORGET = 0.98  # per step of about that batch size: the last fifty decide
+_FORGET_OTHERS = 0.995  # per step of another
 _FORGET_RATE = 0.9  # per step with proposals of that batch size
 _MIN_STEPS = 12  # before that, the first guess
-# As a share of what a step costs per row without proposals, until measured.
+# As a share of what a token costs otherwise, until measured.
 _FIRST_GUESS = 0.5
 
 
+@dataclass(slots=True)
+class _Size:
+    """Decayed sums over the steps of about one batch size."""
+
+    step: int = 0  # the last one
+    weight: float = 0.0
+    sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of rows, proposed, seconds
+    products: list[float] = field(default_factory=lambda: [0.0] * 6)  # of their pairs, rows first
+    spent: float = 0.0  # of steps with proposals alone: seconds
+    given: float = 0.0  # and tokens
+
+
 class StepCost:
-    """Fits `seconds = fixed + per_row * rows + per_proposal * proposed tokens` to the steps seen.
+    """Fits `seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens` to the steps seen.
 
     A proposed token costs `per_proposal` for certain and gives a token with the probability that it passes. What a token
-    costs otherwise is known: what steps of this size take per row, over the tokens they give to a row. So a proposed token
-    pays if its probability is at least
+    costs otherwise is measured: what steps with proposals took at about this batch size, over the tokens they gave. So a
+    proposed token pays if its probability is at least
 
-        threshold = per_proposal / price
-        price = (fixed / rows + per_row + per_proposal * proposed per row) / (1 + accepted per row)
+        threshold = per_proposal / (seconds per token)
 
     which is the condition for the most tokens per second (the marginal token is as dear as the average one). Few rows share
     the fixed part among them, so in the tail of a batch unlikelier tokens are worth trying than when the batch is full.
-    The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine. It is asked
-    in every step, hence plain numbers: nine of them are less work than one call of a library.
+
+    The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine. Batch sizes
+    (powers of two) have fixed parts of their own: what a step costs is no straight line from one row to hundreds, and
+    steps of the tail would otherwise bend the line for full batches. It is asked in every step, hence plain numbers.
     """
 
     def __init__(self) -> None:
-        # Decayed sums over steps of x_i * x_j and x_i * seconds, x = (1, rows, proposed), upper triangle row by row.
-        self._xx = [0.0] * 6
-        self._xy = [0.0] * 3
+        self._sizes: dict[int, _Size] = {}
         self._num_steps = 0
-        # By batch size (powers of two): steps, proposed and accepted tokens per row, all decayed.
-        self._rates: dict[int, tuple[float, float, float]] = {}
 
     def observe(
         self, rows: int, proposed: int, seconds: float, accepted: int | None = None
@@ -40,56 +52,48 @@ class StepCost:
 
         `accepted` is None where the further tokens were not (all) proposals.
         """
+        size = self._sizes.setdefault(rows.bit_length(), _Size())
         # Relative errors count: long steps are not measured better than short ones.
         w = 1.0 / max(seconds, 1e-6) ** 2
-        products = (1.0, rows, proposed, rows * rows, rows * proposed, proposed * proposed)
-        self._xx = [_FORGET * old + w * new for old, new in zip(self._xx, products, strict=True)]
-        targets = (seconds, rows * seconds, proposed * seconds)
-        self._xy = [_FORGET * old + w * new for old, new in zip(self._xy, targets, strict=True)]
+        x = (rows, proposed, seconds)
+        pairs = (x[i] * x[j] for i in range(3) for j in range(i, 3))
+        keep = _FORGET * _FORGET_OTHERS ** (self._num_steps - size.step)
+        size.weight = keep * size.weight + w
+        size.sums = [keep * old + w * new for old, new in zip(size.sums, x, strict=True)]
+        size.products = [
+            keep * old + w * new for old, new in zip(size.products, pairs, strict=True)
+        ]
         self._num_steps += 1
+        size.step = self._num_steps
         if proposed and accepted is not None:
-            size = rows.bit_length()
-            steps, per_row, kept = self._rates.get(size, (0.0, 0.0, 0.0))
-            self._rates[size] = (
-                _FORGET_RATE * steps + 1.0,
-                _FORGET_RATE * per_row + proposed / rows,
-                _FORGET_RATE * kept + accepted / rows,
-            )
+            size.spent = _FORGET_RATE * size.spent + seconds / rows
+            size.given = _FORGET_RATE * size.given + 1.0 + accepted / rows
 
     @property
-    def coefficients(self) -> tuple[float, float, float]:
-        """Seconds per step, per row and per proposed token; zeros before anything was seen."""
-        # Scaled to ones on the diagonal; the ridge keeps what was never varied at zero.
-        a, b, c, d, e, f = self._xx
-        scales = [max(v, 1e-30) ** 0.5 for v in (a, d, f)]
-        one = 1.0 + 1e-6
-        p, q, r = (
-            b / (scales[0] * scales[1]),
-            c / (scales[0] * scales[2]),
-            e / (scales[1] * scales[2]),
-        )
-        x, y, z = (v / s for v, s in zip(self._xy, scales, strict=True))
-        # Cramer's rule.
-        det = one * (one * one - r * r) - p * (p * one - r * q) + q * (p * r - one * q)
-        solved = (
-            x * (one * one - r * r) - p * (y * one - r * z) + q * (y * r - one * z),
-            one * (y * one - r * z) - x * (p * one - r * q) + q * (p * z - y * q),
-            one * (one * z - y * r) - p * (p * z - y * q) + x * (p * r - one * q),
-        )
-        fixed, per_row, per_proposal = (
-            max(0.0, v / (det * s)) for v, s in zip(solved, scales, strict=True)
-        )
-        return fixed, per_row, per_proposal
+    def coefficients(self) -> tuple[float, float]:
+        """Seconds per row and per proposed token; zeros before anything was seen to vary."""
+        rr = rp = rs = pp = ps = 0.0
+        for size in self._sizes.values():  # around the means of each size
+            r, p, s = size.sums
+            w = size.weight
+            keep = _FORGET_OTHERS ** (self._num_steps - size.step)
+            rr += keep * (size.products[0] - r * r / w)
+            rp += keep * (size.products[1] - r * p / w)
+            rs += keep * (size.products[2] - r * s / w)
+            pp += keep * (size.products[3] - p * p / w)
+            ps += keep * (size.products[4] - p * s / w)
+        # The ridge keeps what was never varied at zero.
+        rr, pp = rr * (1.0 + 1e-6) + 1e-9, pp * (1.0 + 1e-6) + 1e-9
+        det = rr * pp - rp * rp
+        return max(0.0, (rs * pp - ps * rp) / det), max(0.0, (ps * rr - rs * rp) / det)
 
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
         share = _FIRST_GUESS
-        if self._num_steps >= _MIN_STEPS:
-            fixed, per_row, per_proposal = self.coefficients
-            steps, proposed, accepted = self._rates.get(rows.bit_length(), (1.0, 0.0, 0.0))
-            price = (fixed / max(1, rows) + per_row + per_proposal * proposed / steps) / (
-                1.0 + accepted / steps
-            )
-            if price > 0 and per_proposal > 0:
-                share = per_proposal / price
+        known = [k for k, size in self._sizes.items() if size.given]
+        if self._num_steps >= _MIN_STEPS and known:
+            size = self._sizes[min(known, key=lambda k: abs(k - rows.bit_length()))]
+            _, per_proposal = self.coefficients
+            if per_proposal > 0:
+                share = per_proposal * size.given / size.spent
         return min(max(share, 0.05), 0.95)

@@ -53,6 +53,9 @@ class SuffixIndex {
   // many were written; `out` takes max_match + 1.
   int64_t context(int64_t row, int32_t* out) const;
 
+  // The last token of a row; tokens before it follow downwards, to a kStart.
+  const int32_t* last(int64_t row) const { return &rows_[row].tokens.back(); }
+
   int64_t num_rows() const { return static_cast<int64_t>(rows_.size()); }
   int64_t num_tokens() const { return num_tokens_; }
   int64_t num_bytes() const;

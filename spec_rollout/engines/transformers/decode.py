@@ -198,6 +198,7 @@ class Decoder:
                 np.array(self._requests),
                 sample.token_ids.cpu().numpy(),
                 np.ones(live, dtype=np.int64),
+                sample.logprobs.cpu().numpy(),
             )
 
     def _step_with_proposals(self) -> tuple[list[int] | None, int]:
@@ -212,14 +213,14 @@ class Decoder:
         requests, kv_lens = np.array(self._requests), np.array(self._kv_lens)
         # The token drawn after the proposal needs room, too.
         positions = kv_lens - self._plan.prompt_lens[requests] + 1
-        most = min(_MAX_PROPOSAL, self._max_tokens // live - 1)
-        limits = np.minimum(self._plan.rooms[requests] - 1 - positions, most)
+        limits = np.minimum(self._plan.rooms[requests] - 1 - positions, _MAX_PROPOSAL)
         if limits.max() < 1:
             return None, 0
         proposals = self._drafter.propose(
             requests,
             limits,
             self._cost.threshold(live),
+            max_total=max(0, self._max_tokens - live),
             # Greedy decoding knows no noise.
             keys=self._plan.keys[requests] if self._sampling.temperature > 0 else None,
             positions=positions,
@@ -271,7 +272,8 @@ class Decoder:
         state[_TOKEN] = result.next_token_ids.long()
         state[_KV_POSITION : _POSITION + 1] += torch.from_numpy(kept).to(device)
         self._drafter.observe(requests, accepted)
-        self._drafter.extend(requests, tokens[gained], kept)
+        logprobs = self._logprobs[rows, columns].cpu().numpy()
+        self._drafter.extend(requests, tokens[gained], kept, logprobs)
         return kept.tolist(), num_proposed
 
     def _finish(self, done: list[int]) -> None:

@@ -232,6 +232,7 @@ def _all_logitsprocs(original: Callable) -> Callable:
 
 
 def _sample_hook(original: Callable) -> Callable:
+    from spec_rollout.engines.vllm.groups import Known
     from spec_rollout.engines.vllm.proposer import ReuseProposer
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any, *args: Any, **kw: Any):
@@ -245,7 +246,7 @@ def _sample_hook(original: Callable) -> Callable:
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None  # as without speculation: one row of logits per request
         if spec_decode_metadata is None and not any(rows):
-            proposer.sampler.rows = rows
+            proposer.sampler.known = Known.of(rows)
             return original(self, logits, None, *args, **kw)
         return _sample_rows(self, proposer, rows, logits, spec_decode_metadata)
 
@@ -325,9 +326,9 @@ def _new_row(runner: Any, proposer: ReuseProposer, state: Any) -> Row | None:
         first_chunk=proposer.first_chunk,
         masks=LogitMasks.of(params, runner.device),
         history_id=proposer.history_id(request.collect_id),
+        can_follow=proposer.can_follow(request.collect_id),
     )
-    if row.draft_len:
-        proposer.sampler.metrics.draft_added(row.draft_len)
+    proposer.added(row)
     return row
 
 

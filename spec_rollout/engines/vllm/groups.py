@@ -23,6 +23,8 @@ class Segment:
     row: Row | None = None  # None: nobody reads the result
     is_draft: bool = True
     learn: bool = False  # the drafter made this proposal and wants to know how it fared
+    num_own: int = 0  # of the tokens, the first ones, those of the request's own draft
+    is_whole: bool = True  # all that was proposed is tested
 
     @property
     def num_tested(self) -> int:
@@ -33,7 +35,7 @@ class Segment:
 class Known:
     """What is fixed about the requests of a batch, as arrays; made anew when the batch changes.
 
-    Entries of requests without a key are zeros, their collect id is -1.
+    Entries of requests without a key are zeros, their collect id and their history id are -1.
     """
 
     rows: list[Row | None]
@@ -41,28 +43,42 @@ class Known:
     prompt_lens: np.ndarray
     first_positions: np.ndarray
     collect_ids: np.ndarray
+    history_ids: np.ndarray
+    max_response_lens: np.ndarray
     any_collected: bool
-    is_plain: bool = False  # nothing is left to verify
+    is_plain: bool = False  # no draft is left to verify
+    oldest_step: int | None = (
+        None  # that gave any of the requests its first token, once all have it
+    )
     device_keys: torch.Tensor | None = None
 
     @classmethod
     def of(cls, rows: list[Row | None]) -> Known:
         numbers = np.array(
             [
-                (0, 0, 0, -1)
+                (0, 0, 0, -1, -1, 0)
                 if row is None
-                else (row.key, row.prompt_len, row.first_position, row.collect_id)
+                else (
+                    row.key,
+                    row.prompt_len,
+                    row.first_position,
+                    row.collect_id,
+                    row.history_id,
+                    row.max_response_len,
+                )
                 for row in rows
             ],
             np.int64,
-        ).reshape(-1, 4)
-        keys, prompt_lens, first_positions, collect_ids = numbers.T.copy()
+        ).reshape(-1, 6)
+        keys, prompt_lens, first_positions, collect_ids, history_ids, limits = numbers.T.copy()
         return cls(
             rows=rows,
             keys=keys,
             prompt_lens=prompt_lens,
             first_positions=first_positions,
             collect_ids=collect_ids.astype(np.int32),
+            history_ids=history_ids,
+            max_response_lens=limits,
             any_collected=bool((collect_ids >= 0).any()),
         )
 
@@ -142,6 +158,26 @@ class Group:
             collect_ids=known.collect_ids[requests],
             is_read=is_read.astype(bool),
             first_tokens=np.cumsum(num_tested) - num_tested,
+            any_collected=known.any_collected,
+        )
+
+    @classmethod
+    def of_proposals(cls, lens: np.ndarray, indices: np.ndarray, known: Known) -> Group:
+        """Every request of the batch in order, `lens` tokens of each to be tested."""
+        num_rows = lens + 1
+        return cls(
+            segments=[],
+            places=[],
+            requests=np.arange(lens.size),
+            first_rows=np.cumsum(num_rows) - num_rows,
+            num_rows=num_rows,
+            num_tested=lens,
+            indices=indices,
+            keys=known.keys,
+            positions=indices + known.first_positions,
+            collect_ids=known.collect_ids,
+            is_read=np.ones(lens.size, bool),
+            first_tokens=np.cumsum(lens) - lens,
             any_collected=known.any_collected,
         )
 

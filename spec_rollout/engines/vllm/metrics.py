@@ -72,6 +72,14 @@ class ReuseMetrics:
         self.num_accepted_tokens += num_accepted
         self.num_wasted_tokens += max(0, num_computed - num_accepted)
 
+    def draft_followed(self, num_followed: int, num_tested: int, draft_len: int) -> None:
+        """All of one response whose draft was proposed by the drafter."""
+        self.tested_at[:num_tested] += 1
+        self.accepted_at[:num_followed] += 1
+        self.num_tested_tokens += num_tested
+        self.num_accepted_tokens += num_followed
+        self.num_fully_reused += num_followed == draft_len
+
     def __add__(self, other: ReuseMetrics) -> ReuseMetrics:
         size = max(self.tested_at.size, other.tested_at.size)
 

@@ -93,6 +93,18 @@ class ReuseProposer:
         history = self.sampler.history
         return collect_id if history is not None and collect_id < history.num_requests else -1
 
+    def can_follow(self, collect_id: int) -> bool:
+        """Whether the drafter can be given this request's draft, for the noise to be looked at."""
+        history = self.sampler.history
+        return history is not None and history.keyed and self.history_id(collect_id) >= 0
+
+    def added(self, row: Row) -> None:
+        """A request was seen for the first time."""
+        if row.draft_len:
+            self.sampler.metrics.draft_added(row.draft_len)
+        if row.follows and self.sampler.history is not None:
+            self.sampler.history.follow(row)
+
     def propose(
         self,
         sampled_token_ids: list[list[int]],
@@ -102,22 +114,35 @@ class ReuseProposer:
     ) -> list[list[int]]:
         """Draft tokens per request of the batch; an empty list where there is nothing to propose."""
         sampler = self.sampler
+        batch = sampler.known
         step = sampler.metrics.num_engine_steps
-        oldest = step
-        drafts: list[list[int]] = [[] for _ in sampler.rows]
-        for r, (row, sampled) in enumerate(zip(sampler.rows, sampled_token_ids, strict=True)):
-            if row is None or not sampled:
-                continue
-            if row.first_step < 0:
-                row.first_step = step
-            elif row.first_step < oldest:
-                oldest = row.first_step
-            if row.alive:
-                drafts[r] = row.propose(int(num_tokens_no_spec[r]) - row.prompt_len)
+        drafts: list[list[int]] = [[] for _ in batch.rows]
+        oldest = batch.oldest_step
+        if oldest is None or not batch.is_plain:
+            oldest, all_begun = step, True
+            for r, (row, sampled) in enumerate(zip(batch.rows, sampled_token_ids, strict=True)):
+                if row is None:
+                    continue
+                if not sampled:
+                    all_begun = all_begun and row.first_step >= 0
+                    continue
+                if row.first_step < 0:
+                    row.first_step = step
+                elif row.first_step < oldest:
+                    oldest = row.first_step
+                if row.alive:
+                    drafts[r] = row.propose(int(num_tokens_no_spec[r]) - row.prompt_len)
+            if all_begun:
+                batch.oldest_step = oldest
         sampler.metrics.max_row_steps = max(sampler.metrics.max_row_steps, step - oldest)
         if sampler.history is not None:
             sampler.history.propose(
-                sampler.rows, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, drafts
+                batch,
+                sampled_token_ids,
+                sampler.given_logprobs,
+                num_tokens_no_spec,
+                token_ids_cpu,
+                drafts,
             )
         sampler.end_step(time.perf_counter())
         return drafts

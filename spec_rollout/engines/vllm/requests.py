@@ -88,6 +88,7 @@ class Job:
         rule: The acceptance rule.
         drafts: To verify.
         prompt_logprobs: As in vLLM's SamplingParams.
+        has_history: The call has one, so that a drafter wants the drafts' log-probs.
     """
 
     prompt_ids: list[list[int]]
@@ -97,6 +98,7 @@ class Job:
     rule: AcceptanceRule
     drafts: Drafts
     prompt_logprobs: int | None = None
+    has_history: bool = False
 
     @classmethod
     def of(
@@ -120,6 +122,7 @@ class Job:
             drafts=_cut(requests.drafts, limits_, sampling.stop_token_ids)
             if use
             else Drafts.none(requests.batch),
+            has_history=requests.history is not None,
         )
 
     @property
@@ -133,15 +136,18 @@ class Job:
     def extra_args(self, row: int) -> dict[str, Any]:
         """The reuse parameters of one row."""
         start, end = self.drafts.cu_lens[row : row + 2].tolist()
-        logprobs = self.drafts.logprobs
+        logprobs = None
+        if self.drafts.logprobs is not None:
+            known = self.drafts.logprobs.numpy()[start:end]
+            wanted = self.has_history and not np.isnan(known).any()
+            if wanted or self.rule.needs_draft_logprobs:
+                logprobs = known
         return extra_args(
             ReuseRequest(
                 key=self.keys[row],
                 rule=self.rule,
                 draft_ids=self.drafts.token_ids.numpy()[start:end],
-                draft_logprobs=None
-                if logprobs is None or not self.rule.needs_draft_logprobs
-                else logprobs.numpy()[start:end],
+                draft_logprobs=logprobs,
                 first_position=self.first_positions[row],
                 collect_id=row,
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from spec_rollout.acceptance import Coupled
 from spec_rollout.engines.vllm.wire import ReuseRequest
 
 
@@ -16,13 +17,14 @@ class Row:
         prompt_len: Tokens of its prompt; token j of the response is token prompt_len + j of the sequence.
         key, first_position, collect_id, rule: As in `ReuseRequest`.
         draft: The draft, cut to what the response can hold and after its first stop token. [draft_len], int32.
-        draft_list: The same as a list: vLLM's scheduler speaks lists.
+        draft_list: The same as a list, if `alive`: vLLM's scheduler speaks lists.
         draft_logprobs: [draft_len], float32, or None.
+        follows: Its draft is proposed by the drafter, among other things, and tested like any proposal: where the noise
+            is the draft's and the rule lossless, to be accepted is to be what sampling gives.
         alive: Draft tokens remain and none has been rejected.
         ends: The response ends with the draft's last token, should that be accepted.
         chunk: Draft tokens to propose next.
-        proposed_at, proposal, proposal_ids: For which token of the response the last proposal starts, be it from the
-            draft or from history, and what it is, as a list and as an array.
+        proposed_at, proposal: For which token of the response the last chunk starts, and what it is.
         max_response_len: Most tokens of the response.
         history_id: Its number in the rollout call, if proposals from history follow the draft; or -1.
         first_step: Engine step that gave its first token; -1 before.
@@ -40,13 +42,13 @@ class Row:
         "ends",
         "first_position",
         "first_step",
+        "follows",
         "history_id",
         "key",
         "masks",
         "max_response_len",
         "prompt_len",
         "proposal",
-        "proposal_ids",
         "proposed_at",
         "rule",
     )
@@ -61,13 +63,15 @@ class Row:
         first_chunk: int,
         masks: Any,
         history_id: int = -1,
+        can_follow: bool = False,
     ) -> None:
         draft = request.draft_ids[:max_response_len]
         stopped = False
         if stop_token_ids and draft.size:
-            stops = np.flatnonzero(np.isin(draft, list(stop_token_ids)))
-            if stops.size:
-                draft = draft[: int(stops[0]) + 1]
+            is_stop = np.logical_or.reduce([draft == token for token in stop_token_ids])
+            first = int(is_stop.argmax())
+            if is_stop[first]:
+                draft = draft[: first + 1]
                 stopped = True
         self.prompt_len = prompt_len
         self.key = request.key
@@ -75,16 +79,21 @@ class Row:
         self.collect_id = request.collect_id
         self.rule = request.rule
         self.draft = draft
-        self.draft_list: list[int] = draft.tolist()
         self.draft_len = draft.size
         logprobs = request.draft_logprobs
         self.draft_logprobs = None if logprobs is None else logprobs[: draft.size]
-        self.alive = draft.size > 0 and request.rule.uses_drafts
+        self.follows = (
+            can_follow
+            and draft.size > 0
+            and self.draft_logprobs is not None
+            and request.rule == Coupled()
+        )
+        self.alive = draft.size > 0 and request.rule.uses_drafts and not self.follows
+        self.draft_list: list[int] = draft.tolist() if self.alive else []
         self.ends = stopped or draft.size >= max_response_len
         self.chunk = first_chunk
         self.proposed_at = -1
         self.proposal: list[int] = []
-        self.proposal_ids = draft[:0]
         self.masks = masks
         self.max_response_len = max_response_len
         self.history_id = history_id
@@ -105,23 +114,6 @@ class Row:
             count += 1
         return count
 
-    def from_history(self, index: int, scheduled: list[int]) -> tuple[np.ndarray, bool]:
-        """The scheduled tokens to test where no draft is followed, and whether they are those proposed last.
-
-        Whatever their origin: a token passes only if sampling gives it. vLLM's own inventions (-1) are left out, and
-        with tensor parallelism the proposals of one worker are tested by all.
-        """
-        if self.history_id < 0:
-            return np.empty(0, np.int32), False
-        n = len(scheduled)
-        if self.proposed_at == index and scheduled == self.proposal[:n]:
-            return self.proposal_ids[:n], True
-        tokens = np.array(scheduled, np.int32)
-        invented = np.flatnonzero(tokens < 0)
-        if invented.size:
-            tokens = tokens[: int(invented[0])]
-        return tokens, False
-
     def propose(self, index: int) -> list[int]:
         """The next chunk, for response tokens from `index` on."""
         # The token after the last chunk is sampled along with it, so nothing is gained by computing a last token that
@@ -129,5 +121,4 @@ class Row:
         stop = min(index + self.chunk, self.draft_len - 1 if self.ends else self.draft_len)
         self.proposed_at = index
         self.proposal = self.draft_list[index:stop]
-        self.proposal_ids = self.draft[index:stop]
         return list(self.proposal)

@@ -73,15 +73,16 @@ class ReuseSampler:
         self.cost = StepCost()  # this and the next two live as long as the engine
         self.payoff = Payoff()
         self.match_shares = MatchShares()
-        self._num_accepted = 0  # proposals, up to the step before
+        self._num_kept = 0  # tokens of proposals kept in this step
+        # Of the tokens given out in this step, where the host knows them. [batch, most tokens], float32.
+        self.given_logprobs: np.ndarray | None = None
         self._is_decode = False
         self._step_end: float | None = None
         self._step_work: tuple[int, int] | None = None
         self._in_tail = False
         self.metrics = ReuseMetrics()
         self.collector = Collector()
-        self.rows: list[Row | None] = []  # of the last step, for the proposer
-        self._known: Known | None = None
+        self.known = Known.of([])  # of the last step, for the proposer
 
     def __call__(self, step: Step) -> tuple[torch.Tensor, Any]:
         """Samples one step.
@@ -89,13 +90,19 @@ class ReuseSampler:
         Returns:
             Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's LogprobsTensors or None.
         """
-        self.rows = step.rows
+        self.given_logprobs = None
         # The list is the same object as long as the batch is the same.
-        if self._known is None or self._known.rows is not step.rows:
-            self._known = Known.of(step.rows)
-        if step.scheduled is None and self._is_plain(step, self._known):
-            return self._draw_plain(step, self._known)
-        return self._verify(step, self._known)
+        if self.known.rows is not step.rows:
+            self.known = Known.of(step.rows)
+        if self._is_plain(step, self.known):
+            if step.scheduled is None:
+                return self._draw_plain(step, self.known)
+            if self.history is not None:
+                indices = step.lens - self.known.prompt_lens
+                proposed = self.history.scheduled(self.known, indices, step.scheduled)
+                if proposed is not None:
+                    return self._verify_proposals(step, self.history, indices, *proposed)
+        return self._verify(step, self.known)
 
     def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
         """A rollout call of so many requests begins; what was left of an earlier one is forgotten."""
@@ -104,6 +111,15 @@ class ReuseSampler:
         self.num_requests = num_requests
         self.history = history
         self._step_end = None
+
+    def take(self) -> tuple[bytes, ...]:
+        """What was recorded of the finished requests (`Collector.take`)."""
+        if self.history is not None:
+            for row, followed, tested in self.history.followed():
+                self.metrics.draft_followed(followed, tested, row.draft_len)
+                if followed and row.collect_id >= 0:
+                    self.collector.reused(row.collect_id, followed)
+        return self.collector.take()
 
     def end(self) -> ReuseMetrics:
         """The call is over; its counters."""
@@ -139,13 +155,11 @@ class ReuseSampler:
                 self.metrics.tail_seconds += seconds
             if self.history is not None and self._step_work is not None:
                 rows, extra = self._step_work
-                gained = None
-                if self._is_decode:
-                    gained = self.metrics.num_accepted_proposals - self._num_accepted
+                gained = self._num_kept if self._is_decode else None
                 self.cost.observe(rows, extra, seconds, gained)
                 if gained is not None:
                     self.payoff.observe(rows, extra > 0, rows + gained, seconds)
-        self._num_accepted = self.metrics.num_accepted_proposals
+        self._num_kept = 0
         self._step_end = now
 
     # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
@@ -170,6 +184,8 @@ class ReuseSampler:
         )
         if known.any_collected:
             self.collector.add(known.collect_ids, indices.astype(np.int32), result.logprobs)
+        if self.history is not None and not result.logprobs.is_cuda:  # elsewhere: not worth a wait
+            self.given_logprobs = result.logprobs.numpy()[:, None]
         tokens = result.token_ids[:, None]
         if step.logprobs is None:
             return tokens, None
@@ -177,6 +193,42 @@ class ReuseSampler:
         return tokens, step.logprobs.gather(
             step.logits, every, every, result.token_ids, result.logprobs
         )
+
+    # -- Nothing but the drafter's proposals, just as it made them.
+
+    def _verify_proposals(
+        self,
+        step: Step,
+        history: HistoryProposals,
+        indices: np.ndarray,
+        proposed: np.ndarray,
+        lens: np.ndarray,
+        own_lens: np.ndarray,
+    ) -> tuple[torch.Tensor, Any]:
+        group = Group.of_proposals(lens, indices, self.known)
+        tokens = np.full((lens.size, int(lens.max()) + 1), -1, np.int32)
+        self.given_logprobs = np.full(tokens.shape, np.nan, np.float32)
+        if step.logprobs is not None:
+            step.logprobs.keep_raw(step.logits, False)
+        sampling = (step.temperature, step.top_k, step.top_p)
+        accepted, drawn, logprobs = _test(_SAMPLED, group, step.logits, sampling, proposed, None)
+        accepted = accepted.astype(np.int64)
+        emitted: _Runs = []
+        self._record(step, group, proposed, accepted, drawn, logprobs, tokens, emitted)
+        self._num_kept += int(accepted.sum())
+        metrics = self.metrics
+        num_own = int(own_lens.sum())
+        num_own_kept = int(np.minimum(accepted, own_lens).sum())
+        metrics.num_verified_tokens += num_own
+        metrics.num_wasted_tokens += num_own - num_own_kept
+        metrics.num_proposed_tokens += int(lens.sum()) - num_own
+        metrics.num_accepted_proposals += int(accepted.sum()) - num_own_kept
+        tested = lens > 0
+        history.tested(self.known.history_ids[tested], accepted[tested])
+        output = torch.from_numpy(tokens)
+        if step.logprobs is None:
+            return output, None
+        return output, step.logprobs.scatter(step.logits, tokens.shape, emitted, [], None)
 
     # -- The general step.
 
@@ -186,6 +238,8 @@ class ReuseSampler:
         first_rows = np.zeros(batch + 1, np.int64)
         np.cumsum(counts, out=first_rows[1:])
         tokens = np.full((batch, max(counts)), -1, np.int32)
+        if self.history is not None:
+            self.given_logprobs = np.full(tokens.shape, np.nan, np.float32)
         emitted: _Runs = []
         logprobs = step.logprobs
 
@@ -279,11 +333,27 @@ class ReuseSampler:
             num_rows = max(num_tested, min(num_real, num_tested) + 1)
             tokens = row.draft[index : index + num_tested]
             return Segment(request, first_row, num_rows, index, tokens, num_real, row)
-        tokens, ours = row.from_history(index, scheduled)
+        num_proposed, num_own = -1, 0
+        tokens = np.empty(0, np.int32)
+        if self.history is not None and scheduled:
+            tokens, num_proposed, num_own = self.history.scheduled_one(row, index, scheduled)
         n = tokens.size
-        metrics.num_proposed_tokens += n
+        metrics.num_verified_tokens += num_own
+        metrics.num_proposed_tokens += n - num_own
         metrics.num_placeholder_tokens += len(scheduled) - n
-        return Segment(request, first_row, n + 1, index, tokens, n, row, is_draft=False, learn=ours)
+        return Segment(
+            request,
+            first_row,
+            n + 1,
+            index,
+            tokens,
+            n,
+            row,
+            is_draft=False,
+            learn=num_proposed >= 0,
+            num_own=num_own,
+            is_whole=n == num_proposed,
+        )
 
     def _verify_group(
         self,
@@ -312,22 +382,7 @@ class ReuseSampler:
                 for value in (step.temperature, step.top_k, step.top_p)
             )
         draft_ids, draft_logprobs = group.drafts(rule.needs_draft_logprobs)
-        packed = to_device(group.numbers(), device)
-        n = requests.size
-        result = ops.verify_prefix(
-            logits,
-            to_device(draft_ids, device),
-            packed[0],
-            rule=rule,
-            keys=packed[2, :n],
-            positions=packed[3, :n],
-            draft_logprobs=None if draft_logprobs is None else to_device(draft_logprobs, device),
-            cu_logits_lens=packed[1],
-            temperature=sampling[0],
-            top_k=sampling[1],
-            top_p=sampling[2],
-        )
-        accepted, drawn, logprobs = _to_host(result)
+        accepted, drawn, logprobs = _test(rule, group, logits, sampling, draft_ids, draft_logprobs)
         self._record(
             step, group, draft_ids, accepted.astype(np.int64), drawn, logprobs, tokens, emitted
         )
@@ -366,6 +421,11 @@ class ReuseSampler:
                 (np.repeat(group.indices, collected) + offsets).astype(np.int32),
                 torch.from_numpy(logprobs[np.repeat(firsts, collected) + offsets]),
             )
+        if self.given_logprobs is not None:
+            offsets = ranges(kept)
+            self.given_logprobs[np.repeat(group.requests, kept), offsets] = logprobs[
+                np.repeat(firsts, kept) + offsets
+            ]
         if step.logprobs is not None:
             for i in np.flatnonzero(group.is_read).tolist():
                 request, n, first = int(group.requests[i]), int(kept[i]), int(firsts[i])
@@ -376,10 +436,13 @@ class ReuseSampler:
         """Books the outcome of one request that something was tested for."""
         index = segment.index
         if not segment.is_draft:
-            self.metrics.num_accepted_proposals += accepted
-            whole = accepted == segment.num_tested < len(row.proposal)  # the rest was not scheduled
-            if segment.learn and not whole and self.history is not None:
-                self.history.tested(row, accepted)
+            self._num_kept += accepted
+            self.metrics.num_accepted_proposals += max(0, accepted - segment.num_own)
+            self.metrics.num_wasted_tokens += max(0, segment.num_own - accepted)
+            # Where all passed that was scheduled, nothing is known of the rest.
+            is_known = segment.is_whole or accepted < segment.num_tested
+            if segment.learn and is_known and self.history is not None:
+                self.history.tested(np.array([row.history_id]), np.array([accepted]))
         elif segment.num_tested:
             self.metrics.chunk_tested(index, segment.num_tested, accepted, segment.num_proposed)
             if accepted < segment.num_tested:
@@ -395,6 +458,34 @@ class ReuseSampler:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
             if accepted and row.collect_id >= 0:
                 self.collector.reused(row.collect_id, accepted)
+
+
+def _test(
+    rule: AcceptanceRule,
+    group: Group,
+    logits: torch.Tensor,
+    sampling: tuple[Any, Any, Any],
+    draft_ids: np.ndarray,
+    draft_logprobs: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`verify_prefix` on the rows of a group; its three outputs on the host."""
+    device = logits.device
+    packed = to_device(group.numbers(), device)
+    n = group.requests.size
+    result = ops.verify_prefix(
+        logits,
+        to_device(draft_ids, device),
+        packed[0],
+        rule=rule,
+        keys=packed[2, :n],
+        positions=packed[3, :n],
+        draft_logprobs=None if draft_logprobs is None else to_device(draft_logprobs, device),
+        cu_logits_lens=packed[1],
+        temperature=sampling[0],
+        top_k=sampling[1],
+        top_p=sampling[2],
+    )
+    return _to_host(result)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -36,8 +36,8 @@ class ReuseRequest:
         key: Noise key (`spec_rollout.keys.noise_keys`); every token of the response is drawn with its noise.
         rule: Acceptance rule; the baselines (`RandomReuse`, ...) travel as the token test they come down to.
         draft_ids: The cached response to verify; empty for plain keyed sampling. [num_draft_tokens], int32.
-        draft_logprobs: Their log-probs under the policy that drew them; None if the rule does not read them.
-            [num_draft_tokens], float32.
+        draft_logprobs: Their log-probs under the policy that drew them; None if neither the rule reads them nor
+            a drafter that is given the draft. [num_draft_tokens], float32.
         first_position: Response position of the first token of this request, where the start of the response is
             already part of the prompt.
         collect_id: >= 0: the worker keeps the log-probs and the accepted length under this number until they are
@@ -82,7 +82,7 @@ class ReuseRequest:
 def encode(request: ReuseRequest) -> bytes:
     """The bytes of a request."""
     kind, log_lenience, scale, min_target_prob = request.rule.kernel_params
-    send_logprobs = request.draft_logprobs is not None and request.rule.needs_draft_logprobs
+    send_logprobs = request.draft_logprobs is not None
     header = _HEADER.pack(
         _MAGIC,
         VERSION,

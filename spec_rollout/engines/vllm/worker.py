@@ -37,7 +37,7 @@ class ReuseWorker:
             ValueError: if a kernel has met bad values since (CUDA).
         """
         ops.check_status()
-        return compat.proposer_of(self).sampler.collector.take()
+        return compat.proposer_of(self).sampler.take()
 
     def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
         """Counters (`metrics.ReuseMetrics.as_dict`), optionally starting them anew."""

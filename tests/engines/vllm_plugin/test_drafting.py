@@ -249,7 +249,9 @@ def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.Mo
     seen: list[tuple[int, int, float, int | None]] = []
     observe = StepCost.observe
     monkeypatch.setattr(
-        StepCost, "observe", lambda self, *args: (seen.append(args), observe(self, *args))[0]
+        StepCost,
+        "observe",
+        lambda self, *args: (self is cost and seen.append(args), observe(self, *args))[1],
     )
     past = history_of(rows_of(plain), GROUPS)
     found, _ = check(engine, make_requests(PROMPTS), past)
@@ -259,7 +261,6 @@ def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.Mo
     kept = [(accepted, proposed) for _, proposed, _, accepted in seen if accepted is not None]
     assert all(0 <= accepted <= proposed for accepted, proposed in kept)
     assert 0 < sum(accepted for accepted, _ in kept) <= found.stats.num_accepted_proposals
-    assert max(cost.coefficients) > 0.0
     assert set(asked) <= set(range(1, 17))
     assert len(asked) > 0
 

@@ -34,10 +34,7 @@ def test_round_trip(
     assert (found.key, found.rule) == (key, rule)
     assert (found.first_position, found.collect_id) == (first_position, collect_id)
     np.testing.assert_array_equal(found.draft_ids, draft)
-    if rule.needs_draft_logprobs:
-        np.testing.assert_array_equal(found.draft_logprobs, logprobs)
-    else:
-        assert found.draft_logprobs is None  # not sent
+    np.testing.assert_array_equal(found.draft_logprobs, logprobs)
 
 
 def test_baselines_travel_as_their_token_test() -> None:
