@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 _FORGET = 0.98  # per step of about that batch size: the last fifty decide
 _FORGET_OTHERS = 0.995  # per step of another
-_FORGET_RATE = 0.9  # per step with proposals of that batch size
+_FORGET_CALL = 0.5  # per rollout call
 _MIN_STEPS = 12  # before that, the first guess
 # As a share of what a token costs otherwise, until measured.
 _FIRST_GUESS = 0.5
@@ -20,21 +20,22 @@ class _Size:
     weight: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of rows, proposed, seconds
     products: list[float] = field(default_factory=lambda: [0.0] * 6)  # of their pairs, rows first
-    spent: float = 0.0  # of steps with proposals alone: seconds
+    spent: float = 0.0  # of steps with proposals: seconds
     given: float = 0.0  # and tokens
 
 
 class StepCost:
     """Fits `seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens` to the steps seen.
 
-    A proposed token costs `per_proposal` for certain and gives a token with the probability that it passes. What a token
-    costs otherwise is measured: what steps with proposals took at about this batch size, over the tokens they gave. So a
-    proposed token pays if its probability is at least
+    A proposed token costs `per_proposal` for certain and gives a token with the probability that it passes. A token that is
+    not given now has to be given later, and what that costs is measured: the seconds of steps with proposals over the
+    tokens they gave, for all batches of at most this size, since batches only shrink. So a proposed token pays if its
+    probability is at least
 
-        threshold = per_proposal / (seconds per token)
+        threshold = per_proposal / (seconds per token from here on)
 
-    which is the condition for the most tokens per second (the marginal token is as dear as the average one). Few rows share
-    the fixed part among them, so in the tail of a batch unlikelier tokens are worth trying than when the batch is full.
+    Few rows share the fixed part among them, so in the tail of a batch unlikelier tokens are worth trying than when the batch
+    is full.
 
     The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine. Batch sizes
     (powers of two) have fixed parts of their own: what a step costs is no straight line from one row to hundreds, and
@@ -66,8 +67,14 @@ class StepCost:
         self._num_steps += 1
         size.step = self._num_steps
         if proposed and accepted is not None:
-            size.spent = _FORGET_RATE * size.spent + seconds / rows
-            size.given = _FORGET_RATE * size.given + 1.0 + accepted / rows
+            size.spent += seconds
+            size.given += rows + accepted
+
+    def begin(self) -> None:
+        """A rollout call begins."""
+        for size in self._sizes.values():
+            size.spent *= _FORGET_CALL
+            size.given *= _FORGET_CALL
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -90,10 +97,11 @@ class StepCost:
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
         share = _FIRST_GUESS
-        known = [k for k, size in self._sizes.items() if size.given]
-        if self._num_steps >= _MIN_STEPS and known:
-            size = self._sizes[min(known, key=lambda k: abs(k - rows.bit_length()))]
+        if self._num_steps >= _MIN_STEPS:
+            known = [k for k, size in self._sizes.items() if size.given]
+            here = max(rows.bit_length(), min(known, default=0))
+            given = sum(self._sizes[k].given for k in known if k <= here)
             _, per_proposal = self.coefficients
-            if per_proposal > 0:
-                share = per_proposal * size.given / size.spent
+            if given and per_proposal > 0:
+                share = per_proposal * given / sum(self._sizes[k].spent for k in known if k <= here)
         return min(max(share, 0.05), 0.95)

@@ -335,13 +335,21 @@ def test_step_cost_finds_the_coefficients() -> None:
         cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + 1e-5 * proposed)
     np.testing.assert_allclose(cost.coefficients, [4e-5, 1e-5], rtol=1e-3)
     assert cost.threshold(200) == 0.5  # nothing is known of what was kept
-    # A proposal costs 10 us; a token of a step of 200 rows that kept 100 proposals of 200 costs 12 ms / 300.
+    # A proposal costs 10 us. Steps of 10 rows kept 5 proposals in 2.5 ms, those of 200 rows 100 in 12 ms.
     for rows in (10, 200):
         for _ in range(40):
             cost.observe(rows, rows, 2e-3 + 5e-5 * rows, rows // 2)
-    assert cost.threshold(200) == pytest.approx(1e-5 / 4e-5, rel=0.02)
-    assert cost.threshold(10) == pytest.approx(1e-5 / (2.5e-3 / 15), rel=0.02)
+    small = 1e-5 / (2.5e-3 / 15)
+    assert cost.threshold(10) == pytest.approx(small, rel=0.02)
     assert cost.threshold(1) == cost.threshold(10)  # of no size nearer is anything known
+    both = 1e-5 / (14.5e-3 / 315)  # after a full batch comes a small one
+    assert cost.threshold(200) == pytest.approx(both, rel=0.02)
+    # The next calls have twice as many steps with the full batch.
+    for _ in range(12):
+        cost.begin()
+        for rows in (200, 200, 10):
+            cost.observe(rows, rows, 2e-3 + 5e-5 * rows, rows // 2)
+    assert cost.threshold(200) == pytest.approx(1e-5 / (26.5e-3 / 615), rel=0.02)
 
 
 def test_step_cost_of_full_batches_is_not_bent_by_the_tail() -> None:

@@ -194,6 +194,7 @@ class TransformersEngine:
         drafter = None
         if history is not None:
             drafter = HistoryDrafter(history, sampling.stop_token_ids, self._match_shares)
+            self._step_cost.begin()
         steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         num_slots = min(self.num_slots, plan.batch)
         num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)

@@ -110,6 +110,8 @@ class ReuseSampler:
         self.collector = Collector()
         self.num_requests = num_requests
         self.history = history
+        if history is not None:
+            self.cost.begin()
         self._step_end = None
 
     def take(self) -> tuple[bytes, ...]:
