@@ -7,6 +7,10 @@ DATA has one JSON object per line with `responses`, several sampled solutions to
 followed the longest suffix match, the proposal passes as far as it equals the response, and one more token is drawn.
 The tokenizer (BPE) is trained on the responses themselves.
 
+`HistoryDrafter` is what engines use on top of the index: it also learns from the other problems, and proposes what is
+likely enough to pass. It regenerates one response of every problem at a time, all problems side by side; without noise
+and log-probs, of which such data has none.
+
 Where `arctic_inference.suffix_decoding` can be imported (Snowflake's suffix tree, another way to find proposals, by
 frequency instead of recency), it replays the same; only its compiled tree is needed, not vLLM.
 """
@@ -18,13 +22,18 @@ import itertools
 import json
 import random
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from _common import Results, measure, parser
 
 from spec_rollout import _C
+from spec_rollout.drafting import HistoryDrafter
+from spec_rollout.types import History, cu_lens_from
 
 MAX_MATCH = 64
 
@@ -163,6 +172,68 @@ def replay(
     }
 
 
+def replay_drafter(
+    groups: list[list[list[int]]], least: float, max_tokens: int, own: bool
+) -> dict[str, float]:
+    """As `replay`, with proposals that pass with a probability of at least `least`."""
+    steps = computed = tokens = drafter_ns = 0
+    longest = np.zeros((len(groups), 2), np.int64)  # tokens and steps
+    rng = random.Random(0)
+    for sample in range(max(map(len, groups))):
+        live = [g for g, group in enumerate(groups) if sample < len(group)]
+        rows = [(g, row) for g in live for i, row in enumerate(groups[g]) if i != sample]
+        if own:
+            rows += [(g, perturbed(groups[g][sample], rng)) for g in live]
+        drafter = HistoryDrafter(
+            History(
+                torch.tensor([t for _, row in rows for t in row], dtype=torch.int32),
+                cu_lens_from(torch.tensor([len(row) for _, row in rows])),
+                torch.tensor([g for g, _ in rows]),
+                torch.tensor(live),
+            )
+        )
+        responses = [np.array(groups[g][sample], np.int32) for g in live]
+        lens = np.array([response.size for response in responses])
+        positions, row_steps = np.zeros_like(lens), np.zeros_like(lens)
+        given = np.ones_like(lens)
+        running = np.flatnonzero(lens)
+        while running.size:
+            new = np.minimum(given[running], lens[running] - positions[running])
+            pieces = [
+                responses[r][positions[r] : positions[r] + n]
+                for r, n in zip(running, new, strict=True)
+            ]
+            row_steps[running] += 1
+            positions[running] += new
+            computed += running.size
+            start = time.perf_counter_ns()
+            drafter.extend(running, np.concatenate(pieces), new)
+            drafter_ns += time.perf_counter_ns() - start
+            running = running[positions[running] < lens[running]]
+            limits = np.full(running.size, max_tokens)
+            start = time.perf_counter_ns()
+            proposals = drafter.propose(running, limits, least)
+            drafter_ns += time.perf_counter_ns() - start
+            computed += proposals.token_ids.size
+            ends = np.cumsum(proposals.lens)
+            passed = np.zeros_like(running)
+            for i, (r, end, n) in enumerate(zip(running, ends, proposals.lens, strict=True)):
+                truth = responses[r][positions[r] : positions[r] + n]
+                differs = np.flatnonzero(proposals.token_ids[end - n : end][: truth.size] != truth)
+                passed[i] = differs[0] if differs.size else truth.size
+            drafter.observe(running, passed)
+            given[running] = passed + 1
+        steps += int(row_steps.sum())
+        tokens += int(lens.sum())
+        longest[live] = np.maximum(longest[live], np.stack([lens, row_steps], axis=1))
+    return {
+        "tokens_per_step": round(tokens / steps, 3),
+        "computed_per_output": round(computed / tokens, 3),
+        "longest_rollout_steps_ratio": round(longest[:, 0].sum() / longest[:, 1].sum(), 3),
+        "drafter_nanoseconds_per_token": round(drafter_ns / tokens, 1),
+    }
+
+
 def speed(groups: list[list[list[int]]], results: Results, kinds: Sequence[Index]) -> None:
     """Time of append and lookup as a generating row does them, and memory, over whole groups."""
     num_tokens = sum(len(response) for group in groups for response in group)
@@ -237,6 +308,19 @@ def main() -> int:
                 "min_match": policy.min_match,
                 "max_tokens": policy.max_tokens,
                 "adaptive": policy.adaptive,
+                **outcome,
+            }
+        )
+        print(results.rows[-1], flush=True)
+    for own, least in itertools.product((False, True), (0.1, 0.2, 0.3, 0.5)):
+        outcome = replay_drafter(groups, least, 16, own)
+        results.rows.append(
+            {
+                "op": "history drafting",
+                "index": "HistoryDrafter",
+                "history": "siblings and own perturbed" if own else "siblings",
+                "min_probability": least,
+                "max_tokens": 16,
                 **outcome,
             }
         )

@@ -255,20 +255,27 @@ def rollout_table(content: Mapping[str, Any]) -> str:
 def drafting_table(content: Mapping[str, Any]) -> str:
     """bench_drafting.py: what proposals give, and what finding them costs."""
     replays = [row for row in content["rows"] if row["op"] == "history drafting"]
+
+    def proposed(row: Mapping[str, Any]) -> str | None:
+        """What is said of how much was proposed; None for a row that is not shown."""
+        most = row["max_tokens"]
+        if "min_probability" in row:
+            return f"{most}, likely by {row['min_probability']}"
+        if row["min_match"] == 1 and row["adaptive"] and most == 16:
+            return f"{most}, at most twice the match"
+        return str(most) if row["min_match"] == 1 and not row["adaptive"] and most == 8 else None
+
     shown = [
         [
             row["index"],
             row["history"],
-            f"{row['max_tokens']}, at most twice the match"
-            if row["adaptive"]
-            else str(row["max_tokens"]),
+            proposed(row),
             f"{row['tokens_per_step']:.2f}",
             f"{row['computed_per_output']:.2f}",
             f"{row['longest_rollout_steps_ratio']:.2f}x",
         ]
         for row in replays
-        if row["min_match"] == 1
-        and (row["max_tokens"], row["adaptive"]) in ((8, False), (16, True))
+        if proposed(row)
     ]
     header = ["index", "history", "tokens proposed", "tokens per step", "computed per token"]
     table = markdown_table([*header, "fewer steps of the longest rollout"], shown)
