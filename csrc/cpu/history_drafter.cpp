@@ -137,7 +137,8 @@ void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs
     }
     rows[groups[r]].push_back(r);
   }
-  table_ = NgramTable(cu_lens[num_rows]);
+  // Live rollouts are learned from, too.
+  table_ = NgramTable(cu_lens[num_rows] + 256 * static_cast<int64_t>(requests_.size()));
   if (cu_lens[num_rows] > 0) contexts_ = GroupContexts(entropy(token_ids, cu_lens[num_rows]));
   cpu::parallel_for(NgramTable::kNumOrders, 1, num_threads, [&](int64_t begin, int64_t end) {
     int32_t context[NgramTable::kMaxOrder];

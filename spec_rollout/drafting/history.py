@@ -1,4 +1,4 @@
-"""Proposals from what a prompt's rollouts said before: the continuation of the longest suffix match."""
+"""Proposals from what was said before, by a prompt's own rollouts and by all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.types import History
 
-# How proposed tokens fared, by length of the match; opaque, and kept by engines between calls.
+# How proposed tokens fared, by context and by chance; opaque, and kept by engines between calls.
 MatchShares = _C.MatchShares
 
 
@@ -33,11 +33,12 @@ class Proposals:
 class HistoryDrafter:
     """Proposes for the live requests of one rollout call, and learns which proposals pass.
 
-    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts
-    and over what its live requests have generated so far. Of the tokens that followed the longest matches, the one is
-    proposed that the request's noise is likeliest to pick: the noise is known ahead, and the log-probs that the tokens
-    were drawn with are an estimate of the present ones. A proposal goes on as long as its tokens are likely enough to
-    pass, judged by that comparison and by how such proposals fared lately, for all requests and for this one.
+    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts and over what its
+    live requests have generated so far; an n-gram table knows what all groups say after a few tokens. Of what followed
+    the same words there, the token is proposed that the request's noise is likeliest to pick: the noise is known ahead,
+    and the log-probs that tokens were drawn with are an estimate of the present ones. A proposal goes on as long as its
+    tokens are likely enough to pass, judged by that comparison and by how such proposals fared lately, for all requests
+    and for this one (docs/acceptance.md).
 
     A proposal changes no token: it is tested against the token that sampling gives anyway.
 
@@ -158,5 +159,5 @@ class HistoryDrafter:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the index."""
+        """Memory of indices and n-gram table, of which pages count that were never touched."""
         return self._native.num_bytes

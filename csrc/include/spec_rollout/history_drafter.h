@@ -1,5 +1,5 @@
-// Proposals for many rollouts at once, from what their groups generated before and are generating
-// now, and how far to trust them.
+// Proposals for many rollouts at once, from what was generated before and is being generated, and
+// how far to trust them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Proposals from a prompt's other rollouts, for requests that follow no draft.
+"""Proposals from other rollouts, for requests that follow no draft in chunks.
 
 The engine sends the history of a rollout call once, ahead of its requests (`ReuseWorker.spec_rollout_begin`), and a
 request says which it is by its `collect_id`. So nothing is sent twice, every worker of a tensor-parallel engine gets it,

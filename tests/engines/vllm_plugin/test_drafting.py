@@ -115,6 +115,22 @@ def test_tokens_are_those_without(
         assert stats.tokens_per_step > 1.0 == expected.stats.tokens_per_step
 
 
+def test_drafts_are_counted_alike_in_chunks_and_as_proposals(engine: Any, plain: Rollouts) -> None:
+    drafts = pack_drafts(mixed_drafts(rows_of(plain)), logprobs=-1.5)
+    requests = make_requests(PROMPTS, drafts)
+    engine.rollout(requests, SAMPLING, Coupled())
+    chunks = engine.last_metrics
+    past = history_of(rows_of(plain), GROUPS)
+    engine.rollout(replace(requests, history=past), SAMPLING, Coupled())
+    found = engine.last_metrics
+    for name in ("num_drafts", "num_draft_tokens", "num_tested_tokens", "num_accepted_tokens"):
+        assert getattr(found, name) == getattr(chunks, name), name
+    assert found.num_fully_reused == chunks.num_fully_reused > 0
+    np.testing.assert_array_equal(found.tested_at, chunks.tested_at)
+    np.testing.assert_array_equal(found.accepted_at, chunks.accepted_at)
+    assert 0 <= found.num_wasted_tokens <= found.num_verified_tokens
+
+
 def test_far_fewer_steps_where_history_is_right(engine: Any, plain: Rollouts) -> None:
     past = history_of(rows_of(plain), GROUPS)
     found, expected = check(engine, make_requests(PROMPTS), past)
