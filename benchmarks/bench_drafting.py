@@ -229,7 +229,7 @@ def replay_drafter(
     return {
         "tokens_per_step": round(tokens / steps, 3),
         "computed_per_output": round(computed / tokens, 3),
-        "longest_rollout_steps_ratio": round(longest[:, 0].sum() / longest[:, 1].sum(), 3),
+        "longest_rollout_steps_ratio": round(float(longest[:, 0].sum() / longest[:, 1].sum()), 3),
         "drafter_nanoseconds_per_token": round(drafter_ns / tokens, 1),
     }
 

@@ -260,7 +260,8 @@ def drafting_table(content: Mapping[str, Any]) -> str:
         """What is said of how much was proposed; None for a row that is not shown."""
         most = row["max_tokens"]
         if "min_probability" in row:
-            return f"{most}, likely by {row['min_probability']}"
+            least = row["min_probability"]
+            return f"{most}, if likelier than {least}" if least in (0.2, 0.5) else None
         if row["min_match"] == 1 and row["adaptive"] and most == 16:
             return f"{most}, at most twice the match"
         return str(most) if row["min_match"] == 1 and not row["adaptive"] and most == 8 else None

@@ -295,6 +295,20 @@ def test_followers_without_logprobs_count_by_their_number() -> None:
     np.testing.assert_array_equal(guessed, drawn)
 
 
+def test_certain_tokens_that_differ_share_by_their_number() -> None:
+    """Six rollouts were sure of one token and two of another: it depends on what this context does not show."""
+    n = 4_000
+    tokens = [3, 3, 4, 3, 3, 3, 4, 3]
+    past = history({0: [[A, B, token] for token in tokens]}, [0] * n)
+    drafter = HistoryDrafter(replace(past, logprobs=torch.zeros(3 * len(tokens))))
+    requests = np.arange(n)
+    drafter.extend(requests, np.tile(np.array([A, B], np.int32), n), np.full(n, 2))
+    keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, n)
+    ones = np.ones(n, np.int64)
+    found = drafter.propose(requests, ones, 0.0, keys=keys, positions=2 * ones)
+    assert (found.token_ids == 3).mean() == pytest.approx(0.75, abs=0.03)  # 4 sigma
+
+
 def test_all_followers_of_a_shared_beginning_are_found() -> None:
     """Contexts equal back to the start of their rows are one node of the index."""
     probs = {3: 0.25, 4: 0.25, 5: 0.25, 6: 0.25}
