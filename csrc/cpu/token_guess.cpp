@@ -115,7 +115,9 @@ constexpr double kContextBits = 17.0;
 }  // namespace
 
 GroupContexts::GroupContexts(double bits) {
-  const int least = std::clamp(static_cast<int>(std::lround(kContextBits / bits)), 1, 4);
+  // A text of one token has none.
+  const double per_token = std::max(bits, 1.0);
+  const int least = std::clamp(static_cast<int>(std::lround(kContextBits / per_token)), 1, 4);
   constexpr int kHalves[kNumGroupContexts] = {2, 3, 4, 6, 8, 12, 16};
   for (int i = 0; i < kNumGroupContexts; ++i) lens[i] = (least * kHalves[i] + 1) / 2;
 }
