@@ -74,7 +74,7 @@ int MatchShares::cell(int source, double chance) {
   return source * kChances + std::min(static_cast<int>(left * kChances), kChances - 1);
 }
 
-// What has not been tested itself is believed to fare as matches of its length do.
+// What has not been tested itself is believed to fare as other tokens of its source do.
 double MatchShares::believed(int cell) const {
   const double left = (cell % kChances + 0.5) / kChances;
   const double first = prior(cell / kChances, 1.0 - left * left);

@@ -78,7 +78,8 @@ void NgramTable::learn(int order, const Place& place, int32_t token, float p) {
     line = {};
     line.tag = tag;
   }
-  if (line.seen == 0xffff) {
+  // Counts can run ahead of `seen`, which others that want the place wear down.
+  if (line.seen == 0xffff || line.entries[0].count == 0xffff) {
     line.seen /= 2;
     for (int i = 0; i < line.num; ++i) {
       line.entries[i].count = static_cast<uint16_t>((line.entries[i].count + 1) / 2);

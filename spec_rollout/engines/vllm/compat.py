@@ -257,7 +257,7 @@ def _metadata_hook(original: Callable) -> Callable:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from spec_rollout.engines.vllm.proposer import ReuseProposer
-    from spec_rollout.engines.vllm.sampler import to_device
+    from spec_rollout.engines.vllm.verify import to_device
 
     def _calc_spec_decode_metadata(
         self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any

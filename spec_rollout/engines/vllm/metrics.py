@@ -72,6 +72,15 @@ class ReuseMetrics:
         self.num_accepted_tokens += num_accepted
         self.num_wasted_tokens += max(0, num_computed - num_accepted)
 
+    def proposals_tested(
+        self, num_tokens: int, num_own: int, num_accepted: int, num_own_accepted: int
+    ) -> None:
+        """The drafter's proposals of one step; of these tokens `num_own` were the requests' own drafts, which count as such."""
+        self.num_verified_tokens += num_own
+        self.num_wasted_tokens += num_own - num_own_accepted
+        self.num_proposed_tokens += num_tokens - num_own
+        self.num_accepted_proposals += num_accepted - num_own_accepted
+
     def draft_followed(self, num_followed: int, num_tested: int, draft_len: int) -> None:
         """All of one response whose draft was proposed by the drafter."""
         self.tested_at[:num_tested] += 1

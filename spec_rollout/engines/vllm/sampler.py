@@ -26,6 +26,7 @@ from spec_rollout.engines.vllm.history import HistoryProposals
 from spec_rollout.engines.vllm.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.rows import Row
+from spec_rollout.engines.vllm.verify import verify_group
 from spec_rollout.ragged import ranges
 
 # (request, first logits row, its tokens, their log-probs) of the requests served in one step
@@ -213,18 +214,19 @@ class ReuseSampler:
         if step.logprobs is not None:
             step.logprobs.keep_raw(step.logits, False)
         sampling = (step.temperature, step.top_k, step.top_p)
-        accepted, drawn, logprobs = _test(_SAMPLED, group, step.logits, sampling, proposed, None)
+        accepted, drawn, logprobs = verify_group(
+            _SAMPLED, group, step.logits, sampling, proposed, None
+        )
         accepted = accepted.astype(np.int64)
         emitted: _Runs = []
         self._record(step, group, proposed, accepted, drawn, logprobs, tokens, emitted)
         self._num_kept += int(accepted.sum())
-        metrics = self.metrics
-        num_own = int(own_lens.sum())
-        num_own_kept = int(np.minimum(accepted, own_lens).sum())
-        metrics.num_verified_tokens += num_own
-        metrics.num_wasted_tokens += num_own - num_own_kept
-        metrics.num_proposed_tokens += int(lens.sum()) - num_own
-        metrics.num_accepted_proposals += int(accepted.sum()) - num_own_kept
+        self.metrics.proposals_tested(
+            int(lens.sum()),
+            int(own_lens.sum()),
+            int(accepted.sum()),
+            int(np.minimum(accepted, own_lens).sum()),
+        )
         tested = lens > 0
         history.tested(self.known.history_ids[tested], accepted[tested])
         output = torch.from_numpy(tokens)
@@ -340,8 +342,6 @@ class ReuseSampler:
         if self.history is not None and scheduled:
             tokens, num_proposed, num_own = self.history.scheduled_one(row, index, scheduled)
         n = tokens.size
-        metrics.num_verified_tokens += num_own
-        metrics.num_proposed_tokens += n - num_own
         metrics.num_placeholder_tokens += len(scheduled) - n
         return Segment(
             request,
@@ -384,7 +384,9 @@ class ReuseSampler:
                 for value in (step.temperature, step.top_k, step.top_p)
             )
         draft_ids, draft_logprobs = group.drafts(rule.needs_draft_logprobs)
-        accepted, drawn, logprobs = _test(rule, group, logits, sampling, draft_ids, draft_logprobs)
+        accepted, drawn, logprobs = verify_group(
+            rule, group, logits, sampling, draft_ids, draft_logprobs
+        )
         self._record(
             step, group, draft_ids, accepted.astype(np.int64), drawn, logprobs, tokens, emitted
         )
@@ -439,8 +441,8 @@ class ReuseSampler:
         index = segment.index
         if not segment.is_draft:
             self._num_kept += accepted
-            self.metrics.num_accepted_proposals += max(0, accepted - segment.num_own)
-            self.metrics.num_wasted_tokens += max(0, segment.num_own - accepted)
+            own = segment.num_own
+            self.metrics.proposals_tested(segment.num_tested, own, accepted, min(accepted, own))
             # Where all passed that was scheduled, nothing is known of the rest.
             is_known = segment.is_whole or accepted < segment.num_tested
             if segment.learn and is_known and self.history is not None:
@@ -460,54 +462,3 @@ class ReuseSampler:
                 row.chunk = min(2 * row.chunk, self.max_chunk)
             if accepted and row.collect_id >= 0:
                 self.collector.reused(row.collect_id, accepted)
-
-
-def _test(
-    rule: AcceptanceRule,
-    group: Group,
-    logits: torch.Tensor,
-    sampling: tuple[Any, Any, Any],
-    draft_ids: np.ndarray,
-    draft_logprobs: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`verify_prefix` on the rows of a group; its three outputs on the host."""
-    device = logits.device
-    packed = to_device(group.numbers(), device)
-    n = group.requests.size
-    result = ops.verify_prefix(
-        logits,
-        to_device(draft_ids, device),
-        packed[0],
-        rule=rule,
-        keys=packed[2, :n],
-        positions=packed[3, :n],
-        draft_logprobs=None if draft_logprobs is None else to_device(draft_logprobs, device),
-        cu_logits_lens=packed[1],
-        temperature=sampling[0],
-        top_k=sampling[1],
-        top_p=sampling[2],
-    )
-    return _to_host(result)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Without waiting for the copy; on the CPU without one."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The three outputs with one synchronisation."""
-    accepted, drawn, logprobs = result
-    if not accepted.is_cuda:
-        return accepted.numpy(), drawn.numpy(), logprobs.numpy()
-    packed = torch.cat([accepted, drawn, logprobs.view(torch.int32)]).cpu()
-    ops.check_status(accepted.device)
-    n = accepted.numel()
-    return (
-        packed[:n].numpy(),
-        packed[n : 2 * n].numpy(),
-        packed[2 * n :].view(torch.float32).numpy(),
-    )
