@@ -2,6 +2,7 @@
 // element or one row of logits, without a GPU.
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "convert.h"
@@ -40,15 +41,24 @@ py::tuple online_logprobs(const Floats& logits, float inv_temperature, int num_t
 }
 
 // Per token with random bits, whether its score may reach `bound`, as a block asks that holds terms
-// relative to the logit `ref`.
-py::array_t<bool> may_reach_bound(const Floats& logits, const Words& bits, float inv_temperature,
-                                  float ref, float bound) {
+// relative to the logit `ref`: first of its group, then of itself. Token i has bits[i] of its own
+// and group_bits[i / 8] of its group.
+py::array_t<bool> may_reach_bound(const Floats& logits, const Words& group_bits, const Words& bits,
+                                  float inv_temperature, float ref, float bound) {
   const float slope = slope_of(inv_temperature);
   const float scale = reach_scale(reach_gap(exact_mul(ref, inv_temperature), bound));
   py::array_t<bool> out(logits.size());
-  for (py::ssize_t i = 0; i < logits.size(); ++i) {
-    const float term = term_of(logits.data()[i], ref, slope);
-    out.mutable_data()[i] = may_reach(bits.data()[i], term, scale);
+  for (py::ssize_t first = 0; first < logits.size(); first += kNoiseGroup) {
+    const py::ssize_t end = std::min<py::ssize_t>(first + kNoiseGroup, logits.size());
+    const uint32_t group = group_bits.data()[first / kNoiseGroup];
+    float sum = 0.0f;
+    for (py::ssize_t i = first; i < end; ++i) sum += term_of(logits.data()[i], ref, slope);
+    const bool any = !(sum * scale < kLeastExponential) && group_may_reach(group, sum, scale);
+    for (py::ssize_t i = first; i < end; ++i) {
+      const float term = term_of(logits.data()[i], ref, slope);
+      const bool leads = static_cast<int>(i - first) == leader_from_bits(group);
+      out.mutable_data()[i] = any && token_may_reach(group, bits.data()[i], leads, term, scale);
+    }
   }
   return out;
 }
@@ -67,6 +77,7 @@ void bind_arithmetic(py::module_& module) {
              [](int64_t key, int64_t position) { return accept_bits(NoiseKey(key), position); });
   module.def("uniform_from_bits", &uniform_from_bits);
   module.def("gumbel_from_bits", &gumbel_from_bits);
+  module.def("group_bound", &group_bound);
   module.def("exact_log", &exact_log);
 }
 

@@ -15,7 +15,7 @@ struct Torch {
     int32_t item_size;
   } dtypes[7];
   PyObject *s_dtype, *s_shape, *s_stride, *s_data_ptr, *s_is_cuda, *s_is_cpu, *s_get_device,
-      *s_element_size, *s_device;
+      *s_element_size, *s_device, *s_new_empty, *s_split, *s_view;
   const dlpack::ExchangeApi* exchange = nullptr;
 
   Torch() {
@@ -40,6 +40,10 @@ struct Torch {
     s_get_device = PyUnicode_InternFromString("get_device");
     s_element_size = PyUnicode_InternFromString("element_size");
     s_device = PyUnicode_InternFromString("device");
+    s_new_empty = PyUnicode_InternFromString("new_empty");
+    // "Unsafe" where gradients flow through the parts, and no views of each other elsewhere.
+    s_split = PyUnicode_InternFromString("unsafe_split_with_sizes");
+    s_view = PyUnicode_InternFromString("view");
     exchange = find_exchange();
   }
 
@@ -74,6 +78,12 @@ py::object attr(py::handle object, PyObject* name) {
 
 py::object call(py::handle object, PyObject* method) {
   PyObject* result = PyObject_CallMethodNoArgs(object.ptr(), method);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object call(py::handle object, PyObject* method, py::handle argument) {
+  PyObject* result = PyObject_CallMethodOneArg(object.ptr(), method, argument.ptr());
   if (result == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
@@ -208,6 +218,24 @@ bool is_plain(PyObject* value, PyObject* tensor_type) {
 
 bool all_plain(const py::tuple& args) { return is_plain(args.ptr(), torch().tensor_type); }
 
+WordParts new_word_parts(py::handle like, const int64_t (&sizes)[4], int float_part) {
+  const Torch& t = torch();
+  const int64_t total = sizes[0] + sizes[1] + sizes[2] + sizes[3];
+  const py::object words = call(like, t.s_new_empty, py::int_(total));
+  const TensorView view = describe(words, "like");
+  if (view.dtype != DType::kInt32) fail("like: expected int32, got ", dtype_name(view.dtype));
+  py::list lens(4);
+  for (size_t i = 0; i < 4; ++i) lens[i] = py::int_(sizes[i]);
+  const py::object parts = call(words, t.s_split, lens);
+  py::tuple tensors(3);
+  for (int i = 0; i < 3; ++i) {
+    auto part = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(parts.ptr(), i));
+    tensors[static_cast<size_t>(i)] =
+        i == float_part ? call(part, t.s_view, t.dtypes[0].object) : std::move(part);
+  }
+  return {std::move(tensors), static_cast<int32_t*>(const_cast<void*>(view.data)), view.device};
+}
+
 void* current_stream(int device) {
   const Torch& t = torch();
   void* stream = nullptr;
@@ -265,6 +293,12 @@ TensorView describe(py::handle value, const char* name) {
   return view;
 }
 
+void ArgReader::same_device(int device, const char* name) {
+  if (device == device_) return;
+  fail(name, ": expected device ", device_text(device_), " (that of ", device_arg_, "), got ",
+       device_text(device));
+}
+
 TensorView ArgReader::tensor(py::handle value, const char* name, std::initializer_list<Size> shape,
                              std::initializer_list<DType> dtypes, Contiguity contiguity) {
   const TensorView view = describe(value, name);
@@ -311,9 +345,8 @@ TensorView ArgReader::tensor(py::handle value, const char* name, std::initialize
   if (device_ == -2) {
     device_ = view.device;
     device_arg_ = name;
-  } else if (device_ != view.device) {
-    fail(name, ": expected device ", device_text(device_), " (that of ", device_arg_, "), got ",
-         device_text(view.device));
+  } else {
+    same_device(view.device, name);
   }
   return view;
 }

@@ -45,6 +45,8 @@ class ArgReader {
   // float32 vector or null.
   float* floats(py::handle value, const char* name, Size size, bool optional = false);
   LogitsView logits(py::handle value, Dim& rows, Dim& vocab);
+  // An error unless it is the device of the arguments read so far.
+  void same_device(int device, const char* name);
   // Device of the arguments read so far: -1 is the CPU.
   int device() const { return device_; }
   bool on_cpu() const { return device_ < 0; }
@@ -60,6 +62,14 @@ T* output(ArgReader& reader, py::handle value, const char* name, std::initialize
           DType dtype) {
   return static_cast<T*>(reader.tensor(value, name, shape, {dtype}).data);
 }
+
+// One new allocation of int32 words, cut into four vectors; the third is float32.
+struct WordParts {
+  py::tuple tensors;  // of the first three
+  int32_t* data;      // of all
+  int device;
+};
+WordParts new_word_parts(py::handle like, const int64_t (&sizes)[4], int float_part);
 
 // Whether none of a call's arguments, or items of its lists, is a subclass of Tensor.
 bool all_plain(const py::tuple& args);

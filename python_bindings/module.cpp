@@ -17,14 +17,17 @@
 namespace spec_rollout::python {
 namespace {
 
-// rule_kind, log_lenience, scale, min_target_prob
-RuleParams rule_params(const py::tuple& rule) {
+RuleParams rule_params(int kind, double log_lenience, double scale, double min_target_prob) {
   RuleParams params;
-  params.kind = static_cast<RuleKind>(py::cast<int>(rule[0]));
-  params.log_lenience = static_cast<float>(py::cast<double>(rule[1]));
-  params.scale = static_cast<float>(py::cast<double>(rule[2]));
-  params.min_target_logprob = static_cast<float>(std::log(py::cast<double>(rule[3])));
+  params.kind = static_cast<RuleKind>(kind);
+  params.log_lenience = static_cast<float>(log_lenience);
+  params.scale = static_cast<float>(scale);
+  params.min_target_logprob = static_cast<float>(std::log(min_target_prob));
   return params;
+}
+RuleParams rule_params(const py::tuple& rule) {
+  return rule_params(py::cast<int>(rule[0]), py::cast<double>(rule[1]), py::cast<double>(rule[2]),
+                     py::cast<double>(rule[3]));
 }
 
 #if defined(SPEC_ROLLOUT_WITH_CUDA)
@@ -188,13 +191,22 @@ void sample_tokens(py::handle logits, py::handle keys, py::handle positions,
       SPEC_ROLLOUT_CUDA_CALL(sample_tokens(args, stream)));
 }
 
+int64_t verify_prefix_workspace_bytes([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t vocab,
+                                      [[maybe_unused]] int64_t batch) {
+#if defined(SPEC_ROLLOUT_WITH_CUDA)
+  return cuda::verify_prefix_workspace_bytes(rows, vocab, batch);
+#else
+  return 0;
+#endif
+}
+
 VerifyPrefixArgs verify_prefix_inputs(ArgReader& reader, Dim& rows, Dim& batch, py::handle logits,
                                       py::handle draft_ids, py::handle cu_draft_lens,
                                       py::handle draft_logprobs, py::handle cu_logits_lens,
                                       py::handle keys, py::handle positions,
                                       py::handle temperatures, double temperature,
                                       py::handle top_ks, int64_t top_k, py::handle top_ps,
-                                      double top_p, const py::tuple& rule) {
+                                      double top_p, const RuleParams& rule) {
   Dim vocab{"vocab"}, tokens{"num_draft_tokens"};
   VerifyPrefixArgs args;
   args.logits = reader.logits(logits, rows, vocab);
@@ -212,7 +224,7 @@ VerifyPrefixArgs verify_prefix_inputs(ArgReader& reader, Dim& rows, Dim& batch, 
   args.positions = reader.ints(positions, "positions", batch, true);
   args.sampling =
       Sampling(reader, batch, temperatures, temperature, top_ks, top_k, top_ps, top_p).args;
-  args.rule = rule_params(rule);
+  args.rule = rule;
   return args;
 }
 
@@ -226,7 +238,7 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
   Dim rows{"num_logits_rows"}, batch{"batch"};
   VerifyPrefixArgs args = verify_prefix_inputs(
       reader, rows, batch, logits, draft_ids, cu_draft_lens, draft_logprobs, cu_logits_lens, keys,
-      positions, temperatures, temperature, top_ks, top_k, top_ps, top_p, rule);
+      positions, temperatures, temperature, top_ks, top_k, top_ps, top_p, rule_params(rule));
   args.accepted_lens =
       output<int32_t>(reader, accepted_lens, "accepted_lens", {batch}, DType::kInt32);
   args.next_token_ids =
@@ -243,6 +255,39 @@ void verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_
       SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, stream)));
 }
 
+// verify_prefix with outputs of its own, parts of one allocation that is the workspace, too. All in
+// one call: allocating on a GPU costs more than the rest, and the steps one by one from Python cost
+// as much again. `like` is an int32 tensor on the device of the others.
+py::tuple new_verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
+                            py::handle draft_logprobs, py::handle cu_logits_lens, py::handle keys,
+                            py::handle positions, py::handle temperatures, double temperature,
+                            py::handle top_ks, int64_t top_k, py::handle top_ps, double top_p,
+                            int kind, double log_lenience, double scale, double min_target_prob,
+                            py::handle like, py::handle status, int num_threads) {
+  ArgReader reader;
+  Dim rows{"num_logits_rows"}, batch{"batch"};
+  VerifyPrefixArgs args = verify_prefix_inputs(
+      reader, rows, batch, logits, draft_ids, cu_draft_lens, draft_logprobs, cu_logits_lens, keys,
+      positions, temperatures, temperature, top_ks, top_k, top_ps, top_p,
+      rule_params(kind, log_lenience, scale, min_target_prob));
+  args.status = status_word(reader, status);
+  args.workspace_bytes =
+      reader.on_cpu() ? 0
+                      : verify_prefix_workspace_bytes(rows.value, args.logits.vocab, batch.value);
+  const int64_t sizes[] = {batch.value, batch.value, rows.value,
+                           args.workspace_bytes / static_cast<int64_t>(sizeof(int32_t))};
+  const WordParts parts = new_word_parts(like, sizes, 2);
+  reader.same_device(parts.device, "like");
+  args.accepted_lens = parts.data;
+  args.next_token_ids = args.accepted_lens + sizes[0];
+  args.logprobs = reinterpret_cast<float*>(args.next_token_ids + sizes[1]);
+  args.workspace = args.logprobs + sizes[2];
+  launch(
+      reader, [&] { cpu::verify_prefix(args, num_threads); },
+      SPEC_ROLLOUT_CUDA_CALL(verify_prefix(args, stream)));
+  return parts.tensors;
+}
+
 // The checks of verify_prefix alone, for implementations that are not in this extension.
 void check_verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_draft_lens,
                          py::handle draft_logprobs, py::handle cu_logits_lens, py::handle keys,
@@ -253,16 +298,7 @@ void check_verify_prefix(py::handle logits, py::handle draft_ids, py::handle cu_
   Dim rows{"num_logits_rows"}, batch{"batch"};
   verify_prefix_inputs(reader, rows, batch, logits, draft_ids, cu_draft_lens, draft_logprobs,
                        cu_logits_lens, keys, positions, temperatures, temperature, top_ks, top_k,
-                       top_ps, top_p, rule);
-}
-
-int64_t verify_prefix_workspace_bytes([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t vocab,
-                                      [[maybe_unused]] int64_t batch) {
-#if defined(SPEC_ROLLOUT_WITH_CUDA)
-  return cuda::verify_prefix_workspace_bytes(rows, vocab, batch);
-#else
-  return 0;
-#endif
+                       top_ps, top_p, rule_params(rule));
 }
 
 // A list of equally shaped 4-D caches as views. `paged` says which dimension is which.
@@ -540,6 +576,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("check_token_logprobs", &check_token_logprobs);
   module.def("sample_tokens", &sample_tokens);
   module.def("verify_prefix", &verify_prefix);
+  module.def("new_verify_prefix", &new_verify_prefix);
   module.def("check_verify_prefix", &check_verify_prefix);
   module.def("verify_prefix_workspace_bytes", &verify_prefix_workspace_bytes);
   module.def("cache_view_words", &cache_view_words);

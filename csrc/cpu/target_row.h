@@ -7,17 +7,12 @@
 
 #include "filter.h"
 #include "logits_row.h"
+#include "philox_block.h"
 
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 
-// Random bits of the kGroup tokens from `token` (a multiple of 4) on.
-inline void gumbel_bits_of_group(NoiseKey key, int64_t position, int64_t token, uint32_t* bits) {
-  const uint32_t quad = static_cast<uint32_t>(token >> 2);
-  for (uint32_t i = 0; i < kGroup / 4; ++i) {
-    const Philox4 four = gumbel_bits4(key, position, quad + i);
-    for (int j = 0; j < 4; ++j) bits[4 * i + j] = four.x[j];
-  }
-}
+constexpr int kGroupsOfBlock = kBlock / kNoiseGroup;
+static_assert(kGroupsOfBlock == kPhiloxWords, "one batch of calls serves a block");
 
 class TargetRow {
  public:
@@ -79,35 +74,40 @@ class TargetRow {
   }
 
  private:
+  // Groups of noise whose smallest exponential says that one of their tokens may win.
   void draw_block(int64_t block, NoiseKey key, int64_t position, int64_t excluded,
                   Best& best) const {
     alignas(64) float x[kBlock];
-    const int count = row_.load_block(block, x);
-    for (int i = 0; i < count; i += kGroup) {
-      draw_group(x + i, block * kBlock + i, key, position, excluded, best);
+    alignas(64) float largest[kGroupsOfBlock];
+    alignas(64) uint32_t bits[kGroupsOfBlock];
+    const int num_groups = row_.load_block(block, x) / kNoiseGroup;
+    const auto p = static_cast<uint64_t>(position);
+    philox_block<true>(static_cast<uint32_t>(p), static_cast<uint32_t>(block * kPhiloxCalls),
+                       static_cast<uint32_t>(p >> 32), kStreamGroup, key.k0, key.k1, bits);
+    for (int g = 0; g < num_groups; ++g) {
+      float top = x[g * kNoiseGroup];
+      for (int i = 1; i < kNoiseGroup; ++i) top = std::max(top, x[g * kNoiseGroup + i]);
+      largest[g] = top;
+    }
+    for (int g = 0; g < num_groups; ++g) {
+      if (!(largest[g] >= threshold_) ||
+          !(exact_add(largest[g], group_bound(bits[g])) >= best.score)) {
+        continue;
+      }
+      draw_group(x + g * kNoiseGroup, block * kBlock + g * kNoiseGroup, bits[g], key, position,
+                 excluded, best);
     }
   }
 
-  void draw_group(const float* x, int64_t token, NoiseKey key, int64_t position, int64_t excluded,
-                  Best& best) const {
-    const float threshold = threshold_, score = best.score;
-    int any = 0;
-    for (int i = 0; i < kGroup; ++i) {
-      any |= (x[i] >= threshold) & (exact_add(x[i], kMaxGumbel) >= score);
-    }
-    if (!any) return;
-    alignas(64) uint32_t bits[kGroup];
-    alignas(64) float bound[kGroup];
-    gumbel_bits_of_group(key, position, token, bits);
-    any = 0;
-    for (int i = 0; i < kGroup; ++i) {
-      bound[i] = x[i] >= threshold ? exact_add(x[i], gumbel_bound(bits[i])) : -INFINITY;
-      any |= (bound[i] >= score) & (bound[i] > -INFINITY);
-    }
-    if (!any) return;
-    for (int i = 0; i < kGroup; ++i) {
-      if (!(bound[i] >= best.score) || bound[i] == -INFINITY || token + i == excluded) continue;
-      consider(exact_add(x[i], gumbel_from_bits(bits[i])), static_cast<int32_t>(token + i), best);
+  void draw_group(const float* x, int64_t token, uint32_t group_bits, NoiseKey key,
+                  int64_t position, int64_t excluded, Best& best) const {
+    const float bound = group_bound(group_bits);
+    for (int i = 0; i < kNoiseGroup; ++i) {
+      if (!(x[i] >= threshold_) || !(exact_add(x[i], bound) >= best.score)) continue;
+      if (token + i == excluded) continue;
+      const float noise = i == leader_from_bits(group_bits) ? leader_gumbel(group_bits)
+                                                            : gumbel(key, position, token + i);
+      consider(exact_add(x[i], noise), static_cast<int32_t>(token + i), best);
     }
   }
 

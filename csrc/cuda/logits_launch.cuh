@@ -7,10 +7,10 @@
 namespace spec_rollout::cuda {
 
 constexpr int kLogitsThreads = 32 * kMaxWarps;  // most threads of a block
-// Blocks that a processor must have room for: 80 registers per thread are enough to draw without
-// spilling, and one block computes while another one reduces.
+// Blocks that a processor must have room for: 64 registers per thread are enough to draw without
+// spilling, and some blocks read while others reduce or wait for what to read next.
 template <int kThreads>
-constexpr int kDrawBlocks = kThreads == kLogitsThreads ? 1 : 3;
+constexpr int kDrawBlocks = kThreads == kLogitsThreads ? 1 : 4;
 
 // A block per row.
 inline unsigned row_blocks(int64_t rows) {

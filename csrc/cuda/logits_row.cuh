@@ -4,6 +4,8 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "reduce.cuh"
 #include "spec_rollout/logits.h"
 
@@ -163,122 +165,199 @@ __device__ __forceinline__ void visit_row(const DeviceRow<Logit>& row, Visit&& v
   }
 }
 
-// Vectors on their way from device memory, kDepth per thread: loops that need many registers have
-// few threads, which must have more bytes in flight each than registers could hold. Each thread
-// reads what it copied itself, so no barrier is needed. Addresses are those of shared memory, 32
-// bits wide: a generic pointer would be converted at every use.
+// A row on its way from device memory to a block. Loops that need many registers have few threads,
+// which must have more bytes in flight each than registers could hold: copies go to shared memory
+// by themselves. A warp takes 32 * kChunk vectors at a time, which its lanes copy side by side, so
+// that accesses are coalesced, but read as kChunk neighbours each: those share a call of Philox.
+// Only the lanes of a warp wait for each other. Addresses are those of shared memory, 32 bits wide:
+// a generic pointer would be converted at every use.
+constexpr int kChunk = 4;
+constexpr int kWarpChunk = 32 * kChunk;
 constexpr int kRingVectors = 2048;
+constexpr int kRingBytes = kRingVectors * sizeof(uint4);
+constexpr int kRingAlignment = 4096;  // of addresses: shared memory itself may begin anywhere
+
+// values[i] by constant indices only, so that they stay in registers; i is in range.
+template <class T, int kCount>
+__device__ __forceinline__ T pick(const T (&values)[kCount], int i) {
+  T value = values[0];
+#pragma unroll
+  for (int j = 1; j < kCount; ++j) value = j == i ? values[j] : value;
+  return value;
+}
+
+// kChunk vectors of neighbouring tokens, that a thread reads from shared memory each time it is
+// asked for one, for loops that have no registers for all of them ...
+class SharedChunk {
+ public:
+  __device__ explicit SharedChunk(uint32_t address) : address_(address) {}
+  __device__ __forceinline__ uint4 operator[](int j) const {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address_ ^ static_cast<uint32_t>(j * sizeof(uint4)))
+                 : "memory");
+    return v;
+  }
+
+ private:
+  uint32_t address_;  // of the first vector; see RowRing
+};
+
+// ... or has in registers.
+class RegisterChunk {
+ public:
+  __device__ __forceinline__ explicit RegisterChunk(const SharedChunk& chunk) {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) vectors_[j] = chunk[j];
+  }
+  // By constant indices only, so that they stay there.
+  __device__ __forceinline__ uint4 operator[](int j) const {
+    uint4 v = vectors_[0];
+#pragma unroll
+    for (int i = 1; i < kChunk; ++i) {
+      v.x = i == j ? vectors_[i].x : v.x;
+      v.y = i == j ? vectors_[i].y : v.y;
+      v.z = i == j ? vectors_[i].z : v.z;
+      v.w = i == j ? vectors_[i].w : v.w;
+    }
+    return v;
+  }
+
+ private:
+  uint4 vectors_[kChunk];
+};
 
 template <int kThreads, class Logit>
 class RowRing {
  public:
-  static constexpr int kDepth = kRingVectors / kThreads;
-  static_assert(kDepth % 2 == 0, "vectors are taken in pairs");
+  static constexpr int kDepth = kRingVectors / (kThreads * kChunk);  // chunks in flight
+  static_assert(kDepth == 1 || kDepth == 2);
+  using Chunk = std::conditional_t<kDepth == 1, RegisterChunk, SharedChunk>;
 
-  // Starts the copies of the first vectors.
+  // Starts the copies of the first chunks.
   __device__ __forceinline__ RowRing(const DeviceRow<Logit>& row, const RowParts<Logit>& parts,
-                                     uint4* ring)
-      : vectors_(reinterpret_cast<const uint4*>(row.data + parts.head)),
-        num_vectors_(parts.num_vectors),
-        slot_(static_cast<uint32_t>(__cvta_generic_to_shared(ring + threadIdx.x))),
-        end_(slot_ + kDepth * stride()) {
-    int index = static_cast<int>(threadIdx.x);
-    uint32_t slot = slot_;
+                                     unsigned char* ring)
+      : next_(reinterpret_cast<const uint4*>(row.data + parts.head) + first_chunk() + lane()),
+        left_(parts.num_vectors - first_chunk() - lane()) {
+    const auto memory = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+    const uint32_t base = ((memory + kRingAlignment - 1) & ~(kRingAlignment - 1u)) +
+                          kBytes * static_cast<uint32_t>(kDepth * first_chunk());
+    static_assert(kRingAlignment % (2 * kSlot) == 0, "a bit of the address says which slot it is");
+    // Vector i of a chunk lies in place i ^ ((i / 8) % 4): both copies and reads of eight lanes
+    // touch all banks once.
+    write_ = base + kBytes * static_cast<uint32_t>(lane() ^ (lane() / 8));
+    read_ = base + kBytes * static_cast<uint32_t>(kChunk * lane() + lane() / 2 % 4);
 #pragma unroll
-    for (int j = 0; j < kDepth; j += 2) {
-      copy(slot, index);
-      copy(slot + stride(), index + num_threads());
-      commit();
-      slot += 2 * stride();
-      index += 2 * num_threads();
-    }
+    for (int j = 0; j < kDepth; ++j) copy(write_ + j * kSlot);
   }
 
-  // Vectors `index` and index + blockDim.x of the row, once they are there; the second one may be
-  // beyond its end.
-  __device__ __forceinline__ void take(uint4 (&pair)[2]) const {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth / 2 - 1) : "memory");
-    pair[0] = load(slot_);
-    pair[1] = load(slot_ + stride());
+  // Vector of the row that this warp's first chunk begins with; the next one is stride() on.
+  __device__ static int first_chunk() { return static_cast<int>(threadIdx.x) / 32 * kWarpChunk; }
+  __device__ static int stride() { return static_cast<int>(blockDim.x) * kChunk; }
+  __device__ static int num_chunks(const RowParts<Logit>& parts) {
+    return (parts.num_vectors - first_chunk() + stride() - 1) / stride();
   }
 
-  // One of them once more, until `advance`.
-  template <class Element, int kVec>
-  __device__ __forceinline__ void again(int which, Element (&raw)[kVec]) const {
-    const uint4 vector = load(slot_ + which * stride());
-    memcpy(raw, &vector, sizeof raw);
+  // This lane's part of the warp's chunk, once it is there; -inf beyond the end of the row.
+  __device__ __forceinline__ SharedChunk peek() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+    __syncwarp();
+    return SharedChunk(read_);
   }
 
-  // Starts the copies that take these two vectors' places. To be called when they have been worked
-  // on.
-  __device__ __forceinline__ void advance(int index) {
-    copy(slot_, index + kDepth * num_threads());
-    copy(slot_ + stride(), index + (kDepth + 1) * num_threads());
-    commit();
-    slot_ += 2 * stride();
-    if (slot_ >= end_) slot_ -= kDepth * stride();
+  // Calls work(chunk) with it and starts the copies that take its place, as soon as it is read.
+  template <class Work>
+  __device__ __forceinline__ void take(Work&& work) {
+    const Chunk chunk(peek());
+    if constexpr (kDepth == 1) advance();
+    work(chunk);
+    if constexpr (kDepth == 2) advance();
   }
 
  private:
-  __device__ static int num_threads() { return static_cast<int>(blockDim.x); }
-  __device__ static uint32_t stride() { return blockDim.x * static_cast<uint32_t>(sizeof(uint4)); }
-  __device__ static uint4 load(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
+  static constexpr uint32_t kBytes = sizeof(uint4);
+  static constexpr uint32_t kSlot = kBytes * kWarpChunk;
+
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ static void start(uint32_t to, const uint4* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   }
-  __device__ void copy(uint32_t to, int index) const {
-    if (index < num_vectors_) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(vectors_ + index)
-                   : "memory");
+  __device__ static void clear(uint32_t to) {
+    const uint4 v = Logit::kNothing;
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+  }
+  __device__ __forceinline__ void advance() {
+    __syncwarp();  // all lanes have read theirs
+    copy(write_);
+    if constexpr (kDepth == 2) {
+      write_ ^= kSlot;
+      read_ ^= kSlot;
     }
   }
-  __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  __device__ __forceinline__ void copy(uint32_t to) {
+    if (left_ > 32 * (kChunk - 1)) {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) start(to + 32 * kBytes * j, next_ + 32 * j);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < kChunk; ++j) {
+        if (left_ > 32 * j) {
+          start(to + 32 * kBytes * j, next_ + 32 * j);
+        } else {
+          clear(to + 32 * kBytes * j);
+        }
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    next_ += stride();
+    left_ -= stride();
+  }
 
-  const uint4* vectors_;
-  int num_vectors_;
-  uint32_t slot_, end_;
+  const uint4* next_;  // what this lane's next copies begin with
+  int left_;           // vectors from there to the end of the row
+  uint32_t write_, read_;
 };
 
-// Calls visit(token, raw) for all of a row, once per element, by all threads of a block, through
-// `ring`; raw has kVec elements or 1.
+// Calls visit(raw) for all of a row, once per element, by all threads of a block, through `ring`;
+// raw has kVec elements or 1, some of them -inf beyond the end of the row.
 template <int kThreads, class Logit, class Visit>
-__device__ __forceinline__ void visit_row_async(const DeviceRow<Logit>& row, uint4* ring_memory,
-                                                Visit&& visit) {
-  constexpr int kVec = DeviceRow<Logit>::kVec;
+__device__ __forceinline__ void visit_row_async(const DeviceRow<Logit>& row,
+                                                unsigned char* ring_memory, Visit&& visit) {
   const RowParts<Logit> parts(row);
-  const int num_threads = static_cast<int>(blockDim.x);
-  RowRing<kThreads, Logit> ring(row, parts, ring_memory);
-  visit_singles(row, parts, visit);
-  for (int index = static_cast<int>(threadIdx.x); index < parts.num_vectors;
-       index += 2 * num_threads) {
-    uint4 pair[2];
-    ring.take(pair);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (index + j * num_threads >= parts.num_vectors) break;
-      typename Logit::Raw raw[kVec];
-      memcpy(raw, &pair[j], sizeof raw);
-      visit(parts.head + (index + j * num_threads) * kVec, raw);
-    }
-    ring.advance(index);
+  using Ring = RowRing<kThreads, Logit>;
+  Ring ring(row, parts, ring_memory);
+  visit_singles(row, parts, [&](int, const auto& raw) { visit(raw); });
+  for (int left = Ring::num_chunks(parts); left > 0; --left) {
+    ring.take([&](const typename Ring::Chunk& chunk) {
+#pragma unroll 1
+      for (int j = 0; j < kChunk; ++j) {
+        typename Logit::Raw raw[DeviceRow<Logit>::kVec];
+        const uint4 vector = chunk[j];
+        memcpy(raw, &vector, sizeof raw);
+        visit(raw);
+      }
+    });
   }
 }
 
 // What a block keeps in shared memory.
 struct RowShared {
-  uint4 ring[kRingVectors];
+  unsigned char ring[kRingBytes + kRingAlignment];
   OnlineSum sums[kMaxWarps];
   Best bests[kMaxWarps];
   struct Weights {
     uint64_t at[3];
   } weights[kMaxWarps];
-  uint32_t bound;    // ordered key of the best score that any warp has found in the row
-  int32_t excluded;  // as in DrawSpec
-  float threshold;   // on the scores of the row
+  struct Search {
+    uint4 noise;        // low and high words of the key, then of the position
+    uint32_t bound;     // ordered key of the best score that any warp has found in the row
+    float threshold;    // on the scores of the row
+    int32_t excluded;   // as in DrawSpec
+    int32_t head, end;  // the vectors' first token, and the one after their last
+  } search;
 };
 
 }  // namespace spec_rollout::cuda

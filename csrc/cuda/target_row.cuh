@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cstddef>
 
 #include "launch.cuh"
 #include "logits_row.cuh"
@@ -11,15 +12,6 @@
 namespace spec_rollout::cuda {
 
 constexpr float kKeepAll = -FLT_MAX;  // every token that can be drawn at all
-
-// values[i] by constant indices only, so that they stay in registers; i is in range.
-template <class T, int kCount>
-__device__ __forceinline__ T pick(const T (&values)[kCount], int i) {
-  T value = values[0];
-#pragma unroll
-  for (int j = 1; j < kCount; ++j) value = j == i ? values[j] : value;
-  return value;
-}
 
 // What is drawn from a row, besides its distribution.
 struct DrawSpec {
@@ -46,115 +38,192 @@ class RowSearch {
   OnlineSum total;
   Best best;
 
-  // `shared` has the threshold, the bound, and the excluded token.
-  __device__ RowSearch(const DeviceRow<Logit>& row, const DrawSpec& spec, RowShared& shared)
-      : best(spec.start), row_(row), slope_(row.slope()), spec_(spec), shared_(shared) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(&shared.bound));
+  __device__ RowSearch(const DeviceRow<Logit>& row, const Best& start, RowShared::Search& shared)
+      : best(start),
+        row_(row),
+        slope_(row.slope()),
+        shared_(shared),
+        differences_(shared.threshold > kKeepAll) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(&shared));
 #if defined(__CUDA_ARCH__)
     // Hidden, so that it is kept: finding where shared memory begins waits for a special register.
-    asm volatile("mov.u32 %0, %1;" : "=r"(bound_address_) : "r"(address));
+    asm volatile("mov.u32 %0, %1;" : "=r"(address_) : "r"(address));
 #else
-    bound_address_ = address;
+    address_ = address;
 #endif
   }
 
-  // Two vectors of whole quads, without a filter: the hot path. False where ref is far from 0, or
-  // has not been found, and nothing has been done. again(j, raw) gives the vectors once more where
-  // their exact scores are wanted: registers would hold them through all the noise.
-  template <int kVec, class Again>
-  __device__ __forceinline__ bool take_pair(const Raw (&a)[kVec], int32_t token_a,
-                                            const Raw (&b)[kVec], int32_t token_b, Again again) {
-    float term_a[kVec], term_b[kVec];
-    const float c = exact_mul(total.ref, slope_);
-    float group = terms(a, c, term_a) + terms(b, c, term_b);
-    const uint32_t key = kDraw == Draw::kNone ? 0 : bound_key();
-    if (!(group <= kLargeTerms) || key != seen_) {
-      if (!(group <= kLargeTerms)) {
-        float y[kVec];
-        Logit::to_floats(a, y);
-        raise_ref(total, y, slope_);
-        Logit::to_floats(b, y);
-        raise_ref(total, y, slope_);
-        const float new_c = exact_mul(total.ref, slope_);
-        if (is_far(new_c)) return false;
-        group = terms(a, new_c, term_a) + terms(b, new_c, term_b);
-      }
-      if (kDraw != Draw::kNone) see(bound_key());
+  // Tokens from `token` on, which is head + a multiple of kTokens; by all lanes of a warp.
+  template <class Chunk>
+  __device__ __forceinline__ void take(const Chunk& chunk, int32_t token) {
+    float sums[kGroups], group = 0.0f;
+    if (!differences_) {
+      group = near_sums(chunk, sums);
+      if (!(group <= kLargeTerms)) differences_ = !raise_and_sum(chunk, sums, group);
     }
+    if (differences_) group = any_sums(chunk, sums);
     total.sum += group;
-    if (kDraw == Draw::kNone || group * scale_ < kReachable) return true;
-    // All quads before the one branch: their rounds are chains that hide each other's latency.
-    if (kDraw == Draw::kNoise && !(reaches(term_a, token_a) | reaches(term_b, token_b)))
-      return true;
-#pragma unroll 1
-    for (int j = 0; j < 2; ++j) {
-      Raw raw[kVec];
-      float term[kVec];
-      again(j, raw);
-      terms(raw, exact_mul(total.ref, slope_), term);
-      consider(raw, term, j == 0 ? token_a : token_b);
-    }
-    return true;
-  }
-
-  // Any elements: unaligned ones, of filtered rows, or far ones.
-  template <int kCount>
-  __device__ __forceinline__ void take(const Raw (&raw)[kCount], int32_t token) {
-    float y[kCount], term[kCount];
-    Logit::to_floats(raw, y);
-    if (shared_.threshold > kKeepAll) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (row_.scaled(y[i]) < shared_.threshold) y[i] = -INFINITY;  // NaN stays, to be reported
+    if constexpr (kDraw != Draw::kNone) {
+      const uint32_t key = bound_key();
+      if (key != seen_) see(key);
+      if constexpr (kDraw == Draw::kArgmax) {
+        if (!(group * scale_ < 1.0f)) consider_all(chunk, token);
+      } else {
+        if (__any_sync(kFullMask, !(group * scale_ < kLeastExponential))) search(sums, token);
       }
     }
-    const float ref = total.ref;
-    const float group = add_to_sum(total, y, slope_, term);
-    if (kDraw == Draw::kNone) return;
-    const uint32_t key = bound_key();
-    if (key != seen_ || ref != total.ref) see(key);
-    if (group * scale_ < kReachable) return;
-    consider(raw, term, token);
   }
 
-  // The score of the likeliest token of a vector's first quad of noise: with one of every thread
-  // there is a bound before any other token is looked at.
-  template <int kVec>
-  __device__ __forceinline__ void begin(const Raw (&raw)[kVec], int32_t token) {
-    const Philox4 four = bits_of(token);
-    uint32_t bits = four.x[0];
-    float x = row_.scaled(Logit::to_float(raw[0]));
-    int32_t id = token;
+  // The score of the likeliest token of a chunk: with one of every thread there is a bound before
+  // any other token is looked at.
+  template <class Chunk>
+  __device__ __forceinline__ void begin(const Chunk& chunk, int32_t token) {
+    float top = -INFINITY;
+    int at = 0;
+#pragma unroll 1
+    for (int j = 0; j < kChunk; ++j) {
+      float y[kVec];
+      floats(chunk, j, y);
 #pragma unroll
-    for (int i = 1; i < 4; ++i) {
-      const float other = row_.scaled(Logit::to_float(raw[i]));
-      if (!(other > x)) continue;
-      x = other;
-      bits = four.x[i];
-      id = token + i;
+      for (int i = 0; i < kVec; ++i) {
+        if (!(y[i] > top)) continue;
+        top = y[i];
+        at = j * kVec + i;
+      }
     }
-    if (!(x >= shared_.threshold) || id == shared_.excluded) return;
-    offer(exact_add(x, gumbel_from_bits(bits)), id);
+    score(top, token + at);
     atomicMax(&shared_.bound, ordered_key(best.score));
   }
 
- private:
-  template <int kCount>
-  __device__ __forceinline__ float terms(const Raw (&raw)[kCount], float c,
-                                         float (&term)[kCount]) const {
-    float y[kCount];
-    Logit::to_floats(raw, y);
-    return near_terms(y, slope_, c, term);
+  // One token beside the vectors.
+  __device__ __forceinline__ void take_single(const Raw (&raw)[1], int32_t token) {
+    float y[1] = {Logit::to_float(raw[0])}, term[1];
+    if (row_.scaled(y[0]) < shared_.threshold) y[0] = -INFINITY;  // NaN stays, to be reported
+    add_to_sum(total, y, slope_, term);
+    if (kDraw == Draw::kArgmax) offer(y[0], token);
+    if (kDraw == Draw::kNoise) score(y[0], token);
+    if (kDraw != Draw::kNone) atomicMax(&shared_.bound, ordered_key(best.score));
   }
 
-  __device__ __forceinline__ uint32_t bound_key() const {
+  static constexpr int kVec = DeviceRow<Logit>::kVec;
+  static constexpr int kTokens = kChunk * kVec;
+
+ private:
+  static constexpr int kGroups = kTokens / kNoiseGroup;
+  static constexpr int kGroupVectors = kChunk / kGroups;
+  static_assert(kTokens <= 32, "a lane per token");
+
+  template <class Chunk>
+  __device__ __forceinline__ static void floats(const Chunk& chunk, int j, float (&y)[kVec]) {
+    const uint4 vector = chunk[j];
+    Raw raw[kVec];
+    memcpy(raw, &vector, sizeof raw);
+    Logit::to_floats(raw, y);
+  }
+
+  // Sums of terms of kNoiseGroup tokens each, and of all, where ref is not far from 0.
+  template <class Chunk>
+  __device__ __forceinline__ float near_sums(const Chunk& chunk, float (&sums)[kGroups]) const {
+    const float c = exact_mul(total.ref, slope_);
+    float all = 0.0f;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int j = 0; j < kGroupVectors; ++j) {
+        float y[kVec], term[kVec];
+        floats(chunk, g * kGroupVectors + j, y);
+        const float sum = near_terms(y, slope_, c, term);
+        sums[g] = j == 0 ? sum : sums[g] + sum;
+      }
+      all = g == 0 ? sums[g] : all + sums[g];
+    }
+    return all;
+  }
+
+  // The same after moving ref; false, and nothing summed, where that is far.
+  template <class Chunk>
+  __device__ __forceinline__ bool raise_and_sum(const Chunk& chunk, float (&sums)[kGroups],
+                                                float& group) {
+#pragma unroll 1
+    for (int j = 0; j < kChunk; ++j) {
+      float y[kVec];
+      floats(chunk, j, y);
+      raise_ref(total, y, slope_);
+    }
+    seen_ = 0;
+    if (is_far(exact_mul(total.ref, slope_))) return false;
+    group = near_sums(chunk, sums);
+    return true;
+  }
+
+  // The same for whatever logits, of filtered rows too. One copy of the code for all vectors.
+  template <class Chunk>
+  __device__ __forceinline__ float any_sums(const Chunk& chunk, float (&sums)[kGroups]) {
+    float all = 0.0f;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) sums[g] = 0.0f;
+    seen_ = 0;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int j = 0; j < kChunk; ++j) {
+        float y[kVec], term[kVec];
+        floats(chunk, j, y);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          if (row_.scaled(y[i]) < shared_.threshold) y[i] = -INFINITY;  // NaN stays
+        }
+        if (pass == 0) {
+          raise_ref(total, y, slope_);
+          continue;
+        }
+        const float sum = any_terms(y, total, slope_, term);
+        all += sum;
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) sums[g] += g == j / kGroupVectors ? sum : 0.0f;
+      }
+    }
+    return all;
+  }
+
+  // A word of shared_, read each time.
+  template <size_t kOffset>
+  __device__ __forceinline__ uint32_t shared_word() const {
+    uint32_t word = 0;
 #if defined(__CUDA_ARCH__)
-    uint32_t key;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(key) : "r"(bound_address_) : "memory");
-    return key;
-#else
-    return shared_.bound;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];"
+                 : "=r"(word)
+                 : "r"(address_), "n"(kOffset)
+                 : "memory");
 #endif
+    return word;
+  }
+  __device__ __forceinline__ uint32_t bound_key() const {
+    return shared_word<offsetof(RowShared::Search, bound)>();
+  }
+  __device__ __forceinline__ int head() const {
+    return static_cast<int>(shared_word<offsetof(RowShared::Search, head)>());
+  }
+
+  // Read each time, and so the keys of Philox's rounds made each time: they would take 20
+  // registers.
+  struct Noise {
+    NoiseKey key{0};
+    int64_t position;
+  };
+  __device__ __forceinline__ Noise noise() const {
+    uint4 words = shared_.noise;
+#if defined(__CUDA_ARCH__)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(address_)
+                 : "memory");
+#endif
+    Noise result;
+    result.key.k0 = words.x;
+    result.key.k1 = words.y;
+    result.position = static_cast<int64_t>(uint64_t{words.w} << 32 | words.z);
+    return result;
   }
 
   __device__ __forceinline__ void see(uint32_t key) {
@@ -163,68 +232,109 @@ class RowSearch {
     scale_ = reach_scale(gap);
   }
 
-  __device__ __forceinline__ void offer(float score, int32_t token) {
-    spec_rollout::consider(score, token, best);
+  // A candidate: logit and token, whose score without noise counts.
+  __device__ __forceinline__ void offer(float y, int32_t token) {
+    const float x = row_.scaled(y);
+    if (x >= shared_.threshold) consider(x, token, best);
+  }
+  // The same with noise.
+  __device__ __forceinline__ void score(float y, int32_t token) {
+    const float x = row_.scaled(y);
+    if (!(x >= shared_.threshold) || token == shared_.excluded) return;
+    const Noise mine = noise();
+    consider(exact_add(x, gumbel(mine.key, mine.position, token)), token, best);
   }
 
-  __device__ __forceinline__ Philox4 bits_of(int32_t token) const {
-    return gumbel_bits4(spec_.key, spec_.position, static_cast<uint32_t>(token) >> 2);
-  }
-
-  // Whether a token of a vector that begins with a quad of noise may reach the bound.
-  template <int kVec>
-  __device__ __forceinline__ bool reaches(const float (&term)[kVec], int32_t token) const {
-    bool any = false;
-#pragma unroll
-    for (int first = 0; first < kVec; first += 4) {
-      const Philox4 four = bits_of(token + first);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) any |= may_reach(four.x[i], term[first + i], scale_);
-    }
-    return any;
-  }
-
-  // Exact scores of the tokens that may reach the bound. Rare, so one copy of the logarithms serves
-  // all. Element i of raw and term is token `token + i`, which may be anywhere in its quad.
-  template <int kCount>
-  __device__ __forceinline__ void consider(const Raw (&raw)[kCount], const float (&term)[kCount],
-                                           int32_t token) {
-    if constexpr (kDraw == Draw::kArgmax) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float x = row_.scaled(Logit::to_float(raw[i]));
-        if (x >= shared_.threshold) offer(x, token + i);
-      }
-    } else if constexpr (kDraw == Draw::kNoise) {
+  template <class Chunk>
+  __device__ __forceinline__ void consider_all(const Chunk& chunk, int32_t token) {
 #pragma unroll 1
-      for (int first = -(token & 3); first < kCount; first += 4) {
-        const Philox4 four = bits_of(token + first);
-#pragma unroll 1
-        for (int i = 0; i < 4; ++i) {
-          const int element = first + i;
-          if (element < 0 || element >= kCount) continue;
-          const uint32_t bits = pick(four.x, i);
-          if (!may_reach(bits, pick(term, element), scale_)) continue;
-          const float x = row_.scaled(Logit::to_float(pick(raw, element)));
-          if (x >= shared_.threshold && token + element != shared_.excluded) {
-            offer(exact_add(x, gumbel_from_bits(bits)), token + element);
-            see(max(seen_, ordered_key(best.score)));
-          }
-        }
-      }
+    for (int j = 0; j < kChunk; ++j) {
+      float y[kVec];
+      floats(chunk, j, y);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) offer(y[i], token + j * kVec + i);
     }
     const uint32_t key = ordered_key(best.score);
-    if (key >= seen_) atomicMax(&shared_.bound, key);
+    if (key > seen_) atomicMax(&shared_.bound, key);
+  }
+
+  // Looks whether the noise of some group lets one of its tokens reach the bound.
+  __device__ __forceinline__ void search(const float (&sums)[kGroups], int32_t token) {
+    // The groups that the chunk has tokens of: one more where its first is not a group's first.
+    uint32_t bits[kGroups + 1];
+    const uint32_t first = static_cast<uint32_t>(token) / kNoiseGroup;
+    const Noise mine = noise();
+    const Philox4 four = group_bits4(mine.key, mine.position, first >> 2);
+    if constexpr (kGroups == 4) {
+#pragma unroll
+      for (int g = 0; g < 4; ++g) bits[g] = four.x[g];
+    } else {
+      const bool upper = (first & 2) != 0;
+      bits[0] = upper ? four.x[2] : four.x[0];
+      bits[1] = upper ? four.x[3] : four.x[1];
+      bits[2] = four.x[2];
+    }
+    bool reaches = false;
+    if (head() == 0) {
+      bits[kGroups] = 0;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) reaches |= group_may_reach(bits[g], sums[g], scale_);
+    } else {
+      if (kGroups == 4 || (first & 2) != 0) {
+        bits[kGroups] = group_bits4(mine.key, mine.position, (first >> 2) + 1).x[0];
+      }
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        reaches |= group_may_reach(min(bits[g], bits[g + 1]), sums[g], scale_);
+      }
+    }
+    unsigned lanes = __ballot_sync(kFullMask, reaches);
+#pragma unroll 1
+    while (lanes != 0) {
+      score_chunk(__ffs(static_cast<int>(lanes)) - 1, bits, token);
+      lanes &= lanes - 1;
+    }
+  }
+
+  // All tokens of one lane's chunk, one by each lane.
+  __device__ __forceinline__ void score_chunk(int source, const uint32_t (&bits)[kGroups + 1],
+                                              int32_t first_token) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int32_t token = __shfl_sync(kFullMask, first_token, source) + lane;
+    const bool known = lane < kTokens && token < shared_.end;
+    const float y = known ? row_.raw_at(token) : -INFINITY;
+    const float ref = __shfl_sync(kFullMask, total.ref, source);
+    const float scale = __shfl_sync(kFullMask, scale_, source);
+    uint32_t group_bits = 0;
+    const int group = (head() + lane) / kNoiseGroup;
+#pragma unroll
+    for (int g = 0; g <= kGroups; ++g) {
+      const uint32_t word = __shfl_sync(kFullMask, bits[g], source);
+      if (g == group) group_bits = word;
+    }
+    const Noise mine = noise();
+    const Philox4 four = gumbel_bits4(mine.key, mine.position, static_cast<uint32_t>(token) >> 2);
+    const uint32_t own = four.word(token & 3);
+    const int place = token % kNoiseGroup;
+    const bool leads = place == leader_from_bits(group_bits);
+    const float x = row_.scaled(y);
+    if (x >= shared_.threshold && token != shared_.excluded &&
+        token_may_reach(group_bits, own, leads, term_of(y, ref, slope_), scale)) {
+      consider(exact_add(x, gumbel_from_bits(group_bits, own, place)), token, best);
+    }
+    const uint32_t key = __reduce_max_sync(kFullMask, ordered_key(best.score));
+    if (key > seen_) {
+      if (lane == 0) atomicMax(&shared_.bound, key);
+      see(key);
+    }
   }
 
   const DeviceRow<Logit>& row_;
   const float slope_;
-  const DrawSpec& spec_;
-  RowShared& shared_;
-  uint32_t bound_address_;
-  // No token of a group reaches the bound whose terms sum to less than this over scale_.
-  static constexpr float kReachable = kDraw == Draw::kNoise ? kLeastUniform : 1.0f;
-  uint32_t seen_ = 0;  // the bound that scale_ stands for
+  RowShared::Search& shared_;
+  uint32_t address_;   // of shared_
+  bool differences_;   // terms are made of differences, if any: ref is far, or the row is filtered
+  uint32_t seen_ = 0;  // the bound that scale_ stands for; 0: none
   float scale_ = INFINITY;
 };
 
@@ -233,60 +343,32 @@ class RowSearch {
 template <Draw kDraw, int kThreads, class Logit>
 __device__ RowDraw block_sum_and_draw(const DeviceRow<Logit>& row, float threshold,
                                       const DrawSpec& spec, RowShared& shared) {
-  constexpr int kVec = DeviceRow<Logit>::kVec;
-  DrawSpec uniform = spec;
-  if (kDraw == Draw::kNoise) {
-    // Same for all lanes, and after a reduction the compiler knows it.
-    uniform.key.k0 = __reduce_or_sync(kFullMask, spec.key.k0);
-    uniform.key.k1 = __reduce_or_sync(kFullMask, spec.key.k1);
-  }
+  const RowParts<Logit> parts(row);
   if (threadIdx.x == 0) {
-    shared.threshold = threshold;
-    shared.bound = ordered_key(spec.start.score);
-    shared.excluded = spec.excluded;
+    const auto position = static_cast<uint64_t>(spec.position);
+    shared.search = {{spec.key.k0, spec.key.k1, static_cast<uint32_t>(position),
+                      static_cast<uint32_t>(position >> 32)},
+                     ordered_key(spec.start.score),
+                     threshold,
+                     spec.excluded,
+                     parts.head,
+                     parts.tail};
   }
   __syncthreads();
-  const RowParts<Logit> parts(row);
-  const int num_threads = static_cast<int>(blockDim.x);
-  RowRing<kThreads, Logit> ring(row, parts, shared.ring);
-  RowSearch<kDraw, Logit> search(row, uniform, shared);
-  bool special = shared.threshold > kKeepAll || (kDraw == Draw::kNoise && (parts.head & 3) != 0);
-  visit_singles(row, parts, [&](int token, const auto& raw) { search.take(raw, token); });
-  if (kDraw == Draw::kNoise && !special) {
-    if (static_cast<int>(threadIdx.x) < parts.num_vectors) {
-      uint4 pair[2];
-      ring.take(pair);
-      typename Logit::Raw first[kVec];
-      memcpy(first, &pair[0], sizeof first);
-      search.begin(first, parts.head + static_cast<int>(threadIdx.x) * kVec);
-    }
+  using Ring = RowRing<kThreads, Logit>;
+  using Search = RowSearch<kDraw, Logit>;
+  Ring ring(row, parts, shared.ring);
+  Search search(row, spec.start, shared.search);
+  visit_singles(row, parts, [&](int token, const auto& raw) { search.take_single(raw, token); });
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int32_t token = parts.head + (Ring::first_chunk() + kChunk * lane) * Search::kVec;
+  if (kDraw == Draw::kNoise) {
+    if (Ring::num_chunks(parts) > 0) search.begin(ring.peek(), token);
     __syncthreads();
   }
-  for (int index = static_cast<int>(threadIdx.x); index < parts.num_vectors;
-       index += 2 * num_threads) {
-    uint4 pair[2];
-    ring.take(pair);
-    const bool both = index + num_threads < parts.num_vectors;
-    if (!both) pair[1] = Logit::kNothing;
-    typename Logit::Raw a[kVec], b[kVec];
-    memcpy(a, &pair[0], sizeof a);
-    memcpy(b, &pair[1], sizeof b);
-    const int32_t token_a = parts.head + index * kVec, token_b = token_a + num_threads * kVec;
-    const auto again = [&](int j, typename Logit::Raw(&raw)[kVec]) {
-      ring.again(j, raw);
-      const uint4 nothing = Logit::kNothing;
-      if (j == 1 && !both) memcpy(raw, &nothing, sizeof raw);
-    };
-    if (!special) special = !search.take_pair(a, token_a, b, token_b, again);
-    if (special) {
-#pragma unroll 1
-      for (int j = 0; j < 1 + both; ++j) {
-        typename Logit::Raw raw[kVec];
-        again(j, raw);
-        search.take(raw, j == 0 ? token_a : token_b);
-      }
-    }
-    ring.advance(index);
+  for (int left = Ring::num_chunks(parts); left > 0; --left) {
+    ring.take([&](const typename Ring::Chunk& chunk) { search.take(chunk, token); });
+    token += Ring::stride() * Search::kVec;
   }
   const float slope = row.slope();
   RowDraw result{block_reduce(search.total, shared.sums,
@@ -308,7 +390,7 @@ template <int kThreads, class Logit, class Weigh>
 __device__ RowShared::Weights block_weights(const DeviceRow<Logit>& row, RowShared& shared,
                                             Weigh weigh) {
   RowShared::Weights sums{};
-  visit_row_async<kThreads>(row, shared.ring, [&](int, const auto& raw) {
+  visit_row_async<kThreads>(row, shared.ring, [&](const auto& raw) {
     constexpr int kCount = sizeof(raw) / sizeof(raw[0]);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) weigh(raw[i], sums);

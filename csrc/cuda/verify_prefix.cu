@@ -175,7 +175,7 @@ __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_
   if (!good || (read != Read::kSum && !drawn)) raise_status(args.status, kStatusBadLogits);
   if (token >= 0 && good) {
     const float x = row.at(token);
-    const float logprob = x >= shared.row.threshold
+    const float logprob = x >= shared.row.search.threshold
                               ? logprob_of(row.raw_at(token), result.total, row.slope())
                               : -INFINITY;
     bool accepted;
@@ -212,13 +212,8 @@ __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_
   shared.leaves = true;
 }
 
-// Float32 rows take a few registers more.
-template <class Logit, int kThreads>
-constexpr int kVerifyBlocks =
-    sizeof(typename Logit::Raw) == 4 ? std::min(kDrawBlocks<kThreads>, 2) : kDrawBlocks<kThreads>;
-
 template <class Logit, bool kCoupled, int kThreads>
-__global__ void __launch_bounds__(kThreads, (kVerifyBlocks<Logit, kThreads>))
+__global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
     verify_prefix_kernel(const VerifyPrefixArgs args, const int32_t splits) {
   // Bytes, because a shared variable cannot have the initial values of its members.
   __shared__ __align__(16) unsigned char memory[sizeof(VerifyShared)];
@@ -237,10 +232,10 @@ __global__ void __launch_bounds__(kThreads, (kVerifyBlocks<Logit, kThreads>))
   while (true) {
     if (threadIdx.x == 0) next = next_read<kCoupled>(args, shared, splits);
     __syncthreads();
-    const Read read = next;
-    if (read == Read::kNone) break;
+    if (next == Read::kNone) break;
     const DeviceRow<Logit> row = row_of<Logit>(args, shared);
     const float threshold = block_threshold<kThreads>(row, shared.sampling, shared.row);
+    const Read read = next;
     RowDraw result;
     if (read == Read::kSum) {
       result = block_sum_and_draw<Draw::kNone, kThreads>(row, threshold, DrawSpec(), shared.row);
@@ -294,8 +289,7 @@ void verify_prefix(const VerifyPrefixArgs& args, Stream stream) {
     constexpr int kThreads = decltype(max_threads)::value;
     // Rows per block: one where rows are few; where they are many, several, so that blocks that
     // find nothing to do are few, too.
-    const int64_t resident =
-        int64_t{processors} * kVerifyBlocks<Logit, kThreads> * kThreads / threads;
+    const int64_t resident = int64_t{processors} * kDrawBlocks<kThreads> * kThreads / threads;
     const int64_t per_block = std::max<int64_t>(1, rows / (8 * resident));
     const int64_t per_draft = (rows + args.batch - 1) / args.batch;
     const auto splits = static_cast<int32_t>(

@@ -34,3 +34,19 @@ def split_top_p(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float
     if not 0.0 < value <= 1.0:
         raise ValueError(f"top_p: expected 0 < value <= 1, got {value}")
     return None, float(value)
+
+
+def split_sampling(
+    temperature: float | torch.Tensor, top_k: int | torch.Tensor, top_p: float | torch.Tensor
+) -> tuple[torch.Tensor | None, float, torch.Tensor | None, int, torch.Tensor | None, float]:
+    """The three of a row, split: numbers in their ranges, which are most, in one step."""
+    if (
+        type(temperature) is float
+        and type(top_k) is int
+        and type(top_p) is float
+        and 0.0 <= temperature < math.inf
+        and top_k >= 0
+        and 0.0 < top_p <= 1.0
+    ):
+        return None, temperature, None, top_k, None, top_p
+    return *split_temperature(temperature), *split_top_k(top_k), *split_top_p(top_p)

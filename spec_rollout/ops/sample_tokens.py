@@ -8,7 +8,7 @@ import torch
 
 from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
-from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
+from spec_rollout.ops._sampling import split_sampling
 from spec_rollout.ops._status import after_launch, status_word
 
 
@@ -64,9 +64,7 @@ def sample_tokens(
             logits,
             keys,
             positions,
-            *split_temperature(temperature),
-            *split_top_k(top_k),
-            *split_top_p(top_p),
+            *split_sampling(temperature, top_k, top_p),
         )
     )
 

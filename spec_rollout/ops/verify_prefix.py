@@ -10,7 +10,7 @@ from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.ops._impl import implementation, triton_module
 from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
-from spec_rollout.ops._sampling import split_temperature, split_top_k, split_top_p
+from spec_rollout.ops._sampling import split_sampling
 from spec_rollout.ops._status import after_launch, after_triton, status_word
 
 
@@ -89,27 +89,29 @@ def verify_prefix(
         ImportError: if impl is "triton" and triton is not installed.
     """
     op = _verify_prefix if impl == "native" else implementation(_IMPLEMENTATIONS, impl)
-    if rule.needs_draft_logprobs and draft_logprobs is None:
+    needs_draft_logprobs = rule.needs_draft_logprobs
+    if needs_draft_logprobs and draft_logprobs is None:
         raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
     kind, log_lenience, scale, min_target_prob = rule.kernel_params
-    return VerifyResult(
-        *op(
+    return VerifyResult._make(
+        op(
             logits,
             draft_ids,
             cu_draft_lens,
-            draft_logprobs if rule.needs_draft_logprobs else None,
+            draft_logprobs if needs_draft_logprobs else None,
             cu_logits_lens,
             keys,
             positions,
-            *split_temperature(temperature),
-            *split_top_k(top_k),
-            *split_top_p(top_p),
+            *split_sampling(temperature, top_k, top_p),
             kind,
             log_lenience,
             scale,
             min_target_prob,
         )
     )
+
+
+_INT32 = torch.empty(0, dtype=torch.int32)
 
 
 def _verify_prefix_fake(
@@ -130,43 +132,15 @@ _SCHEMA = (
 )
 
 
-def _run(logits, accepted_lens, next_token_ids, logprobs, workspace, inputs, rule):
-    """Launches on given outputs."""
-    _C.verify_prefix(
-        *inputs,
-        rule,
-        accepted_lens,
-        next_token_ids,
-        logprobs,
-        workspace,
-        status_word(logits),
-        num_threads(),
+def _verify_prefix_direct(*args):
+    """One allocation for all outputs and the workspace, and one call for everything."""
+    logits = args[0]
+    status = status_word(logits)
+    result = _C.new_verify_prefix(
+        *args, _INT32 if status is None else status, status, num_threads()
     )
     after_launch(logits)
-    return accepted_lens, next_token_ids, logprobs
-
-
-def _workspace_words(logits, batch: int) -> int:
-    return _C.verify_prefix_workspace_bytes(*logits.shape, batch) // 4 if logits.is_cuda else 0
-
-
-def _verify_prefix_direct(*args):
-    """One allocation for all outputs and the workspace: on a GPU allocating costs more than all the rest of a call."""
-    *inputs, kind, log_lenience, scale, min_target_prob = args
-    logits, keys = inputs[0], inputs[5]
-    batch, rows = keys.numel(), logits.shape[0] if logits.ndim else 0
-    sizes = [batch, batch, rows, _workspace_words(logits, batch) if logits.ndim == 2 else 0]
-    words = torch.empty(sum(sizes), dtype=torch.int32, device=logits.device)
-    accepted_lens, next_token_ids, logprobs, workspace = words.split_with_sizes(sizes)
-    return _run(
-        logits,
-        accepted_lens,
-        next_token_ids,
-        logprobs.view(torch.float32),
-        workspace if logits.is_cuda else None,
-        inputs,
-        (kind, log_lenience, scale, min_target_prob),
-    )
+    return result
 
 
 @register_op("verify_prefix" + _SCHEMA, fake=_verify_prefix_fake, direct=_verify_prefix_direct)
@@ -176,16 +150,24 @@ def _verify_prefix(*args):
     device, batch = logits.device, keys.numel()
     workspace = None
     if logits.is_cuda:
-        workspace = torch.empty(_workspace_words(logits, batch), dtype=torch.int32, device=device)
-    return _run(
-        logits,
-        torch.empty(batch, dtype=torch.int32, device=device),
-        torch.empty(batch, dtype=torch.int32, device=device),
-        torch.empty(logits.shape[0], dtype=torch.float32, device=device),
-        workspace,
-        inputs,
-        (kind, log_lenience, scale, min_target_prob),
+        num_bytes = _C.verify_prefix_workspace_bytes(*logits.shape, batch)
+        workspace = torch.empty(num_bytes // 4, dtype=torch.int32, device=device)
+    accepted_lens, next_token_ids = (
+        torch.empty(batch, dtype=torch.int32, device=device) for _ in range(2)
     )
+    logprobs = torch.empty(logits.shape[0], dtype=torch.float32, device=device)
+    _C.verify_prefix(
+        *inputs,
+        (kind, log_lenience, scale, min_target_prob),
+        accepted_lens,
+        next_token_ids,
+        logprobs,
+        workspace,
+        status_word(logits),
+        num_threads(),
+    )
+    after_launch(logits)
+    return accepted_lens, next_token_ids, logprobs
 
 
 @register_op("verify_prefix_triton" + _SCHEMA, fake=_verify_prefix_fake)

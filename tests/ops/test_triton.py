@@ -74,8 +74,20 @@ def test_cpu_tensors_without_the_interpreter_are_an_error() -> None:
     assert _run(_COMPILED_ON_CPU).startswith("impl: triton was compiled for a GPU, got tensors on")
 
 
+def _reference_bits(
+    keys: torch.Tensor, positions: torch.Tensor, stream: int, count: int
+) -> torch.Tensor:
+    """The first words of a stream, [rows, count]."""
+    calls = torch.arange(count // 4).expand(len(keys), -1)
+    low, high = (positions & 0xFFFFFFFF)[:, None], (positions >> 32)[:, None]
+    counter = [low + 0 * calls, calls, high + 0 * calls, 0 * calls + stream]
+    key = [(keys & 0xFFFFFFFF)[:, None], ((keys >> 32) & 0xFFFFFFFF)[:, None]]
+    return torch.stack(noise.philox(counter, key), dim=-1).flatten(1)
+
+
 @pytest.mark.parametrize("impl", ["triton"], indirect=True)
-def test_noise_has_the_bits_of_the_native_kernels(impl, device, generator) -> None:
+@pytest.mark.parametrize("vec", [8, 4])
+def test_noise_has_the_bits_of_the_native_kernels(impl, vec, device, generator) -> None:
     from triton_noise import noise_kernel
 
     rows = 3
@@ -83,21 +95,22 @@ def test_noise_has_the_bits_of_the_native_kernels(impl, device, generator) -> No
     positions = torch.randint(0, 2**40, (rows,), generator=generator)
     expected = torch.empty(rows, 1024)
     _C.gumbel_noise(keys, positions, expected, 1)
-    words = [(keys & 0xFFFFFFFF)[:, None], ((keys >> 32) & 0xFFFFFFFF)[:, None]]
-    quads = torch.arange(256)[None, :]
-    counter = [(positions & 0xFFFFFFFF)[:, None] + 0 * quads, quads.expand(rows, -1)]
-    counter += [(positions >> 32)[:, None] + 0 * quads, torch.ones(rows, 256, dtype=torch.int64)]
-    expected_bits = torch.stack(noise.philox(counter, words), dim=-1).flatten(1)
+    expected_words = _reference_bits(keys, positions, noise.STREAM_GUMBEL, 1024)
+    groups = _reference_bits(keys, positions, noise.STREAM_GROUP, 1024 // noise.NOISE_GROUP)
+    expected_bounds = torch.tensor([[_C.group_bound(w) for w in row] for row in groups.tolist()])
 
-    bits = torch.empty(rows, 1024, dtype=torch.int64, device=device)
-    values = torch.empty(rows, 1024, device=device)
-    bounds, uniforms = torch.empty_like(values), torch.empty(rows, device=device)
+    group_words, words = torch.zeros(2, rows, 1024, dtype=torch.int64, device=device)
+    values, bounds, picks = torch.zeros(3, rows, 1024, device=device)
+    uniforms = torch.empty(rows, device=device)
     noise_kernel[(rows,)](
-        keys.to(device), positions.to(device), bits, values, bounds, uniforms,
-        enable_fp_fusion=False,
+        keys.to(device), positions.to(device), group_words, words, values, bounds, picks, uniforms,
+        VEC=vec, enable_fp_fusion=False,
     )  # fmt: skip
-    assert torch.equal(bits.cpu(), expected_bits)
+    assert torch.equal(group_words.cpu(), groups.repeat_interleave(noise.NOISE_GROUP, dim=1))
+    assert torch.equal(words.cpu(), expected_words)
     assert torch.equal(values.cpu(), expected)
+    assert torch.equal(picks.cpu()[:, ::37], expected[:, ::37])
+    assert torch.equal(bounds.cpu(), expected_bounds.repeat_interleave(noise.NOISE_GROUP, dim=1))
     assert bool((bounds.cpu() >= expected).all())
     torch.testing.assert_close(
         uniforms.cpu().double(), noise.accept_uniforms(keys, positions).log(), atol=1e-6, rtol=1e-6

@@ -189,39 +189,52 @@ SR_HD float logprob_of(float y, const OnlineSum& total, float slope) {
   return static_cast<float>(exponent * 0.6931471805599453 - log(static_cast<double>(total.sum)));
 }
 
-// No Gumbel noise is above this: 32 random bits give at most -ln(2^-33) = 22.88.
+// No Gumbel noise is above this: a group's smallest uniform is 2^-30, and -ln(2^-30 / 8) = 22.88.
 constexpr float kMaxGumbel = 22.9f;
 
-// An upper bound of gumbel_from_bits(bits), within 0.11 of it where noise is large, without a
-// logarithm. With v the uniform of the bits, -ln(-ln(1 - v)) <= -ln v; and the bits of a float read
-// as a number are a piecewise linear log2 that is never above the true one. 1e-4 covers all
-// roundings. Because float addition is monotonic, x + gumbel_bound(bits) < best means x +
-// gumbel_from_bits(bits) < best.
-SR_HD float gumbel_bound(uint32_t bits) {
-  const int32_t log2_v = static_cast<int32_t>(float_bits(uniform_from_bits(bits)));
-  return exact_fma(static_cast<float>(log2_v), -0x1.62e43p-24f, 88.02969193f + 1e-4f);
+// An upper bound of the noise of all tokens of a group, within 0.11 of it where noise is large,
+// without a logarithm. With v the uniform of the bits, the smallest exponential is -ln(1 - v) / 8
+// >= v / 8; and the bits of a float read as a number are a piecewise linear log2 that is never
+// above the true one. 1e-4 covers all roundings. Because float addition is monotonic, x +
+// group_bound(bits) < best means x + noise < best.
+SR_HD float group_bound(uint32_t group_bits) {
+  const float v = exact_fma(static_cast<float>(group_bits >> 3), 0x1p-29f, 0x1p-30f);
+  const int32_t log2_v = static_cast<int32_t>(float_bits(v));
+  return exact_fma(static_cast<float>(log2_v), -0x1.62e43p-24f, 88.02969193f + 2.07944154f + 1e-4f);
 }
 
 // The same question without conversions between integers and floats, which a GPU does at an eighth
 // of the rate of other instructions, where the term e^(x - ref) of a sum is at hand: x + noise can
-// reach `bound` only if uniform <= e^(x - bound) = term * e^(ref - bound), because -ln(-ln(1 - v))
-// <= -ln v. The margin covers the roundings of score, noise and terms. Infinite while ref is far
-// above the bound: terms may have underflowed then, and every token passes. A bound of +inf has gap
-// -inf: nothing reaches it.
+// reach `bound` only if exponential <= e^(x - bound) = term * e^(ref - bound), and an exponential
+// -ln(1 - v) is no smaller than its uniform v. The margin covers the roundings of score, noise and
+// terms. Infinite while ref is far above the bound: terms may have underflowed then, and every
+// token passes. A bound of +inf has gap -inf: nothing reaches it.
 SR_HD float reach_gap(float ref, float bound) {
   if (bound == INFINITY) return -INFINITY;
   return ref - (bound - fabsf(bound) * 0x1p-20f - 2e-3f);
 }
 SR_HD float reach_scale(float gap) { return gap <= 40.0f ? fast_exp2(gap * kLog2e) : INFINITY; }
 
-// Compares 1 + uniform, cut to 23 bits, with 1 + what it must not exceed; NaN (0 * inf) passes.
-SR_HD bool may_reach(uint32_t bits, float term, float scale) {
-  return !(float_from_bits(0x3f800000u + (bits >> 9)) > exact_fma(term, scale, 1.0f));
+// Whether any token of a group may reach the bound; terms is the sum of its tokens' terms (or of
+// some of them, if it is they that are asked for). Compares 1 + uniform, cut to 23 bits, with 1 +
+// what it must not exceed; NaN (0 * inf) passes.
+SR_HD bool group_may_reach(uint32_t group_bits, float terms, float scale) {
+  return !(float_from_bits(0x3f800000u + (group_bits >> 9)) >
+           exact_fma(terms, scale * static_cast<float>(kNoiseGroup), 1.0f));
 }
 
-// The smallest uniform there is, and a little less: what no token of a group exceeds whose terms
-// sum to less than this over scale.
-constexpr float kLeastUniform = 0x1p-33f * 0.99f;
+// Whether one token may, given all of its noise.
+SR_HD bool token_may_reach(uint32_t group_bits, uint32_t bits, bool leads, float term,
+                           float scale) {
+  const float least = float_from_bits(0x3f800000u + (group_bits >> 9)) - 1.0f;
+  const float above = float_from_bits(0x3f800000u + (bits >> 9)) - 1.0f;
+  const float least_exponential = least * (1.0f / kNoiseGroup) + (leads ? 0.0f : above);
+  return !(least_exponential > term * scale);
+}
+
+// The smallest exponential there is, and a little less: no token of a vector reaches the bound
+// whose terms sum to less than this over scale.
+constexpr float kLeastExponential = 0x1p-33f * 0.99f;
 
 // e^x for x <= 0, the same bits everywhere, within 2 units in the last place; 0 below -86.
 // Polynomial of Cephes' expf (S. Moshier).

@@ -11,10 +11,16 @@ inline namespace SPEC_ROLLOUT_ISA {
 
 // Streams never share a draw: the uniform that accepts a token is independent of the noise that
 // draws one.
-enum NoiseStream : uint32_t { kStreamAccept = 0, kStreamGumbel = 1 };
+enum NoiseStream : uint32_t { kStreamAccept = 0, kStreamGumbel = 1, kStreamGroup = 2 };
 
 struct Philox4 {
   uint32_t x[4];
+
+  // x[i] where i is not known at compile time, without a table in memory.
+  SR_HD uint32_t word(int i) const {
+    const uint32_t even = (i & 2) ? x[2] : x[0], odd = (i & 2) ? x[3] : x[1];
+    return (i & 1) ? odd : even;
+  }
 };
 
 SR_HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
@@ -51,14 +57,36 @@ SR_HD Philox4 accept_bits4(NoiseKey key, uint64_t quad) {
 }
 
 SR_HD uint32_t accept_bits(NoiseKey key, int64_t position) {
-  return accept_bits4(key, static_cast<uint64_t>(position) >> 2).x[position & 3];
+  return accept_bits4(key, static_cast<uint64_t>(position) >> 2)
+      .word(static_cast<int>(position & 3));
 }
 
-// Random bits of the Gumbel noise of tokens 4 * quad .. 4 * quad + 3 at a response position.
+// Gumbel noise is -ln of a standard exponential per token, and an argmax is won by small ones. So
+// the vocabulary is cut into groups of kNoiseGroup tokens, and a group's smallest exponential is
+// drawn first: it has the law of an exponential over the group's size, belongs to each token alike,
+// and what the others have above it is again standard exponential, and independent. The noise of a
+// token is thus independent of all others', as if it had been drawn alone, but one call of Philox
+// says of 32 tokens whether any of them can win at all.
+constexpr int kNoiseGroup = 8;
+
+// Random bits of the smallest exponentials of groups 4 * quad .. 4 * quad + 3.
+SR_HD Philox4 group_bits4(NoiseKey key, int64_t position, uint32_t quad) {
+  const uint64_t p = static_cast<uint64_t>(position);
+  return philox4x32_10(static_cast<uint32_t>(p), quad, static_cast<uint32_t>(p >> 32), kStreamGroup,
+                       key.k0, key.k1);
+}
+
+// Random bits of what tokens 4 * quad .. 4 * quad + 3 have above their group's smallest.
 SR_HD Philox4 gumbel_bits4(NoiseKey key, int64_t position, uint32_t quad) {
   const uint64_t p = static_cast<uint64_t>(position);
   return philox4x32_10(static_cast<uint32_t>(p), quad, static_cast<uint32_t>(p >> 32),
                        kStreamGumbel, key.k0, key.k1);
+}
+
+// The token of a group that has its smallest exponential, 0 .. kNoiseGroup - 1: the bits that the
+// uniform does not use.
+SR_HD int leader_from_bits(uint32_t group_bits) {
+  return static_cast<int>(group_bits & (kNoiseGroup - 1));
 }
 
 // Uniform in (0, 1]: full float32 resolution near 0, where small acceptance probabilities are
@@ -67,23 +95,47 @@ SR_HD float uniform_from_bits(uint32_t bits) {
   return exact_fma(static_cast<float>(bits), 0x1p-32f, 0x1p-33f);
 }
 
-// Standard exponential -ln(1 - v), v uniform, with full relative resolution for small values: these
-// are the ones that win an argmax over a large vocabulary. ln(1 - v) = ln(w) + (error of w = 1 - v)
-// to float32 accuracy.
-SR_HD float exponential_from_bits(uint32_t bits) {
-  float v = exact_fma(static_cast<float>(bits), 0x1p-32f, 0x1p-33f);
+// Standard exponential -ln(1 - v) of a uniform v, with full relative resolution for small values:
+// these are the ones that win an argmax over a large vocabulary. ln(1 - v) = ln(w) + (error of w =
+// 1
+// - v) to float32 accuracy.
+SR_HD float exponential_from_uniform(float v) {
   v = v < 1.0f - 0x1p-24f ? v : 1.0f - 0x1p-24f;
   const float w = exact_sub(1.0f, v);
   const float correction = exact_sub(exact_sub(1.0f, w), v);
   return -exact_add(exact_log(w), correction);
 }
 
-// Standard Gumbel noise -ln(-ln(uniform)), in (-2.82, 22.88).
-SR_HD float gumbel_from_bits(uint32_t bits) { return -exact_log(exponential_from_bits(bits)); }
+SR_HD float exponential_from_bits(uint32_t bits) {
+  return exponential_from_uniform(uniform_from_bits(bits));
+}
+
+// The smallest exponential of a group, from 29 bits: down to 2^-33, as one of 32 bits by itself.
+SR_HD float least_from_bits(uint32_t group_bits) {
+  const float v = exact_fma(static_cast<float>(group_bits >> 3), 0x1p-29f, 0x1p-30f);
+  return exact_mul(exponential_from_uniform(v), 1.0f / kNoiseGroup);
+}
+
+// Standard Gumbel noise -ln(exponential), in (-2.94, 22.88), of a group's leader and of a token
+// with `bits` of its own.
+SR_HD float leader_gumbel(uint32_t group_bits) { return -exact_log(least_from_bits(group_bits)); }
+SR_HD float follower_gumbel(uint32_t group_bits, uint32_t bits) {
+  return -exact_log(exact_add(least_from_bits(group_bits), exponential_from_bits(bits)));
+}
+
+// Noise of the token at `place` in its group.
+SR_HD float gumbel_from_bits(uint32_t group_bits, uint32_t bits, int place) {
+  return place == leader_from_bits(group_bits) ? leader_gumbel(group_bits)
+                                               : follower_gumbel(group_bits, bits);
+}
 
 SR_HD float gumbel(NoiseKey key, int64_t position, int64_t token) {
-  return gumbel_from_bits(
-      gumbel_bits4(key, position, static_cast<uint32_t>(token >> 2)).x[token & 3]);
+  const uint32_t group = static_cast<uint32_t>(token / kNoiseGroup);
+  const uint32_t group_bits = group_bits4(key, position, group >> 2).word(group & 3);
+  const int place = static_cast<int>(token % kNoiseGroup);
+  if (place == leader_from_bits(group_bits)) return leader_gumbel(group_bits);
+  return follower_gumbel(
+      group_bits, gumbel_bits4(key, position, static_cast<uint32_t>(token >> 2)).word(token & 3));
 }
 
 }  // namespace SPEC_ROLLOUT_ISA

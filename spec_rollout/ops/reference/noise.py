@@ -7,6 +7,8 @@ import torch
 _MASK = 0xFFFFFFFF
 STREAM_ACCEPT = 0
 STREAM_GUMBEL = 1
+STREAM_GROUP = 2
+NOISE_GROUP = 8  # tokens whose smallest exponential is drawn first
 
 
 def _mul_hi_lo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,11 +46,26 @@ def accept_uniforms(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 
 def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Standard Gumbel noise of every token: [batch], [batch] -> [batch, vocab], float64."""
+    """Standard Gumbel noise -ln(exponential) of every token: [batch], [batch] -> [batch, vocab], float64.
+
+    The exponentials of 8 neighbours are drawn as their smallest, that of a leader, and what the others have above it:
+    the smallest of n independent standard exponentials is exponential with rate n, any of them alike, and the rest
+    exceed it by independent standard exponentials.
+    """
     k0, k1 = (w[:, None] for w in _words(keys))
     p0, p1 = (w[:, None] for w in _words(positions))
-    quads = torch.arange((vocab + 3) // 4, device=keys.device)[None, :]
-    zero = torch.zeros_like(p0 + quads)
-    bits = philox([p0 + zero, quads + zero, p1 + zero, zero + STREAM_GUMBEL], [k0, k1])
-    uniforms = (torch.stack(bits, dim=-1).flatten(1)[:, :vocab].double() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniforms))
+
+    def words(stream: int, count: int) -> torch.Tensor:
+        calls = torch.arange((count + 3) // 4, device=keys.device)[None, :]
+        zero = torch.zeros_like(p0 + calls)
+        bits = philox([p0 + zero, calls + zero, p1 + zero, zero + stream], [k0, k1])
+        return torch.stack(bits, dim=-1).flatten(1)[:, :count]
+
+    group_bits = words(STREAM_GROUP, (vocab + NOISE_GROUP - 1) // NOISE_GROUP)
+    group_bits = group_bits.repeat_interleave(NOISE_GROUP, dim=1)[:, :vocab]
+    places = torch.arange(vocab, device=keys.device)[None, :] % NOISE_GROUP
+    least_uniforms = ((group_bits >> 3).double() + 0.5) * 2.0**-29
+    least = -torch.log1p(-least_uniforms) / NOISE_GROUP
+    uniforms = (words(STREAM_GUMBEL, vocab).double() + 0.5) * 2.0**-32
+    above = torch.where(places == (group_bits & 7), 0.0, -torch.log1p(-uniforms))
+    return -torch.log(least + above)

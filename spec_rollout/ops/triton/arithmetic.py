@@ -12,8 +12,11 @@ import triton.language as tl
 INF = tl.constexpr(float("inf"))
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 MAX_GUMBEL = tl.constexpr(22.9)
+# Neighbouring tokens whose smallest exponential is drawn first, as in philox.h.
+NOISE_GROUP = tl.constexpr(8)
 _STREAM_ACCEPT = tl.constexpr(0)
 _STREAM_GUMBEL = tl.constexpr(1)
+_STREAM_GROUP = tl.constexpr(2)
 _LOG2_E = tl.constexpr(1.44269504)
 
 
@@ -71,24 +74,60 @@ def exact_exp(x):
 @triton.jit
 def uniform_from_bits(bits):
     """Uniform in (0, 1]."""
+    # The product by a power of two is exact: the sum rounds once, as the fused operation of philox.h.
     return bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
-def gumbel_from_bits(bits):
-    """Standard Gumbel noise, in (-2.82, 22.88)."""
-    v = tl.minimum(uniform_from_bits(bits), 0.999999940395355224609375)
-    w = 1.0 - v
-    exponential = -(exact_log(w) + ((1.0 - w) - v))
-    return -exact_log(exponential)
+def _group_uniform_from_bits(group_bits):
+    """Uniform in (0, 1] of a group's smallest exponential: of the bits that do not name its leader."""
+    return (group_bits >> 3).to(tl.float32) * 1.862645149230957e-09 + 9.313225746154785e-10
 
 
 @triton.jit
-def gumbel_bound(bits):
-    """A number that `gumbel_from_bits(bits)` is not above, without its logarithms."""
-    log2_v = uniform_from_bits(bits).to(tl.int32, bitcast=True).to(tl.float32)
-    slope = tl.full(bits.shape, -8.262957817757524e-08, tl.float32)
-    return tl.fma(log2_v, slope, tl.full(bits.shape, 88.0298, tl.float32))
+def _exponential_from_uniform(v):
+    """Standard exponential -ln(1 - v), with full relative resolution for small values."""
+    v = tl.minimum(v, 0.999999940395355224609375)
+    w = 1.0 - v
+    return -(exact_log(w) + ((1.0 - w) - v))
+
+
+@triton.jit
+def gumbel_from_bits(group_bits, bits, places):
+    """Standard Gumbel noise, in (-2.94, 22.88).
+
+    Args:
+        group_bits: The words of the tokens' groups; broadcast to the shape of `bits`.
+        bits: The tokens' own words.
+        places: Of the tokens in their groups, 0 to 7; broadcast likewise.
+    """
+    least = _exponential_from_uniform(_group_uniform_from_bits(group_bits)) * 0.125
+    above = _exponential_from_uniform(uniform_from_bits(bits))
+    leads = (group_bits & (NOISE_GROUP - 1)) == places.to(tl.uint32)
+    return -exact_log(tl.where(leads, least, least + above))
+
+
+@triton.jit
+def group_bound(group_bits):
+    """A number that no noise of a group's tokens is above, without logarithms: `group_bound` in logits.h."""
+    log2_v = _group_uniform_from_bits(group_bits).to(tl.int32, bitcast=True).to(tl.float32)
+    slope = tl.full(group_bits.shape, -8.262958317573066e-08, tl.float32)
+    return tl.fma(log2_v, slope, tl.full(group_bits.shape, 90.10923767089844, tl.float32))
+
+
+@triton.jit
+def pick(word, a, b, c, d):
+    """One of four words."""
+    return tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
+
+
+@triton.jit
+def _philox(key, position, calls, STREAM: tl.constexpr):
+    """The four words of each of `calls` of a stream at a response position."""
+    zero = calls.to(tl.uint32) * 0
+    low = position.to(tl.uint32) + zero
+    high = (position >> 32).to(tl.uint32) + zero
+    return tl.philox(key, low, calls.to(tl.uint32), high, zero + STREAM)
 
 
 @triton.jit
@@ -100,10 +139,17 @@ def gumbel_bits(key, position, quads):
         position: int64 scalar.
         quads: int32 block.
     """
-    zero = quads.to(tl.uint32) * 0
-    low = position.to(tl.uint32) + zero
-    high = (position >> 32).to(tl.uint32) + zero
-    return tl.philox(key, low, quads.to(tl.uint32), high, zero + _STREAM_GUMBEL)
+    return _philox(key, position, quads, _STREAM_GUMBEL)
+
+
+@triton.jit
+def group_bits(key, position, groups):
+    """Random bits of groups of tokens at a response position, uint32 in the shape of `groups`.
+
+    Each element makes a call for its word alone: words of one call for four would have to move between threads.
+    """
+    a, b, c, d = _philox(key, position, groups >> 2, _STREAM_GROUP)
+    return pick(groups & 3, a, b, c, d)
 
 
 @triton.jit
@@ -116,16 +162,22 @@ def gumbel_block(key, position, first_quad, ROWS: tl.constexpr, VEC: tl.constexp
 
 
 @triton.jit
-def pick(word, a, b, c, d):
-    """One of four scalars."""
-    return tl.where(word == 0, a, tl.where(word == 1, b, tl.where(word == 2, c, d)))
+def group_block(key, position, first_token, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """Random bits of the groups of ROWS * VEC tokens in order, uint32 [ROWS, 1]: a row of a block lies in one group.
+
+    `first_token` is a multiple of VEC, and VEC no more than a group.
+    """
+    tl.static_assert(VEC <= NOISE_GROUP)
+    tokens = first_token + tl.arange(0, ROWS)[:, None] * VEC
+    return group_bits(key, position, tokens // NOISE_GROUP)
 
 
 @triton.jit
 def gumbel(key, position, token):
     """Gumbel noise of one token; scalars."""
     a, b, c, d = gumbel_bits(key, position, (token >> 2).to(tl.int32))
-    return gumbel_from_bits(pick(token & 3, a, b, c, d))
+    group = group_bits(key, position, (token // NOISE_GROUP).to(tl.int32))
+    return gumbel_from_bits(group, pick(token & 3, a, b, c, d), token % NOISE_GROUP)
 
 
 @triton.jit

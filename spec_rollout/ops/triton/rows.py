@@ -14,9 +14,11 @@ from spec_rollout.ops.triton.arithmetic import (
     FLT_MAX,
     INF,
     MAX_GUMBEL,
+    NOISE_GROUP,
     exact_exp,
+    group_block,
+    group_bound,
     gumbel_block,
-    gumbel_bound,
     gumbel_from_bits,
     softmax_exp,
 )
@@ -257,14 +259,16 @@ def sum_and_draw(
         top, total = add_to_sum(top, total, x)
         candidate = (x >= threshold) & (ids != excluded)
         if NOISY:
-            # Noise is needed where it can change the argmax, and its logarithms where its bound says so: rarely for a
-            # whole block once the first blocks are done.
+            # Noise is needed where it can change the argmax. The words of groups say where that is: rarely anywhere in
+            # a block once the first blocks are done. Only then are there words of tokens, and logarithms.
             possible = tl.max(tl.max(tl.where(candidate, x, -INF), 1), 0)
             if possible + MAX_GUMBEL >= best_score:
-                bits = gumbel_block(key, position, start // 4, BLOCK // VEC, VEC)
-                may_win = candidate & (x + gumbel_bound(bits) >= best_score)
+                group_bits = group_block(key, position, start, BLOCK // VEC, VEC)
+                may_win = candidate & (x + group_bound(group_bits) >= best_score)
                 if tl.max(tl.max(may_win.to(tl.int32), 1), 0) != 0:
-                    score = tl.where(may_win, x + gumbel_from_bits(bits), -INF)
+                    bits = gumbel_block(key, position, start // 4, BLOCK // VEC, VEC)
+                    noise = gumbel_from_bits(group_bits, bits, ids % NOISE_GROUP)
+                    score = tl.where(may_win, x + noise, -INF)
                     best_score, best_id = _take_best(score, ids, best_score, best_id)
         else:
             score = tl.where(candidate, x, -INF)
