@@ -1,11 +1,11 @@
-"""What the compilers made of the kernels over logits: registers, spills, and the loads of the inner loops, read from SASS.
+"""What the compilers made of the kernels over logits: registers, spills, and the loads of the loops that stream a row, from SASS.
 
     python benchmarks/sass_report.py [--arch 90] [--object FILE.o ...] [--triton-only | --no-triton]
 
 Compiles csrc/cuda/{token_logprobs,verify_prefix,sample_tokens}.cu (or takes objects that are compiled already) and the
-Triton kernels, disassembles them and prints one line per kernel. Exits with 1 if an innermost loop that reads global
-memory has a load narrower than 128 bits, if a kernel has no such loop, or if a kernel spills; with 3 if nvcc or
-cuobjdump is missing. Needs no GPU, and no package but triton for the Triton kernels (whose wheel brings a cuobjdump).
+Triton kernels, disassembles them and prints one line per kernel. Exits with 1 if a loop that streams a row has a load
+narrower than 128 bits or an access to local memory, or if a kernel has no such loop; with 3 if nvcc or cuobjdump is
+missing. Needs no GPU, and no package but triton for the Triton kernels (whose wheel brings a cuobjdump).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Kernel:
         local_accesses: Instructions that read or write local memory. Outside the inner loops these may also be registers
             that a function saves for its caller.
         local_in_loops: Those within `loops`.
-        loops: Of each innermost loop that reads global memory, the loads by width in bits.
+        loops: Of each loop that streams a row, the loads from global memory by width in bits.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Kernel:
     def faults(self) -> list[str]:
         found = []
         if not self.loops:
-            found.append("no inner loop reads global memory")
+            found.append("no loop streams a row")
         narrow = sorted({width for loop in self.loops for width in loop if width < 128})
         if narrow:
-            found.append(f"inner loop with loads of {', '.join(map(str, narrow))} bits")
+            found.append(f"streaming loop with loads of {', '.join(map(str, narrow))} bits")
         if self.local_in_loops:
-            found.append(f"inner loop with {self.local_in_loops} accesses to local memory")
+            found.append(f"streaming loop with {self.local_in_loops} accesses to local memory")
         return found
 
 
@@ -93,18 +93,50 @@ def instructions(sass: str) -> Iterator[tuple[str, list[tuple[int, str, str]]]]:
         )
 
 
-def inner_loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """(first, last) address of each loop that holds no other loop: a branch back is a loop."""
+def all_loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """(first, last) address of each loop: a branch back is one."""
     loops = set()
     for address, opcode, operands in code:
         target = re.search(r"0x([0-9a-f]+)$", operands)
         if opcode.startswith("BRA") and target and int(target[1], 16) < address:
             loops.add((int(target[1], 16), address))
-    return [
-        (first, last)
-        for first, last in sorted(loops)
-        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    return sorted(loops)
+
+
+def streaming_loops(code: Sequence[tuple[int, str, str]]) -> list[list[str]]:
+    """Opcodes of each loop that streams a row of logits, without those of loops within it.
+
+    That is a loop that waits for asynchronous copies and starts others; and, where it is in none of these, an innermost
+    loop that reads global memory. (Within, a loop over the few tokens that may win a draw reads them one by one.)
+    """
+    loops = all_loops(code)
+
+    def within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+        return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+    def own(loop: tuple[int, int]) -> list[str]:
+        nested = [other for other in loops if within(other, loop)]
+        return [
+            opcode
+            for address, opcode, _ in code
+            if loop[0] <= address <= loop[1] and not any(a <= address <= b for a, b in nested)
+        ]
+
+    bodies = {loop: own(loop) for loop in loops}
+    copying = [
+        loop
+        for loop, body in bodies.items()
+        if "DEPBAR.LE" in body and any(opcode.startswith("LDGSTS") for opcode in body)
     ]
+    copying = [loop for loop in copying if not any(within(other, loop) for other in copying)]
+    found = []
+    for loop, body in bodies.items():
+        innermost = not any(within(other, loop) for other in loops)
+        reads = any(load_width(opcode) is not None for opcode in body)
+        outside = not any(within(loop, other) for other in copying)
+        if loop in copying or (innermost and reads and outside):
+            found.append(body)
+    return found
 
 
 def load_width(opcode: str) -> int | None:
@@ -144,12 +176,9 @@ def kernels_of(path: Path, arch: str) -> list[Kernel]:
     found = []
     for name, code in instructions(dump("-sass")):
         loops, local_in_loops = [], 0
-        for first, last in inner_loops(code):
-            opcodes = [opcode for address, opcode, _ in code if first <= address <= last]
-            widths = Counter(width for op in opcodes if (width := load_width(op)) is not None)
-            if widths:
-                loops.append(widths)
-                local_in_loops += sum(map(is_local, opcodes))
+        for opcodes in streaming_loops(code):
+            loops.append(Counter(w for op in opcodes if (w := load_width(op)) is not None))
+            local_in_loops += sum(map(is_local, opcodes))
         local = sum(is_local(opcode) for _, opcode, _ in code)
         registers = usage[name]["REG"]
         found.append(Kernel(short_name(name), registers, local, local_in_loops, tuple(loops)))
@@ -238,14 +267,15 @@ def report(kernels: Sequence[tuple[str, Kernel]]) -> int:
     """Prints one line per kernel; the number of those at fault."""
     width = max(len(label) for label, _ in kernels)
     for label, kernel in kernels:
-        loops = "; ".join(
+        kinds = Counter(
             " + ".join(f"{count} x {bits}" for bits, count in sorted(loop.items()))
             for loop in kernel.loops
         )
+        loops = "; ".join(f"{kind} in {count}" for kind, count in kinds.items())
         print(
             f"{label:<{width}}  {kernel.registers:3d} registers, "
-            f"{kernel.local_accesses} local accesses ({kernel.local_in_loops} in inner loops), "
-            f"loads of inner loops (bits): {loops or 'none'}"
+            f"{kernel.local_accesses} local accesses ({kernel.local_in_loops} in streaming loops), "
+            f"loads of streaming loops (bits): {loops or 'none'}"
         )
     bad = [(label, fault) for label, kernel in kernels for fault in kernel.faults]
     for label, fault in bad:

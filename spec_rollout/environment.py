@@ -92,8 +92,9 @@ _RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
 
 
 def git_commit(root: Path) -> dict[str, Any]:
-    """{"commit", "dirty"} of the checkout whose top level is `root`; both None if it is not one.
+    """{"commit", "dirty"} of the checkout whose top level is `root`.
 
+    If it is not one, its files were copied without their history: the commit is what SPEC_ROLLOUT_COMMIT says, or None.
     Results and the tables made from them do not count as changes: a benchmark writes them.
     """
 
@@ -103,13 +104,14 @@ def git_commit(root: Path) -> dict[str, Any]:
             command, capture_output=True, text=True, check=True, timeout=20
         ).stdout.strip()
 
+    copied = {"commit": os.environ.get("SPEC_ROLLOUT_COMMIT"), "dirty": None}
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return {"commit": None, "dirty": None}
+            return copied
         changes = git("status", "--porcelain", "--", ".", *_RESULTS)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
+        return copied
 
 
 def environment() -> dict[str, Any]:

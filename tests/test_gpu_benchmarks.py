@@ -77,7 +77,7 @@ _SASS = """
 """
 
 
-def test_the_width_of_the_inner_loops_loads_is_read_from_sass(monkeypatch, capsys) -> None:
+def test_the_width_of_the_streaming_loops_loads_is_read_from_sass(monkeypatch, capsys) -> None:
     report = _sass_report()
 
     def kernels(load: str, local: str):
@@ -95,17 +95,48 @@ def test_the_width_of_the_inner_loops_loads_is_read_from_sass(monkeypatch, capsy
         return code, report.kernels_of(Path("x.cubin"), "90")
 
     code, (good,) = kernels("LDG.E.128.CONSTANT", "FMUL")
-    assert report.inner_loops(code) == [(0x20, 0x50)]
+    assert len(report.streaming_loops(code)) == 1
     assert (good.name, good.registers) == ("token_logprobs_kernel<bfloat16>", 40)
     assert good.loops == ({128: 1},)
     assert report.report([("good", good)]) == 0
     _, (staged,) = kernels("LDGSTS.E.BYPASS.128", "LDGDEPBAR")
     assert not staged.faults
     _, (narrow,) = kernels("LDG.E.U16", "FMUL")
-    assert narrow.faults == ["inner loop with loads of 16 bits"]
+    assert narrow.faults == ["streaming loop with loads of 16 bits"]
     _, (spilled,) = kernels("LDG.E.128", "STL")
-    assert spilled.faults == ["inner loop with 1 accesses to local memory"]
+    assert spilled.faults == ["streaming loop with 1 accesses to local memory"]
     _, (none,) = kernels("MOV", "FMUL")
-    assert none.faults == ["no inner loop reads global memory"]
+    assert none.faults == ["no loop streams a row"]
     assert report.report([("a", narrow), ("b", none)]) == 2
-    assert "error: a: inner loop with loads of 16 bits" in capsys.readouterr().err
+    assert "error: a: streaming loop with loads of 16 bits" in capsys.readouterr().err
+
+
+# A loop that waits for copies and starts others, 0x0010 to 0x0060; in it one that reads single elements, 0x0040 to 0x0050.
+_COPYING_SASS = """
+		Function : sample_tokens_kernel
+        /*0000*/                   LDG.E R9, desc[UR4][R2.64] ;
+        /*0010*/                   DEPBAR.LE SB0, 0x1 ;
+        /*0020*/                   LDGSTS.E.BYPASS.{bits} [R1], desc[UR4][R2.64] ;
+        /*0030*/                   {local} R1, R2, R3 ;
+        /*0040*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+        /*0050*/               @P0 BRA 0x40 ;
+        /*0060*/               @P0 BRA 0x10 ;
+        /*0070*/               @P1 BRA 0x0 ;
+"""
+
+
+@pytest.mark.parametrize(("bits", "local"), [("128", "FMUL"), ("64", "STL")])
+def test_a_loop_of_asynchronous_copies_is_a_streaming_loop(bits, local) -> None:
+    report = _sass_report()
+    ((_, code),) = report.instructions(_COPYING_SASS.format(bits=bits, local=local))
+    (body,) = report.streaming_loops(code)
+    assert body == ["DEPBAR.LE", f"LDGSTS.E.BYPASS.{bits}", local, "BRA"]
+
+
+def test_results_of_copied_files_name_their_commit(tmp_path, monkeypatch) -> None:
+    from spec_rollout.environment import git_commit
+
+    monkeypatch.delenv("SPEC_ROLLOUT_COMMIT", raising=False)
+    assert git_commit(tmp_path) == {"commit": None, "dirty": None}
+    monkeypatch.setenv("SPEC_ROLLOUT_COMMIT", "0123abc")
+    assert git_commit(tmp_path) == {"commit": "0123abc", "dirty": None}
