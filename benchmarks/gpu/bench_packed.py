@@ -199,6 +199,7 @@ def bench_calls(bench: Bench, results: Results) -> None:
     ranges = dict.fromkeys(("src_rows", "src_starts", "dst_rows", "dst_starts", "lens"), ids)
     limits = {"layout": "split", "max_prompt_len": 8, "max_response_len": 8}
     lenient, coupled = Lenient(0.5), Coupled()
+    out = ops.assemble(ids, cu, ids, cu, ids, **limits)
     for name, call in {
         "token_logprobs": lambda: ops.token_logprobs(logits, ids),
         "accept_prefix": lambda: ops.accept_prefix(
@@ -208,6 +209,7 @@ def bench_calls(bench: Bench, results: Results) -> None:
         "sample_tokens": lambda: ops.sample_tokens(logits, keys=ids, positions=ids),
         "splice_kv, 2 caches": lambda: ops.splice_kv(caches, caches, **ranges),
         "assemble, split": lambda: ops.assemble(ids, cu, ids, cu, ids, **limits),
+        "assemble, split, into out": lambda: ops.assemble(ids, cu, ids, cu, ids, **limits, out=out),
         "torch.add (for scale)": lambda: torch.add(floats, floats),
     }.items():
         results.add(f"call of {name}, empty batch", timing=bench.overhead(call))

@@ -11,6 +11,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kUnroll = 4;  // 4 x 16 bytes in flight per thread: 16 KB per block
+// Blocks that a processor must have room for: 64 registers a thread, and where that would
+// spill, 80.
+template <class Vec>
+constexpr int kBlocks = sizeof(Vec) == 16 ? 4 : 3;
 constexpr int64_t kBlocksPerProcessor = 8;
 constexpr int64_t kMinTokensPerBlock = 16;
 // Addresses are 64-bit; positions within a row and accesses within a chunk fit 32 bits, because a
@@ -85,7 +89,7 @@ struct Params {
 // Where byte `offset` of a head of a range's token is, on both sides; false, and reported, if its
 // block id is out of range.
 __device__ __forceinline__ bool find_access(const Params& params, const Cursor& src,
-                                            const Cursor& dst, uint32_t token, int64_t head,
+                                            const Cursor& dst, uint32_t token, uint32_t head,
                                             uint32_t offset, const char*& from, char*& to) {
   from = token_address(params.src, src, token);
   to = token_address(params.dst, dst, token);
@@ -173,7 +177,7 @@ __device__ int64_t checked_len(const Params& params, int64_t cache, int64_t rang
 
 // Block (x, y): the x-th part of all tokens of cache y, counted through all ranges.
 template <class Vec, bool kPaged>
-__global__ void __launch_bounds__(kThreads, 3) splice_kv_kernel(const Params params) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Vec>) splice_kv_kernel(const Params params) {
   __shared__ int64_t warp_sums[kThreads / 32];
   __shared__ int64_t first_range, first_offset;
   const int64_t cache = blockIdx.y;

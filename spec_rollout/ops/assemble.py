@@ -13,6 +13,7 @@ from spec_rollout.ops._status import after_launch, status_word
 Layout = Literal["packed", "right", "left", "split"]
 # `Layout` in csrc/include/spec_rollout/ops.h.
 _LAYOUTS = {"packed": 0, "right": 1, "left": 2, "split": 3}
+_PACKED = 0
 
 
 class Assembled(NamedTuple):
@@ -110,9 +111,10 @@ def assemble(
         raise ValueError(
             "prefix_logprobs: expected a tensor with continuation_logprobs given, got None"
         )
-    for name, limit in (("max_prompt_len", max_prompt_len), ("max_response_len", max_response_len)):
-        if limit is not None and limit < 0:
-            raise ValueError(f"{name}: expected >= 0, got {limit}")
+    if max_prompt_len is not None and max_prompt_len < 0:
+        raise ValueError(f"max_prompt_len: expected >= 0, got {max_prompt_len}")
+    if max_response_len is not None and max_response_len < 0:
+        raise ValueError(f"max_response_len: expected >= 0, got {max_response_len}")
     if out is not None:
         if layout == "packed" or max_prompt_len is None or max_response_len is None:
             raise ValueError(
@@ -257,7 +259,7 @@ def _sizes_cuda(
 
 
 def _outputs(prompt_ids, batch, layout, width, logprobs_given):
-    packed = layout == _LAYOUTS["packed"]
+    packed = layout == _PACKED
     input_ids = prompt_ids.new_empty((width,) if packed else (batch, width), dtype=torch.int64)
     response_mask = torch.empty_like(input_ids, dtype=torch.bool)
     return (
@@ -290,6 +292,28 @@ def _assemble_fake(
     return _outputs(prompt_ids, accepted_lens.shape[0], layout, width, prefix_logprobs is not None)
 
 
+def _assemble_direct(*arguments):
+    """What a layout does not have is not allocated."""
+    prompt_ids, accepted_lens, logprobs_given = arguments[0], arguments[4], arguments[7] is not None
+    layout, width = arguments[10], arguments[12]
+    packed = layout == _PACKED
+    shape = (width,) if packed else (accepted_lens.numel(), width)
+    if prompt_ids.dtype is torch.int64:  # naming the dtype costs half of an allocation
+        input_ids = prompt_ids.new_empty(shape)
+    else:
+        input_ids = prompt_ids.new_empty(shape, dtype=torch.int64)
+    response_mask = torch.empty_like(input_ids, dtype=torch.bool)
+    outputs = (
+        input_ids,
+        None if packed else torch.empty_like(response_mask),
+        torch.empty_like(input_ids),
+        response_mask,
+        torch.empty_like(input_ids, dtype=torch.float32) if logprobs_given else None,
+    )
+    _write(outputs, *arguments)
+    return outputs
+
+
 # An op's results are always tensors: what a layout does not have comes back as [0].
 @register_op(
     "assemble(Tensor prompt_ids, Tensor cu_prompt_lens, Tensor prefix_ids, Tensor cu_prefix_lens, "
@@ -299,6 +323,7 @@ def _assemble_fake(
     "(Tensor input_ids, Tensor attention_mask, Tensor position_ids, Tensor response_mask, "
     "Tensor logprobs)",
     fake=_assemble_fake,
+    direct=_assemble_direct,
 )
 def _assemble(
     prompt_ids,
@@ -390,7 +415,7 @@ def _write(
         cu_lens,
         input_ids,
         position_ids,
-        None if layout == _LAYOUTS["packed"] else attention_mask,
+        None if layout == _PACKED else attention_mask,
         response_mask,
         None if prefix_logprobs is None else logprobs,
         status_word(prompt_ids),

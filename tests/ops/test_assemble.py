@@ -65,7 +65,7 @@ def assert_same(got: ops.Assembled, expected: dict[str, torch.Tensor | None]) ->
             continue
         assert value.dtype == want.dtype, name
         assert value.shape == want.shape, name
-        assert torch.equal(value.cpu(), want), name
+        assert torch.equal(value.cpu(), want.cpu()), name
 
 
 def on(device: str, case: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

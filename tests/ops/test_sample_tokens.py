@@ -229,7 +229,7 @@ def test_top_p_counts_a_heavy_tail(device) -> None:
     }
     head = ops.sample_tokens(logits.to(device), top_p=0.499, **args)
     assert head.token_ids.item() == 0
-    assert head.logprobs.item() == 0.0
+    assert -1e-7 < head.logprobs.item() <= 0.0
     both = ops.sample_tokens(logits.to(device), top_p=0.501, **args)
     expected = math.log(0.5 if both.token_ids.item() == 0 else 0.5 / tail)
     assert both.logprobs.item() == pytest.approx(expected, abs=1e-4)

@@ -241,7 +241,9 @@ def test_full_reuse_and_no_reuse(device, impl, verify_prefix, generator) -> None
         assert not got.logprobs.isnan().any()
         ids = case["draft_ids"][:6]
         expected = ops.token_logprobs(case["logits"][:6], ids, impl=impl)
-        assert torch.equal(got.logprobs[:6], expected)
+        # Two CUDA kernels take a row's sum in two orders.
+        tolerance = 0.0 if device == "cpu" else 5e-7
+        torch.testing.assert_close(got.logprobs[:6], expected, atol=tolerance, rtol=tolerance)
     first_rows = case["logits"][case["cu_logits_lens"][:-1]]
     fresh = ops.sample_tokens(first_rows, **plain_keys)
     got = verify_prefix(**case, rule=NoReuse())
@@ -334,7 +336,8 @@ def test_the_only_token(device, impl, interpreted, rule) -> None:
         else:
             assert accepted.all()
             assert (next_ids == -1).all()
-        assert (logprobs == 0.0).all()
+        assert (logprobs <= 0.0).all()  # on CUDA, of a sum whose terms are rounded
+        assert (logprobs >= (0.0 if device == "cpu" else -1e-7)).all()
 
 
 def test_greedy(device, verify_prefix) -> None:

@@ -179,14 +179,15 @@ SR_HD bool valid_sum(const OnlineSum& total) {
   return total.sum >= 0.25f && total.sum < INFINITY && total.ref < INFINITY;
 }
 
-// Log-prob of y under total.
+// Log-prob of y under total; not above 0 by the roundings of terms and c.
 SR_HD float logprob_of(float y, const OnlineSum& total, float slope) {
   const float c = exact_mul(total.ref, slope);
   const double wide = static_cast<double>(slope);
   const double exponent = is_far(c)
                               ? (static_cast<double>(y) - static_cast<double>(total.ref)) * wide
                               : static_cast<double>(y) * wide - static_cast<double>(c);
-  return static_cast<float>(exponent * 0.6931471805599453 - log(static_cast<double>(total.sum)));
+  const double logprob = exponent * 0.6931471805599453 - log(static_cast<double>(total.sum));
+  return static_cast<float>(logprob > 0.0 ? 0.0 : logprob);
 }
 
 // No Gumbel noise is above this: a group's smallest uniform is 2^-30, and -ln(2^-30 / 8) = 22.88.
