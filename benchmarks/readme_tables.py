@@ -178,8 +178,16 @@ _GPU_ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
     ("gpu_packed", "splice_kv, rows to blocks", {}),
     ("gpu_packed", "assemble, split, into out", {"batch": 8192}),
     *(
-        ("gpu_packed", f"call of {op}, empty batch", {})
-        for op in ("token_logprobs", "verify_prefix", "splice_kv, 2 caches")
+        ("gpu_calls", f"call of {op}, empty batch", {})
+        for op in (
+            "token_logprobs",
+            "accept_prefix",
+            "verify_prefix",
+            "sample_tokens",
+            "splice_kv, 2 caches",
+            "assemble, split",
+            "torch.add (for scale)",
+        )
     ),
 )
 
@@ -187,7 +195,7 @@ _GPU_ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
 def gpu_table(folder: Path) -> str:
     """The kernels on one GPU, from `folder`/gpu_*.json; a row without a figure says so."""
     files: dict[str, Mapping[str, Any]] = {}
-    for name in ("gpu_logits", "gpu_packed"):
+    for name in ("gpu_logits", "gpu_packed", "gpu_calls"):
         path = folder / f"{name}.json"
         if path.is_file():
             files[name] = json.loads(path.read_text(encoding="utf-8"))

@@ -94,8 +94,8 @@ _RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
 def git_commit(root: Path) -> dict[str, Any]:
     """{"commit", "dirty"} of the checkout whose top level is `root`.
 
-    If it is not one, its files were copied without their history: the commit is what SPEC_ROLLOUT_COMMIT says, or None.
-    Results and the tables made from them do not count as changes: a benchmark writes them.
+    SPEC_ROLLOUT_COMMIT names it where files were copied without their history; without either, both are None. Results
+    and the tables made from them do not count as changes: a benchmark writes them.
     """
 
     def git(*args: str) -> str:
@@ -105,6 +105,8 @@ def git_commit(root: Path) -> dict[str, Any]:
         ).stdout.strip()
 
     copied = {"commit": os.environ.get("SPEC_ROLLOUT_COMMIT"), "dirty": None}
+    if copied["commit"] is not None:
+        return copied
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return copied

@@ -36,7 +36,9 @@ def test_a_dry_run_passes_its_checks_and_writes_every_row(script, tmp_path) -> N
         for row in content["rows"]:
             assert not [r for r in row.get("absent", {}).values() if r.startswith("failed")], row
     else:
-        assert {"accept_prefix", "splice_kv", "assemble", "call of verify_prefix"} <= ops
+        assert ops == {"accept_prefix", "splice_kv", "assemble"}
+        calls = json.loads((tmp_path / "gpu_calls.json").read_text())["rows"]
+        assert "call of verify_prefix, empty batch" in {row["op"] for row in calls}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
