@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from spec_rollout.ops._native import _C, num_threads
-from spec_rollout.ops._registry import register_op
+from spec_rollout.ops._registry import expect_tensors, register_op
 from spec_rollout.ops._status import after_launch, status_word
 
 Layout = Literal["packed", "right", "left", "split"]
@@ -122,12 +122,19 @@ def assemble(
                 f'got a result with layout="{layout}", max_prompt_len={max_prompt_len}, '
                 f"max_response_len={max_response_len}"
             )
+        expect_tensors(accepted_lens=accepted_lens)
         _check_out(out, (accepted_lens.numel(), max_prompt_len + max_response_len), prefix_logprobs)
     cu_lens: torch.Tensor | None = None
     prompt_width = -1
     if layout != "packed" and max_prompt_len is not None and max_response_len is not None:
         prompt_width, width = max_prompt_len, max_prompt_len + max_response_len
     else:
+        expect_tensors(
+            prompt_ids=prompt_ids,
+            cu_prompt_lens=cu_prompt_lens,
+            prefix_ids=prefix_ids,
+            continuation_ids=continuation_ids,
+        )
         sizes, cu_lens = _sizes(
             cu_prompt_lens,
             cu_prefix_lens,
