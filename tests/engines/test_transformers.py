@@ -81,7 +81,7 @@ def test_logprobs_are_a_plain_forwards(name: str, temperature: float) -> None:
     drafts = drafts_of(TransformersEngine(old).rollout(requests, sampling, NoReuse()))
     engine = TransformersEngine(new, num_slots=5, verify_chunk=9)
     rollouts = engine.rollout(with_drafts(requests, drafts), sampling, Lenient(0.5))
-    assert rollouts.stats.num_reused_tokens > 30
+    assert rollouts.stats.num_reused_tokens > requests.batch
     assert rollouts.stats.num_generated_tokens > 30
     for row, (prompt, response) in enumerate(
         zip(prompts(requests), responses(rollouts), strict=True)

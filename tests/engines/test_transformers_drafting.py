@@ -67,7 +67,8 @@ def test_tokens_and_logprobs_are_those_without(old, new_model, rule, slots) -> N
     assert_same(actual, expected)
     stats = actual.stats
     assert 0 < stats.num_accepted_proposals <= stats.num_proposed_tokens
-    assert stats.num_decode_steps < expected.stats.num_decode_steps
+    # Not fewer, necessarily: the longest response may be one that no proposal was right for.
+    assert stats.num_decode_steps <= expected.stats.num_decode_steps
     assert stats.max_row_steps <= expected.stats.max_row_steps
     assert stats.tokens_per_step > 1.0 == expected.stats.tokens_per_step
     assert stats.num_response_tokens == expected.stats.num_response_tokens
