@@ -13,6 +13,7 @@ SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
+BUILD_LOG := $(VENV)/build.log
 VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
@@ -40,11 +41,12 @@ $(VENV)/.torch:
 $(VENV)/.installed: $(VENV)/.torch $(NATIVE)
 	$(BIN)/python .ci/requirements.py build > $(VENV)/build-requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/build-requirements.txt
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+	PATH="$(abspath $(BIN)):$$PATH" SPEC_ROLLOUT_BUILD_LOG="$(abspath $(BUILD_LOG))" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
 	touch $@
 
-# Large (1 GB), and only the tests of the Triton kernels and cuda-check's look at the machine code want it.
-$(VENV)/.triton: pyproject.toml $(VENV)/.torch
+# Large (1 GB), and only the tests of the Triton kernels and cuda-check's look at the machine code want it. After the
+# package, so that two pips are never at work in one environment.
+$(VENV)/.triton: pyproject.toml $(VENV)/.torch | $(VENV)/.installed
 	$(BIN)/python .ci/requirements.py triton > $(VENV)/triton-requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/triton-requirements.txt
 	touch $@
@@ -76,16 +78,20 @@ demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_se
 	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
-# Two runs of pytest where vLLM can be installed, the second one whatever the first one gave. Otherwise one, in which the
-# tests of the plugin are skipped. (Side by side the threads of the two wait for each other: many times as slow.)
-test: venv $(VENV)/.triton ## All tests
+# Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
+# skipped. One thread each: with more, the threads of either wait, spinning, for a processor that the other's have.
+test: export OMP_NUM_THREADS = 1
+test: ## All tests
 	@$(MAKE) --no-print-directory -j2 cuda-check venv-vllm
-	@status=0; skip=; \
+	@status=0; skip=; vllm=; log=$(VENV_VLLM)/test.log; trap 'kill $$vllm 2> /dev/null' EXIT; \
 	if [ -e $(VENV_VLLM)/.installed ]; then \
 	  skip=--ignore=$(TESTS_VLLM); \
-	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM)"; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || status=$$?; \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM) > $$log, beside:"; \
+	  $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) > $$log 2>&1 & vllm=$$!; \
 	fi; \
-	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip && exit $$status
+	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip || status=$$?; \
+	if [ -n "$$vllm" ]; then wait $$vllm || status=$$?; cat $$log; fi; \
+	exit $$status
 
 test-fast: venv ## Tests of seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -96,8 +102,9 @@ test-gpu: venv ## Tests that need an NVIDIA GPU: every op on it, graphs, streams
 sanitize: venv ## Every CUDA kernel under compute-sanitizer: memcheck, racecheck, initcheck
 	@PYTHON=$(BIN)/python .ci/sanitize
 
-cuda-check: ## Compile every CUDA kernel for sm_80, sm_90 and sm_100, warnings and spills are errors
-	@PYTHON=$$(command -v $(BIN)/python || command -v python3) .ci/cuda-check
+cuda-check: venv $(VENV)/.triton ## Registers of every CUDA kernel; fails on warnings, spills and narrow loads
+	@PYTHON=$(BIN)/python .ci/cuda-check $(BUILD_LOG) \
+	  spec_rollout/_C$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 
 sass: venv ## Registers and widths of loads of the kernels over logits, from machine code; ARCH=90
 	$(BIN)/python benchmarks/sass_report.py --arch $(or $(ARCH),90)

@@ -4,6 +4,8 @@ Environment:
     SPEC_ROLLOUT_CUDA: AUTO (default: CUDA kernels where nvcc is found), ON (fail without nvcc) or OFF.
     CMAKE_ARGS: more CMake arguments, e.g. -DCMAKE_CUDA_ARCHITECTURES=90.
     MAX_JOBS: parallel compilations.
+    SPEC_ROLLOUT_BUILD_LOG: a file for what the compilers say; of each CUDA kernel, its registers and spills (.ci/cuda-check
+        reads it).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class CMakeBuild(build_ext):
         if cmake is None or ninja is None:
             missing = " and ".join(n for n, p in (("cmake", cmake), ("ninja", ninja)) if p is None)
             raise SystemExit(f"building spec_rollout needs {missing} (pip install cmake ninja)")
+        log = os.environ.get("SPEC_ROLLOUT_BUILD_LOG")
         configure = [
             cmake,
             "-S",
@@ -54,11 +57,20 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSPEC_ROLLOUT_VERSION={self.distribution.get_version()}",
             f"-DSPEC_ROLLOUT_CUDA={os.environ.get('SPEC_ROLLOUT_CUDA', 'AUTO')}",
+            f"-DSPEC_ROLLOUT_PTXAS_INFO={'ON' if log else 'OFF'}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        build = [cmake, "--build", str(build_dir), "--parallel", jobs]
+        if not log:
+            subprocess.run(build, check=True)
+            return
+        done = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        Path(log).write_text(done.stdout)
+        if done.returncode != 0:
+            print(done.stdout, file=sys.stderr)
+            done.check_returncode()
 
 
 setup(ext_modules=[CMakeExtension("spec_rollout._C")], cmdclass={"build_ext": CMakeBuild})

@@ -1,8 +1,8 @@
 """What the compilers made of the kernels over logits: registers, spills, and the loads of the loops that stream a row, from SASS.
 
-    python benchmarks/sass_report.py [--arch 90] [--object FILE.o ...] [--triton-only | --no-triton]
+    python benchmarks/sass_report.py [--arch 90] [--object FILE.{o,so} ...] [--triton-only | --no-triton]
 
-Compiles csrc/cuda/{token_logprobs,verify_prefix,sample_tokens}.cu (or takes objects that are compiled already) and the
+Compiles csrc/cuda/{token_logprobs,verify_prefix,sample_tokens}.cu (or takes what is compiled already) and the
 Triton kernels, disassembles them and prints one line per kernel. Exits with 1 if a loop that streams a row has a load
 narrower than 128 bits or an access to local memory, or if a kernel has no such loop; with 3 if nvcc or cuobjdump is
 missing. Needs no GPU, and no package but triton for the Triton kernels (whose wheel brings a cuobjdump).
@@ -175,6 +175,9 @@ def kernels_of(path: Path, arch: str) -> list[Kernel]:
     }
     found = []
     for name, code in instructions(dump("-sass")):
+        # An extension has other kernels, too.
+        if path.suffix == ".so" and not any(f"{source}_kernel" in name for source in SOURCES):
+            continue
         loops, local_in_loops = [], 0
         for opcodes in streaming_loops(code):
             loops.append(Counter(w for op in opcodes if (w := load_width(op)) is not None))
