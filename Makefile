@@ -93,8 +93,10 @@ test: ## All tests
 	if [ -n "$$vllm" ]; then wait $$vllm || status=$$?; cat $$log; fi; \
 	exit $$status
 
+# A worker for each processor, up to eight; a file's tests stay together, for they share what is slow to make.
+test-fast: export OMP_NUM_THREADS = 1
 test-fast: venv ## Tests of seconds
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: venv ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
 	$(BIN)/python -m pytest -m gpu
