@@ -64,18 +64,18 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 
 ifeq ($(ENGINE),transformers)
 demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 10 minutes)
-	$(BIN)/python -m spec_rollout.demo_run --out $(OUT) --seed $(SEED)
+	$(BIN)/python -m spec_rollout.commands.demo --out $(OUT) --seed $(SEED)
 else ifeq ($(ENGINE),vllm)
 demo: venv venv-vllm
 	@test -e $(VENV_VLLM)/.installed || { echo "error: ENGINE=vllm: there is no vLLM in $(VENV_VLLM)" >&2; exit 2; }
-	$(BIN_VLLM)/python -m spec_rollout.demo_run --engine vllm --out $(OUT) --seed $(SEED)
+	$(BIN_VLLM)/python -m spec_rollout.commands.demo --engine vllm --out $(OUT) --seed $(SEED)
 else
 demo:
 	@echo "error: ENGINE: expected transformers or vllm, got $(ENGINE)" >&2; exit 2
 endif
 
 demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
-	$(BIN)/python -m spec_rollout.demo_run --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
+	$(BIN)/python -m spec_rollout.commands.demo --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
 # Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
@@ -109,15 +109,15 @@ cuda-check: venv $(VENV)/.triton ## Registers of every CUDA kernel; fails on war
 	  spec_rollout/_C$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
 
 sass: venv ## Registers and widths of loads of the kernels over logits, from machine code; ARCH=90
-	$(BIN)/python benchmarks/sass_report.py --arch $(or $(ARCH),90)
+	$(BIN)/python tools/sass_report.py --arch $(or $(ARCH),90)
 
 bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of README.md
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python tools/results_tables.py
 
 bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of README.md
 	@set -e; for script in $(wildcard benchmarks/gpu/bench_*.py); do echo "== $$script"; $(BIN)/python $$script; done
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python tools/results_tables.py
 
 lint: $(VENV)/.lint ## ruff and clang-format, check only
 	$(BIN)/ruff check .

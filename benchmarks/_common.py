@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spec_rollout.environment import environment, git_commit
+from spec_rollout.runs.environment import environment, git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS_DIR = ROOT / "benchmarks" / "results"

@@ -33,7 +33,8 @@ from _common import Results, measure, parser
 
 from spec_rollout import _C
 from spec_rollout.drafting import HistoryDrafter
-from spec_rollout.types import History, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import History
 
 MAX_MATCH = 64
 

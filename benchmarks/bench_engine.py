@@ -28,7 +28,8 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse
 from spec_rollout.demo import model_dir
 from spec_rollout.demo.task import MAX_RESPONSE_TOKENS, training_problems
 from spec_rollout.engines import TransformersEngine
-from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams
 
 NUM_PROBLEMS, NUM_SAMPLES = 64, 4
 FIXED_TOKENS = 96

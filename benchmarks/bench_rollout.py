@@ -53,8 +53,9 @@ from _common import Results, Timing, parser
 
 from spec_rollout.acceptance import Lenient
 from spec_rollout.engines.vllm import VLLMEngine
-from spec_rollout.engines.vllm.requests import Job
-from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+from spec_rollout.engines.vllm.client.requests import Job
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams
 
 SHARES = (0.0, 0.25, 0.45, 0.67, 0.9, 1.0)
 RULE = Lenient(0.0)

@@ -33,6 +33,7 @@ from spec_rollout.demo import model_dir
 from spec_rollout.demo.task import MAX_RESPONSE_TOKENS, training_problems
 from spec_rollout.engines.vllm import VLLMEngine
 from spec_rollout.keys import noise_keys, prompt_key
+from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import (
     Drafts,
     FinishReason,
@@ -40,7 +41,6 @@ from spec_rollout.types import (
     RolloutRequests,
     Rollouts,
     SamplingParams,
-    cu_lens_from,
 )
 
 GROUP = 8
@@ -79,8 +79,8 @@ def _policies(quick: bool) -> tuple[Mapping[str, torch.Tensor], Mapping[str, tor
     """The demo's weights one epoch of training apart."""
     from safetensors.torch import load_file
 
-    from spec_rollout.demo_run import SHORT, DemoSize, demo_config, prepare
-    from spec_rollout.train.config import CheckpointConfig
+    from spec_rollout.commands.demo import SHORT, DemoSize, demo_config, prepare
+    from spec_rollout.config.sections import CheckpointConfig
     from spec_rollout.train.trainer import run as train
 
     size = replace(SHORT if quick else DemoSize(), epochs=2)

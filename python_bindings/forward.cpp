@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "convert.h"
-#include "spec_rollout/ops.h"
+#include "spec_rollout/forward.h"
 
 namespace spec_rollout::python {
 namespace {

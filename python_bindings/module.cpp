@@ -28,12 +28,12 @@ py::dict build_info() {
 
 }  // namespace
 
-void bind_logits_ops(py::module_& module);    // logits_ops.cpp
-void bind_splice_kv(py::module_& module);     // splice_kv.cpp
-void bind_assemble(py::module_& module);      // assemble.cpp
-void bind_forward(py::module_& module);       // forward.cpp
-void bind_suffix_index(py::module_& module);  // suffix_index.cpp
-void bind_arithmetic(py::module_& module);    // arithmetic.cpp
+void bind_logits_ops(py::module_& module);  // logits_ops.cpp
+void bind_splice_kv(py::module_& module);   // splice_kv.cpp
+void bind_assemble(py::module_& module);    // assemble.cpp
+void bind_forward(py::module_& module);     // forward.cpp
+void bind_drafting(py::module_& module);    // drafting.cpp
+void bind_arithmetic(py::module_& module);  // arithmetic.cpp
 
 }  // namespace spec_rollout::python
 
@@ -47,6 +47,6 @@ PYBIND11_MODULE(_C, module) {
   bind_splice_kv(module);
   bind_assemble(module);
   bind_forward(module);
-  bind_suffix_index(module);
+  bind_drafting(module);
   bind_arithmetic(module);
 }

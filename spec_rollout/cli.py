@@ -152,13 +152,13 @@ def _add_rollout_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from spec_rollout.train_command import train
+    from spec_rollout.commands.train import train
 
     return train(args.config, args.overrides, args.resume)
 
 
 def _rollout(args: argparse.Namespace) -> int:
-    from spec_rollout.rollout_command import rollout
+    from spec_rollout.commands.rollout import rollout
 
     return rollout(args)
 
@@ -172,13 +172,13 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from spec_rollout.demo_run import main as demo
+    from spec_rollout.commands.demo import main as demo
 
     return demo(args.rest)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from spec_rollout.doctor import main as doctor
+    from spec_rollout.commands.doctor import main as doctor
 
     return doctor(as_json=args.json)
 
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.rest and args.command != "demo":
             parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
         if args.version:
-            from spec_rollout.environment import package_version
+            from spec_rollout.runs.environment import package_version
 
             print(package_version("spec-rollout") or "not installed as a package")
             return 0
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         if argv is None:  # a program of its own; who passes arguments has a process to care for
-            from spec_rollout.malloc import keep_freed_memory
+            from spec_rollout.commands.malloc import keep_freed_memory
 
             keep_freed_memory()
         return args.run(args)

@@ -17,14 +17,8 @@ from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import noise_keys, prompt_key
-from spec_rollout.types import (
-    Drafts,
-    History,
-    RolloutRequests,
-    Rollouts,
-    SamplingParams,
-    cu_lens_from,
-)
+from spec_rollout.packed import cu_lens_from, lens_to_stop
+from spec_rollout.types import Drafts, History, RolloutRequests, Rollouts, SamplingParams
 
 # Keeps the noise of evaluation apart from that of training with the same seed.
 _EVALUATION_SALT = 0x5DEECE66D2B79F1A
@@ -282,17 +276,9 @@ def _end_at_stop(drafts: Drafts, stop_token_ids: Sequence[int]) -> Drafts:
     Such a draft is finished, one without a stop token is not, whatever the stop tokens were when
     it was drawn.
     """
-    tokens = drafts.token_ids.numpy()
-    is_stop = np.zeros(tokens.shape, dtype=bool)
-    for token in stop_token_ids:
-        is_stop |= tokens == token
-    stops = np.flatnonzero(is_stop)
-    cu = drafts.cu_lens.numpy()
-    rows, first = np.unique(np.searchsorted(cu, stops, side="right") - 1, return_index=True)
-    lens, finished = drafts.lens, torch.zeros_like(drafts.finished)
-    lens[rows] = torch.from_numpy(stops[first] + 1 - cu[rows])
-    finished[rows] = True
-    return replace(drafts.cut_to(lens), finished=finished)
+    lens, stopped = lens_to_stop(drafts.token_ids.numpy(), drafts.cu_lens.numpy(), stop_token_ids)
+    cut = drafts.cut_to(torch.from_numpy(lens))
+    return replace(cut, finished=torch.from_numpy(stopped))
 
 
 def _check_count(name: str, value: int) -> None:

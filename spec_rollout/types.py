@@ -11,6 +11,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from spec_rollout.packed import check_packed, cu_lens_from
+
 
 class FinishReason(IntEnum):
     """Why a response ended."""
@@ -18,13 +20,6 @@ class FinishReason(IntEnum):
     STOP = 0  # its last token is a stop token
     LENGTH = 1  # it reached max_tokens (or the engine's model length)
     ABORT = 2  # the engine gave it up; not stored in the cache
-
-
-def cu_lens_from(lens: torch.Tensor) -> torch.Tensor:
-    """Prefix sums with a leading zero: [batch] of any integer type -> [batch + 1], int64."""
-    cu = torch.zeros(lens.numel() + 1, dtype=torch.int64)
-    torch.cumsum(lens.to(torch.int64), 0, out=cu[1:])
-    return cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +51,6 @@ class SamplingParams:
             raise ValueError(f"max_tokens: expected >= 1, got {self.max_tokens}")
 
 
-def _check_packed(
-    name: str, values: torch.Tensor, cu_name: str, cu: torch.Tensor, batch: int
-) -> None:
-    if cu.shape != (batch + 1,) or cu.dtype != torch.int64:
-        raise ValueError(
-            f"{cu_name}: expected int64 of shape [{batch + 1}], got {cu.dtype} of shape {list(cu.shape)}"
-        )
-    if int(cu[0]) != 0 or bool((cu[1:] < cu[:-1]).any()):
-        raise ValueError(f"{cu_name}: expected non-decreasing values from 0")
-    if values.dim() != 1 or values.numel() != int(cu[-1]):
-        raise ValueError(
-            f"{name}: expected shape [{int(cu[-1])}] ({cu_name}[-1]), got {list(values.shape)}"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Drafts:
     """Cached responses of a batch; an empty row is a cache miss.
@@ -95,7 +75,7 @@ class Drafts:
             raise ValueError(
                 f"finished: expected bool of shape [batch], got {self.finished.dtype} {list(self.finished.shape)}"
             )
-        _check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, batch)
+        check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, batch)
         if self.token_ids.dtype != torch.int32:
             raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
         if self.logprobs is not None and (
@@ -178,7 +158,7 @@ class History:
                 )
             if groups.numel() and int(groups.min()) < 0:
                 raise ValueError(f"{name}: expected groups >= 0, got {int(groups.min())}")
-        _check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, self.row_groups.numel())
+        check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, self.row_groups.numel())
         if self.token_ids.dtype != torch.int32:
             raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
         if self.token_ids.numel() and int(self.token_ids.min()) < 0:
@@ -216,7 +196,7 @@ class RolloutRequests:
             raise ValueError(
                 f"keys: expected int64 of shape [batch], got {self.keys.dtype} {list(self.keys.shape)}"
             )
-        _check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
+        check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
         if self.prompt_ids.dtype != torch.int32:
             raise ValueError(f"prompt_ids: expected int32, got {self.prompt_ids.dtype}")
         if bool((self.cu_prompt_lens[1:] == self.cu_prompt_lens[:-1]).any()):
@@ -338,8 +318,8 @@ class Rollouts:
             raise ValueError(
                 f"finish_reasons: expected FinishReason values, got {int(self.finish_reasons.max())}"
             )
-        _check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
-        _check_packed(
+        check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
+        check_packed(
             "response_ids", self.response_ids, "cu_response_lens", self.cu_response_lens, batch
         )
         for name, values in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):

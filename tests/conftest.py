@@ -6,6 +6,9 @@ import os
 
 import pytest
 import torch
+from tiny_runs import make_config, model_dir, write_rows
+
+__all__ = ["make_config", "model_dir", "write_rows"]  # fixtures of several folders
 
 # Triton's kernels are tested on CPU in its interpreter. Whether they are interpreted is settled when triton is imported,
 # which is later than this.

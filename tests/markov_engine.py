@@ -11,14 +11,8 @@ import numpy as np
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
-from spec_rollout.types import (
-    FinishReason,
-    RolloutRequests,
-    Rollouts,
-    RolloutStats,
-    SamplingParams,
-    cu_lens_from,
-)
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import FinishReason, RolloutRequests, Rollouts, RolloutStats, SamplingParams
 
 
 def uniforms(keys: np.ndarray, position: int, streams: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import (
     Drafts,
     FinishReason,
@@ -12,7 +13,6 @@ from spec_rollout.types import (
     Rollouts,
     RolloutStats,
     SamplingParams,
-    cu_lens_from,
 )
 
 

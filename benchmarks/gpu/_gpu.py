@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _common import RESULTS_DIR, Results, Timing, measure
-from readme_tables import benchmark_table
+from results_tables import benchmark_table
 
 _FLUSH_BYTES = 512 << 20  # several times the L2 of any GPU so far
 _COPY_BYTES = 1 << 30

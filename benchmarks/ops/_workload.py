@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spec_rollout.types import cu_lens_from
+from spec_rollout.packed import cu_lens_from
 
 PROMPT_WIDTH = 512
 PADDED_LEN = 4096

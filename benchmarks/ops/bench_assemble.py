@@ -39,7 +39,7 @@ from _workload import (
 
 from spec_rollout import ops
 from spec_rollout.acceptance import Lenient
-from spec_rollout.types import cu_lens_from
+from spec_rollout.packed import cu_lens_from
 
 PAD = 151_643
 

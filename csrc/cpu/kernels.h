@@ -2,7 +2,7 @@
 // table.
 #pragma once
 
-#include "spec_rollout/ops.h"
+#include "spec_rollout/forward.h"
 
 namespace spec_rollout::cpu {
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from spec_rollout.cache.memory import CacheStats, RolloutCache
+from spec_rollout.cache.cache import CacheStats, RolloutCache
 
 __all__ = ["CacheStats", "RolloutCache"]

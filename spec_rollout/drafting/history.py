@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spec_rollout.ops._native import _C, num_threads
+from spec_rollout._native import _C, num_threads
 from spec_rollout.types import History
 
 # How proposed tokens fared, by context and by chance; opaque, and kept by engines between calls.

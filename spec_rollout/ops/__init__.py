@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec_rollout.ops._native import build_info
+from spec_rollout._native import build_info
 from spec_rollout.ops._status import check_status
 from spec_rollout.ops.accept_prefix import accept_prefix
 from spec_rollout.ops.assemble import Assembled, assemble

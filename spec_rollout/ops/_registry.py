@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from spec_rollout.ops._native import _C
+from spec_rollout._native import _C
 
 _LIBRARY = torch.library.Library("spec_rollout", "DEF")
 

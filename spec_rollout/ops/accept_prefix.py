@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from spec_rollout._native import _C, num_threads
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
-from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from spec_rollout.ops._native import _C, num_threads
+from spec_rollout._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_sampling
 from spec_rollout.ops._status import after_launch, status_word

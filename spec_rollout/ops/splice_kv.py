@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spec_rollout.ops._native import _C, num_threads
+from spec_rollout._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 

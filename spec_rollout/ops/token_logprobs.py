@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
+from spec_rollout._native import _C, num_threads
 from spec_rollout.ops._impl import implementation, triton_module
-from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature
 from spec_rollout.ops._status import after_launch, after_triton, status_word

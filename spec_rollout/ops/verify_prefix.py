@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from spec_rollout._native import _C, num_threads
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.ops._impl import implementation, triton_module
-from spec_rollout.ops._native import _C, num_threads
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_sampling
 from spec_rollout.ops._status import after_launch, after_triton, status_word

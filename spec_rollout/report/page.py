@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from spec_rollout.report.load import Run, number
 from spec_rollout.report.plots import (
     PART_COLOURS,
     Panel,
@@ -20,6 +19,7 @@ from spec_rollout.report.plots import (
 )
 from spec_rollout.report.style import CSS
 from spec_rollout.report.tokens import samples_html
+from spec_rollout.runs.load import Run, number
 
 _FRESH = "Plain sampling of the current weights with fresh noise, no reuse."
 PANELS = (

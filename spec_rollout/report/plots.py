@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from spec_rollout.report.load import Run, number
+from spec_rollout.runs.load import Run, number
 
 # Okabe and Ito's colours: told apart with any colour vision. Runs beyond the eighth share colours.
 RUN_COLOURS = (

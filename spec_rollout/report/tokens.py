@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from spec_rollout.report.load import Run, number
+from spec_rollout.runs.load import Run, number
 
 MAX_SAMPLES = 12
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import RolloutCache
-from spec_rollout.train.policy import no_progress_bars
+from spec_rollout.loading.policy import no_progress_bars
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})(-unevaluated)?")

@@ -20,21 +20,13 @@ from typing import Any
 
 import torch
 
+from spec_rollout.config.sections import RunConfig
+from spec_rollout.config.toml import dump_config, load_config
 from spec_rollout.engines.base import RolloutEngine
-from spec_rollout.environment import environment
-from spec_rollout.train.advantages import group_advantages
-from spec_rollout.train.checkpoint import (
-    CheckpointError,
-    TrainState,
-    list_checkpoints,
-    load_state,
-    save_checkpoint,
-)
-from spec_rollout.train.config import RunConfig
-from spec_rollout.train.config_io import dump_config, load_config
-from spec_rollout.train.data import PromptRow
-from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
-from spec_rollout.train.run_files import (
+from spec_rollout.evals.sampling import evaluate, score
+from spec_rollout.loading.data import PromptRow
+from spec_rollout.runs.environment import environment
+from spec_rollout.runs.files import (
     METRICS,
     RUNNING,
     SAMPLES,
@@ -44,9 +36,17 @@ from spec_rollout.train.run_files import (
     check_steps,
     write_atomically,
 )
-from spec_rollout.train.scoring import evaluate, score
-from spec_rollout.train.setup import Components, build
-from spec_rollout.train.summary import RunSummary, summarize
+from spec_rollout.runs.summary import RunSummary, summarize
+from spec_rollout.train.algorithms.advantages import group_advantages
+from spec_rollout.train.checkpoint import (
+    CheckpointError,
+    TrainState,
+    list_checkpoints,
+    load_state,
+    save_checkpoint,
+)
+from spec_rollout.train.components import Components, build
+from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
 from spec_rollout.types import FinishReason, Rollouts, RolloutStats
 
 Row = dict[str, Any]

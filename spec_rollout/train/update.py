@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spec_rollout.config.sections import TrainConfig
+from spec_rollout.train.algorithms.losses import logprobs_and_entropy, policy_loss, token_weights
 from spec_rollout.train.batching import MicroBatch, micro_batches
-from spec_rollout.train.config import TrainConfig
-from spec_rollout.train.losses import logprobs_and_entropy, policy_loss, token_weights
-from spec_rollout.train.policy import response_logits
+from spec_rollout.train.forward import response_logits
 from spec_rollout.types import Rollouts
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from spec_rollout.types import Drafts, FinishReason, Rollouts, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, FinishReason, Rollouts
 
 
 def make_rollouts(

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from spec_rollout.demo import model_dir
-from spec_rollout.demo.pretrain import main, sampled_accuracy
+from spec_rollout.demo.checkpoint import main, sampled_accuracy
 from spec_rollout.demo.task import MAX_RESPONSE_TOKENS, heldout_problems
 
 
@@ -72,7 +72,7 @@ def test_short_pretraining_learns_and_writes_a_loadable_folder(tmp_path, capsys)
 
 
 def test_bad_pretraining_arguments_are_named() -> None:
-    from spec_rollout.demo.pretrain import PretrainConfig
+    from spec_rollout.demo.checkpoint import PretrainConfig
 
     with pytest.raises(ValueError, match="num_steps"):
         PretrainConfig(num_steps=0)

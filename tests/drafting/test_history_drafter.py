@@ -8,7 +8,8 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.drafting import HistoryDrafter, MatchShares, StepCost
-from spec_rollout.types import History, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import History
 
 A, B, C, D, STOP = 1, 2, 3, 4, 9
 

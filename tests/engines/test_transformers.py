@@ -28,13 +28,8 @@ from tiny_models import (
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomReuse
 from spec_rollout.engines import RolloutEngine, TransformersEngine
 from spec_rollout.engines.transformers.verify import Verifier
-from spec_rollout.types import (
-    Drafts,
-    FinishReason,
-    RolloutRequests,
-    SamplingParams,
-    cu_lens_from,
-)
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, FinishReason, RolloutRequests, SamplingParams
 
 MODELS = ["qwen3", "llama", "gpt2"]
 SLIDING = ["qwen3_sliding", "mistral_sliding"]

@@ -22,7 +22,8 @@ from tiny_models import (
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
 from spec_rollout.drafting import Payoff
 from spec_rollout.engines import TransformersEngine
-from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import History, RolloutRequests, Rollouts, SamplingParams
 
 BATCH, GROUP = 24, 4
 GROUPS = torch.arange(BATCH) // GROUP

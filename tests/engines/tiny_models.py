@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams
 
 VOCAB = 32
 STOP = 1

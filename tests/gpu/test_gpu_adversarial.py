@@ -10,7 +10,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import Coupled, Lenient, OneHot
 from spec_rollout.ops.reference import logits as reference
-from spec_rollout.types import cu_lens_from
+from spec_rollout.packed import cu_lens_from
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,7 +13,7 @@ from spec_rollout import _C, ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut, RandomReuse
 from spec_rollout.ops.reference import accept_prefix as reference
 from spec_rollout.ops.reference.noise import accept_uniforms
-from spec_rollout.types import cu_lens_from
+from spec_rollout.packed import cu_lens_from
 
 INF = math.inf
 RULES = [

@@ -7,7 +7,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.ops.reference.assemble import assemble as reference
-from spec_rollout.types import cu_lens_from
+from spec_rollout.packed import cu_lens_from
 
 LAYOUTS = ["packed", "right", "left", "split"]
 

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from spec_rollout import ops
-from spec_rollout.ops._native import _C
+from spec_rollout._native import _C
 from spec_rollout.ops.reference import logits as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

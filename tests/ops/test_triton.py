@@ -122,7 +122,7 @@ def test_kernels_compile_for_hopper_with_wide_loads() -> None:
     """The interpreter takes what the compiler would refuse. Needs no GPU: Triton brings its own assembler."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "benchmarks/sass_report.py", "--triton-only", "--arch", "90"],
+        [sys.executable, "tools/sass_report.py", "--triton-only", "--arch", "90"],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spec_rollout.packed import cu_lens_from
 from spec_rollout.train.batching import micro_batches, ranges
-from spec_rollout.types import Rollouts, cu_lens_from
+from spec_rollout.types import Rollouts
 
 
 def make_rollouts(prompt_lens, response_lens, *, vocab=40, seed=0) -> Rollouts:

@@ -11,7 +11,9 @@ import torch
 from test_batching import make_rollouts
 
 from spec_rollout.cache import RolloutCache
+from spec_rollout.config.sections import ModelConfig, TrainConfig
 from spec_rollout.keys import prompt_key
+from spec_rollout.loading.policy import load_policy
 from spec_rollout.train import checkpoint as module
 from spec_rollout.train.checkpoint import (
     CheckpointError,
@@ -21,8 +23,6 @@ from spec_rollout.train.checkpoint import (
     load_tensors,
     save_checkpoint,
 )
-from spec_rollout.train.config import ModelConfig, TrainConfig
-from spec_rollout.train.policy import load_policy
 from spec_rollout.train.update import make_optimizer
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spec_rollout.config.sections import ConfigError
+from spec_rollout.config.toml import dump_config, load_config
+from spec_rollout.loading.data import DataError
+from spec_rollout.rewards.rewards import RewardError
 from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
-from spec_rollout.train.config import ConfigError
-from spec_rollout.train.config_io import dump_config, load_config
-from spec_rollout.train.data import DataError
 from spec_rollout.train.interrupt import RunInterrupted
-from spec_rollout.train.rewards import RewardError
 from spec_rollout.train.trainer import Job, resume, run, run_together, thinned
 from spec_rollout.types import RolloutStats
 
@@ -400,7 +400,7 @@ def test_a_signal_from_outside(make_config, tmp_path, signum):
     (tmp_path / "c.toml").write_text(dump_config(config))
     code = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from spec_rollout.train.config_io import load_config\n"
+        "from spec_rollout.config.toml import load_config\n"
         "from spec_rollout.train.trainer import run\n"
         "run(load_config(sys.argv[1]))"
     )

@@ -2,7 +2,7 @@
 
 A padded attention reads every row's cache up to the longest row's length, and decoding is bound by
 that reading; and it may sum in another order for another shape, so that a token's logits change in the
-last bits with what is computed beside it. The kernel behind this function (csrc/cpu/causal_attention.cpp)
+last bits with what is computed beside it. The kernel behind this function (csrc/cpu/forward/causal_attention.cpp)
 reads each row at its own length and adds up keys one after the other, whatever the shape.
 
 Matrix products remain torch's. Float32 products on CPU keep one order of summation per output element
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spec_rollout.ops._native import _C, num_threads
+from spec_rollout._native import _C, num_threads
 
 BATCH_INVARIANT_ATTENTION = "spec_rollout_batch_invariant"
 

@@ -18,7 +18,7 @@ from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.results import Results
 from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
 from spec_rollout.engines.transformers.verify import Verified
-from spec_rollout.ragged import ranges
+from spec_rollout.packed import ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
 # Rows of the state on the device: the token to feed, its position in the sequence, the response

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
-from spec_rollout.ragged import ranges
+from spec_rollout.packed import lens_to_stop, ranges
 from spec_rollout.types import Drafts, RolloutRequests, SamplingParams
 
 
@@ -138,13 +138,9 @@ def _usable_lens(
     drafts: Drafts, stop_token_ids: tuple[int, ...], rooms: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lengths up to the first stop token and within the room, and whether they end with a stop."""
-    tokens, cu = drafts.token_ids.numpy(), drafts.cu_lens.numpy()
-    lens = np.minimum(np.diff(cu), rooms)
-    stops = np.flatnonzero(np.isin(tokens, stop_token_ids))
-    rows, first = np.unique(np.searchsorted(cu, stops, side="right") - 1, return_index=True)
-    stop_lens = np.full(lens.shape, np.iinfo(np.int64).max)
-    stop_lens[rows] = stops[first] + 1 - cu[rows]
-    return np.minimum(lens, stop_lens), stop_lens <= lens
+    cu = drafts.cu_lens.numpy()
+    lens, stopped = lens_to_stop(drafts.token_ids.numpy(), cu, stop_token_ids)
+    return np.minimum(lens, rooms), stopped & (lens <= rooms)
 
 
 def _scatter(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from spec_rollout.engines.transformers.requests import Plan
-from spec_rollout.types import FinishReason, RolloutRequests, Rollouts, RolloutStats, cu_lens_from
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import FinishReason, RolloutRequests, Rollouts, RolloutStats
 
 
 @dataclass(slots=True)

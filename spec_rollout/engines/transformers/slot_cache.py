@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spec_rollout import ops
-from spec_rollout.ops._native import _C, num_threads
+from spec_rollout._native import _C, num_threads
 
 # Widths handed to the attention are multiples of this: whole vectors on CPU, aligned masks on CUDA.
 WIDTH_MULTIPLE = 16

@@ -12,7 +12,7 @@ from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
-from spec_rollout.ragged import ranges
+from spec_rollout.packed import ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
 

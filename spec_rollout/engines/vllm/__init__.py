@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, decode, encode, extra_args
 
 if TYPE_CHECKING:
-    from spec_rollout.engines.vllm.engine import VLLMEngine, engine_args
+    from spec_rollout.engines.vllm.client.engine import VLLMEngine, engine_args
 
 __all__ = [
     "EXTRA_ARG",
@@ -25,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("VLLMEngine", "engine_args"):
-        from spec_rollout.engines.vllm import engine
+        from spec_rollout.engines.vllm.client import engine
 
         return getattr(engine, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,7 +35,7 @@ from spec_rollout.engines.vllm.wire import EXTRA_ARG
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.proposer import ReuseProposer
-    from spec_rollout.engines.vllm.rows import Row
+    from spec_rollout.engines.vllm.worker.request_state import Row
 
 PROPOSER = "spec_rollout.engines.vllm.proposer.ReuseProposer"
 WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
@@ -232,8 +232,8 @@ def _all_logitsprocs(original: Callable) -> Callable:
 
 
 def _sample_hook(original: Callable) -> Callable:
-    from spec_rollout.engines.vllm.groups import Known
     from spec_rollout.engines.vllm.proposer import ReuseProposer
+    from spec_rollout.engines.vllm.worker.groups import Known
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any, *args: Any, **kw: Any):
         proposer = getattr(self, "drafter", None)
@@ -257,7 +257,7 @@ def _metadata_hook(original: Callable) -> Callable:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from spec_rollout.engines.vllm.proposer import ReuseProposer
-    from spec_rollout.engines.vllm.verify import to_device
+    from spec_rollout.engines.vllm.worker.verify import to_device
 
     def _calc_spec_decode_metadata(
         self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any
@@ -307,8 +307,8 @@ def _rows(runner: Any, proposer: ReuseProposer) -> list[Row | None]:
 
 
 def _new_row(runner: Any, proposer: ReuseProposer, state: Any) -> Row | None:
-    from spec_rollout.engines.vllm.masks import LogitMasks
-    from spec_rollout.engines.vllm.rows import Row
+    from spec_rollout.engines.vllm.worker.masks import LogitMasks
+    from spec_rollout.engines.vllm.worker.request_state import Row
 
     params = state.sampling_params
     request = admit(state.req_id, params) if params is not None else None
@@ -337,8 +337,8 @@ def _sample_rows(
 ) -> Any:
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
-    from spec_rollout.engines.vllm.logprobs import SampledLogprobs
-    from spec_rollout.engines.vllm.sampler import Step
+    from spec_rollout.engines.vllm.worker.logprobs import SampledLogprobs
+    from spec_rollout.engines.vllm.worker.sampler import Step
 
     batch = runner.input_batch
     sampling = batch.sampling_metadata

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spec_rollout.engines.vllm import compat
-from spec_rollout.engines.vllm.history import HistoryProposals
-from spec_rollout.engines.vllm.rows import Row
-from spec_rollout.engines.vllm.sampler import ReuseSampler
+from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.sampler import ReuseSampler
 from spec_rollout.types import History
 
 if TYPE_CHECKING:

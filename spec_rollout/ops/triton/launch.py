@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import triton
 
-from spec_rollout.ops._native import device_guard
+from spec_rollout._native import device_guard
 from spec_rollout.ops._status import status_word
 
 

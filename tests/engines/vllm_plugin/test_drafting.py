@@ -22,15 +22,9 @@ from vllm_samples import (
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
 from spec_rollout.drafting import Payoff, StepCost
-from spec_rollout.engines.vllm.history import HistoryProposals
-from spec_rollout.types import (
-    FinishReason,
-    History,
-    RolloutRequests,
-    Rollouts,
-    SamplingParams,
-    cu_lens_from,
-)
+from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import FinishReason, History, RolloutRequests, Rollouts, SamplingParams
 
 GROUP = 4
 SAMPLING = SamplingParams(max_tokens=60, stop_token_ids=(EOS,))

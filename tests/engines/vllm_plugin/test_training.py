@@ -31,9 +31,9 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
     """A run of the demo's model on a few of its prompts; sections are updated by keyword arguments."""
+    from spec_rollout.config.toml import from_dict
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems, write_jsonl
-    from spec_rollout.train.config_io import from_dict
 
     write_jsonl(training_problems(6), tmp_path / "train.jsonl")
 
@@ -200,7 +200,7 @@ def test_rollout_command(tmp_path: Path) -> None:
 
 
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spec_rollout.demo_run import RUNS, SHORT, demo, table
+    from spec_rollout.commands.demo import RUNS, SHORT, demo, table
 
     content = demo(tmp_path / "vllm", list(RUNS), SHORT, 0, ["demo"], "vllm")
     saved = json.loads((tmp_path / "vllm" / "summary.json").read_text())

@@ -12,8 +12,9 @@ from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
 from spec_rollout.drafting import StepCost
-from spec_rollout.engines.vllm.history import HistoryProposals
-from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams, cu_lens_from
+from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams
 
 NUM_REQUESTS = 20_000
 PROMPT = np.array([11, 29, 5, 47, 8], np.int32)

@@ -11,13 +11,8 @@ import numpy as np
 import torch
 
 from spec_rollout.keys import noise_keys, prompt_key
-from spec_rollout.types import (
-    Drafts,
-    FinishReason,
-    RolloutRequests,
-    Rollouts,
-    cu_lens_from,
-)
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.types import Drafts, FinishReason, RolloutRequests, Rollouts
 
 VOCAB = 64
 EOS = 2

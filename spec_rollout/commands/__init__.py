@@ -1,0 +1,1 @@
+"""One module per command of `spec-rollout`; `spec_rollout.cli` dispatches."""

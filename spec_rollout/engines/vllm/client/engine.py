@@ -1,0 +1,284 @@
+"""vLLM as a rollout engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
+from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.worker.history import pack_history
+from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
+
+Strategy = Literal["inflight", "two_pass"]
+
+# Weights go to worker processes in pieces of about this many bytes.
+_BUCKET_BYTES = 64 << 20
+
+
+def engine_args(
+    num_speculative_tokens: int = 64, *, first_chunk: int | None = None
+) -> dict[str, Any]:
+    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`, `AsyncEngineArgs`, ...
+
+    For `vllm serve`, the same as JSON: `--speculative-config`, `--worker-extension-cls`, `--additional-config`.
+
+    Args:
+        num_speculative_tokens: Most draft tokens of a request that one step verifies.
+        first_chunk: Draft tokens verified in a request's first chunk, which doubles with every chunk accepted whole;
+            None is 16.
+
+    Raises:
+        ValueError: naming the argument.
+        ImportError: if vLLM is missing, or too old.
+    """
+    for name, value in (
+        ("num_speculative_tokens", num_speculative_tokens),
+        ("first_chunk", 1 if first_chunk is None else first_chunk),
+    ):
+        if value < 1:
+            raise ValueError(f"{name}: expected >= 1, got {value}")
+    compat.install()
+    args: dict[str, Any] = {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": compat.PROPOSER,
+            "num_speculative_tokens": num_speculative_tokens,
+        },
+        "worker_extension_cls": compat.WORKER,
+    }
+    if first_chunk is not None:
+        args["additional_config"] = {"spec_rollout": {"first_chunk": first_chunk}}
+    return args
+
+
+class VLLMEngine:
+    """A `RolloutEngine` on an offline vLLM `LLM`.
+
+    Strategies:
+
+    - `inflight`: drafts are verified by the engine step that writes their KV cache, chunk by chunk, and generation goes
+      on in place. One request per rollout.
+    - `two_pass`: the published design (SPEC-RL) on the same engine, as a baseline: the draft is scored as part of a
+      prompt, cut, and the accepted prefix submitted as the prompt of a second request, which finds its KV cache by
+      prefix caching. `Lenient` at temperature 1 without filters only: vLLM's prompt log-probs are raw.
+
+    Args:
+        model: Folder or name of the model, as vLLM takes it.
+        strategy: See above.
+        num_speculative_tokens, first_chunk: See `engine_args`.
+        llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take precedence.
+
+    Attributes:
+        metrics, last_metrics: Counters of all calls of `rollout`, and of the last one.
+        before_step: Called before each engine step of a rollout; what it raises aborts the rollout.
+
+    Raises:
+        ValueError: naming the argument.
+        ImportError: if vLLM is missing, or too old.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        strategy: Strategy = "inflight",
+        num_speculative_tokens: int = 64,
+        first_chunk: int | None = None,
+        llm_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        if strategy not in ("inflight", "two_pass"):
+            raise ValueError(f"strategy: expected 'inflight' or 'two_pass', got {strategy!r}")
+        plugin = engine_args(num_speculative_tokens, first_chunk=first_chunk)
+        from vllm import LLM
+
+        self.strategy = strategy
+        defaults = {
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+        }
+        with compat.threads_kept():
+            self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
+        config = self.llm.llm_engine.vllm_config
+        self.max_model_len: int = config.model_config.max_model_len
+        self.vocab_size: int = config.model_config.get_vocab_size()
+        self.metrics = ReuseMetrics()
+        self.last_metrics = ReuseMetrics()
+        self.before_step: Callable[[], None] | None = None
+        self._policy_version = 0
+
+    @property
+    def policy_version(self) -> int:
+        """Number of `update_weights` calls so far."""
+        return self._policy_version
+
+    def rollout(
+        self, requests: RolloutRequests, sampling: SamplingParams, acceptance: AcceptanceRule
+    ) -> Rollouts:
+        """Generates one response per request (see `RolloutEngine.rollout`).
+
+        A draft ends with its first stop token and is cut to `max_tokens`. Prompt and response together never exceed
+        `max_model_len`.
+
+        Raises:
+            ValueError: naming the argument, before anything is computed.
+        """
+        limits = [sampling.max_tokens] * requests.batch
+        return self.rollout_with_limits(requests, sampling, acceptance, limits)
+
+    def rollout_with_limits(
+        self,
+        requests: RolloutRequests,
+        sampling: SamplingParams,
+        acceptance: AcceptanceRule,
+        limits: Sequence[int],
+    ) -> Rollouts:
+        """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`. `limits`: [batch]."""
+        start = time.perf_counter()
+        if requests.history is not None and not self.supports_history:
+            raise ValueError(
+                f"history: expected None with the strategy {self.strategy}, which does not propose from it"
+            )
+        check_requests(
+            requests,
+            sampling,
+            acceptance,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        if len(limits) != requests.batch or min(limits, default=1) < 1:
+            raise ValueError(
+                f"limits: expected {requests.batch} numbers >= 1, got {list(limits)[:8]}"
+            )
+        job = Job.of(requests, sampling, acceptance, limits, self.max_model_len)
+        # Without drafts there is nothing to score: one plain pass.
+        in_two_passes = self.strategy == "two_pass" and job.drafts.token_ids.numel() > 0
+        if in_two_passes:
+            check_two_pass(sampling, acceptance)
+        self._begin(requests, sampling)
+        try:
+            if in_two_passes:
+                responses, verification_seconds = two_pass(self, job, sampling)
+            else:
+                responses, verification_seconds = self.generate(job, sampling), 0.0
+        except BaseException:
+            with suppress(Exception):  # it may have been the engine that failed
+                self._end()
+            raise
+        packing = time.perf_counter()
+        metrics = self._end()
+        self.metrics += metrics
+        self.last_metrics = metrics
+        stats = responses.stats(job.drafts, metrics)
+        stats.verification_seconds = verification_seconds
+        stats.decode_seconds = packing - start - verification_seconds
+        rollouts = responses.pack(requests, self._policy_version, stats)
+        end = time.perf_counter()
+        stats.assembly_seconds = end - packing
+        stats.rollout_seconds = end - start
+        return rollouts
+
+    @property
+    def supports_history(self) -> bool:
+        """Whether `RolloutRequests.history` is taken."""
+        return self.strategy == "inflight"
+
+    def generate(self, job: Job, sampling: SamplingParams) -> Responses:
+        """Runs one batch of requests to the end and gathers what the workers recorded."""
+        params = [self._params(job, row, sampling) for row in range(job.batch)]
+        outputs = self.submit(job.prompts(), params)
+        return Responses.of(job, [output.outputs[0] for output in outputs], self._take())
+
+    def submit(self, prompts: list[dict[str, list[int]]], params: Any) -> list[Any]:
+        """`LLM.generate`; an exception on the way leaves no request behind."""
+        with compat.interruptible(self.llm, self.before_step):
+            return self.llm.generate(prompts, params, use_tqdm=False)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copies new weights into the workers' model in place and resets the prefix cache.
+
+        Args:
+            named_tensors: Names as in the checkpoint the model was loaded from.
+
+        Raises:
+            RuntimeError: if the prefix cache cannot be reset because requests are running.
+        """
+        in_process = compat.is_in_process(self.llm)
+        bucket: list[tuple[str, Any]] = []
+        num_bytes = 0
+        for name, tensor in named_tensors:
+            tensor = tensor.detach()
+            bucket.append((name, tensor if in_process else _as_bytes(tensor)))
+            num_bytes += tensor.nbytes
+            if num_bytes >= _BUCKET_BYTES:
+                self.llm.collective_rpc("spec_rollout_load", args=(bucket,))
+                bucket, num_bytes = [], 0
+        if bucket:
+            self.llm.collective_rpc("spec_rollout_load", args=(bucket,))
+        self.llm.collective_rpc("spec_rollout_weights_loaded")
+        self._policy_version += 1
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError(
+                "prefix cache: expected no running requests at a weight update, got some"
+            )
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the accelerator's memory between rollouts (vLLM's sleep mode; needs `enable_sleep_mode`)."""
+        self.llm.sleep(level=level)
+
+    def wake_up(self) -> None:
+        """Inverse of `sleep`."""
+        self.llm.wake_up()
+
+    def close(self) -> None:
+        """Stops the engine and its processes."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _params(self, job: Job, row: int, sampling: SamplingParams) -> Any:
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        return VLLMSamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            max_tokens=job.limits[row],
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=job.prompt_logprobs,
+            extra_args=job.extra_args(row),
+        )
+
+    def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:
+        history = None if requests.history is None else pack_history(requests.history)
+        stops = list(sampling.stop_token_ids)
+        keyed = sampling.temperature > 0  # greedy decoding knows no noise
+        self.llm.collective_rpc("spec_rollout_begin", args=(requests.batch, history, stops, keyed))
+
+    def _end(self) -> ReuseMetrics:
+        return ReuseMetrics.from_dict(self.llm.collective_rpc("spec_rollout_end")[0])
+
+    def _take(self) -> tuple[bytes, ...]:
+        return tuple(self.llm.collective_rpc("spec_rollout_take")[0])
+
+    def _take_metrics(self) -> ReuseMetrics:
+        return ReuseMetrics.from_dict(
+            self.llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
+        )
+
+
+def _as_bytes(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    flat = tensor.cpu().contiguous().view(-1).view(torch.uint8)
+    return dtype, list(tensor.shape), flat.numpy().tobytes()
+
+
+__all__ = ["VLLMEngine", "engine_args"]

@@ -1,0 +1,68 @@
+"""What every vLLM worker can be asked for through `collective_rpc`: `worker_extension_cls="...worker.ReuseWorker"`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spec_rollout import ops
+from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.worker.history import PackedHistory, unpack_history
+
+
+class ReuseWorker:
+    """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
+
+    def spec_rollout_begin(
+        self,
+        num_requests: int,
+        history: PackedHistory | None,
+        stop_token_ids: list[int],
+        keyed: bool,
+    ) -> None:
+        """Ahead of the requests of a rollout call: starts counters anew and takes the history to propose from."""
+        unpacked = None if history is None else unpack_history(history)
+        compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
+
+    def spec_rollout_end(self) -> dict[str, Any]:
+        """After the last request of a rollout call: forgets its history and returns its counters."""
+        return compat.proposer_of(self).sampler.end().as_dict()
+
+    def spec_rollout_take(self) -> tuple[bytes, ...]:
+        """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`).
+
+        Raises:
+            ValueError: if a kernel has met bad values since (CUDA).
+        """
+        ops.check_status()
+        return compat.proposer_of(self).sampler.take()
+
+    def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
+        """Counters (`metrics.ReuseMetrics.as_dict`), optionally starting them anew."""
+        sampler = compat.proposer_of(self).sampler
+        values = sampler.metrics.as_dict()
+        if reset:
+            sampler.metrics = ReuseMetrics()
+        return values
+
+    def spec_rollout_load(self, named_tensors: list[tuple[str, Any]]) -> None:
+        """Copies weights into the model in place.
+
+        Args:
+            named_tensors: Names as in the checkpoint, and tensors or (dtype name, shape, bytes) of them.
+        """
+
+        def tensor(value: Any) -> torch.Tensor:
+            if isinstance(value, torch.Tensor):
+                return value
+            dtype, shape, data = value
+            flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype))
+            return flat.reshape(tuple(shape))
+
+        compat.load_weights(self, ((name, tensor(value)) for name, value in named_tensors))
+
+    def spec_rollout_weights_loaded(self) -> None:
+        """After the last `spec_rollout_load` of an update."""
+        compat.weights_loaded(self)

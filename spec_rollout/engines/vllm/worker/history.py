@@ -1,0 +1,240 @@
+"""Proposals from other rollouts, for requests that follow no draft in chunks.
+
+The engine sends the history of a rollout call once, ahead of its requests (`ReuseWorker.spec_rollout_begin`), and a
+request says which it is by its `collect_id`. So nothing is sent twice, every worker of a tensor-parallel engine gets it,
+the index is built by several threads before the first step, and it is gone when the call ends.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
+from spec_rollout.engines.vllm.worker.groups import Known
+from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.packed import ranges
+from spec_rollout.types import History
+
+# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none: empty), little-endian
+PackedHistory = tuple[bytes, bytes, bytes, bytes, bytes]
+
+
+def pack_history(history: History) -> PackedHistory:
+    """The bytes of a history, for the way to the workers."""
+    return (
+        history.token_ids.numpy().astype("<i4", copy=False).tobytes(),
+        history.cu_lens.numpy().astype("<i8", copy=False).tobytes(),
+        history.row_groups.numpy().astype("<i8", copy=False).tobytes(),
+        history.request_groups.numpy().astype("<i8", copy=False).tobytes(),
+        b""
+        if history.logprobs is None
+        else history.logprobs.numpy().astype("<f4", copy=False).tobytes(),
+    )
+
+
+def unpack_history(packed: PackedHistory) -> History:
+    """Inverse of `pack_history`."""
+    *arrays, logprobs = [
+        torch.from_numpy(
+            np.frombuffer(data, dtype).astype(dtype[1:])
+        )  # a copy: torch wants to own what it gets
+        for data, dtype in zip(packed, ("<i4", "<i8", "<i8", "<i8", "<f4"), strict=True)
+    ]
+    return History(*arrays, logprobs if logprobs.shape == arrays[0].shape else None)
+
+
+class HistoryProposals:
+    """What is proposed to the live requests of one rollout call.
+
+    Args:
+        history: Of the call.
+        stop_token_ids: Of the call; never proposed.
+        keyed: Whether the call draws with keyed noise, which then is looked at.
+        cost: Decides with the drafter how much to propose.
+        payoff: Decides whether to propose at all.
+        shares: How proposals fared so far.
+        max_proposal: Most tokens for one request.
+        token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody waits for another's.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        stop_token_ids: list[int],
+        keyed: bool,
+        cost: StepCost,
+        payoff: Payoff,
+        shares: MatchShares,
+        *,
+        max_proposal: int,
+        token_budget: int,
+    ) -> None:
+        self.num_requests = history.request_groups.numel()
+        self._drafter = HistoryDrafter(history, stop_token_ids, shares)
+        self.keyed = keyed
+        self._cost = cost
+        self._payoff = payoff
+        self._max_proposal = max_proposal
+        self._token_budget = token_budget
+        self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
+        self._num_indexed = np.zeros(self.num_requests, np.int64)  # tokens that the drafter knows
+        # The last proposals: by request, for which token of the response they start (-1: none), how many tokens, how many
+        # of these are the request's draft's, and where they stand in the flat list.
+        self._proposed_at = np.full(self.num_requests, -1, np.int64)
+        self._lens = np.zeros(self.num_requests, np.int64)
+        self._own_lens = np.zeros(self.num_requests, np.int64)
+        self._starts = np.zeros(self.num_requests, np.int64)
+        self._flat = np.empty(0, np.int32)
+        self._followers: dict[int, Row] = {}
+
+    def follow(self, row: Row) -> None:
+        """From now on the drafter knows the draft of this request."""
+        assert row.draft_logprobs is not None
+        self._drafter.follow(row.history_id, row.draft.copy(), row.draft_logprobs.copy())
+        self._followers[row.history_id] = row
+
+    def followed(self) -> list[tuple[Row, int, int]]:
+        """Of each request that `follow` was called for: tokens in which it agreed with its draft, and tokens tested."""
+        lens = self._drafter.followed_lens
+        return [
+            (
+                row,
+                int(lens[i]),
+                min(int(lens[i]) + 1, row.draft_len, int(self._num_indexed[i])),
+            )
+            for i, row in self._followers.items()
+        ]
+
+    def tested(self, history_ids: np.ndarray, accepted: np.ndarray) -> None:
+        """Of the last proposals to these requests, this many tokens passed; the next ones, if any, did not."""
+        self._outcomes.append((history_ids, accepted))
+
+    def scheduled(
+        self, known: Known, indices: np.ndarray, scheduled: list[list[int]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The tokens to test of a whole batch, if what vLLM scheduled is just what was proposed last.
+
+        Args:
+            known: The batch; every request with a key.
+            indices: Response token that each request's proposal is for. [batch].
+            scheduled: Per request.
+
+        Returns:
+            Flat tokens int32, how many of each request, and how many of these are its draft's; or None.
+        """
+        ids = known.history_ids
+        if self.num_requests == 0 or (ids < 0).any():
+            return None
+        is_now = self._proposed_at[ids] == indices
+        lens = np.where(is_now, self._lens[ids], 0)
+        if not np.array_equal(lens, np.fromiter(map(len, scheduled), np.int64, len(scheduled))):
+            return None
+        tokens = self._flat[np.repeat(self._starts[ids], lens) + ranges(lens)]
+        found = np.fromiter(chain.from_iterable(scheduled), np.int64, tokens.size)
+        if not np.array_equal(tokens, found):
+            return None
+        return tokens, lens, np.where(is_now, self._own_lens[ids], 0)
+
+    def scheduled_one(
+        self, row: Row, index: int, scheduled: list[int]
+    ) -> tuple[np.ndarray, int, int]:
+        """The scheduled tokens to test of one request, whatever their origin: a token passes only if sampling gives it.
+
+        vLLM's own inventions (-1) are left out, and with tensor parallelism the proposals of one worker are tested by all.
+
+        Returns:
+            The tokens, how many were proposed (-1: they are not what was proposed last), and how many of these are the
+            request's draft's.
+        """
+        i = row.history_id
+        if i < 0:
+            return np.empty(0, np.int32), -1, 0
+        tokens = np.array(scheduled, np.int32)
+        if self._proposed_at[i] == index:
+            start, num = int(self._starts[i]), int(self._lens[i])
+            proposed = self._flat[start : start + num]
+            if np.array_equal(tokens, proposed[: tokens.size]):
+                return tokens, num, min(int(self._own_lens[i]), tokens.size)
+        invented = np.flatnonzero(tokens < 0)
+        if invented.size:
+            tokens = tokens[: int(invented[0])]
+        return tokens, -1, 0
+
+    def pays(self, num_rows: int) -> bool:
+        """Whether to propose anything in the next step of so many requests."""
+        return self._payoff.pays(num_rows)
+
+    def propose(
+        self,
+        batch: Known,
+        sampled: list[list[int]],
+        logprobs: np.ndarray | None,
+        ends: np.ndarray,
+        token_ids: np.ndarray,
+        drafts: list[list[int]],
+    ) -> None:
+        """Learns what was sampled, and fills `drafts` where a request has none to follow.
+
+        Args:
+            batch: The requests.
+            sampled: Tokens that each request was given in this step; none while its prefill is not finished.
+            logprobs: Of these tokens, NaN where not known; None: not known at all. [batch, most tokens], float32.
+            ends: Tokens of prompt and response so far. [batch].
+            token_ids: Those tokens. [batch, longest].
+            drafts: Per request; lists are replaced.
+        """
+        self._proposed_at.fill(-1)
+        for outcome in self._outcomes:
+            self._drafter.observe(*outcome)
+        self._outcomes = []
+        given = np.fromiter(map(len, sampled), np.int64, len(sampled))
+        where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
+        if not where.size:
+            return
+        requests = batch.history_ids[where]
+        # Not simply what was sampled: it may have been cut, or part of the tokens came another way.
+        indices = ends[where] - batch.prompt_lens[where]
+        known = self._num_indexed[requests]
+        new = indices - known
+        self._num_indexed[requests] = indices
+        rows, offsets = np.repeat(where, new), ranges(new)
+        tokens = token_ids[rows, np.repeat(batch.prompt_lens[where] + known, new) + offsets]
+        known_logprobs = None
+        if logprobs is not None:
+            # What came another way has none.
+            fits = np.repeat(new == given[where], new)
+            known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
+        self._drafter.extend(requests, tokens.astype(np.int32, copy=False), new, known_logprobs)
+        # The token drawn behind the proposal needs room, too.
+        limits = np.minimum(batch.max_response_lens[where] - 1 - indices, self._max_proposal)
+        is_free = limits > 0
+        if not batch.is_plain:
+            is_free &= np.fromiter((not batch.rows[r].alive for r in where), bool, where.size)
+        if not is_free.any() or not self.pays(len(batch.rows)):
+            return
+        free, requests, indices = where[is_free], requests[is_free], indices[is_free]
+        proposals = self._drafter.propose(
+            requests,
+            limits[is_free],
+            self._cost.threshold(len(batch.rows)),
+            max_total=max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
+            keys=batch.keys[free] if self.keyed else None,
+            positions=batch.first_positions[free] + indices,
+        )
+        if proposals.token_ids.size == 0:
+            return
+        starts = np.cumsum(proposals.lens) - proposals.lens
+        self._proposed_at[requests] = indices
+        self._lens[requests] = proposals.lens
+        self._own_lens[requests] = proposals.own_lens
+        self._starts[requests] = starts
+        self._flat = proposals.token_ids
+        flat = proposals.token_ids.tolist()
+        for r, start, n in zip(
+            free.tolist(), starts.tolist(), proposals.lens.tolist(), strict=True
+        ):
+            if n:
+                drafts[r] = flat[start : start + n]

@@ -1,0 +1,63 @@
+"""The call of `verify_prefix` that a step makes, and the way of its arguments and results between host and device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec_rollout import ops
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.vllm.worker.groups import Group
+
+
+def verify_group(
+    rule: AcceptanceRule,
+    group: Group,
+    logits: torch.Tensor,
+    sampling: tuple[Any, Any, Any],
+    draft_ids: np.ndarray,
+    draft_logprobs: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`verify_prefix` on the rows of a group; its three outputs on the host."""
+    device = logits.device
+    packed = to_device(group.numbers(), device)
+    n = group.requests.size
+    result = ops.verify_prefix(
+        logits,
+        to_device(draft_ids, device),
+        packed[0],
+        rule=rule,
+        keys=packed[2, :n],
+        positions=packed[3, :n],
+        draft_logprobs=None if draft_logprobs is None else to_device(draft_logprobs, device),
+        cu_logits_lens=packed[1],
+        temperature=sampling[0],
+        top_k=sampling[1],
+        top_p=sampling[2],
+    )
+    return _to_host(result)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without waiting for the copy; on the CPU without one."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The three outputs with one synchronisation."""
+    accepted, drawn, logprobs = result
+    if not accepted.is_cuda:
+        return accepted.numpy(), drawn.numpy(), logprobs.numpy()
+    packed = torch.cat([accepted, drawn, logprobs.view(torch.int32)]).cpu()
+    ops.check_status(accepted.device)
+    n = accepted.numel()
+    return (
+        packed[:n].numpy(),
+        packed[n : 2 * n].numpy(),
+        packed[2 * n :].view(torch.float32).numpy(),
+    )

@@ -1,0 +1,1 @@
+"""Judging a policy: fresh plain samples, scored. Cached rollouts play no part."""

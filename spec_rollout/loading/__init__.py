@@ -1,0 +1,1 @@
+"""What every command loads: data, the policy, the engine that a config names."""

@@ -1,0 +1,164 @@
+"""The policy: loading a model folder, and log-probs of responses with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spec_rollout.config.sections import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        model: In eval mode (dropout would make the engine's log-probs differ from the trainer's).
+        tokenizer: transformers tokenizer.
+        eos_token_ids: End-of-sequence tokens of model and tokenizer, ascending; may be empty.
+        vocab_size: Rows of the model's output.
+        max_length: Longest sequence the model takes; None if it does not say.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_length: int | None
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"model.device: expected auto, cpu or cuda[:n], got {device!r}") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"model.device: expected a device of this machine ({count} GPUs), got {device!r}"
+        )
+    return resolved
+
+
+def load_policy(config: ModelConfig) -> Policy:
+    """Loads model and tokenizer from the folder `config.path`.
+
+    Raises:
+        ConfigError: saying what was expected and what was found, for a folder that does not hold a whole causal
+            language model and its tokenizer.
+    """
+    device = resolve_device(config.device)
+    model = load_model(config.path, config, device, "model.path")
+    tokenizer = _load_tokenizer(Path(config.path))
+    eos: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        eos.update([value] if isinstance(value, int) else value or [])
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ConfigError(
+            f"model.path: expected a model with an output head, got {type(model).__name__}"
+        )
+    text_config = model.config.get_text_config()
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=tuple(sorted(eos)),
+        vocab_size=head.weight.shape[0],
+        max_length=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> PreTrainedModel:
+    """Loads the weights of a folder; every one of them must be there (transformers alone would make some up).
+
+    Args:
+        path: The folder.
+        config: Gives dtype and attention implementation.
+        key: Config key that named the folder, for messages.
+
+    Raises:
+        ConfigError: as `load_policy`.
+    """
+    import transformers
+
+    folder = Path(path)
+    expected = f"{key}: expected a folder with config.json, weights (*.safetensors) and tokenizer"
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise ConfigError(f"{expected}, found {found} at {path!r}")
+    have = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{expected}, found no config.json in {path!r} (it holds {have})")
+    if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        raise ConfigError(f"{expected}, found no weights in {path!r} (it holds {have})")
+    try:
+        with no_progress_bars():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                attn_implementation=config.attention,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ConfigError(f"{expected}, cannot load {path!r}: {_first_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, report.get(problem) or ()))
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            what = "no weights for" if problem == "missing_keys" else "weights of another shape for"
+            raise ConfigError(
+                f"{key}: expected weights for every parameter, found {what} {some} in {path!r}"
+            )
+    return model.to(device).eval()
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    import transformers
+
+    expected = f"model.path: expected a tokenizer beside the model in {str(folder)!r}"
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ConfigError(f"{expected}, got {_first_line(error)}") from error
+    # Without any of its files transformers may hand out an empty tokenizer of the model's usual class.
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in names):
+        raise ConfigError(f"{expected}, found none of {', '.join(sorted(names))}")
+    return tokenizer
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """None of transformers' bars for loading and saving: they would break the trainer's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")

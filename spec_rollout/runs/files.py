@@ -1,0 +1,94 @@
+"""What a run writes beside its checkpoints: config.toml, metrics.jsonl, samples.jsonl, environment.json, summary.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from spec_rollout.config.sections import ConfigError
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+RUNNING = "running.jsonl"
+SUMMARY = "summary.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears complete or not at all; an older one stays until then."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def check_new_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError unless `run_dir` is an empty or absent folder."""
+    if run_dir.is_dir():
+        have = sorted(p.name for p in run_dir.iterdir())
+        if have:
+            raise ConfigError(
+                f"log.run_dir: expected a new or empty folder, got {str(run_dir)!r} with {', '.join(have[:6])} "
+                f"(--resume {run_dir} continues a run)"
+            )
+    elif run_dir.exists():
+        raise ConfigError(f"log.run_dir: expected a folder, got the file {str(run_dir)!r}")
+
+
+def check_steps(path: Path, num_steps: int) -> None:
+    """Raises ConfigError unless a metrics file has the rows of steps 1 to `num_steps` in order."""
+    steps = [row["step"] for row in _read(path) if 0 < row["step"] <= num_steps]
+    if steps != list(range(1, num_steps + 1)):
+        raise ConfigError(
+            f"{path}: expected the rows of steps 1 to {num_steps}, which the checkpoint follows, got {len(steps)} rows"
+        )
+
+
+class JsonLines:
+    """A JSON-lines file of rows with a "step", appended to and flushed row by row.
+
+    Args:
+        path: Created if absent.
+        keep_through: Rows of later steps (of a run that went on after the checkpoint), and a last line cut off in
+            the writing, are removed first.
+    """
+
+    def __init__(self, path: Path, *, keep_through: int) -> None:
+        self.rows = [row for row in _read(path) if row["step"] <= keep_through]
+        write_atomically(path, "".join(_line(row) for row in self.rows))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row; on return it is in the file, whatever happens to the process."""
+        self._file.write(_line(row))
+        self._file.flush()
+        self.rows.append(dict(row))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # NaN and infinity are not JSON.
+    values = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break  # cut off; nothing after it can be trusted to be in order
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
+    return rows

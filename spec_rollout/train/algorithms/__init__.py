@@ -1,0 +1,1 @@
+"""Algorithms of reinforcement learning: advantages from rewards, loss from log-probs."""

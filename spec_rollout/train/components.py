@@ -1,0 +1,202 @@
+"""Everything a run needs, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spec_rollout.cache import RolloutCache
+from spec_rollout.config.sections import ConfigError, RunConfig
+from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.loading.data import DataError, PromptData, PromptOrder, PromptRow, load_prompts
+from spec_rollout.loading.engines import check_engine, make_engine
+from spec_rollout.loading.policy import Policy, load_model, load_policy
+from spec_rollout.rewards.rewards import Rewards
+from spec_rollout.rollout import RolloutSession
+from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
+from spec_rollout.train.update import PolicyUpdater, make_optimizer
+from spec_rollout.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The parts of a run.
+
+    Attributes:
+        eval_rows: Rows to evaluate under "train" and "heldout"; a key without rows is left out.
+        state: Where the run stands: the beginning, or a checkpoint.
+        total_steps: Steps of the whole run.
+    """
+
+    policy: Policy
+    data: PromptData
+    eval_rows: dict[str, tuple[PromptRow, ...]]
+    order: PromptOrder
+    rewards: Rewards
+    engine: RolloutEngine
+    cache: RolloutCache
+    session: RolloutSession
+    optimizer: torch.optim.Optimizer
+    updater: PolicyUpdater
+    sampling: SamplingParams
+    eval_sampling: SamplingParams
+    state: TrainState
+    total_steps: int
+
+
+def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
+    """Loads and checks everything; writes nothing.
+
+    Args:
+        config: The run.
+        checkpoint: Folder of a checkpoint to continue from.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was found.
+    """
+    check_engine(config.rollout)
+    state = None if checkpoint is None else load_state(checkpoint)
+    rewards = Rewards(config.reward)
+    model_config = config.model
+    if checkpoint is not None:
+        model_config = replace(config.model, path=str(checkpoint / "model"))
+    cache = _load_cache(config, fresh=checkpoint is None)
+    _seed_everything(config.train.seed)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    policy = load_policy(model_config)
+    data, eval_rows = _load_data(config, policy)
+    if state is not None and state.data_fingerprint != data.fingerprint:
+        raise CheckpointError(
+            f"data.path: expected the prompts that the checkpoint {str(checkpoint)!r} was trained on "
+            f"(fingerprint {state.data_fingerprint}), got others in {config.data.path!r} ({data.fingerprint})"
+        )
+    train = config.train
+    order = PromptOrder(
+        len(data), train.prompts_per_step, seed=train.seed, shuffle=config.data.shuffle
+    )
+    sampling = config.rollout.sampling(_stop_token_ids(config, policy))
+    eval_temperature = config.eval.temperature
+    if eval_temperature is None:
+        eval_temperature = sampling.temperature
+    optimizer = make_optimizer(policy.model, train)
+    if checkpoint is not None:
+        load_tensors(checkpoint, optimizer, cache)
+    reference = None
+    if train.kl_coef > 0:
+        path, key = config.model.path, "model.path"
+        if config.model.reference is not None:
+            path, key = config.model.reference, "model.reference"
+        device = next(policy.model.parameters()).device
+        reference = load_model(path, config.model, device, key).requires_grad_(False)
+    prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
+    engine = make_engine(
+        config.rollout,
+        config.vllm,
+        model_config,
+        policy,
+        longest_prompt=max(map(len, prompts)),
+    )
+    session = RolloutSession(
+        engine,
+        config.rollout.schedule(),
+        cache=cache,
+        seed=train.seed,
+        refresh_epochs=config.rollout.refresh_epochs,
+        reuse=config.rollout.reuse,
+        drafting=config.rollout.drafting,
+    )
+    by_epochs = None if train.epochs is None else train.epochs * order.steps_per_epoch
+    return Components(
+        policy=policy,
+        data=data,
+        eval_rows=eval_rows,
+        order=order,
+        rewards=rewards,
+        engine=engine,
+        cache=cache,
+        session=session,
+        optimizer=optimizer,
+        updater=PolicyUpdater(
+            policy.model, optimizer, train, temperature=sampling.temperature, reference=reference
+        ),
+        sampling=sampling,
+        eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),
+        state=state or TrainState(0, data.fingerprint),
+        total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
+    )
+
+
+def _seed_everything(seed: int) -> None:
+    """Rollouts do not depend on these generators: their noise is keyed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (rewards may use it)
+    torch.manual_seed(seed % 2**63)
+
+
+def _load_cache(config: RunConfig, *, fresh: bool) -> RolloutCache:
+    rollout = config.rollout
+    keep_logprobs = rollout.acceptance().needs_draft_logprobs
+    cache = RolloutCache(rollout.cache_max_bytes, keep_logprobs=keep_logprobs)
+    if fresh and rollout.cache_path is not None:
+        path = Path(rollout.cache_path)
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "nothing"
+            raise ConfigError(
+                f"rollout.cache_path: expected a cache file, found {found} at {str(path)!r}"
+            )
+        try:
+            cache.load(path)
+        except ValueError as error:
+            raise ConfigError(f"rollout.cache_path: {error}") from error
+    return cache
+
+
+def _load_data(
+    config: RunConfig, policy: Policy
+) -> tuple[PromptData, dict[str, tuple[PromptRow, ...]]]:
+    def load(path: str, max_rows: int | None) -> PromptData:
+        return load_prompts(
+            path,
+            policy.tokenizer,
+            vocab_size=policy.vocab_size,
+            prompt_column=config.data.prompt_column,
+            answer_column=config.data.answer_column,
+            max_rows=max_rows,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            long_prompts=config.data.long_prompts,
+        )
+
+    data = load(config.data.path, config.data.max_rows)
+    parts = {"train": data.rows[: config.eval.num_train_prompts], "heldout": ()}
+    if config.eval.path is not None:
+        parts["heldout"] = load(config.eval.path, config.eval.num_heldout_prompts).rows
+    for row in (*data.rows, *parts["heldout"]):
+        length = len(row.prompt_ids) + config.rollout.max_tokens
+        if policy.max_length is not None and length > policy.max_length:
+            raise DataError(
+                f"{row.source}: expected prompt and response to fit the model's {policy.max_length} tokens, got "
+                f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = {config.rollout.max_tokens}"
+            )
+    return data, {name: rows for name, rows in parts.items() if rows}
+
+
+def _stop_token_ids(config: RunConfig, policy: Policy) -> tuple[int, ...]:
+    if config.rollout.stop_tokens is None:
+        if not policy.eos_token_ids:
+            raise ConfigError(
+                "rollout.stop_tokens: expected a list, as neither model nor tokenizer names an end-of-sequence "
+                "token ([] lets every response run to rollout.max_tokens), got nothing"
+            )
+        return policy.eos_token_ids
+    vocabulary = policy.tokenizer.get_vocab()
+    for token in config.rollout.stop_tokens:
+        if token not in vocabulary:
+            raise ConfigError(
+                f"rollout.stop_tokens: expected tokens of the model's vocabulary, got {token!r}"
+            )
+    return tuple(sorted({vocabulary[token] for token in config.rollout.stop_tokens}))

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from spec_rollout.commands import doctor
+from spec_rollout.commands.doctor import Diagnosis, Missing, _covers
+
+
+def run_doctor(*blocked: str, arguments: str = "") -> subprocess.CompletedProcess[str]:
+    """The doctor in a process of its own in which importing the `blocked` modules fails."""
+    program = textwrap.dedent(
+        f"""
+        import sys
+
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if any(name == b or name.startswith(b + ".") for b in {blocked!r}):
+                    raise ImportError(f"{{name}} is blocked")
+
+        sys.meta_path.insert(0, Block())
+        from spec_rollout.cli import main
+        sys.exit(main(["doctor", *{arguments.split()!r}]))
+        """
+    )
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_built_installation_works_and_says_what_was_built() -> None:
+    result = run_doctor()
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if "  " in line)
+    assert lines["extension"].startswith("version ")
+    assert "self-test cpu   ok" in result.stdout
+    assert "built for cpu   generic" in result.stdout
+    assert result.stdout.splitlines()[-1] == "core works"
+    assert result.stderr == ""
+
+
+def test_as_json_it_says_the_same() -> None:
+    content = json.loads(run_doctor(arguments="--json").stdout)
+    assert content["core_works"] is True
+    assert content["self_test"]["cpu"] == "ok"
+    assert content["environment"]["native"]["isa_levels"][0] == "generic"
+    assert {"what", "needed_for", "fix"} == set(content["missing"][0])
+
+
+def test_without_the_extension_it_says_so_and_how_to_build_it() -> None:
+    result = run_doctor("spec_rollout._C")
+    assert result.returncode == 1
+    assert "extension       missing" in result.stdout
+    assert "the compiled extension spec_rollout._C cannot be imported" in result.stdout
+    assert f"in a source checkout: {doctor.REBUILD}" in result.stdout
+    assert result.stdout.splitlines()[-1] == "core does NOT work"
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_wrong_numbers_of_the_ops_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spec_rollout import ops
+
+    right = ops.token_logprobs
+    monkeypatch.setattr(ops, "token_logprobs", lambda *a, **k: right(*a, **k) + 0.01)
+    diagnosis = doctor.diagnose()
+    assert not diagnosis.core_works
+    assert diagnosis.self_test["cpu"].startswith("token_logprobs: expected [-0.287")
+    assert any("self-test fails" in item.what for item in diagnosis.missing)
+
+
+def test_missing_training_packages_come_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": "2", "numpy": "2", "matplotlib": "3"}
+    monkeypatch.setattr("spec_rollout.runs.environment.package_version", versions.get)
+    missing = doctor.diagnose().missing
+    command = "pip install 'spec-rollout[train]'"
+    assert Missing("transformers not installed", "training", command) in missing
+
+
+@pytest.mark.parametrize(
+    ("archs", "device", "runs"),
+    [
+        (["80-real"], "sm_80", True),
+        (["80-real"], "sm_86", True),  # machine code runs on later minor versions
+        (["86-real"], "sm_80", False),
+        (["80-real"], "sm_90", False),  # but not on another major version
+        (["80"], "sm_90", True),  # PTX is compiled for it
+        (["90-virtual"], "sm_80", False),
+        (["80-real", "90-real", "100"], "sm_120", True),
+        (["80-real", "90-real"], "sm_120", False),
+        ([], "sm_80", False),
+    ],
+)
+def test_which_devices_the_cuda_objects_run_on(archs: list[str], device: str, runs: bool) -> None:
+    assert _covers(archs, device) is runs
+
+
+def test_gpu_with_objects_of_another_architecture_is_told_what_to_build() -> None:
+    native = {"cuda": True, "cuda_archs": ["90-real"], "cuda_version": "13.0"}
+    env = {"native": native, "packages": {"torch": None}, "gpus": [{"name": "A", "arch": "sm_80"}]}
+    missing = doctor._missing_gpu(env, {"cuda": "ok"})
+    assert [item.what for item in missing] == ["A is sm_80; CUDA objects are for 90-real"]
+    assert missing[0].fix == f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=80 {doctor.REBUILD}"
+
+
+def test_text_lists_every_missing_thing_with_its_fix() -> None:
+    env = doctor.environment() | {"native": None, "gpus": []}
+    missing = [Missing("a thing", "GPU", "do this"), Missing("another", "vLLM", None)]
+    text = doctor.render(Diagnosis(env, {"cpu": "ok"}, missing))
+    assert "  for GPU: a thing\n      fix: do this\n  for vLLM: another\n" in text

@@ -1,0 +1,216 @@
+"""Configs: every mistake gets one message that names key, expectation and value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut, RandomReuse
+from spec_rollout.config.sections import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from spec_rollout.config.toml import dump_config, from_dict, load_config, to_dict
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}}
+
+
+def config_with(**sections) -> RunConfig:
+    merged = {name: dict(values) for name, values in MINIMAL.items()}
+    for name, values in sections.items():
+        merged.setdefault(name, {}).update(values)
+    return from_dict(merged)
+
+
+def test_file_then_overrides(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        '[model]\npath = "m"\n[data]\npath = "d"\n[train]\nlr = 1\nbetas = [0.8, 0.9]\n'
+    )
+    config = load_config(
+        path,
+        [
+            "train.lr=2e-5",
+            "data.path=other rows.jsonl",
+            'rollout.rule="lenient"',
+            "rollout.log_lenience=inf",
+            "train.grad_clip=none",
+            "reward.functions=['a.b:c', 'exact_match']",
+        ],
+    )
+    assert config.train.lr == 2e-5
+    assert config.train.betas == (0.8, 0.9)
+    assert config.data.path == "other rows.jsonl"
+    assert config.rollout.acceptance() == Lenient(math.inf)
+    assert config.train.grad_clip is None
+    assert config.reward.functions == ("a.b:c", "exact_match")
+
+
+def test_none_unsets_or_is_the_choice_of_that_name():
+    required = ["model.path=m", "data.path=d"]
+    config = load_config(
+        None, [*required, "rollout.rule=none", "train.grad_clip=none", "data.answer_column=none"]
+    )
+    assert config.rollout.acceptance() == NoReuse()
+    assert config.train.grad_clip is None
+    assert config.data.answer_column is None
+
+
+def test_overrides_alone_are_enough():
+    config = load_config(None, ["model.path=m", "data.path=d"])
+    assert config == RunConfig(ModelConfig("m"), DataConfig("d"))
+
+
+def test_resolved_config_reads_back_equal(tmp_path):
+    config = config_with(
+        rollout={"rule": "lenient", "log_lenience": 0.25, "stop_tokens": ["a", 'quo"te']},
+        train={"epochs": None, "max_steps": 3, "grad_clip": None},
+    )
+    # TOML has no None: a key left out must not come back as a default that is not None.
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_every_default_survives_the_round_trip(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config_with()))
+    assert load_config(path) == config_with()
+    assert to_dict(config_with())["train"]["clip_low"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"learning_rate": 1}}, r"train\.learning_rate: unknown key"),
+        (
+            {"train": {"clip_hi": 1}},
+            r"train\.clip_hi: unknown key; did you mean train\.clip_high\?",
+        ),
+        ({"train": {"temperature": 1.0}}, r"did you mean rollout\.temperature\?"),
+        ({"rolout": {}}, r"rolout: unknown section; did you mean rollout\?"),
+        ({"train": {"lr": "fast"}}, r"train\.lr: expected a number, got str 'fast'"),
+        ({"train": {"epochs": 1.5}}, r"train\.epochs: expected an integer, got float 1\.5"),
+        ({"train": {"epochs": True}}, r"train\.epochs: expected an integer, got bool True"),
+        ({"train": {"minibatches": True}}, r"train\.minibatches: expected an integer, got bool"),
+        (
+            {"train": {"recompute_logprobs": 1}},
+            r"recompute_logprobs: expected true or false, got int",
+        ),
+        ({"train": {"betas": [0.9]}}, r"train\.betas: expected a list of 2 \(a number each\)"),
+        ({"train": {"betas": [0.9, "x"]}}, r"train\.betas\[1\]: expected a number, got str 'x'"),
+        ({"train": {"betas": [0.9, 1.0]}}, r"train\.betas: expected 0 <= value < 1"),
+        ({"train": {"lr": math.nan}}, r"train\.lr: expected a number, got NaN"),
+        ({"train": {"minibatches": 0}}, r"train\.minibatches: expected at least 1, got 0"),
+        ({"train": {"epochs": 0}}, r"train\.epochs: expected at least 1"),
+        ({"train": {"algorithm": "ppo"}}, r"train\.algorithm: expected one of grpo, got 'ppo'"),
+        ({"rollout": {"rule": "coupld"}}, r"got 'coupld'; did you mean 'coupled'\?"),
+        (
+            {"rollout": {"rule": "one_hot", "log_lenience": 1}},
+            r"rollout\.log_lenience: .*'one_hot'",
+        ),
+        ({"rollout": {"temperature": 0}}, r"rollout\.temperature: expected a positive number"),
+        ({"rollout": {"max_tokens": 0}}, r"rollout\.max_tokens: expected >= 1, got 0"),
+        (
+            {"rollout": {"rule": "lenient", "scale": 0}},
+            r"rollout\.scale: expected a positive finite",
+        ),
+        ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p: expected train\.recompute_logprobs = true"),
+        ({"rollout": {"top_k": 5}}, r"rollout\.top_k: expected train\.recompute_logprobs = true"),
+        ({"rollout": {"start_log_lenience": 1.0}}, r"rollout\.num_steps|rollout\.schedule_steps"),
+        ({"rollout": {"engine": "sglang"}}, r"expected one of transformers, vllm, got 'sglang'"),
+        (
+            {"rollout": {"engine": "vllm", "batch_invariant": True}},
+            r"rollout\.batch_invariant: expected to be left out with the engine vllm, got True",
+        ),
+        ({"vllm": {"num_speculative_tokens": 0}}, r"vllm\.num_speculative_tokens: expected at l"),
+        ({"vllm": {"kv_cache_gib": 0}}, r"vllm\.kv_cache_gib: expected a positive number, got 0"),
+        (
+            {
+                "rollout": {"engine": "vllm", "drafting": True},
+                "vllm": {"strategy": "two_pass"},
+            },
+            r"rollout\.drafting: expected false with vllm\.strategy = 'two_pass', .*, got True",
+        ),
+        ({"vllm": {"strategy": "two"}}, r"vllm\.strategy: expected one of inflight, two_pass"),
+        ({"reward": {"weights": [1.0, 2.0]}}, r"reward\.weights: expected one per function \(1\)"),
+        ({"reward": {"functions": "f"}}, r"reward\.functions: expected a list \(a string each\)"),
+        ({"eval": {"num_samples": 0}}, r"eval\.num_samples: expected at least 1, got 0"),
+        ({"checkpoint": {"keep_last": 0}}, r"checkpoint\.keep_last: expected at least 1, got 0"),
+        (
+            {"train": {"kl_coef": 0.1, "skip_zero_advantage": True}},
+            r"train\.skip_zero_advantage: expected false when train\.kl_coef > 0",
+        ),
+    ],
+)
+def test_mistakes_are_named(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        config_with(**sections)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "expected section.key=value"),
+        ("lr=1", "expected section.key=value"),
+        ("train.lrr=none", r"train\.lrr: unknown key; did you mean train\.lr\?"),
+        ("train.lr=[1]", r"train\.lr: expected a number, got list"),
+        ("train.lr=none", r"train\.lr: expected a number, got str 'none'"),
+    ],
+)
+def test_override_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["model.path=m", "data.path=d", override])
+
+
+def test_required_key_missing():
+    with pytest.raises(ConfigError, match=r"model\.path: expected a string, it is required"):
+        from_dict({"data": {"path": "d"}})
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"found nothing at .*absent\.toml"):
+        load_config(tmp_path / "absent.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[train\nlr = 1\n")
+    with pytest.raises(ConfigError, match=r"bad\.toml' is not valid TOML: .*line 1"):
+        load_config(bad)
+    bad.write_text("train = 3\n")
+    with pytest.raises(ConfigError, match="train: expected a section, got 3"):
+        load_config(bad, ["model.path=m", "data.path=d"])
+
+
+def test_rules_of_the_config():
+    assert RolloutConfig(rule="lenient").acceptance() == Lenient(0.5)
+    assert RolloutConfig(rule="lenient", log_lenience=0.0, scale=2.0).acceptance() == Lenient(
+        0.0, 2.0
+    )
+    assert RolloutConfig(rule="coupled").acceptance() == Coupled(0.0)
+    assert RolloutConfig(rule="one_hot").acceptance() == OneHot()
+    assert RolloutConfig(rule="random_reuse", reuse_prob=0.25).acceptance() == RandomReuse(0.25)
+    assert RolloutConfig(rule="random_cut").acceptance() == RandomCut()
+    assert RolloutConfig(rule="none").acceptance() == NoReuse()
+    moving = RolloutConfig(rule="lenient", start_log_lenience=0.0, schedule_steps=10).schedule()
+    assert moving.at(5) == Lenient(0.25)
+    assert moving.at(99) == Lenient(0.5)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda p: p.stem)
+def test_examples_are_valid(path):
+    load_config(path).rollout.schedule()
+
+
+def test_there_are_examples():
+    assert len(list(EXAMPLES.glob("*.toml"))) >= 3
+
+
+def test_frozen():
+    with pytest.raises(FrozenInstanceError):
+        config_with().train.lr = 1.0

@@ -1,0 +1,105 @@
+"""Model folders: what is wrong with one is said in one message, and no weight is ever made up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spec_rollout.config.sections import ConfigError, ModelConfig
+from spec_rollout.loading.policy import load_policy, resolve_device
+
+
+@pytest.fixture
+def folder(model_dir, tmp_path):
+    return shutil.copytree(model_dir, tmp_path / "copy")
+
+
+def load(path, **options):
+    return load_policy(ModelConfig(str(path), device="cpu", **options))
+
+
+def test_whole_folder(folder):
+    policy = load(folder)
+    assert policy.vocab_size == len(policy.tokenizer)
+    assert policy.eos_token_ids == (policy.tokenizer.eos_token_id,)
+    assert policy.max_length == 128
+    assert not policy.model.training
+    assert next(policy.model.parameters()).dtype == torch.float32
+
+
+def test_dtype(folder):
+    assert next(load(folder, dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
+
+
+def test_end_of_sequence_of_model_and_tokenizer(folder):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [7, 5]}))
+    assert load(folder).eos_token_ids == (1, 5, 7)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"model\.path: expected a folder .* found nothing at .*absent"
+    ):
+        load(tmp_path / "absent")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"model\.path: expected a folder .* found a file at"):
+        load(tmp_path / "file")
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"found no config\.json in .* \(it holds .*model\.safetensors"
+    ):
+        load(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"found no weights in .* \(it holds config\.json"):
+        load(folder)
+
+
+def test_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"model\.path: .* cannot load .*copy'"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_incomplete_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=r"model\.path: .*layers\.1\.mlp\.up_proj\.weight|mismatch"
+    ):
+        load(folder)
+
+
+def test_no_tokenizer(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigError, match=r"model\.path: expected a tokenizer beside the model"):
+        load(folder)
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(
+        ConfigError, match=r"model\.device: expected auto, cpu or cuda\[:n\], got 'gpu'"
+    ):
+        resolve_device("gpu")
+    with pytest.raises(ConfigError, match=r"model\.device: expected a device of this machine"):
+        resolve_device("cuda:99")

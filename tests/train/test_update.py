@@ -1,0 +1,230 @@
+"""The policy update against a plain row-by-row computation with whole logits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_batching import make_rollouts
+
+from spec_rollout.config.sections import ModelConfig, TrainConfig
+from spec_rollout.loading.policy import load_policy
+from spec_rollout.train.forward import response_logits
+from spec_rollout.train.update import PolicyUpdater, learning_rate, make_optimizer
+
+TEMPERATURE = 0.8
+GROUPS = [[0, 1, 2], [3, 5], []]  # row 4 had no reward, the last prompt none at all
+
+
+@pytest.fixture(scope="module")
+def policy(model_dir):
+    return load_policy(ModelConfig(str(model_dir), device="cpu"))
+
+
+@pytest.fixture
+def model(policy):
+    return copy.deepcopy(policy.model)
+
+
+@pytest.fixture
+def rollouts():
+    return make_rollouts([3, 1, 7, 2, 5, 4], [4, 9, 1, 2, 8, 3], seed=1)
+
+
+ADVANTAGES = torch.tensor([1.0, -0.5, -0.5, 0.7, 9.0, -0.7])
+
+
+def plain_logprobs(model, rollouts, row):
+    """One row alone, all logits, no padding. [response_len], differentiable."""
+    prompt = rollouts.prompt_ids[rollouts.cu_prompt_lens[row] : rollouts.cu_prompt_lens[row + 1]]
+    response = rollouts.response_ids[
+        rollouts.cu_response_lens[row] : rollouts.cu_response_lens[row + 1]
+    ]
+    logits = model(torch.cat([prompt, response])[None].long()).logits[0, len(prompt) - 1 : -1]
+    logp = torch.log_softmax(logits / TEMPERATURE, -1)
+    return logp.gather(1, response[:, None].long()).squeeze(1)
+
+
+def plain_loss(model, rollouts, old, rows, aggregation, reference=None, kl_coef=0.0):
+    """The minibatch's loss written out token by token."""
+    total = torch.zeros(())
+    num_tokens = sum(int(rollouts.response_lens[r]) for r in rows)
+    for r in rows:
+        new = plain_logprobs(model, rollouts, r)
+        ref = None if reference is None else plain_logprobs(reference, rollouts, r).detach()
+        for t in range(len(new)):
+            ratio = torch.exp(new[t] - old[int(rollouts.cu_response_lens[r]) + t])
+            clipped = torch.clamp(ratio, 0.8, 1.3)
+            loss = -torch.min(ratio * ADVANTAGES[r], clipped * ADVANTAGES[r])
+            if ref is not None:
+                loss = loss + kl_coef * (torch.exp(ref[t] - new[t]) - 1 - (ref[t] - new[t]))
+            total = total + loss / (
+                num_tokens if aggregation == "token_mean" else len(new) * len(rows)
+            )
+    return total
+
+
+def near_old(model, rollouts, spread=0.3):
+    """Old log-probs near the model's, so that some ratios are clipped and some not."""
+    rows = [plain_logprobs(model, rollouts, r).detach() for r in range(rollouts.batch)]
+    noise = torch.randn(
+        int(rollouts.cu_response_lens[-1]), generator=torch.Generator().manual_seed(5)
+    )
+    return torch.cat(rows) + spread * noise
+
+
+def updated(model, rollouts, config, reference=None):
+    """Model after one SGD update with learning rate 1, so that the change is minus the gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = PolicyUpdater(model, optimizer, config, temperature=TEMPERATURE, reference=reference)
+    return updater.update(rollouts, ADVANTAGES, GROUPS, step=0)
+
+
+def sgd_config(**changes):
+    base = TrainConfig(lr=1.0, grad_clip=None, clip_low=0.2, clip_high=0.3)
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_gradient_is_the_plain_one(model, rollouts, aggregation, micro_batch_tokens, kl_coef):
+    reference = None
+    if kl_coef:
+        reference = copy.deepcopy(model).requires_grad_(False)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.2)
+    rollouts = replace(rollouts, logprobs=near_old(model, rollouts))
+    before = copy.deepcopy(model)
+    rows = [r for g in GROUPS for r in g]
+    loss = plain_loss(before, rollouts, rollouts.logprobs, rows, aggregation, reference, kl_coef)
+    loss.backward()
+    config = sgd_config(
+        loss_aggregation=aggregation, micro_batch_tokens=micro_batch_tokens, kl_coef=kl_coef
+    )
+    result = updated(model, rollouts, config, reference)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert 0 < result.clip_fraction < 1
+    norm = 0.0
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(
+            old.detach() - new.detach(),
+            old.grad,
+            rtol=2e-3,
+            atol=3e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+        norm += float(old.grad.square().sum())
+    assert result.grad_norm == pytest.approx(math.sqrt(norm), rel=1e-4)
+    assert result.num_tokens == int(rollouts.response_lens[rows].sum())
+    assert (result.kl is not None) == bool(kl_coef)
+
+
+def test_skipping_zero_advantages_keeps_the_gradient(policy, rollouts):
+    advantages = ADVANTAGES.clone()
+    advantages[[1, 3]] = 0.0
+    models = [copy.deepcopy(policy.model) for _ in range(2)]
+    counts = []
+    for model, skip in zip(models, (False, True), strict=True):
+        config = sgd_config(skip_zero_advantage=skip)
+        updater = PolicyUpdater(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), config, temperature=TEMPERATURE
+        )
+        counts.append(updater.update(rollouts, advantages, GROUPS, step=0).num_tokens)
+    assert counts == [27 - 8, 27 - 8 - 9 - 2]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_are_separate_steps_over_whole_groups(model, rollouts):
+    rollouts = replace(rollouts, logprobs=near_old(model, rollouts, 0.0))
+    expected = copy.deepcopy(model)
+    for rows in GROUPS[:2]:
+        expected.zero_grad()
+        plain_loss(expected, rollouts, rollouts.logprobs, rows, "token_mean").backward()
+        with torch.no_grad():
+            for p in expected.parameters():
+                p -= p.grad
+    result = updated(model, rollouts, sgd_config(minibatches=3))
+    assert result.approx_kl > 1e-4  # the second minibatch is off-policy
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=3e-5)
+
+
+def test_recomputed_old_logprobs_replace_the_engines(model, rollouts):
+    # Whatever the engine said, the first minibatch is then on-policy: ratio 1, nothing clipped.
+    rollouts = replace(rollouts, logprobs=rollouts.logprobs - 3.0)
+    engine = copy.deepcopy(model)
+    off = updated(engine, rollouts, sgd_config())
+    on = updated(model, rollouts, sgd_config(recompute_logprobs=True))
+    assert off.approx_kl > 0.1
+    assert on.approx_kl == pytest.approx(0.0, abs=1e-6)
+    assert on.clip_fraction == 0.0
+    assert on.logprob_gap == pytest.approx(off.logprob_gap, rel=1e-4)
+    assert on.logprob_gap > 0.5  # the difference stays visible
+
+
+def test_gradient_clipping(policy, rollouts):
+    model, before = copy.deepcopy(policy.model), policy.model
+    result = updated(model, rollouts, sgd_config(grad_clip=0.01))
+    change = sum(
+        float((a - b).detach().square().sum())
+        for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    )
+    assert result.grad_norm > 0.01
+    assert math.sqrt(change) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(policy, rollouts):
+    model = copy.deepcopy(policy.model)
+    updater = PolicyUpdater(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config(), temperature=TEMPERATURE
+    )
+    result = updater.update(rollouts, torch.full((6,), 3e38), GROUPS, step=0)
+    assert result.num_skipped_updates == 1
+    for a, b in zip(model.parameters(), policy.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_logprobs_that_are_not_finite_are_refused(model, rollouts, value):
+    logprobs = rollouts.logprobs.clone()
+    logprobs[-1] = value
+    with pytest.raises(
+        ValueError, match=f"rollouts.logprobs: expected finite.*got {value} in row 5"
+    ):
+        updated(model, replace(rollouts, logprobs=logprobs), sgd_config())
+
+
+def test_only_chosen_positions_reach_the_head(policy):
+    model = policy.model
+    ids = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 5, 13, 14])
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _m, a, _o: seen.append(a[0].shape)
+    )
+    with torch.no_grad():
+        some = response_logits(model, ids, positions)
+        whole = model(ids).logits.flatten(0, 1)
+    handle.remove()
+    torch.testing.assert_close(some, whole[positions], rtol=1e-5, atol=1e-5)
+    assert [s[:2].numel() for s in seen] == [4, 21]
+
+
+def test_weight_decay_spares_vectors(model):
+    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.1))
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() < 2 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_warmup():
+    config = TrainConfig(lr=1.0, warmup_steps=4)
+    assert [learning_rate(config, s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(TrainConfig(lr=0.5), 0) == 0.5
