@@ -1,11 +1,12 @@
 """Builds the extension with CMake and Ninja; everything else is in pyproject.toml.
 
 Environment:
-    SPEC_ROLLOUT_CUDA: AUTO (default: CUDA kernels where nvcc is found), ON (fail without nvcc) or OFF.
+    SPEC_ROLLOUT_CUDA: AUTO (default: CUDA kernels where nvcc is found), ON (fail without nvcc) or
+        OFF.
     CMAKE_ARGS: more CMake arguments, e.g. -DCMAKE_CUDA_ARCHITECTURES=90.
     MAX_JOBS: parallel compilations.
-    SPEC_ROLLOUT_BUILD_LOG: a file for what the compilers say; of each CUDA kernel, its registers and spills (.ci/cuda-check
-        reads it).
+    SPEC_ROLLOUT_BUILD_LOG: a file for what the compilers say; of each CUDA kernel, its registers
+        and spills (.ci/cuda-check reads it).
 """
 
 from __future__ import annotations

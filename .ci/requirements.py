@@ -1,4 +1,5 @@
-"""Prints the requirements of pyproject.toml for some purposes, one per line: `requirements.py build|EXTRA ...`."""
+"""Prints the requirements of pyproject.toml for some purposes, one per line: `requirements.py
+build|EXTRA ...`."""
 
 from __future__ import annotations
 

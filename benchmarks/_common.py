@@ -1,7 +1,8 @@
-"""What every benchmark shares: timing, memory, the machine's own copy bandwidth, and the results file.
+"""What every benchmark shares: timing, memory, the machine's own copy bandwidth, and the results
+file.
 
-A benchmark checks its results against a reference first, then calls `measure` on each contender in the same
-process with the same threads, and `Results.write()` at the end:
+A benchmark checks its results against a reference first, then calls `measure` on each contender in
+the same process with the same threads, and `Results.write()` at the end:
 
     results = Results("ops_cpu")
     ours = measure(lambda: ops.token_logprobs(logits, ids))
@@ -64,8 +65,10 @@ def measure(
         repeats: Timed samples, at least 1.
         warmup: Untimed calls first (first-touch of memory, thread start-up).
         min_seconds: Go on sampling until this much time was spent in `function`.
-        setup: Called untimed before each sample (to evict caches or restore an argument changed in place).
-        calls_per_repeat: Calls within one sample, for calls of microseconds; the sample is divided by it.
+        setup: Called untimed before each sample (to evict caches or restore an argument changed in
+            place).
+        calls_per_repeat: Calls within one sample, for calls of microseconds; the sample is divided
+            by it.
     """
     if repeats < 1 or calls_per_repeat < 1:
         raise ValueError(
@@ -110,9 +113,11 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_extra_bytes(function: Callable[[], object]) -> int | None:
-    """How far resident memory rises above its level before the call, results included; None if unknown here.
+    """How far resident memory rises above its level before the call, results included; None if
+    unknown here.
 
-    Resolution is that of the kernel's accounting (some 100 KiB): for calls that handle megabytes and more.
+    Resolution is that of the kernel's accounting (some 100 KiB): for calls that handle megabytes
+    and more.
     """
     gc.collect()
     try:
@@ -161,8 +166,8 @@ class Results:
         """Appends and prints one row.
 
         Args:
-            bytes_moved: Bytes the job must read and write at least, counted by hand; gives GB/s and the share of
-                the copy bandwidth.
+            bytes_moved: Bytes the job must read and write at least, counted by hand; gives GB/s and
+                the share of the copy bandwidth.
             peers: Other ways to do the same job; gives `speedup` = their median over ours for each.
             more: Anything else worth keeping, JSON-serialisable.
         """
@@ -199,7 +204,8 @@ class Results:
     def write(self) -> Path:
         """Writes `<directory>/<name>.json`, whole or not at all.
 
-        The copy bandwidth is measured once more: a disturbance at the start must not flatter the shares of it.
+        The copy bandwidth is measured once more: a disturbance at the start must not flatter the
+        shares of it.
         """
         self.copy_bandwidth = max(self.copy_bandwidth, self._bandwidth())
         for row in self.rows:
@@ -222,7 +228,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _relative(argv: list[str]) -> list[str]:
-    """The command line with paths of this checkout relative to it, and of others only their name."""
+    """The command line with paths of this checkout relative to it, and of others only their
+    name."""
     shown = []
     for arg in argv:
         path = Path(arg)

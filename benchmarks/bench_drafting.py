@@ -2,17 +2,19 @@
 
     python benchmarks/bench_drafting.py --data DATA.jsonl
 
-DATA has one JSON object per line with `responses`, several sampled solutions to one problem. Each response in turn is
-"generated" again with the others (and, in half of the rows, a perturbed copy of itself) as history: a step proposes what
-followed the longest suffix match, the proposal passes as far as it equals the response, and one more token is drawn.
-The tokenizer (BPE) is trained on the responses themselves.
+DATA has one JSON object per line with `responses`, several sampled solutions to one problem. Each
+response in turn is "generated" again with the others (and, in half of the rows, a perturbed copy of
+itself) as history: a step proposes what followed the longest suffix match, the proposal passes as
+far as it equals the response, and one more token is drawn. The tokenizer (BPE) is trained on the
+responses themselves.
 
-`HistoryDrafter` is what engines use on top of the index: it also learns from the other problems, and proposes what is
-likely enough to pass. It regenerates one response of every problem at a time, all problems side by side; without noise
-and log-probs, of which such data has none.
+`HistoryDrafter` is what engines use on top of the index: it also learns from the other problems,
+and proposes what is likely enough to pass. It regenerates one response of every problem at a time,
+all problems side by side; without noise and log-probs, of which such data has none.
 
-Where `arctic_inference.suffix_decoding` can be imported (Snowflake's suffix tree, another way to find proposals, by
-frequency instead of recency), it replays the same; only its compiled tree is needed, not vLLM.
+Where `arctic_inference.suffix_decoding` can be imported (Snowflake's suffix tree, another way to
+find proposals, by frequency instead of recency), it replays the same; only its compiled tree is
+needed, not vLLM.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ MAX_MATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How much is proposed: up to `max_tokens`, and at most `tokens_per_match` for each matched token."""
+    """How much is proposed: up to `max_tokens`, and at most `tokens_per_match` for each matched
+    token."""
 
     min_match: int
     max_tokens: int
@@ -66,7 +69,8 @@ def load_groups(path: Path, vocab_size: int, limit: int | None) -> list[list[lis
 
 
 def perturbed(tokens: list[int], rng: random.Random) -> list[int]:
-    """The response as an older policy might have put it: one token in twenty is another one of the same text."""
+    """The response as an older policy might have put it: one token in twenty is another one of the
+    same text."""
     return [rng.choice(tokens) if rng.random() < 0.05 else token for token in tokens]
 
 

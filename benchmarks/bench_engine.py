@@ -1,14 +1,17 @@
-"""The embedded engine against `model.generate`, and what a verified token costs beside a decoded one.
+"""The embedded engine against `model.generate`, and what a verified token costs beside a decoded
+one.
 
 The demo model, 256 prompts (64 problems, 4 samples each), the same threads:
 
-- `generate_all`: responses of natural length, without drafts, by number of slots; the peers are `model.generate` with
-  its own KV cache on batches of 64 and 256. Slots are refilled, so the engine gains where lengths differ.
+- `generate_all`: responses of natural length, without drafts, by number of slots; the peers are
+  `model.generate` with its own KV cache on batches of 64 and 256. Slots are refilled, so the engine
+  gains where lengths differ.
 - `generate_fixed`: 96 tokens each, no stop token: nothing to gain from refilling.
 - `batch_invariance`: the same with and without it, at the best number of slots.
-- `verify`: all 256 responses as drafts of an unchanged policy, all accepted. `us_per_token` is per token computed.
-- `mixed`: drafts of a policy some steps ago, per acceptance rule; `speedup` is over the engine without drafts and with
-  its best number of slots.
+- `verify`: all 256 responses as drafts of an unchanged policy, all accepted. `us_per_token` is per
+  token computed.
+- `mixed`: drafts of a policy some steps ago, per acceptance rule; `speedup` is over the engine
+  without drafts and with its best number of slots.
 
 Every contender's tokens are checked before it is timed: greedy responses equal those of `generate`.
 """

@@ -2,31 +2,34 @@
 
     python benchmarks/bench_rollout.py --engine vllm
 
-`--table drafting` measures prefix reuse, history drafting and both instead (rollout_drafting.py says how).
+`--table drafting` measures prefix reuse, history drafting and both instead (rollout_drafting.py
+says how).
 
-A CPU core computes a further token of a step for a third to a half of what decoding one costs, a GPU for far less. What a
-GPU does can still be told on a CPU by a model of which a step costs much whatever is in it: many layers, narrow ones, and a
-vocabulary large for its width (`--shape thin`, the default). `small` and `tiny` are bound by the processor's arithmetic and by
-vLLM's own scheduling.
+A CPU core computes a further token of a step for a third to a half of what decoding one costs, a
+GPU for far less. What a GPU does can still be told on a CPU by a model of which a step costs much
+whatever is in it: many layers, narrow ones, and a vocabulary large for its width (`--shape thin`,
+the default). `small` and `tiny` are bound by the processor's arithmetic and by vLLM's own
+scheduling.
 
-All strategies produce the same responses, token for token (checked; in 16 bits the share is reported): the drafts are the responses themselves, and each
-is rejected at a prescribed token by the log-probability it comes with (`Lenient`), whereupon the keyed noise draws the
-same token again. Response lengths are log-normal: half are short, a few reach the limit.
+All strategies produce the same responses, token for token (checked; in 16 bits the share is
+reported): the drafts are the responses themselves, and each is rejected at a prescribed token by
+the log-probability it comes with (`Lenient`), whereupon the keyed noise draws the same token again.
+Response lengths are log-normal: half are short, a few reach the limit.
 
 | strategy | does |
 |---|---|
 | stock | vLLM without the plugin and without log-probs |
 | stock+logprobs | the same, with log-probs of the drawn tokens |
-| no key | the requests of stock, in vLLM with the plugin; same tokens (checked with seeds, but on GPUs) |
+| no key | the requests of stock, in vLLM with the plugin; same tokens (checked with seeds) |
 | vanilla | vLLM with the plugin, no drafts |
 | two_pass | the draft scored as a prompt, cut, resubmitted (the published design) |
 | inflight | the draft verified while the KV cache is written |
 | floor | continuations alone, the KV cache of prompt and accepted prefix given for free |
 
-Every timed run starts with an empty prefix cache (floor: with one that holds just what it needs). The runs of all
-strategies and shares are interleaved. `seconds` are quantiles; `peers` compares medians, `paired` is the median of the
-quotients within a round, for wall time and for the process's own processor time (`cpu`), which a busy machine does not
-stretch as it does wall time.
+Every timed run starts with an empty prefix cache (floor: with one that holds just what it needs).
+The runs of all strategies and shares are interleaved. `seconds` are quantiles; `peers` compares
+medians, `paired` is the median of the quotients within a round, for wall time and for the process's
+own processor time (`cpu`), which a busy machine does not stretch as it does wall time.
 """
 
 from __future__ import annotations
@@ -65,10 +68,10 @@ _SURE, _NEVER = (
 )  # log-probs a draft token claims, to be accepted or rejected for certain
 
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64},
-    "thin": {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
-    "small": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
-    "qwen3-1.7b": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "tiny": {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64},  # noqa: E501
+    "thin": {"vocab_size": 16384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},  # noqa: E501
+    "small": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},  # noqa: E501
+    "qwen3-1.7b": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},  # noqa: E501
 }  # fmt: skip
 
 
@@ -101,7 +104,8 @@ class Workload:
         )
 
     def with_drafts(self, rollouts: Rollouts, share: float) -> RolloutRequests:
-        """The rollouts as drafts of which `share` of the tokens will be accepted, unevenly over the rows."""
+        """The rollouts as drafts of which `share` of the tokens will be accepted, unevenly over the
+        rows."""
         rng = np.random.default_rng(1)
         lens = rollouts.response_lens.numpy()
         cuts = _cuts(lens, share, rng.random(lens.size))
@@ -153,8 +157,9 @@ class Bench:
             common["block_size"] = 32
         self.args, self.common = args, common
         common |= dict(args.llm_args)
-        # The stock engine first: on GPUs it takes vLLM's newer model runner, the plugin the older one, which leaves
-        # capturing of CUDA graphs switched off in the process when it has captured its own.
+        # The stock engine first: on GPUs it takes vLLM's newer model runner, the plugin the older
+        # one, which leaves capturing of CUDA graphs switched off in the process when it has
+        # captured its own.
         self.stock = LLM(
             model,
             skip_tokenizer_init=True,
@@ -306,7 +311,8 @@ def run(args: argparse.Namespace, results: Results, model: str) -> None:
 
     for round_ in range(args.repeats + 1):
         print("warm-up" if round_ == 0 else f"round {round_} of {args.repeats}", flush=True)
-        # In another order each time: what ran just before matters, to caches and to the machine's clock.
+        # In another order each time: what ran just before matters, to caches and to the machine's
+        # clock.
         items = list(records.items())
         shift = round_ * len(items) // (args.repeats + 1)
         for (name, _), record in items[shift:] + items[:shift]:

@@ -1,9 +1,11 @@
-"""The second table of bench_rollout.py: prefix reuse, history drafting and both, on real text of a drifting policy.
+"""The second table of bench_rollout.py: prefix reuse, history drafting and both, on real text of a
+drifting policy.
 
-The policies are the demo's: its plain run is trained for two epochs (four optimiser steps), and rollouts of the weights at
-the start of the second epoch are the history of rollouts of the weights at its end, as they would be in the third. Responses are
-long-tailed in length, for they end where the model ends them. The new rollouts are made under the same noise where reuse is
-lossless (`Coupled`), under fresh noise with `Lenient(0.5)`.
+The policies are the demo's: its plain run is trained for two epochs (four optimiser steps), and
+rollouts of the weights at the start of the second epoch are the history of rollouts of the weights
+at its end, as they would be in the third. Responses are long-tailed in length, for they end where
+the model ends them. The new rollouts are made under the same noise where reuse is lossless
+(`Coupled`), under fresh noise with `Lenient(0.5)`.
 
 | mode | drafts | history |
 |---|---|---|
@@ -127,7 +129,8 @@ def _run_batch(
     policies: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
     batch: int,
 ) -> None:
-    """`without_use` serves the useless history: an engine carries what it learns about proposals from call to call."""
+    """`without_use` serves the useless history: an engine carries what it learns about proposals
+    from call to call."""
     first, second, stops = _requests(batch)
     sampling = SamplingParams(
         max_tokens=args.max_tokens or MAX_RESPONSE_TOKENS, stop_token_ids=stops

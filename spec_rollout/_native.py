@@ -1,4 +1,5 @@
-"""What every op needs on its way into the compiled core: the extension, the device guard, the threads."""
+"""What every op needs on its way into the compiled core: the extension, the device guard, the
+threads."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ try:
 except ImportError as error:  # pragma: no cover - exercised by the doctor's tests in a subprocess
     raise ImportError(
         "spec_rollout's compiled extension cannot be imported "
-        f"({error}); install the package with `pip install .` (`spec-rollout doctor` says what is missing)"
+        f"({error}); install the package with `pip install .` (`spec-rollout doctor` says what is "
+        "missing)"
     ) from error
 
 _NULL_CONTEXT: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Makes the tensor's GPU the current one for a launch; nothing on CPU, or where it is the current one."""
+    """Makes the tensor's GPU the current one for a launch; nothing on CPU, or where it is the
+    current one."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _NULL_CONTEXT
     return torch.cuda.device(tensor.device)
@@ -31,7 +34,8 @@ def num_threads() -> int:
 
 
 def build_info() -> dict[str, object]:
-    """What the extension was built with: version, compiler, instruction-set levels, CUDA version and architectures."""
+    """What the extension was built with: version, compiler, instruction-set levels, CUDA version
+    and architectures."""
     return _C.build_info()
 
 

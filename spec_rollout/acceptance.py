@@ -1,8 +1,9 @@
 """Acceptance rules: how much of a draft is kept, and how the next token is drawn.
 
-Notation, for one row: draft y_1..y_L; q_i = probability of y_i under the policy that drew it; p_i = probability of
-y_i under the current policy given the draft prefix. Both are of the *sampling* distribution (temperature, then top-k,
-then top-p). Rules are immutable; a `Schedule` turns a training step into a rule.
+Notation, for one row: draft y_1..y_L; q_i = probability of y_i under the policy that drew it; p_i =
+probability of y_i under the current policy given the draft prefix. Both are of the *sampling*
+distribution (temperature, then top-k, then top-p). Rules are immutable; a `Schedule` turns a
+training step into a rule.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ class AcceptanceRule:
 
     @property
     def uses_drafts(self) -> bool:
-        """Whether a draft token can ever be accepted; if not, the rollout leaves the cache alone."""
+        """Whether a draft token can ever be accepted; if not, the rollout leaves the cache
+        alone."""
         return True
 
     @property
     def fresh_noise(self) -> bool:
-        """Whether every step needs new noise for the rule's law to hold (true for all but `Coupled`)."""
+        """Whether every step needs new noise for the rule's law to hold (true for all but
+        `Coupled`)."""
         return True
 
     @property
@@ -77,11 +80,13 @@ def _check_finite_or_inf(name: str, value: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lenient(AcceptanceRule):
-    """SPEC-RL's test (arXiv 2509.23232, eq. 4): accept y_i iff ln u_i <= scale * (log_lenience + ln p_i - ln q_i).
+    """SPEC-RL's test (arXiv 2509.23232, eq. 4): accept y_i iff ln u_i <= scale * (log_lenience + ln
+    p_i - ln q_i).
 
-    The token after the accepted prefix is drawn from the full target distribution, not from the residual, so the law
-    at one position is min(q, l p) + (1 - sum_v min(q_v, l p_v)) p with l = e^log_lenience: biased towards the old
-    policy even at l = 1. `log_lenience=inf` reuses whole drafts, `-inf` nothing.
+    The token after the accepted prefix is drawn from the full target distribution, not from the
+    residual, so the law at one position is min(q, l p) + (1 - sum_v min(q_v, l p_v)) p with l =
+    e^log_lenience: biased towards the old policy even at l = 1. `log_lenience=inf` reuses whole
+    drafts, `-inf` nothing.
 
     Attributes:
         log_lenience: Natural-log units; 0 is the standard test, > 0 accepts more.
@@ -117,12 +122,14 @@ class Lenient(AcceptanceRule):
 
 @dataclass(frozen=True, slots=True)
 class Coupled(AcceptanceRule):
-    """Replay under the same keyed Gumbel noise: accept y_i iff it is argmax_v(logit_v / T + g(key, position, v)).
+    """Replay under the same keyed Gumbel noise: accept y_i iff it is argmax_v(logit_v / T + g(key,
+    position, v)).
 
-    Lossless at `log_lenience = 0`: the output is what plain sampling with that noise gives, whatever the draft was.
-    With `log_lenience > 0` the drafted token gets that bonus in the argmax, which biases towards the draft.
-    Needs no stored probabilities. Across epochs the noise must stay the same for drafts to be re-accepted, so it is
-    refreshed only every `refresh_epochs` (an option of the rollout, not of the rule).
+    Lossless at `log_lenience = 0`: the output is what plain sampling with that noise gives,
+    whatever the draft was. With `log_lenience > 0` the drafted token gets that bonus in the argmax,
+    which biases towards the draft. Needs no stored probabilities. Across epochs the noise must stay
+    the same for drafts to be re-accepted, so it is refreshed only every `refresh_epochs` (an option
+    of the rollout, not of the rule).
     """
 
     log_lenience: float = 0.0
@@ -190,7 +197,8 @@ class RandomReuse(AcceptanceRule):
 
 @dataclass(frozen=True, slots=True)
 class RandomCut(AcceptanceRule):
-    """Baseline: each draft is cut at a uniform length in 0..L (SPEC-RL, Table 2) and kept unseen up to there."""
+    """Baseline: each draft is cut at a uniform length in 0..L (SPEC-RL, Table 2) and kept unseen up
+    to there."""
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
@@ -222,7 +230,8 @@ class NoReuse(AcceptanceRule):
 
 
 def _row_uniforms(keys: torch.Tensor) -> torch.Tensor:
-    """One uniform in [0, 1) per row, from the keys' own bits mixed once more (never shared with a token draw)."""
+    """One uniform in [0, 1) per row, from the keys' own bits mixed once more (never shared with a
+    token draw)."""
     from spec_rollout.keys import _mix
 
     bits = _mix(keys.cpu().numpy().view("uint64") ^ 0xD1B54A32D192ED03)

@@ -1,7 +1,7 @@
 """The command line: `spec-rollout train|rollout|report|demo|doctor`.
 
-Nothing but argparse is imported before a command is known, so that help and errors come at once. A failure is one
-line on stderr and exit status 2; SPEC_ROLLOUT_DEBUG=1 shows the traceback instead.
+Nothing but argparse is imported before a command is known, so that help and errors come at once. A
+failure is one line on stderr and exit status 2; SPEC_ROLLOUT_DEBUG=1 shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         metavar="RUNDIR",
-        help="continue the run in RUNDIR (or in the run_dir of CONFIG.toml) from its last checkpoint, with the "
-        "config saved there",
+        help="continue the run in RUNDIR (or in the run_dir of CONFIG.toml) from its last checkpoint, "
+        "with the config saved there",
     )
     train.set_defaults(run=_train)
 
@@ -184,7 +184,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error the program foresaw; for others also the type and how to learn more."""
+    """The message of an error the program foresaw; for others also the type and how to learn
+    more."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -1,9 +1,9 @@
 """Identity of prompts and of noise.
 
-Every random decision of a rollout is a pure function of a 64-bit *noise key* and the response position
-(`csrc/include/spec_rollout/philox.h`). The key is derived from what a rollout *is* (seed, noise epoch,
-prompt, sample index), never from where it sits in a batch, so results do not depend on batch order,
-chunk size, engine or device.
+Every random decision of a rollout is a pure function of a 64-bit *noise key* and the response
+position (`csrc/include/spec_rollout/philox.h`). The key is derived from what a rollout *is* (seed,
+noise epoch, prompt, sample index), never from where it sits in a batch, so results do not depend on
+batch order, chunk size, engine or device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: 
 
     Args:
         prompt_ids: Token ids of the prompt. [num_prompt_tokens], any integer type.
-        user_key: Optional namespace (a data source, say); equal prompts under different user keys stay apart.
+        user_key: Optional namespace (a data source, say); equal prompts under different user keys
+            stay apart.
 
     Returns:
         16 bytes (BLAKE2b-128 over the number of ids, the int32 ids and the user key).
@@ -45,7 +46,8 @@ def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: 
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit integers."""
+    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit
+    integers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -61,8 +63,8 @@ def noise_keys(
 
     Args:
         seed: Seed of the run; any Python int, taken modulo 2**64.
-        noise_epoch: Changes whenever fresh noise is wanted: the training step for rules that need fresh
-            uniforms each step (`Lenient`), `epoch // refresh_epochs` for `Coupled`.
+        noise_epoch: Changes whenever fresh noise is wanted: the training step for rules that need
+            fresh uniforms each step (`Lenient`), `epoch // refresh_epochs` for `Coupled`.
         prompt_keys: `prompt_key` of each row. Length batch.
         sample_ids: Index of the rollout within its prompt's group. [batch].
 
@@ -70,7 +72,8 @@ def noise_keys(
         Keys, 64 random-looking bits each. [batch], int64.
 
     Raises:
-        ValueError: if `prompt_keys` and `sample_ids` differ in length, or a key has fewer than 8 bytes.
+        ValueError: if `prompt_keys` and `sample_ids` differ in length, or a key has fewer than 8
+            bytes.
     """
     samples = np.asarray(sample_ids, dtype=np.int64).astype(np.uint64)
     if len(prompt_keys) != len(samples):

@@ -26,7 +26,8 @@ def ranges(counts: np.ndarray) -> np.ndarray:
 def check_packed(
     name: str, values: torch.Tensor, cu_name: str, cu: torch.Tensor, batch: int
 ) -> None:
-    """Raises ValueError, naming the argument, unless `values` is packed by `cu` into `batch` rows."""
+    """Raises ValueError, naming the argument, unless `values` is packed by `cu` into `batch`
+    rows."""
     if cu.shape != (batch + 1,) or cu.dtype != torch.int64:
         raise ValueError(
             f"{cu_name}: expected int64 of shape [{batch + 1}], "

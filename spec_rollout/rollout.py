@@ -43,9 +43,9 @@ class RolloutSession:
             little); None is never. Other rules ignore it.
         reuse: False generates every response from scratch, with the same noise, and leaves the
             cache alone. So does a rule that accepts nothing (`NoReuse`).
-        drafting: Where no draft is followed, propose from the prompt's cached rollouts and from what
-            its samples generate meanwhile. It changes the number of decoding steps, never a token.
-            Needs the cache, with any rule and `reuse`.
+        drafting: Where no draft is followed, propose from the prompt's cached rollouts and from
+            what its samples generate meanwhile. It changes the number of decoding steps, never a
+            token. Needs the cache, with any rule and `reuse`.
 
     Raises:
         ValueError: naming the argument; also if the rule reads draft log-probs that the cache does
@@ -74,7 +74,8 @@ class RolloutSession:
         self.drafting = drafting
         if drafting and not getattr(engine, "supports_history", False):
             raise ValueError(
-                f"drafting: expected False with {type(engine).__name__}, which does not propose from "
+                f"drafting: expected False with {type(engine).__name__}, which does not propose "
+                "from "
                 "history; got True"
             )
         if reuse and self.schedule.rule.needs_draft_logprobs and not self.cache.keep_logprobs:

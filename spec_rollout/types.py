@@ -1,6 +1,7 @@
 """The packed records that travel between cache, engines and trainers.
 
-"Packed": rows laid end to end, row r is `values[cu_lens[r]:cu_lens[r + 1]]`; no padding. All tensors are on the CPU.
+"Packed": rows laid end to end, row r is `values[cu_lens[r]:cu_lens[r + 1]]`; no padding. All
+tensors are on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class SamplingParams:
     """How tokens are drawn, the same for every row of a call.
 
     Attributes:
-        temperature: 0 is greedy. Log-probs are of the tempered (and filtered) distribution; at 0, of temperature 1.
+        temperature: 0 is greedy. Log-probs are of the tempered (and filtered) distribution; at 0,
+            of temperature 1.
         top_k: Keep the k largest logits (ties with the k-th are kept); 0 is off.
         top_p: Then keep the smallest set whose probability reaches top_p (ties kept); 1 is off.
         max_tokens: Limit of the response length, reused tokens included.
@@ -58,10 +60,10 @@ class Drafts:
     Attributes:
         token_ids: [num_draft_tokens], int32.
         cu_lens: [batch + 1], int64.
-        logprobs: Natural log, of the sampling distribution of the policy that drew them. [num_draft_tokens], float32;
-            None if not known.
-        finished: Whether the row's last token is a stop token (nothing follows if all of it is accepted).
-            [batch], bool.
+        logprobs: Natural log, of the sampling distribution of the policy that drew them.
+            [num_draft_tokens], float32; None if not known.
+        finished: Whether the row's last token is a stop token (nothing follows if all of it is
+            accepted). [batch], bool.
     """
 
     token_ids: torch.Tensor
@@ -73,7 +75,8 @@ class Drafts:
         batch = self.finished.numel()
         if self.finished.shape != (batch,) or self.finished.dtype != torch.bool:
             raise ValueError(
-                f"finished: expected bool of shape [batch], got {self.finished.dtype} {list(self.finished.shape)}"
+                f"finished: expected bool of shape [batch], got {self.finished.dtype} "
+                f"{list(self.finished.shape)}"
             )
         check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, batch)
         if self.token_ids.dtype != torch.int32:
@@ -131,16 +134,17 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What proposals are drawn from: earlier rollouts of the prompts, by group (the samples of a prompt).
+    """What proposals are drawn from: earlier rollouts of the prompts, by group (the samples of a
+    prompt).
 
     Attributes:
         token_ids: Responses, row after row. [num_history_tokens], int32.
         cu_lens: [rows + 1], int64.
         row_groups: Group of each of these rows. [rows], int64, >= 0.
-        request_groups: Group of each request; requests of a group see each other's live rollouts too.
-            [batch], int64, >= 0.
-        logprobs: With which the tokens were drawn (as `Drafts.logprobs`), or None. With them it is known better which
-            token the noise will pick. [num_history_tokens], float32.
+        request_groups: Group of each request; requests of a group see each other's live rollouts
+            too. [batch], int64, >= 0.
+        logprobs: With which the tokens were drawn (as `Drafts.logprobs`), or None. With them it is
+            known better which token the noise will pick. [num_history_tokens], float32.
     """
 
     token_ids: torch.Tensor
@@ -154,7 +158,8 @@ class History:
             groups = getattr(self, name)
             if groups.dtype != torch.int64 or groups.ndim != 1:
                 raise ValueError(
-                    f"{name}: expected int64 of one dimension, got {groups.dtype} {list(groups.shape)}"
+                    f"{name}: expected int64 of one dimension, got {groups.dtype} "
+                    f"{list(groups.shape)}"
                 )
             if groups.numel() and int(groups.min()) < 0:
                 raise ValueError(f"{name}: expected groups >= 0, got {int(groups.min())}")
@@ -194,7 +199,8 @@ class RolloutRequests:
         batch = self.keys.numel()
         if self.keys.shape != (batch,) or self.keys.dtype != torch.int64:
             raise ValueError(
-                f"keys: expected int64 of shape [batch], got {self.keys.dtype} {list(self.keys.shape)}"
+                f"keys: expected int64 of shape [batch], got {self.keys.dtype} "
+                f"{list(self.keys.shape)}"
             )
         check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
         if self.prompt_ids.dtype != torch.int32:
@@ -219,7 +225,8 @@ class RolloutRequests:
 
 @dataclass(slots=True)
 class RolloutStats:
-    """Counts and seconds of one rollout call; everything it cost is in here. Plain sums, so calls add up."""
+    """Counts and seconds of one rollout call; everything it cost is in here. Plain sums, so calls
+    add up."""
 
     num_rollouts: int = 0
     num_drafts: int = 0  # rows that came with a non-empty draft
@@ -283,14 +290,14 @@ class Rollouts:
         prompt_ids, cu_prompt_lens: As in the requests.
         response_ids: Accepted prefix, then continuation. [num_response_tokens], int32.
         cu_response_lens: [batch + 1], int64.
-        logprobs: Of every response token under the policy of *this* call (reused ones too), natural log, sampling
-            distribution. [num_response_tokens], float32.
+        logprobs: Of every response token under the policy of *this* call (reused ones too), natural
+            log, sampling distribution. [num_response_tokens], float32.
         accepted_lens: Tokens of each response that came from its draft. [batch], int32.
         finish_reasons: `FinishReason` values. [batch], uint8.
         policy_version: Number of weight updates the engine had seen.
         stats: What the call cost.
-        running: Seconds since the engine began, and requests in verification or decoding then, after each of its
-            steps; None if the engine does not say. [steps, 2], float64.
+        running: Seconds since the engine began, and requests in verification or decoding then,
+            after each of its steps; None if the engine does not say. [steps, 2], float64.
     """
 
     prompt_ids: torch.Tensor
@@ -312,11 +319,13 @@ class Rollouts:
         ):
             if rows.shape != (batch,) or rows.dtype != dtype:
                 raise ValueError(
-                    f"{name}: expected {dtype} of shape [{batch}], got {rows.dtype} {list(rows.shape)}"
+                    f"{name}: expected {dtype} of shape [{batch}], got {rows.dtype} "
+                    f"{list(rows.shape)}"
                 )
         if bool((self.finish_reasons > max(FinishReason)).any()):
             raise ValueError(
-                f"finish_reasons: expected FinishReason values, got {int(self.finish_reasons.max())}"
+                "finish_reasons: expected FinishReason values, got "
+                f"{int(self.finish_reasons.max())}"
             )
         check_packed("prompt_ids", self.prompt_ids, "cu_prompt_lens", self.cu_prompt_lens, batch)
         check_packed(

@@ -1,4 +1,5 @@
-"""Shared fixtures. Tests that need a GPU are parametrised over `device` and skipped where there is none."""
+"""Shared fixtures. Tests that need a GPU are parametrised over `device` and skipped where there is
+none."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from tiny_runs import make_config, model_dir, write_rows
 
 __all__ = ["make_config", "model_dir", "write_rows"]  # fixtures of several folders
 
-# Triton's kernels are tested on CPU in its interpreter. Whether they are interpreted is settled when triton is imported,
-# which is later than this.
+# Triton's kernels are tested on CPU in its interpreter. Whether they are interpreted is settled
+# when triton is imported, which is later than this.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,6 +1,8 @@
-"""A complete rollout engine over a bigram model, small enough to be read as the definition of the rules.
+"""A complete rollout engine over a bigram model, small enough to be read as the definition of the
+rules.
 
-It shares no code with the library's kernels: its noise is its own, the tests are written out per row in float64.
+It shares no code with the library's kernels: its noise is its own, the tests are written out per
+row in float64.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from spec_rollout.drafting import HistoryDrafter
 
 
 class NoiseWatch:
-    """From now on every proposal is asked for with the request's key, and the position after all the tokens given before.
+    """From now on every proposal is asked for with the request's key, and the position after all
+    the tokens given before.
 
     Attributes:
         keys: Of the requests. [batch], int64; None where no noise may be looked at.

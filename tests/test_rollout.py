@@ -59,7 +59,8 @@ def assert_law(counts: np.ndarray, law: np.ndarray) -> None:
 def second_epoch(
     rule: AcceptanceRule, num_samples: int, num_tokens: int
 ) -> tuple[Rollouts, np.ndarray, np.ndarray]:
-    """Drafts drawn from q, then rolled out under p. Returns those rollouts, q and p [vocab, vocab]."""
+    """Drafts drawn from q, then rolled out under p. Returns those rollouts, q and p [vocab,
+    vocab]."""
     old, new = policy(1), policy(1, drift=0.8)
     engine = MarkovEngine(old)
     session = RolloutSession(engine, rule, seed=5)

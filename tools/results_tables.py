@@ -1,8 +1,9 @@
 """Writes the result tables of README.md from benchmarks/results/*.json.
 
-Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of benchmarks/results/NAME.json, and between
-those of `gpu_NAME` the kernel table of benchmarks/results/NAME/gpu_*.json. `--check`
-changes nothing and exits with 1 if a table is not what its file gives.
+Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of
+benchmarks/results/NAME.json, and between those of `gpu_NAME` the kernel table of
+benchmarks/results/NAME/gpu_*.json. `--check` changes nothing and exits with 1 if a table is not
+what its file gives.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ def demo_seeds_table(content: Mapping[str, Any]) -> str:
     return markdown_table(["run", "seed", *_DEMO_HEADER], rows)
 
 
-# What the GPU table shows: results file, op, and what of its shape and dtype tells the row from others.
+# What the GPU table shows: results file, op, and what of its shape and dtype tells the row from
+# others.
 _GPU_ROWS: Sequence[tuple[str, str, Mapping[str, Any]]] = (
     *(
         ("gpu_logits", op, {"rows": 4096, "vocab": 151_936, "dtype": "bfloat16", **more})
@@ -255,7 +257,8 @@ def rollout_table(content: Mapping[str, Any]) -> str:
     ]
     no_key = rows["no key", None]["paired"]["stock"]["wall"]
     return (
-        f"{markdown_table(header, lines)}\n\nStock vLLM: {cell('stock', None)}; its time over that of the same "
+        f"{markdown_table(header, lines)}\n\nStock vLLM: {cell('stock', None)}; its time over that "
+        "of the same "
         f"requests in vLLM with the plugin: {no_key:.2f}x."
     )
 
@@ -333,7 +336,8 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def render(text: str, results: Path) -> str:
-    """`text` with every block between markers replaced by its table, or by a line that says there is no result.
+    """`text` with every block between markers replaced by its table, or by a line that says there
+    is no result.
 
     Raises:
         ValueError: if a begin marker has no end.

@@ -1,11 +1,13 @@
-"""What the compilers made of the kernels over logits: registers, spills, and the loads of the loops that stream a row, from SASS.
+"""What the compilers made of the kernels over logits: registers, spills, and the loads of the loops
+that stream a row, from SASS.
 
     python tools/sass_report.py [--arch 90] [--object FILE.{o,so} ...] [--triton-only | --no-triton]
 
-Compiles csrc/cuda/{token_logprobs,verify_prefix,sample_tokens}.cu (or takes what is compiled already) and the
-Triton kernels, disassembles them and prints one line per kernel. Exits with 1 if a loop that streams a row has a load
-narrower than 128 bits or an access to local memory, or if a kernel has no such loop; with 3 if nvcc or cuobjdump is
-missing. Needs no GPU, and no package but triton for the Triton kernels (whose wheel brings a cuobjdump).
+Compiles csrc/cuda/{token_logprobs,verify_prefix,sample_tokens}.cu (or takes what is compiled
+already) and the Triton kernels, disassembles them and prints one line per kernel. Exits with 1 if a
+loop that streams a row has a load narrower than 128 bits or an access to local memory, or if a
+kernel has no such loop; with 3 if nvcc or cuobjdump is missing. Needs no GPU, and no package but
+triton for the Triton kernels (whose wheel brings a cuobjdump).
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class Kernel:
 
     Attributes:
         registers: Per thread.
-        local_accesses: Instructions that read or write local memory. Outside the inner loops these may also be registers
-            that a function saves for its caller.
+        local_accesses: Instructions that read or write local memory. Outside the inner loops these
+            may also be registers that a function saves for its caller.
         local_in_loops: Those within `loops`.
         loops: Of each loop that streams a row, the loads from global memory by width in bits.
     """
@@ -106,8 +108,9 @@ def all_loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
 def streaming_loops(code: Sequence[tuple[int, str, str]]) -> list[list[str]]:
     """Opcodes of each loop that streams a row of logits, without those of loops within it.
 
-    That is a loop that waits for asynchronous copies and starts others; and, where it is in none of these, an innermost
-    loop that reads global memory. (Within, a loop over the few tokens that may win a draw reads them one by one.)
+    That is a loop that waits for asynchronous copies and starts others; and, where it is in none of
+    these, an innermost loop that reads global memory. (Within, a loop over the few tokens that may
+    win a draw reads them one by one.)
     """
     loops = all_loops(code)
 
@@ -234,7 +237,8 @@ def compile_triton(arch: str, folder: Path) -> Iterator[Path]:
                 signature[name] = _POINTERS[name].format(dtype=dtype)
             else:
                 signature[name] = "fp32" if name in _FLOATS else "i32"
-            # What real calls have: aligned tensors, and vocabularies and strides in multiples of 16.
+            # What real calls have: aligned tensors, and vocabularies and strides in multiples of
+            # 16.
             if name in _POINTERS or name in ("row_stride", "vocab"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         compiled = triton.compile(

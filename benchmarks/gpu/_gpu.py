@@ -1,7 +1,8 @@
-"""Timing on a GPU: CUDA events, a cold L2, the device's own copy bandwidth, and peers that may not be installed.
+"""Timing on a GPU: CUDA events, a cold L2, the device's own copy bandwidth, and peers that may not
+be installed.
 
-`--dry-run` runs the same code on tiny shapes on the CPU and writes nothing unless `--out` is given: it shows that the
-scripts work, not how fast anything is.
+`--dry-run` runs the same code on tiny shapes on the CPU and writes nothing unless `--out` is given:
+it shows that the scripts work, not how fast anything is.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class Bench:
             return measure(call, repeats=1, warmup=1)
         for _ in range(3):
             call()
-        # Reading evicts as writing does, without leaving dirty lines that the timed call would pay for. It also gives
-        # the host the time to enqueue the call, so that launch gaps stay out of the interval.
+        # Reading evicts as writing does, without leaving dirty lines that the timed call would pay
+        # for. It also gives the host the time to enqueue the call, so that launch gaps stay out of
+        # the interval.
         flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.float32, device=self.device).fill_(1.0)
         samples: list[float] = []
         while len(samples) < _MIN_SAMPLES or (
@@ -103,9 +105,9 @@ def peers(
     """(timings, reasons of those that have none).
 
     Args:
-        table: Per peer the device memory it needs in bytes, and a function that imports and checks it and returns
-            what is timed. An `ImportError` is "not installed"; any other error is kept with its text, and does not end
-            the run: a peer's interface may have changed.
+        table: Per peer the device memory it needs in bytes, and a function that imports and checks
+            it and returns what is timed. An `ImportError` is "not installed"; any other error is
+            kept with its text, and does not end the run: a peer's interface may have changed.
     """
     timings: dict[str, Timing] = {}
     absent: dict[str, str] = {}

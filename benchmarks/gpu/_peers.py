@@ -1,6 +1,7 @@
 """What one would call instead, each prepared, checked and returned as a call to time.
 
-Every function here imports its package itself, so that a missing one is an `ImportError` at that peer alone.
+Every function here imports its package itself, so that a missing one is an `ImportError` at that
+peer alone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def torch_sample(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def torch_verify(
     logits: torch.Tensor, drafts: torch.Tensor, draft_logprobs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lenient at 0 on drafts [batch, draft_len]: accepted lengths, next tokens, log-probs of the drafts."""
+    """Lenient at 0 on drafts [batch, draft_len]: accepted lengths, next tokens, log-probs of the
+    drafts."""
     batch, length = drafts.shape
     logp = torch.log_softmax(logits.float(), -1).view(batch, length + 1, -1)
     p = logp[:, :-1].gather(-1, drafts[..., None])[..., 0]
@@ -51,7 +53,8 @@ def torch_verify(
 
 @functools.cache  # compiled once for all sizes
 def compiled(function: Callable[..., object], dry: bool) -> Callable[..., object]:
-    """`torch.compile` of a function, for sizes that change; eager in a dry run, where compiling takes minutes."""
+    """`torch.compile` of a function, for sizes that change; eager in a dry run, where compiling
+    takes minutes."""
     return function if dry else torch.compile(function, dynamic=True)
 
 
@@ -91,10 +94,11 @@ def vllm_logprobs(logits: torch.Tensor, ids: torch.Tensor, truth: torch.Tensor) 
 def draft_distribution(
     logits: torch.Tensor, drafts: torch.Tensor, accepted: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(draft_probs, target_probs), float32 [batch, length (+ 1), vocab], under which `accepted` tokens are accepted.
+    """(draft_probs, target_probs), float32 [batch, length (+ 1), vocab], under which `accepted`
+    tokens are accepted.
 
-    The draft's distribution is the target's, and beyond the accepted length certain of a token that the target all but
-    rules out.
+    The draft's distribution is the target's, and beyond the accepted length certain of a token that
+    the target all but rules out.
     """
     batch, length = drafts.shape
     target = torch.softmax(logits.float(), -1).view(batch, length + 1, -1)
@@ -106,7 +110,8 @@ def draft_distribution(
 
 
 def vllm_rejection(logits: torch.Tensor, drafts: torch.Tensor, accepted: int) -> Call:
-    """vLLM's stock sampler of drafts: float32 copy, softmax, accept, recover, and its own draw of the bonus token."""
+    """vLLM's stock sampler of drafts: float32 copy, softmax, accept, recover, and its own draw of
+    the bonus token."""
     from vllm.v1.sample.rejection_sampler import rejection_sample
 
     batch, length = drafts.shape

@@ -1,7 +1,8 @@
 """token_logprobs, verify_prefix and sample_tokens on a GPU, against what one would call instead.
 
-`bytes_moved` is one read of the logits rows that the job needs. Logits are normal with standard deviation 3, bfloat16
-unless said otherwise: flatter than a language model's, so that few tokens can be ruled out without their noise.
+`bytes_moved` is one read of the logits rows that the job needs. Logits are normal with standard
+deviation 3, bfloat16 unless said otherwise: flatter than a language model's, so that few tokens can
+be ruled out without their noise.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def sizes(bench: Bench, short: bool) -> Iterator[tuple[int, int, torch.dtype]]:
 
 
 def triton_is_usable(bench: Bench) -> None:
-    """ImportError where triton cannot run: without it, or on the CPU, where it would be interpreted."""
+    """ImportError where triton cannot run: without it, or on the CPU, where it would be
+    interpreted."""
     import triton  # noqa: F401
 
     if bench.dry:
@@ -109,7 +111,8 @@ def bench_sample_tokens(
         function = compiled(torch_sample, bench.dry)
         return lambda: function(logits)
 
-    for name, sampling in (("", {}), (", top_k 50", {"top_k": 50}), (", top_p 0.95", {"top_p": 0.95})):  # fmt: skip
+    filters = {"": {}, ", top_k 50": {"top_k": 50}, ", top_p 0.95": {"top_p": 0.95}}
+    for name, sampling in filters.items():
         args = {"keys": keys, "positions": positions, **sampling}
         got = ops.sample_tokens(logits, **args)
         expected = reference.sample_tokens(
@@ -155,7 +158,8 @@ def bench_verify_prefix(
             torch.arange(length, device=device) < accepted, drawn.long(), unlikely.long()
         ).contiguous()
         flat = drafts.reshape(-1)
-        # As the draft's policy would have it: equal to the target's, and certain of what will be rejected.
+        # As the draft's policy would have it: equal to the target's, and certain of what will be
+        # rejected.
         old = ops.token_logprobs(
             logits.view(batch, length + 1, vocab)[:, :length].reshape(-1, vocab), flat
         ).view(batch, length)

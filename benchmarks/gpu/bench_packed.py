@@ -1,8 +1,9 @@
 """accept_prefix, splice_kv, assemble and the cost of a call, on a GPU.
 
 - accept_prefix: one step's 8,192 drafts of up to 4,096 tokens, packed, against padded torch.
-- splice_kv: accepted prefixes of a slot cache to another one, 1 GiB read and written, against slice copies per row and
-  `index_select` of whole rows; the same to a paged cache, against indexing by slot.
+- splice_kv: accepted prefixes of a slot cache to another one, 1 GiB read and written, against slice
+  copies per row and `index_select` of whole rows; the same to a paged cache, against indexing by
+  slot.
 - assemble: contexts and the trainer's final tensors of that step, into buffers that exist.
 - calls: host microseconds of each op on an empty batch.
 """

@@ -1,9 +1,10 @@
 """The batch that the packed ops are measured on: one training step of the published size.
 
-8,192 rollouts (1,024 prompts of 8 samples) of up to 4,096 tokens, 1,400 on average with a long tail; 45 % of the draft
-tokens are accepted and 78 % of the rows must be generated on. How far the policy has moved differs from row to row: a
-row's log-ratios are normal with a scale of its own. The parameters of that are chosen so that `accept_prefix` gives
-those two figures, which every benchmark reports as it found them.
+8,192 rollouts (1,024 prompts of 8 samples) of up to 4,096 tokens, 1,400 on average with a long
+tail; 45 % of the draft tokens are accepted and 78 % of the rows must be generated on. How far the
+policy has moved differs from row to row: a row's log-ratios are normal with a scale of its own. The
+parameters of that are chosen so that `accept_prefix` gives those two figures, which every benchmark
+reports as it found them.
 """
 
 from __future__ import annotations

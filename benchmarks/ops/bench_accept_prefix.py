@@ -1,9 +1,10 @@
-"""accept_prefix against the same decision in padded torch, and its cost as a function of how much is accepted.
+"""accept_prefix against the same decision in padded torch, and its cost as a function of how much
+is accepted.
 
-The peers are what a trainer does with right-padded [batch, 4096] tensors: uniforms for every cell, a mask, and the first
-rejection of each row by `argmax` (as the published implementation finds it) or by `cumprod`. They draw other uniforms, so
-they cannot agree token for token: the peers are checked against each other on equal uniforms, the op against its
-reference on part of the rows.
+The peers are what a trainer does with right-padded [batch, 4096] tensors: uniforms for every cell,
+a mask, and the first rejection of each row by `argmax` (as the published implementation finds it)
+or by `cumprod`. They draw other uniforms, so they cannot agree token for token: the peers are
+checked against each other on equal uniforms, the op against its reference on part of the rows.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def padded_cumprod(draft, target, mask, log_lenience, uniforms=None):
 
 
 def check(work: Workload, accepted: torch.Tensor, rows: int = 64) -> None:
-    """The op against its reference on the first rows; a difference must be a near-tie in the last float32 digit."""
+    """The op against its reference on the first rows; a difference must be a near-tie in the last
+    float32 digit."""
     lens = work.draft_lens[:rows]
     count = int(work.cu_draft_lens[rows])
     width = int(lens.max())
@@ -105,7 +107,8 @@ def main() -> None:
             shape={"batch": batch, "draft tokens": int(work.draft_lens.sum())},
             dtype="float32",
             timing=measure(function, repeats=repeats, warmup=3),
-            # Two log-probs of each accepted token and of the one that is rejected; lens, keys and offsets.
+            # Two log-probs of each accepted token and of the one that is rejected; lens, keys and
+            # offsets.
             bytes_moved=8 * (num_accepted + batch) + 20 * batch,
             peak_extra=peak_extra_bytes(function),
             peers=peers,

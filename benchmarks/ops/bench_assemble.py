@@ -1,18 +1,21 @@
-"""assemble against padded torch: the contexts that generation resumes from, and the trainer's final tensors.
+"""assemble against padded torch: the contexts that generation resumes from, and the trainer's final
+tensors.
 
 Peers, all written for this benchmark:
 
-- "gather, as published": contexts of the rows to regenerate from padded int64 tensors, by the sequence of operations of
-  the published implementation: ids and positions are each gathered twice through index matrices and merged by `where`.
+- "gather, as published": contexts of the rows to regenerate from padded int64 tensors, by the
+  sequence of operations of the published implementation: ids and positions are each gathered twice
+  through index matrices and merged by `where`.
 - "gather, lean": the same with one index matrix per source, positions computed, a bool mask.
-- "row loop": final tensors by block copies for reused rows and a Python loop over the others, as published, but with the
-  masks made from known lengths (the published code searches for the padding).
-- "row-wise cat + pad": final tensors from the op's own packed inputs, by slices and `torch.cat` per row and
-  `pad_sequence`.
+- "row loop": final tensors by block copies for reused rows and a Python loop over the others, as
+  published, but with the masks made from known lengths (the published code searches for the
+  padding).
+- "row-wise cat + pad": final tensors from the op's own packed inputs, by slices and `torch.cat` per
+  row and `pad_sequence`.
 
-Each makes what the op makes and is checked against it. Building the padded inputs is not timed. The op builds the
-contexts of all rows, reused ones included. "into out" rows overwrite the final tensors of the step before, as a training
-loop can; the peers allocate theirs.
+Each makes what the op makes and is checked against it. Building the padded inputs is not timed. The
+op builds the contexts of all rows, reused ones included. "into out" rows overwrite the final
+tensors of the step before, as a training loop can; the peers allocate theirs.
 """
 
 from __future__ import annotations
@@ -201,7 +204,8 @@ def looped_final(step: Step) -> tuple[torch.Tensor, ...]:
 
 
 def row_wise_final(step: Step) -> tuple[torch.Tensor, ...]:
-    """The same from the packed arrays: slices and `cat` per row, prompts flipped to be padded on their left."""
+    """The same from the packed arrays: slices and `cat` per row, prompts flipped to be padded on
+    their left."""
     work = step.work
     cu_p, cu_d = work.cu_prompt_lens.tolist(), work.cu_draft_lens.tolist()
     cu_c, accepted = step.cu_continuation_lens.tolist(), step.accepted_lens.tolist()

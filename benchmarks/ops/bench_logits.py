@@ -1,7 +1,9 @@
-"""token_logprobs, verify_prefix and sample_tokens against plain torch on the same job, CPU, bfloat16 [256, 151936].
+"""token_logprobs, verify_prefix and sample_tokens against plain torch on the same job, CPU,
+bfloat16 [256, 151936].
 
-`bytes_moved` is one read of the logits rows that the job needs. The logits are normal with standard deviation 3: flatter
-than a language model's, so that few tokens can be ruled out without their noise.
+`bytes_moved` is one read of the logits rows that the job needs. The logits are normal with standard
+deviation 3: flatter than a language model's, so that few tokens can be ruled out without their
+noise.
 """
 
 from __future__ import annotations
@@ -142,8 +144,8 @@ def main() -> None:
         {} if args.quick else {"sort_softmax_argmax": lambda: torch_sample_top_p(logits, 0.95)},
     )
 
-    # Drafts that plain sampling gave, so everything is accepted and all rows are needed; then drafts of which the first
-    # token is rejected, so one row in 16 is.
+    # Drafts that plain sampling gave, so everything is accepted and all rows are needed; then
+    # drafts of which the first token is rejected, so one row in 16 is.
     batch = rows // (DRAFT_LEN + 1)
     row_keys = keys[:batch].contiguous()
     good = ops.sample_tokens(

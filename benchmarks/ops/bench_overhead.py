@@ -1,7 +1,8 @@
-"""What a call costs apart from its work: each op on an empty batch, and the import beyond torch's own.
+"""What a call costs apart from its work: each op on an empty batch, and the import beyond torch's
+own.
 
-The aim is below 20 microseconds per call, and below one second for the import. A call of splice_kv also pays for every
-cache it is given, about a microsecond each.
+The aim is below 20 microseconds per call, and below one second for the import. A call of splice_kv
+also pays for every cache it is given, about a microsecond each.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    # Samples of about a millisecond: shorter than what a scheduler gives to someone else in between.
+    # Samples of about a millisecond: shorter than what a scheduler gives to someone else in
+    # between.
     repeats, calls = (3, 50) if args.quick else (301, 50)
     results = Results("ops_overhead", args.out)
     floats = torch.empty(0)

@@ -1,12 +1,14 @@
-"""splice_kv against what one would write in torch: slice copies per row and cache, and index_select.
+"""splice_kv against what one would write in torch: slice copies per row and cache, and
+index_select.
 
-- "ragged": every row of a slot cache [rows, heads, positions, head_dim] is brought to another cache, cut to its accepted
-  length (mean 45 % of a long-tailed draft). Peers: a loop of slice copies; `index_select` of whole rows, which copies
-  the padding too and needs a second cache of full size.
-- "in place": rows slide by a few positions within their own cache, overlapping themselves. Peer: slice copies with the
-  clone that torch needs.
-- "to blocks": the same ranges from a contiguous to a paged cache [blocks, block_size, heads, head_dim], and back.
-  Peer: index_put / index_select with a slot per token, per layer.
+- "ragged": every row of a slot cache [rows, heads, positions, head_dim] is brought to another
+  cache, cut to its accepted length (mean 45 % of a long-tailed draft). Peers: a loop of slice
+  copies; `index_select` of whole rows, which copies the padding too and needs a second cache of
+  full size.
+- "in place": rows slide by a few positions within their own cache, overlapping themselves. Peer:
+  slice copies with the clone that torch needs.
+- "to blocks": the same ranges from a contiguous to a paged cache [blocks, block_size, heads,
+  head_dim], and back. Peer: index_put / index_select with a slot per token, per layer.
 """
 
 from __future__ import annotations

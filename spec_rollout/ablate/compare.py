@@ -26,7 +26,8 @@ class ResponseLog:
         self._steps.append(np.full(rollouts.batch, step, dtype=np.int32))
 
     def save(self, path: Path) -> None:
-        """Writes `ids` (all tokens), `lens` and `steps` (one per rollout), int32, packed in order."""
+        """Writes `ids` (all tokens), `lens` and `steps` (one per rollout), int32, packed in
+        order."""
         empty = [np.empty(0, dtype=np.int32)]
         np.savez_compressed(
             path,
@@ -42,8 +43,9 @@ def compare_responses(one: Path, other: Path) -> dict[str, Any]:
     Returns:
         total: Rollouts of the longer file.
         identical: Rollouts with the same step, length and tokens in both.
-        first_difference: {"rollout", "step", "position"}: index in the file, training step, and response position
-            of the first differing token (the shorter length if one is a prefix of the other); None if there is none.
+        first_difference: {"rollout", "step", "position"}: index in the file, training step, and
+            response position of the first differing token (the shorter length if one is a prefix of
+            the other); None if there is none.
     """
     with np.load(one) as a, np.load(other) as b:
         total = max(a["lens"].size, b["lens"].size)

@@ -1,10 +1,12 @@
-"""The demo: one tiny model, trained by GRPO plainly, with lenient and with lossless reuse of rollouts.
+"""The demo: one tiny model, trained by GRPO plainly, with lenient and with lossless reuse of
+rollouts.
 
     python -m spec_rollout.commands.demo --out runs/demo
 
-Every run starts from the same checkpoint on the same prompts and differs in nothing but the acceptance rule.
-`both` is lossless reuse and, where no draft is followed, proposals from the prompt's other rollouts. `coupled_off` is
-`coupled` with the cache off: the rollouts of both must be the same as its own, token for token, which is checked.
+Every run starts from the same checkpoint on the same prompts and differs in nothing but the
+acceptance rule. `both` is lossless reuse and, where no draft is followed, proposals from the
+prompt's other rollouts. `coupled_off` is `coupled` with the cache off: the rollouts of both must be
+the same as its own, token for token, which is checked.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class DemoSize:
         num_samples: Rollouts per prompt.
         epochs: Passes over the prompts; from the second on there is something to reuse.
         num_eval_samples: Fresh samples per evaluated prompt, before and after training.
-        lr: Such that at log_lenience 0.5 about two thirds of all tokens are reused, as in the published runs.
+        lr: Such that at log_lenience 0.5 about two thirds of all tokens are reused, as in the
+            published runs.
         threads: CPU threads of torch; None is torch's choice.
     """
 
@@ -82,8 +85,8 @@ def demo_config(
     """Config of one run, written to `out`/`name`; the prompts are expected in `out`.
 
     Args:
-        evaluate_first: Evaluate before training too; all runs of a seed start from the same weights and evaluate them
-            with the same noise, so once is enough.
+        evaluate_first: Evaluate before training too; all runs of a seed start from the same weights
+            and evaluate them with the same noise, so once is enough.
         engine: As `rollout.engine`.
     """
     from spec_rollout.config.sections import (
@@ -107,8 +110,8 @@ def demo_config(
             engine=engine,
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
-            # All rollouts of a step at once: more slots were faster for the plain run, which the others are compared with,
-            # as far as benchmarks/bench_engine.py sweeps them (256).
+            # All rollouts of a step at once: more slots were faster for the plain run, which the
+            # others are compared with, as far as benchmarks/bench_engine.py sweeps them (256).
             num_slots=1024,
             **RUNS[name],
         ),
@@ -138,8 +141,8 @@ def demo_config(
 def fastest_threads() -> int:
     """1 or 2, whichever lets torch sample faster on this machine as it is now.
 
-    More do not help a model of this size, and where other processes keep the cores busy two threads are many times
-    slower than one, because each small operation waits for both.
+    More do not help a model of this size, and where other processes keep the cores busy two threads
+    are many times slower than one, because each small operation waits for both.
     """
     import torch
 
@@ -196,8 +199,9 @@ def run_all(
 ) -> dict[str, RunSummary]:
     """Trains all runs and saves the ids of each one's training rollouts in responses.npz.
 
-    On the embedded engine the runs take turns, step by step, so that a machine that gets slower or faster does so for
-    all of them. vLLM's engines run one after the other: an engine's process group is the whole process's.
+    On the embedded engine the runs take turns, step by step, so that a machine that gets slower or
+    faster does so for all of them. vLLM's engines run one after the other: an engine's process
+    group is the whole process's.
     """
     from spec_rollout.train.trainer import Job, run_together
 
@@ -361,7 +365,8 @@ def table(content: Mapping[str, Any]) -> str:
         same = content.get(f"{name}_equals_off")
         if same is not None:
             text += (
-                f"\n\n{name} and the same with the cache off: {same['identical']:,} of {same['total']:,} "
+                f"\n\n{name} and the same with the cache off: {same['identical']:,} of "
+                f"{same['total']:,} "
                 "rollouts identical, token for token"
             )
             if same["first_difference"] is not None:
@@ -417,8 +422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [args.seed] if args.seeds is None else args.seeds
     size = replace(size, threads=args.threads)
     if args.threads is None and args.engine == "vllm":
-        # With more, vLLM's CPU kernels add up in an order that depends on the batch, and the run with the cache off is
-        # the same only up to rounding.
+        # With more, vLLM's CPU kernels add up in an order that depends on the batch, and the run
+        # with the cache off is the same only up to rounding.
         size = replace(size, threads=1)
         print("torch threads: 1", flush=True)
     elif args.threads is None and "OMP_NUM_THREADS" not in os.environ:
@@ -429,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = args.out if args.seeds is None else args.out / f"seed-{seed}"
         contents.append(demo(out, args.runs, size, seed, command, args.engine))
         print(
-            f"\n{table(contents[-1])}\n\nsummary: {out / 'summary.json'}, report: {out / 'report.html'}"
+            f"\n{table(contents[-1])}\n\nsummary: {out / 'summary.json'}, report: "
+            f"{out / 'report.html'}"
         )
     if args.results is not None:
         content = contents[0]

@@ -1,4 +1,5 @@
-"""`spec-rollout rollout`: one rollout pass over a file of prompts, with drafts from an earlier pass."""
+"""`spec-rollout rollout`: one rollout pass over a file of prompts, with drafts from an earlier
+pass."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def rollout(args: argparse.Namespace) -> int:
         cache.save(args.cache_out)
     print(
         f"{stats['num_rollouts']} rollouts, {stats['num_response_tokens']} tokens, "
-        f"{stats['reused_fraction']:.1%} reused, {stats['fully_reused_fraction']:.1%} of rollouts whole, "
+        f"{stats['reused_fraction']:.1%} reused, {stats['fully_reused_fraction']:.1%} of rollouts "
+        "whole, "
         f"{stats['rollout_seconds']:.2f} s ({stats['verification_seconds']:.2f} s verification)",
         file=sys.stderr,
     )

@@ -25,7 +25,8 @@ def train(
             raise ValueError("train: expected CONFIG.toml or --resume RUNDIR, got neither")
     elif config_path is not None:
         raise ValueError(
-            f"train: expected CONFIG.toml or --resume RUNDIR, got both ({config_path}, {resume_dir}); "
+            f"train: expected CONFIG.toml or --resume RUNDIR, got both ({config_path}, "
+            f"{resume_dir}); "
             "a resumed run has its own config, --set overrides it"
         )
     from spec_rollout.config.toml import dump_config, load_config

@@ -1,7 +1,7 @@
 """What a training run is made of: one frozen dataclass per component, validated on construction.
 
-`config_io` reads and writes them as TOML. Unset is `None` ("none" in a file). Relative paths are relative to the
-working directory.
+`config_io` reads and writes them as TOML. Unset is `None` ("none" in a file). Relative paths are
+relative to the working directory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class ModelConfig:
 
     Attributes:
         path: Folder with a Hugging Face causal language model and its tokenizer.
-        dtype: Of the weights, in training and in rollouts. In 16-bit weights the small steps of RL get lost.
+        dtype: Of the weights, in training and in rollouts. In 16-bit weights the small steps of RL
+            get lost.
         device: "auto" takes the first GPU if there is one.
         attention: Attention implementation, as transformers names it.
         reference: Folder of the KL reference; None takes the policy as it was at the start.
@@ -91,21 +92,24 @@ class RolloutConfig:
     """How responses are generated and what of the previous ones is reused.
 
     Attributes:
-        engine: "transformers" (embedded, shares the policy's weights) or "vllm" (an engine in this process that gets
-            the weights after every update; section `vllm`).
+        engine: "transformers" (embedded, shares the policy's weights) or "vllm" (an engine in this
+            process that gets the weights after every update; section `vllm`).
         num_samples: Responses per prompt (the group).
         temperature, top_k, top_p, max_tokens: See `SamplingParams`.
-        stop_tokens: Token strings that end a response; None takes the model's end-of-sequence tokens.
+        stop_tokens: Token strings that end a response; None takes the model's end-of-sequence
+            tokens.
         num_slots: Rollouts generated at once.
-        max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm has none of them.
+        max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm
+            has none of them.
         reuse: False turns drafts off (the rule still decides which noise is used).
-        drafting: Propose from the prompt's other rollouts where there is no draft to follow (`RolloutSession`): fewer
-            decoding steps, the same tokens.
+        drafting: Propose from the prompt's other rollouts where there is no draft to follow
+            (`RolloutSession`): fewer decoding steps, the same tokens.
         rule: Acceptance rule (`spec_rollout.acceptance`).
         log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
         scale, min_target_prob: Of the rule lenient.
         reuse_prob: Of the rule random_reuse.
-        start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over this many steps.
+        start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over
+            this many steps.
         refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
         cache_max_bytes: Bound of the rollout cache; None is unbounded.
         cache_path: Cache file of an earlier run to start from.
@@ -205,8 +209,8 @@ class VLLMConfig:
         max_num_batched_tokens: Tokens computed per engine step; None is vLLM's choice.
         enforce_eager: No CUDA graphs; None is true on a CPU.
         gpu_memory_utilization: Share of the device's memory for vLLM; the trainer needs the rest.
-        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU what `num_slots`
-            rollouts need, at most 4.
+        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU
+            what `num_slots` rollouts need, at most 4.
     """
 
     strategy: Literal["inflight", "two_pass"] = "inflight"
@@ -262,17 +266,21 @@ class TrainConfig:
         epochs: Passes over the data; None is bounded by `max_steps` only.
         max_steps: Stop after this many steps.
         minibatches: Optimizer steps a batch of rollouts is split into, group by group.
-        micro_batch_tokens: Tokens (padding included) of one forward and backward pass; gradients accumulate.
+        micro_batch_tokens: Tokens (padding included) of one forward and backward pass; gradients
+            accumulate.
         lr, betas, eps, weight_decay: Of AdamW; weight decay spares vectors (norms, biases).
         warmup_steps: Steps of linear warm-up.
         grad_clip: Largest gradient norm; None does not clip.
         clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
         kl_coef: Weight of the KL to the reference; 0 needs no reference.
-        loss_aggregation: "token_mean" over all tokens of a minibatch, or "seq_mean": over responses of their means.
+        loss_aggregation: "token_mean" over all tokens of a minibatch, or "seq_mean": over responses
+            of their means.
         normalize_advantages: Divide by the group's standard deviation.
-        recompute_logprobs: Take old log-probs from a forward pass of the trainer instead of the engine's own pass.
-        skip_zero_advantage: Leave responses without advantage out of the forward pass. Same gradient (needs
-            kl_coef = 0), but entropy, KL and clip fraction are then of the rest only.
+        recompute_logprobs: Take old log-probs from a forward pass of the trainer instead of the
+            engine's own pass.
+        skip_zero_advantage: Leave responses without advantage out of the forward pass. Same
+            gradient (needs kl_coef = 0), but entropy, KL and clip fraction are then of the rest
+            only.
         threads: CPU threads; None leaves torch's choice.
     """
 
@@ -333,7 +341,8 @@ class EvalConfig:
     """Evaluation by fresh plain sampling of the current weights; cached rollouts play no part.
 
     Attributes:
-        path: Held-out rows, same columns as the training data; None evaluates training prompts only.
+        path: Held-out rows, same columns as the training data; None evaluates training prompts
+            only.
         num_train_prompts: Training prompts evaluated (the first rows); 0 is none.
         num_heldout_prompts: Held-out prompts evaluated; None is all.
         num_samples: Responses per prompt.
@@ -381,7 +390,8 @@ class LogConfig:
     """What a run writes.
 
     Attributes:
-        run_dir: New or empty folder for config.toml, metrics.jsonl, samples.jsonl, summary.json, checkpoints.
+        run_dir: New or empty folder for config.toml, metrics.jsonl, samples.jsonl, summary.json,
+            checkpoints.
         progress: Progress bar: "auto" shows it on a terminal only.
         samples_per_step: Rollouts of each step written to samples.jsonl.
     """
@@ -423,6 +433,7 @@ class RunConfig:
             value = getattr(self.rollout, key)
             if value != off:
                 raise ConfigError(
-                    f"rollout.{key}: expected train.recompute_logprobs = true with it (the engine's log-probs are "
+                    f"rollout.{key}: expected train.recompute_logprobs = true with it (the "
+                    "engine's log-probs are "
                     f"of the filtered distribution, the trainer's of the whole), got {value!r}"
                 )

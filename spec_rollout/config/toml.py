@@ -20,12 +20,14 @@ def load_config(
     """Reads a TOML file and applies overrides.
 
     Args:
-        path: TOML file; None starts from the defaults (the overrides must then give the required keys).
-        overrides: "section.key=value" each; the value is read as TOML, a bare word as a string. `none` unsets
-            what may be unset (as "none" does in a file).
+        path: TOML file; None starts from the defaults (the overrides must then give the required
+            keys).
+        overrides: "section.key=value" each; the value is read as TOML, a bare word as a string.
+            `none` unsets what may be unset (as "none" does in a file).
 
     Raises:
-        ConfigError: naming the key, what was expected and what was given; the nearest known key if it is unknown.
+        ConfigError: naming the key, what was expected and what was given; the nearest known key if
+            it is unknown.
     """
     table: dict[str, Any] = {}
     if path is not None:
@@ -50,7 +52,8 @@ def from_dict(table: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain tables, resolved. TOML has no `None`: it is left out, or "none" where it is not the default."""
+    """Nested plain tables, resolved. TOML has no `None`: it is left out, or "none" where it is not
+    the default."""
     tables: dict[str, Any] = {}
     for section in fields(config):
         component = getattr(config, section.name)

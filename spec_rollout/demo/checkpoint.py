@@ -1,10 +1,12 @@
-"""Makes the demo's checkpoint: trains a small Llama from scratch on the imperfect teacher's responses.
+"""Makes the demo's checkpoint: trains a small Llama from scratch on the imperfect teacher's
+responses.
 
-    python -m spec_rollout.demo.checkpoint --out DIR            # the shipped checkpoint, about 20 minutes
-    python -m spec_rollout.demo.checkpoint --out DIR --short    # the same path in under a minute, for CI
+    python -m spec_rollout.demo.checkpoint --out DIR            # the shipped checkpoint, about 20
+    minutes python -m spec_rollout.demo.checkpoint --out DIR --short    # the same path in under a
+    minute, for CI
 
-Seeded: the same machine, torch and thread count give the same weights. The shipped ones were made on one thread
-(OMP_NUM_THREADS=1).
+Seeded: the same machine, torch and thread count give the same weights. The shipped ones were made
+on one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> L
 def corpus_batches(
     config: PretrainConfig, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids, labels), each [batch, length] int64, right-padded; only responses have labels."""
+    """Endless (input_ids, labels), each [batch, length] int64, right-padded; only responses have
+    labels."""
     rng = random.Random(f"corpus:{config.seed}")
     while True:
         rows = []
@@ -131,7 +134,8 @@ def corpus_batches(
 def pretrain(
     config: PretrainConfig, *, log_every: int = 100
 ) -> tuple[LlamaForCausalLM, list[float]]:
-    """Trains from scratch; returns the model and the loss of every step (nats per response token)."""
+    """Trains from scratch; returns the model and the loss of every step (nats per response
+    token)."""
     tokenizer = build_tokenizer()
     model = build_model(config, tokenizer).train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -183,7 +187,8 @@ def sampled_accuracy(
     seed: int = 0,
     batch_size: int = 256,
 ) -> float:
-    """Mean reward of one plain sample (temperature 1) per problem, by `model.generate`; seeds torch."""
+    """Mean reward of one plain sample (temperature 1) per problem, by `model.generate`; seeds
+    torch."""
     torch.manual_seed(seed)
     total = 0.0
     for first in range(0, len(rows), batch_size):
@@ -233,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, build_tokenizer(), heldout_problems(64 if args.short else 512)
     )
     print(
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, sampled accuracy {accuracy:.3f}, saved to {args.out}"
+        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, sampled accuracy {accuracy:.3f}, saved to "
+        f"{args.out}"
     )
     return 0
 

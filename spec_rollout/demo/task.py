@@ -1,11 +1,12 @@
 """The demo task: work out a chain of additions and subtractions in words, in any order.
 
-A prompt is a start and four or five signed terms, `"62 +7 -8 +3 -5 =?\\n"`. A response walks to the total with one
-clause per term, `"from 62. then add 3 gives 65, minus 8 is 57; ... answer: 59"`. Terms may be taken in any order and
-each clause has many phrasings, so the policy keeps entropy, while only the number after the answer marker is graded.
+A prompt is a start and four or five signed terms, `"62 +7 -8 +3 -5 =?\\n"`. A response walks to the
+total with one clause per term, `"from 62. then add 3 gives 65, minus 8 is 57; ... answer: 59"`.
+Terms may be taken in any order and each clause has many phrasings, so the policy keeps entropy,
+while only the number after the answer marker is graded.
 
-The teacher whose responses the model is pre-trained on makes mistakes, and more of them in hedged clauses
-(`"add 3 maybe 64"`) than in plain ones: there is something for a reward to sharpen.
+The teacher whose responses the model is pre-trained on makes mistakes, and more of them in hedged
+clauses (`"add 3 maybe 64"`) than in plain ones: there is something for a reward to sharpen.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def format_prompt(start: int, terms: Iterable[int]) -> str:
 
 
 def _draw(rng: random.Random) -> tuple[int, list[int]]:
-    """A start in 30..69 and 4 or 5 different terms of size 2..9; running totals stay in 13..99 in any order."""
+    """A start in 30..69 and 4 or 5 different terms of size 2..9; running totals stay in 13..99 in
+    any order."""
     start = rng.randint(30, 69)
     sizes = rng.sample(range(2, 10), rng.choice((4, 5)))
     num_minus = rng.choice((1, 2))
@@ -116,7 +118,8 @@ def training_problems(num: int = 256, seed: int = 0) -> list[Problem]:
 
 
 def heldout_problems(num: int = 256, seed: int = 0) -> list[Problem]:
-    """Problems to evaluate on; disjoint from `training_problems` and from the pre-training corpus."""
+    """Problems to evaluate on; disjoint from `training_problems` and from the pre-training
+    corpus."""
     return problems("heldout", num, seed)
 
 
@@ -135,12 +138,14 @@ def extract_answer(response: str) -> str | None:
 def reward(prompt: str, response: str, answer: str) -> float:
     """1.0 if the response ends with the answer marker and exactly the right number, else 0.0.
 
-    Only the final answer is verified, not the steps. The number must be written as in `answer` ("84", not "084").
+    Only the final answer is verified, not the steps. The number must be written as in `answer`
+    ("84", not "084").
     """
     return float(extract_answer(response) == answer.strip())
 
 
-# ---- the teacher ----------------------------------------------------------------------------------------------
+# ---- the teacher
+# ----------------------------------------------------------------------------------------------
 
 _OPENINGS = ("start {}", "from {}", "begin at {}", "we have {}", "{} first")
 _CONNECTIVES = ("then ", "now ", "next ", "so ", "also ", "")

@@ -22,7 +22,8 @@ class Proposals:
     Attributes:
         token_ids: [num_tokens], int32.
         lens: [count], int64.
-        own_lens: Of these, the first ones, those that are the request's own draft (`follow`). [count], int64.
+        own_lens: Of these, the first ones, those that are the request's own draft (`follow`).
+            [count], int64.
     """
 
     token_ids: np.ndarray
@@ -33,20 +34,21 @@ class Proposals:
 class HistoryDrafter:
     """Proposes for the live requests of one rollout call, and learns which proposals pass.
 
-    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts and over what its
-    live requests have generated so far; an n-gram table knows what all groups say after a few tokens. Of what followed
-    the same words there, the token is proposed that the request's noise is likeliest to pick: the noise is known ahead,
-    and the log-probs that tokens were drawn with are an estimate of the present ones. A proposal goes on as long as its
-    tokens are likely enough to pass, judged by that comparison and by how such proposals fared lately, for all requests
-    and for this one (docs/acceptance.md).
+    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts
+    and over what its live requests have generated so far; an n-gram table knows what all groups say
+    after a few tokens. Of what followed the same words there, the token is proposed that the
+    request's noise is likeliest to pick: the noise is known ahead, and the log-probs that tokens
+    were drawn with are an estimate of the present ones. A proposal goes on as long as its tokens
+    are likely enough to pass, judged by that comparison and by how such proposals fared lately, for
+    all requests and for this one (docs/acceptance.md).
 
     A proposal changes no token: it is tested against the token that sampling gives anyway.
 
     Args:
         history: Earlier rollouts, and the group of each request.
         stop_token_ids: Never proposed, nor what followed them.
-        shares: What is known of how proposals fare; an engine hands its own to the drafter of every call. None is
-            new ones.
+        shares: What is known of how proposals fare; an engine hands its own to the drafter of every
+            call. None is new ones.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class HistoryDrafter:
         )
 
     def follow(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Gives a request its own earlier rollout to go by: one drawn with the same noise (`Coupled`).
+        """Gives a request its own earlier rollout to go by: one drawn with the same noise
+        (`Coupled`).
 
-        As long as what it generates is the same, the draft's next token competes with what the history says. What the
-        log-probs and the noise say of how near another token came decides how far it is believed.
+        As long as what it generates is the same, the draft's next token competes with what the
+        history says. What the log-probs and the noise say of how near another token came decides
+        how far it is believed.
 
         Args:
             request: Before its first `extend`.
@@ -95,7 +99,8 @@ class HistoryDrafter:
             requests: [count], int64.
             token_ids: Row after row. [num_tokens], int32.
             lens: [count], int64.
-            logprobs: Of the tokens; NaN, or None for all, where they are not known. [num_tokens], float32.
+            logprobs: Of the tokens; NaN, or None for all, where they are not known. [num_tokens],
+                float32.
         """
         cu_lens = np.zeros(lens.size + 1, np.int64)
         np.cumsum(lens, out=cu_lens[1:])
@@ -123,8 +128,9 @@ class HistoryDrafter:
             limits: Most tokens for each. [count], int64.
             min_probability: Of a token and all before it in its proposal passing.
             max_total: Most tokens for all; where there are more, the longest proposals are cut.
-            keys, positions: Noise key of each request and noise position of its next token (`sample_tokens`); None
-                where tokens are not drawn with keyed noise. [count], int64 both.
+            keys, positions: Noise key of each request and noise position of its next token
+                (`sample_tokens`); None where tokens are not drawn with keyed noise. [count], int64
+                both.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
         lens = np.empty(requests.size, dtype=np.int64)
@@ -149,7 +155,8 @@ class HistoryDrafter:
 
     @property
     def followed_lens(self) -> np.ndarray:
-        """Tokens for which each request followed its draft; 0 without one. [num_requests], int64."""
+        """Tokens for which each request followed its draft; 0 without one. [num_requests],
+        int64."""
         return np.array(self._native.followed_lens, np.int64)
 
     @property

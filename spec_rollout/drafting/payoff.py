@@ -4,11 +4,12 @@ from __future__ import annotations
 
 
 class Payoff:
-    """Whether steps with proposals give more tokens per second than steps without, by batch size (powers of two).
+    """Whether steps with proposals give more tokens per second than steps without, by batch size
+    (powers of two).
 
-    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever their number, and bounds
-    what useless proposals can lose: now and then a step does the opposite of what has paid so far, the more seldom the
-    clearer it paid.
+    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever
+    their number, and bounds what useless proposals can lose: now and then a step does the opposite
+    of what has paid so far, the more seldom the clearer it paid.
     """
 
     # (how many times as many tokens per second, one step in so many does the opposite)

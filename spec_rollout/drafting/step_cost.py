@@ -25,21 +25,23 @@ class _Size:
 
 
 class StepCost:
-    """Fits `seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens` to the steps seen.
+    """Fits `seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens` to the
+    steps seen.
 
-    A proposed token costs `per_proposal` for certain and gives a token with the probability that it passes. A token that is
-    not given now has to be given later, and what that costs is measured: the seconds of steps with proposals over the
-    tokens they gave, for all batches of at most this size, since batches only shrink. So a proposed token pays if its
-    probability is at least
+    A proposed token costs `per_proposal` for certain and gives a token with the probability that it
+    passes. A token that is not given now has to be given later, and what that costs is measured:
+    the seconds of steps with proposals over the tokens they gave, for all batches of at most this
+    size, since batches only shrink. So a proposed token pays if its probability is at least
 
         threshold = per_proposal / (seconds per token from here on)
 
-    Few rows share the fixed part among them, so in the tail of a batch unlikelier tokens are worth trying than when the batch
-    is full.
+    Few rows share the fixed part among them, so in the tail of a batch unlikelier tokens are worth
+    trying than when the batch is full.
 
-    The fit is by least squares of relative errors with exponential forgetting, and lives as long as the engine. Batch sizes
-    (powers of two) have fixed parts of their own: what a step costs is no straight line from one row to hundreds, and
-    steps of the tail would otherwise bend the line for full batches. It is asked in every step, hence plain numbers.
+    The fit is by least squares of relative errors with exponential forgetting, and lives as long as
+    the engine. Batch sizes (powers of two) have fixed parts of their own: what a step costs is no
+    straight line from one row to hundreds, and steps of the tail would otherwise bend the line for
+    full batches. It is asked in every step, hence plain numbers.
     """
 
     def __init__(self) -> None:

@@ -15,8 +15,8 @@ from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 class RolloutEngine(Protocol):
     """Verifies drafts, keeps the KV cache of the accepted prefix and generates on from there.
 
-    An engine with an attribute `supports_history` that is true also takes `RolloutRequests.history` and proposes from
-    it; others are never given one.
+    An engine with an attribute `supports_history` that is true also takes `RolloutRequests.history`
+    and proposes from it; others are never given one.
     """
 
     @property
@@ -29,8 +29,8 @@ class RolloutEngine(Protocol):
     ) -> Rollouts:
         """Generates one response per request.
 
-        A row without a draft is plain sampling. Stop tokens, max_tokens and empty drafts behave exactly as without
-        drafts. Rows come back in the order of the requests.
+        A row without a draft is plain sampling. Stop tokens, max_tokens and empty drafts behave
+        exactly as without drafts. Rows come back in the order of the requests.
 
         Raises:
             ValueError: naming the argument, before anything is computed.

@@ -31,7 +31,8 @@ def score(
     rows: Sequence[PromptRow],
     num_samples: int,
 ) -> torch.Tensor:
-    """Rewards of all responses. [len(rows), num_samples], float64; NaN where the rewards skip a response."""
+    """Rewards of all responses. [len(rows), num_samples], float64; NaN where the rewards skip a
+    response."""
     values: list[float] = []
     for index, response in enumerate(decode_responses(tokenizer, rollouts)):
         row = rows[index // num_samples]
@@ -45,7 +46,8 @@ class EvalResult:
     """Fresh plain samples of the current weights, judged.
 
     Attributes:
-        accuracy: Share of responses whose reward reaches the bound; skipped ones left out, 0 if all are.
+        accuracy: Share of responses whose reward reaches the bound; skipped ones left out, 0 if all
+            are.
         reward: Mean reward, skipped ones left out; 0 if all are.
         seconds: Wall time of sampling.
     """
@@ -66,7 +68,8 @@ def evaluate(
     step: int,
     correct_at: float,
 ) -> EvalResult:
-    """Samples every prompt afresh (no cache, noise of its own that changes with `step`) and scores the responses."""
+    """Samples every prompt afresh (no cache, noise of its own that changes with `step`) and scores
+    the responses."""
     rollouts = session.evaluate([row.prompt_ids for row in rows], num_samples, sampling, step=step)
     values = score(rewards, tokenizer, rollouts, rows, num_samples)
     given = values[~torch.isnan(values)]

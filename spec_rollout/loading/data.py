@@ -30,7 +30,8 @@ class PromptRow:
         prompt: Text handed to the rewards (decoded if the row held token ids).
         answer: The row's answer column; None if there is none.
         columns: All other columns.
-        user_key: Tells rows of equal prompts apart, so that each keeps its own cached rollouts and noise.
+        user_key: Tells rows of equal prompts apart, so that each keeps its own cached rollouts and
+            noise.
         source: "file:line", for messages.
     """
 
@@ -139,15 +140,17 @@ def load_prompts(
 ) -> PromptData:
     """Reads, checks and tokenizes a file of prompts.
 
-    A prompt is text (tokenized as it is, with the tokenizer's special tokens), a list of token ids, or a list of chat
-    messages {"role", "content"} (through the tokenizer's chat template, generation prompt added).
+    A prompt is text (tokenized as it is, with the tokenizer's special tokens), a list of token ids,
+    or a list of chat messages {"role", "content"} (through the tokenizer's chat template,
+    generation prompt added).
 
     Args:
         path: See `read_records`.
         tokenizer: A transformers tokenizer.
         vocab_size: Token ids given in rows must be below it.
         prompt_column, answer_column, max_rows: See `DataConfig`.
-        max_prompt_tokens: Longer prompts raise, or are dropped and counted if `long_prompts` is "drop".
+        max_prompt_tokens: Longer prompts raise, or are dropped and counted if `long_prompts` is
+            "drop".
 
     Raises:
         DataError: naming file and line.
@@ -168,7 +171,8 @@ def load_prompts(
                 dropped += 1
                 continue
             raise DataError(
-                f"{source}: {prompt_column}: expected at most {max_prompt_tokens} tokens, got {len(ids)} "
+                f"{source}: {prompt_column}: expected at most {max_prompt_tokens} tokens, got "
+                f"{len(ids)} "
                 '(data.long_prompts = "drop" leaves such rows out)'
             )
         answer = None if answer_column is None else record[answer_column]
@@ -209,14 +213,16 @@ def _tokenize(value: Any, tokenizer: Any, vocab_size: int, where: str) -> tuple[
         text, ids = tokenizer.decode(value), value
     else:
         raise DataError(
-            f"{where}: expected text, a list of token ids or a list of chat messages (role, content), "
+            f"{where}: expected text, a list of token ids or a list of chat messages (role, "
+            "content), "
             f"got {_short(value)}"
         )
     if len(ids) == 0:
         raise DataError(f"{where}: expected at least one token, got none from {_short(value)}")
     if max(ids) >= vocab_size:
         raise DataError(
-            f"{where}: expected token ids below the model's {vocab_size}, the tokenizer gave {max(ids)}"
+            f"{where}: expected token ids below the model's {vocab_size}, the tokenizer gave "
+            f"{max(ids)}"
         )
     return text, np.asarray(ids, dtype=np.int32)
 
@@ -230,7 +236,8 @@ def _is_message(item: Any) -> bool:
 
 
 class PromptOrder:
-    """Which rows a step sees: a pure function of (seed, step), so a resumed run needs no stored position.
+    """Which rows a step sees: a pure function of (seed, step), so a resumed run needs no stored
+    position.
 
     Every row comes once per epoch; the last step of an epoch takes what is left.
 
@@ -246,7 +253,8 @@ class PromptOrder:
     ) -> None:
         if num_rows < 1 or prompts_per_step < 1:
             raise ValueError(
-                f"num_rows, prompts_per_step: expected at least 1, got {num_rows}, {prompts_per_step}"
+                f"num_rows, prompts_per_step: expected at least 1, got {num_rows}, "
+                f"{prompts_per_step}"
             )
         self._num_rows = num_rows
         self._per_step = prompts_per_step

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _LARGEST_BLOCK = 128  # of vLLM's KV cache on a CPU, in tokens
-# Read by vLLM when it is imported. In this process, weights are handed over as they are instead of being copied
-# through a pipe.
+# Read by vLLM when it is imported. In this process, weights are handed over as they are instead of
+# being copied through a pipe.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
@@ -29,7 +29,8 @@ def check_engine(config: RolloutConfig) -> None:
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine: expected vllm to be installed for the engine vllm "
-            "(pip install 'spec-rollout[vllm]'; without a GPU see docs/vllm.md), found no module vllm"
+            "(pip install 'spec-rollout[vllm]'; without a GPU see docs/vllm.md), found no module "
+            "vllm"
         )
 
 
@@ -47,7 +48,8 @@ def make_engine(
         config, vllm: Which engine, and its settings.
         model: Where the policy was loaded from, and its dtype; vLLM loads the same folder.
         policy: The engine transformers shares its model.
-        longest_prompt: Most prompt tokens there will be; with `config.max_tokens` it bounds what vLLM prepares for.
+        longest_prompt: Most prompt tokens there will be; with `config.max_tokens` it bounds what
+            vLLM prepares for.
 
     Raises:
         ConfigError: naming the key, if the engine cannot be set up like this.
@@ -68,7 +70,8 @@ def make_engine(
 
 
 def without_weights(policy: Policy) -> Policy:
-    """The policy for use with an engine that has its own copy of the weights, when nothing is trained."""
+    """The policy for use with an engine that has its own copy of the weights, when nothing is
+    trained."""
     return replace(policy, model=policy.model.to("meta"))
 
 
@@ -98,7 +101,8 @@ def _vllm_engine(
     on_gpu = torch.cuda.is_available()
     kv_bytes = None if vllm.kv_cache_gib is None else int(vllm.kv_cache_gib * _GIB)
     if kv_bytes is None and not on_gpu:
-        # Otherwise vLLM takes most of the machine's memory. With room for a partly used block per rollout.
+        # Otherwise vLLM takes most of the machine's memory. With room for a partly used block per
+        # rollout.
         num_tokens = (config.num_slots + 1) * (max_model_len + _LARGEST_BLOCK)
         kv_bytes = min(4 * _GIB, _kv_bytes(model_config, getattr(torch, model.dtype), num_tokens))
     llm_args: dict[str, Any] = {

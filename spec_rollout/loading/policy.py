@@ -61,8 +61,8 @@ def load_policy(config: ModelConfig) -> Policy:
     """Loads model and tokenizer from the folder `config.path`.
 
     Raises:
-        ConfigError: saying what was expected and what was found, for a folder that does not hold a whole causal
-            language model and its tokenizer.
+        ConfigError: saying what was expected and what was found, for a folder that does not hold a
+            whole causal language model and its tokenizer.
     """
     device = resolve_device(config.device)
     model = load_model(config.path, config, device, "model.path")
@@ -86,7 +86,8 @@ def load_policy(config: ModelConfig) -> Policy:
 
 
 def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> PreTrainedModel:
-    """Loads the weights of a folder; every one of them must be there (transformers alone would make some up).
+    """Loads the weights of a folder; every one of them must be there (transformers alone would make
+    some up).
 
     Args:
         path: The folder.
@@ -138,7 +139,8 @@ def _load_tokenizer(folder: Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ConfigError(f"{expected}, got {_first_line(error)}") from error
-    # Without any of its files transformers may hand out an empty tokenizer of the model's usual class.
+    # Without any of its files transformers may hand out an empty tokenizer of the model's usual
+    # class.
     names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in names):
         raise ConfigError(f"{expected}, found none of {', '.join(sorted(names))}")

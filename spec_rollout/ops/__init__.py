@@ -1,4 +1,5 @@
-"""The operations, on packed torch tensors, CPU and CUDA. Each is one module; `reference` holds their plain definitions."""
+"""The operations, on packed torch tensors, CPU and CUDA. Each is one module; `reference` holds
+their plain definitions."""
 
 from __future__ import annotations
 

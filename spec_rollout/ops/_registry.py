@@ -29,15 +29,15 @@ def register_op(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that registers an implementation for CPU and CUDA and returns what to call.
 
-    A call goes through torch's dispatcher where that has anything to add: while compiling or exporting, under a
-    dispatch mode or the profiler, and for subclasses of Tensor. Anywhere else it would only cost what a whole call
-    costs, and the implementation is called at once.
+    A call goes through torch's dispatcher where that has anything to add: while compiling or
+    exporting, under a dispatch mode or the profiler, and for subclasses of Tensor. Anywhere else it
+    would only cost what a whole call costs, and the implementation is called at once.
 
     Args:
         schema: `name(arguments) -> results`, in torch's schema language.
         fake: The same signature on tensors without data: output shapes, dtypes and devices.
-        direct: What to call where the dispatcher is not needed, if that may do something the dispatcher may not see,
-            such as results that share memory.
+        direct: What to call where the dispatcher is not needed, if that may do something the
+            dispatcher may not see, such as results that share memory.
     """
     name = schema.partition("(")[0]
 
@@ -58,7 +58,8 @@ def register_op(
             try:
                 return undispatched(*args)
             except AttributeError:
-                # Nothing has an attribute that tensors have where a tensor is wanted: said without a check at each call.
+                # Nothing has an attribute that tensors have where a tensor is wanted: said without
+                # a check at each call.
                 kinds = ("Tensor", "Optional[Tensor]")
                 given = zip(op._schema.arguments, args, strict=False)
                 expect_tensors(**{a.name: v for a, v in given if str(a.type) in kinds})

@@ -1,8 +1,8 @@
 """Errors in values that a CUDA kernel meets.
 
-Reading a value back would force a synchronisation, so kernels stay in bounds whatever the values are and set a bit in a
-status word, one per device. An engine reads it where it synchronises anyway (`check_status`);
-`SPEC_ROLLOUT_CHECK=1` makes every op read it.
+Reading a value back would force a synchronisation, so kernels stay in bounds whatever the values
+are and set a bit in a status word, one per device. An engine reads it where it synchronises anyway
+(`check_status`); `SPEC_ROLLOUT_CHECK=1` makes every op read it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 
 # Bits of `StatusBit` in csrc/include/spec_rollout/ops.h.
 _MEANINGS = {
-    1: "cu_draft_lens / cu_logits_lens / draft_lens: expected non-decreasing offsets within the tokens, got others",
+    1: "cu_draft_lens / cu_logits_lens / draft_lens: expected non-decreasing offsets "
+    "within the tokens, got others",
     2: "token_ids / draft_ids: expected ids within the vocabulary, got others",
     4: "logits: expected numbers below +inf and at least one finite logit per row, got others",
     8: "draft_logprobs / target_logprobs: expected numbers, got NaN",
@@ -25,8 +26,8 @@ _words: dict[int, torch.Tensor] = {}  # by CUDA device index; -1 is the CPU
 
 
 def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor | None:
-    """The status word of the tensor's device ([1], int32); on CPU, where native errors are raised directly, None unless
-    `on_cpu`."""
+    """The status word of the tensor's device ([1], int32); on CPU, where native errors are raised
+    directly, None unless `on_cpu`."""
     if not tensor.is_cuda and not on_cpu:
         return None
     index = tensor.get_device()
@@ -72,7 +73,8 @@ def after_launch(tensor: torch.Tensor) -> None:
 
 
 def after_triton(tensor: torch.Tensor) -> None:
-    """The same after a Triton kernel, whose interpreter reports through a status word on CPU, too: read at once there."""
+    """The same after a Triton kernel, whose interpreter reports through a status word on CPU, too:
+    read at once there."""
     if not tensor.is_cuda:
         check_status(tensor.device)
     else:

@@ -22,19 +22,24 @@ def accept_prefix(
 ) -> torch.Tensor:
     """Length of the accepted prefix of each draft.
 
-    Accepts draft token i while ln u_i <= scale * (log_lenience + target_logprobs_i - draft_logprobs_i) (SPEC-RL, arXiv
-    2509.23232, eq. 4), or, under `OneHot`, while ln u_i <= target_logprobs_i. u_i is uniform in (0, 1], a function of the
-    row's key and the token's position alone. A row is not read past the first rejection (but for the vector it is in).
+    Accepts draft token i while ln u_i <= scale * (log_lenience + target_logprobs_i -
+    draft_logprobs_i) (SPEC-RL, arXiv 2509.23232, eq. 4), or, under `OneHot`, while ln u_i <=
+    target_logprobs_i. u_i is uniform in (0, 1], a function of the row's key and the token's
+    position alone. A row is not read past the first rejection (but for the vector it is in).
 
     Drafts are packed (`cu_draft_lens`) or padded (`draft_lens`).
 
     Args:
-        draft_logprobs: Log-probability of each draft token under the policy that drew it. [num_draft_tokens], or
-            [batch, max_draft_len] with a contiguous last dimension; float32. None if the rule does not read it.
-        target_logprobs: The same under the current policy. Same shape, float32. -inf: the token cannot be drawn.
-        rule: `Lenient`, `OneHot` or a baseline (which keep all of the draft: cut it first with `rule.cut_lens`).
+        draft_logprobs: Log-probability of each draft token under the policy that drew it.
+            [num_draft_tokens], or [batch, max_draft_len] with a contiguous last dimension; float32.
+            None if the rule does not read it.
+        target_logprobs: The same under the current policy. Same shape, float32. -inf: the token
+            cannot be drawn.
+        rule: `Lenient`, `OneHot` or a baseline (which keep all of the draft: cut it first with
+            `rule.cut_lens`).
         keys: Noise keys. [batch], int64.
-        cu_draft_lens: Packed: row r is tokens cu[r]:cu[r + 1]. [batch + 1], int32 or int64, from 0, non-decreasing.
+        cu_draft_lens: Packed: row r is tokens cu[r]:cu[r + 1]. [batch + 1], int32 or int64, from 0,
+            non-decreasing.
         draft_lens: Padded: tokens in each row. [batch], int32 or int64.
         positions: Response position of each row's first token; None for 0. [batch], int32 or int64.
 

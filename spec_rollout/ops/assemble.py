@@ -26,8 +26,10 @@ class Assembled(NamedTuple):
         attention_mask: True on tokens, False on padding; None for "packed", which has none. bool.
         position_ids: Place of each token in its row, from 0; 0 on padding. int64.
         response_mask: True on response tokens (accepted prefix and continuation). bool.
-        logprobs: Log-probability of each response token, 0 elsewhere; None if none were given. float32.
-        cu_lens: Row r is tokens cu_lens[r]:cu_lens[r + 1]; None unless "packed". [batch + 1], int64.
+        logprobs: Log-probability of each response token, 0 elsewhere; None if none were given.
+            float32.
+        cu_lens: Row r is tokens cu_lens[r]:cu_lens[r + 1]; None unless "packed". [batch + 1],
+            int64.
     """
 
     input_ids: torch.Tensor
@@ -55,9 +57,11 @@ def assemble(
     max_response_len: int | None = None,
     out: Assembled | None = None,
 ) -> Assembled:
-    """Joins prompt, accepted prefix and continuation of each row, in the layout that a consumer wants.
+    """Joins prompt, accepted prefix and continuation of each row, in the layout that a consumer
+    wants.
 
-    Without continuations the result is what generation resumes from; with them it is what a trainer takes. Row r is
+    Without continuations the result is what generation resumes from; with them it is what a trainer
+    takes. Row r is
 
         prompt r, the first accepted_lens[r] tokens of draft r, continuation r
 
@@ -68,29 +72,31 @@ def assemble(
     | "left" | [batch, width] | padding before the row |
     | "split" | [batch, P + R] | prompts end at column P, responses begin there (TRL, verl) |
 
-    P is `max_prompt_len`, or the longest prompt; R is `max_response_len`, or the longest response. "right" and "left" are
-    P + R wide if both limits are given, and as wide as the longest row otherwise. A row beyond a limit is an error in
-    every layout; nothing is cut.
+    P is `max_prompt_len`, or the longest prompt; R is `max_response_len`, or the longest response.
+    "right" and "left" are P + R wide if both limits are given, and as wide as the longest row
+    otherwise. A row beyond a limit is an error in every layout; nothing is cut.
 
     Args:
         prompt_ids: Prompts end to end. [num_prompt_tokens], int32 or int64.
-        cu_prompt_lens: Prompt r is prompt_ids[cu[r]:cu[r + 1]]. [batch + 1], int32 or int64, from 0, non-decreasing.
+        cu_prompt_lens: Prompt r is prompt_ids[cu[r]:cu[r + 1]]. [batch + 1], int32 or int64, from
+            0, non-decreasing.
         prefix_ids: Whole drafts end to end. [num_prefix_tokens], int32 or int64.
         cu_prefix_lens: Draft r is prefix_ids[cu[r]:cu[r + 1]]. [batch + 1], int32 or int64.
         accepted_lens: How much of each draft is used. [batch], int32 or int64.
-        continuation_ids: Tokens generated after the accepted prefixes, end to end. [num_continuation_tokens], int32 or
-            int64.
-        cu_continuation_lens: Their offsets; given exactly if `continuation_ids` is. [batch + 1], int32 or int64.
+        continuation_ids: Tokens generated after the accepted prefixes, end to end.
+            [num_continuation_tokens], int32 or int64.
+        cu_continuation_lens: Their offsets; given exactly if `continuation_ids` is. [batch + 1],
+            int32 or int64.
         layout: See above.
         prefix_logprobs: Log-probabilities of the drafts' tokens. [num_prefix_tokens], float32.
-        continuation_logprobs: The same for the continuations. [num_continuation_tokens], float32. With continuations,
-            both or neither are given.
+        continuation_logprobs: The same for the continuations. [num_continuation_tokens], float32.
+            With continuations, both or neither are given.
         pad_token_id: Fills the padding of `input_ids`.
         max_prompt_len: Longest prompt allowed, in tokens.
         max_response_len: Longest response (accepted prefix and continuation) allowed, in tokens.
-        out: Result of an earlier call with the same layout and limits, to be overwritten: most of the time of a large
-            batch on CPU is what the system takes to hand out fresh memory. Needs a padded layout with both limits. Not
-            for `torch.compile`.
+        out: Result of an earlier call with the same layout and limits, to be overwritten: most of
+            the time of a large batch on CPU is what the system takes to hand out fresh memory.
+            Needs a padded layout with both limits. Not for `torch.compile`.
 
     Returns:
         `Assembled`, newly allocated on the inputs' device, or `out`.
@@ -98,9 +104,9 @@ def assemble(
     Raises:
         ValueError: naming the argument, what was expected and what was given.
 
-    On CUDA, "packed", and the padded layouts without both limits, read the sizes of the output back from the device,
-    which synchronises. With both limits nothing is read back, and rows that do not fit, or offsets out of range, become
-    padding and are reported by `check_status`.
+    On CUDA, "packed", and the padded layouts without both limits, read the sizes of the output back
+    from the device, which synchronises. With both limits nothing is read back, and rows that do not
+    fit, or offsets out of range, become padding and are reported by `check_status`.
     """
     if layout not in _LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
@@ -195,7 +201,8 @@ def _sizes(
     max_prompt_len: int,
     max_response_len: int,
 ) -> tuple[tuple[int, int, int, int], torch.Tensor]:
-    """(longest prompt, longest response, longest row, number of tokens) and cu_lens, inputs checked."""
+    """(longest prompt, longest response, longest row, number of tokens) and cu_lens, inputs
+    checked."""
     cu_lens = cu_prompt_lens.new_empty(cu_prompt_lens.shape, dtype=torch.int64)
     sizes = _C.assemble_sizes(
         cu_prompt_lens,
@@ -232,7 +239,8 @@ def _sizes_cuda(
     max_response_len: int,
     cu_lens: torch.Tensor,
 ) -> tuple[int, int, int, int]:
-    """The same, read back from the device at once; the offsets themselves are left to the kernel to check."""
+    """The same, read back from the device at once; the offsets themselves are left to the kernel to
+    check."""
     cu_lens.zero_()
     if accepted_lens.numel() == 0:
         return 0, 0, 0, 0
@@ -374,7 +382,8 @@ def _assemble(
 def _check_out(
     out: Assembled, shape: tuple[int, int], prefix_logprobs: torch.Tensor | None
 ) -> None:
-    """Names what is missing or too much in `out`; dtypes and devices are checked with the other arguments."""
+    """Names what is missing or too much in `out`; dtypes and devices are checked with the other
+    arguments."""
     if out.cu_lens is not None or out.attention_mask is None:
         raise ValueError("out: expected the result of a padded layout, got a packed one")
     if (out.logprobs is None) != (prefix_logprobs is None):

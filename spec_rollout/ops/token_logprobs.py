@@ -22,23 +22,25 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Log-probability of one token per row: log_softmax(logits / temperature)[row, token_ids[row]].
 
-    Each row of logits is read once, in its own dtype; sums are float32 or better and nothing the size of the logits is
-    allocated.
+    Each row of logits is read once, in its own dtype; sums are float32 or better and nothing the
+    size of the logits is allocated.
 
     Args:
-        logits: [num_tokens, vocab]; float32, float16 or bfloat16; the last dimension contiguous, rows any stride apart.
-            -inf is a token that cannot be drawn.
+        logits: [num_tokens, vocab]; float32, float16 or bfloat16; the last dimension contiguous,
+            rows any stride apart. -inf is a token that cannot be drawn.
         token_ids: [num_tokens], int32 or int64, in [0, vocab).
-        temperature: Positive, or 0 (greedy decoding, whose log-probs are those of temperature 1). A number, or a tensor
-            [num_tokens], float32.
-        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's interpreter, for tests).
+        temperature: Positive, or 0 (greedy decoding, whose log-probs are those of temperature 1). A
+            number, or a tensor [num_tokens], float32.
+        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's
+            interpreter, for tests).
 
     Returns:
         Natural log, -inf for a token that cannot be drawn. [num_tokens], float32.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, and, on CPU (on
-            CUDA: by `check_status`), ids outside the vocabulary, NaN or +inf logits, rows without a finite logit.
+        ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
+            devices, and, on CPU (on CUDA: by `check_status`), ids outside the vocabulary, NaN or
+            +inf logits, rows without a finite logit.
         ImportError: if impl is "triton" and triton is not installed.
     """
     op = implementation(_IMPLEMENTATIONS, impl)
@@ -50,7 +52,8 @@ def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
 
 
 @register_op(
-    "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> Tensor",
+    "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> "
+    "Tensor",
     fake=_token_logprobs_fake,
 )
 def _token_logprobs(logits, token_ids, temperatures, temperature):
@@ -69,7 +72,8 @@ def _token_logprobs(logits, token_ids, temperatures, temperature):
 
 
 @register_op(
-    "token_logprobs_triton(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> Tensor",
+    "token_logprobs_triton(Tensor logits, Tensor token_ids, Tensor? temperatures, float "
+    "temperature) -> Tensor",
     fake=_token_logprobs_fake,
 )
 def _token_logprobs_triton(logits, token_ids, temperatures, temperature):

@@ -19,10 +19,12 @@ class VerifyResult(NamedTuple):
 
     Attributes:
         accepted_lens: Draft tokens accepted in each row. [batch], int32.
-        next_token_ids: The token after the accepted prefix: drawn in place of the first rejected token, or from the
-            bonus logits after a draft that was accepted whole; -1 where there are none. [batch], int32.
-        logprobs: Per logits row, natural log, sampling distribution: of the draft token where it was accepted, of the
-            next token at the row after; NaN where nothing was decided. [num_logits_rows], float32.
+        next_token_ids: The token after the accepted prefix: drawn in place of the first rejected
+            token, or from the bonus logits after a draft that was accepted whole; -1 where there
+            are none. [batch], int32.
+        logprobs: Per logits row, natural log, sampling distribution: of the draft token where it
+            was accepted, of the next token at the row after; NaN where nothing was decided.
+            [num_logits_rows], float32.
     """
 
     accepted_lens: torch.Tensor
@@ -47,45 +49,57 @@ def verify_prefix(
 ) -> VerifyResult:
     """Tests drafts token by token and draws the token after each accepted prefix.
 
-    With p the sampling distribution of a logits row (see `sample_tokens`), y the drafted token, u and g the noise of
-    (key, position), a draft token is accepted
+    With p the sampling distribution of a logits row (see `sample_tokens`), y the drafted token, u
+    and g the noise of (key, position), a draft token is accepted
 
-    - under `Lenient` iff ln u <= scale * (log_lenience + ln p_y - ln q_y), q_y from `draft_logprobs` (SPEC-RL, arXiv
-      2509.23232, eq. 4); after a rejection the token is drawn from p;
-    - under `Coupled` iff y = argmax_v(logits_v / temperature + g_v), `log_lenience` added for v = y; after a rejection
-      the token is that argmax. At log_lenience 0 the result is what `sample_tokens` gives, whatever the draft;
-    - under `OneHot` iff ln u <= ln p_y; after a rejection the token is drawn from p without y (Leviathan et al., 2023).
+    - under `Lenient` iff ln u <= scale * (log_lenience + ln p_y - ln q_y), q_y from
+      `draft_logprobs` (SPEC-RL, arXiv 2509.23232, eq. 4); after a rejection the token is drawn from
+      p;
+    - under `Coupled` iff y = argmax_v(logits_v / temperature + g_v), `log_lenience` added for v =
+      y; after a rejection the token is that argmax. At log_lenience 0 the result is what
+      `sample_tokens` gives, whatever the draft;
+    - under `OneHot` iff ln u <= ln p_y; after a rejection the token is drawn from p without y
+      (Leviathan et al., 2023).
 
-    A decision depends on the key and the response position alone: a draft verified in chunks (with `positions` moved
-    on) gives the same tokens. Logits stay in their dtype. On CPU each row comes from memory once, and rows after a draft's
-    first rejection are not read; on CUDA a few of these may be, and the row a token is drawn from is read again.
+    A decision depends on the key and the response position alone: a draft verified in chunks (with
+    `positions` moved on) gives the same tokens. Logits stay in their dtype. On CPU each row comes
+    from memory once, and rows after a draft's first rejection are not read; on CUDA a few of these
+    may be, and the row a token is drawn from is read again.
 
     Args:
-        logits: One row per draft token, predicting it, and optionally one more (the bonus row) per draft.
-            [num_logits_rows, vocab]; float32, float16 or bfloat16; the last dimension contiguous.
+        logits: One row per draft token, predicting it, and optionally one more (the bonus row) per
+            draft. [num_logits_rows, vocab]; float32, float16 or bfloat16; the last dimension
+            contiguous.
         draft_ids: Packed draft tokens. [num_draft_tokens], int32 or int64, in [0, vocab).
-        cu_draft_lens: Draft r is tokens cu[r]:cu[r + 1]. [batch + 1], int32 or int64, from 0, non-decreasing.
-        rule: The acceptance rule. Baselines keep all of the draft: cut it first with `rule.cut_lens`.
+        cu_draft_lens: Draft r is tokens cu[r]:cu[r + 1]. [batch + 1], int32 or int64, from 0,
+            non-decreasing.
+        rule: The acceptance rule. Baselines keep all of the draft: cut it first with
+            `rule.cut_lens`.
         keys: Noise keys (`spec_rollout.keys.noise_keys`). [batch], int64.
-        positions: Response position of each draft's first token, 0-based; None for 0. [batch], int32 or int64.
-        draft_logprobs: Natural log, of the drafted tokens under the policy that drew them. [num_draft_tokens], float32.
-            Needed by `Lenient` with a finite log_lenience; not read by other rules.
-        cu_logits_lens: Row r's logits are rows cu[r]:cu[r + 1], as many as its draft tokens or one more. None: one more
-            everywhere. [batch + 1], int32 or int64.
-        temperature: Positive; or 0, greedy: a draft token is accepted iff it is the argmax of the logits, under every
-            rule (log_lenience = inf still accepts all, -inf nothing). A number, or [batch] float32.
+        positions: Response position of each draft's first token, 0-based; None for 0. [batch],
+            int32 or int64.
+        draft_logprobs: Natural log, of the drafted tokens under the policy that drew them.
+            [num_draft_tokens], float32. Needed by `Lenient` with a finite log_lenience; not read by
+            other rules.
+        cu_logits_lens: Row r's logits are rows cu[r]:cu[r + 1], as many as its draft tokens or one
+            more. None: one more everywhere. [batch + 1], int32 or int64.
+        temperature: Positive; or 0, greedy: a draft token is accepted iff it is the argmax of the
+            logits, under every rule (log_lenience = inf still accepts all, -inf nothing). A number,
+            or [batch] float32.
         top_k: 0 is off. A number, or [batch] int32 or int64.
         top_p: In (0, 1]; 1 is off. A number, or [batch] float32. Vocabularies up to 2**23 if used.
-        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's interpreter, for tests). Both
-            take the same decisions from the same noise.
+        impl: "native" (C++ and CUDA) or "triton" (CUDA tensors; on CPU only in Triton's
+            interpreter, for tests). Both take the same decisions from the same noise.
 
     Returns:
-        accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows] float32.
+        accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows]
+        float32.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was given: shapes, dtypes, devices, parameters out
-            of range, and, on CPU (on CUDA: by `check_status`), offsets, ids outside the vocabulary, NaN or +inf logits
-            and rows without a finite logit (in rows that are read), NaN log-probs.
+        ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
+            devices, parameters out of range, and, on CPU (on CUDA: by `check_status`), offsets, ids
+            outside the vocabulary, NaN or +inf logits and rows without a finite logit (in rows that
+            are read), NaN log-probs.
         ImportError: if impl is "triton" and triton is not installed.
     """
     op = _verify_prefix if impl == "native" else implementation(_IMPLEMENTATIONS, impl)
@@ -126,8 +140,10 @@ def _verify_prefix_fake(
 
 _SCHEMA = (
     "(Tensor logits, Tensor draft_ids, Tensor cu_draft_lens, Tensor? draft_logprobs, "
-    "Tensor? cu_logits_lens, Tensor keys, Tensor? positions, Tensor? temperatures, float temperature, "
-    "Tensor? top_ks, int top_k, Tensor? top_ps, float top_p, int rule_kind, float log_lenience, float scale, "
+    "Tensor? cu_logits_lens, Tensor keys, Tensor? positions, Tensor? temperatures, float "
+    "temperature, "
+    "Tensor? top_ks, int top_k, Tensor? top_ps, float top_p, int rule_kind, float log_lenience, "
+    "float scale, "
     "float min_target_prob) -> (Tensor, Tensor, Tensor)"
 )
 

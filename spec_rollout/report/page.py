@@ -187,8 +187,10 @@ def _figures(runs: Sequence[Run]) -> str:
     running = running_svg(runs, salt="running")
     if running is not None:
         parts.append(
-            "<section><h2>Requests running within a step</h2><figure><figcaption><p>In verification or decoding, during "
-            "the rollouts of the last step. A long flat end is a step that waits for its longest rollouts.</p>"
+            "<section><h2>Requests running within a step</h2><figure><figcaption><p>In "
+            "verification or decoding, during "
+            "the rollouts of the last step. A long flat end is a step that waits for its longest "
+            "rollouts.</p>"
             f"</figcaption>{_legend(runs)}{running}</figure></section>"
         )
     return "".join(parts)
@@ -279,7 +281,8 @@ def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 

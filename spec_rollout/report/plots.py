@@ -205,7 +205,8 @@ def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
 
 
 def running_curve(run: Run) -> tuple[float, list[float], list[float]] | None:
-    """The last step of which it is known: its number, seconds within its rollouts, requests running then."""
+    """The last step of which it is known: its number, seconds within its rollouts, requests running
+    then."""
     for row in reversed(run.running):
         step = number(row.get("step"))
         columns = [row.get("seconds"), row.get("running")]
@@ -218,7 +219,8 @@ def running_curve(run: Run) -> tuple[float, list[float], list[float]] | None:
 
 
 def running_svg(runs: Sequence[Run], salt: str) -> str | None:
-    """Requests running over the seconds of the last step's rollouts, one curve per run; None without any."""
+    """Requests running over the seconds of the last step's rollouts, one curve per run; None
+    without any."""
     curves = [(i, curve) for i, run in enumerate(runs) if (curve := running_curve(run)) is not None]
     if not curves:
         return None

@@ -1,4 +1,5 @@
-"""Rewards: plain callables `f(prompt, response, answer, **columns) -> float | None`; None leaves the response out."""
+"""Rewards: plain callables `f(prompt, response, answer, **columns) -> float | None`; None leaves
+the response out."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _NUMBER = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?")
 
 
 class RewardError(RuntimeError):
-    """A reward function raised or returned something that is not a number; the message names function and row."""
+    """A reward function raised or returned something that is not a number; the message names
+    function and row."""
 
 
 def exact_match(prompt: str, response: str, answer: Any) -> float:
@@ -28,7 +30,8 @@ def exact_match(prompt: str, response: str, answer: Any) -> float:
 
 
 def last_number(prompt: str, response: str, answer: Any) -> float:
-    """1 if the last numbers of response and answer are equal, else 0 (so an answer may be a worked solution)."""
+    """1 if the last numbers of response and answer are equal, else 0 (so an answer may be a worked
+    solution)."""
     numbers = _NUMBER.findall(response), _NUMBER.findall(str(answer))
     if not all(numbers):
         return 0.0
@@ -50,7 +53,8 @@ def resolve(name: str) -> RewardFunction:
     module_name, colon, attribute = name.partition(":")
     if not (colon and module_name and attribute):
         raise ConfigError(
-            f"reward.functions: expected 'package.module:function' or one of {', '.join(BUILTIN)}, got {name!r}"
+            f"reward.functions: expected 'package.module:function' or one of {', '.join(BUILTIN)}, "
+            f"got {name!r}"
         )
     try:
         function: Any = importlib.import_module(module_name)
@@ -88,13 +92,15 @@ class Rewards:
     def __call__(
         self, prompt: str, response: str, answer: Any, columns: Mapping[str, Any], source: str = "?"
     ) -> float | None:
-        """Reward of one response: sum over functions, those that return None left out; None if all do.
+        """Reward of one response: sum over functions, those that return None left out; None if all
+        do.
 
         Args:
             source: Where the prompt comes from, for messages.
 
         Raises:
-            RewardError: if a function raises or returns something else than a finite number or None.
+            RewardError: if a function raises or returns something else than a finite number or
+                None.
         """
         total: float | None = None
         for entry in self._entries:
@@ -105,7 +111,8 @@ class Rewards:
                 value = entry.function(prompt, response, answer, **extra)
             except Exception as error:
                 raise RewardError(
-                    f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of {source})"
+                    f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of "
+                    f"{source})"
                 ) from error
             if value is None:
                 continue
@@ -115,7 +122,8 @@ class Rewards:
                 number = math.nan
             if not math.isfinite(number):
                 raise RewardError(
-                    f"reward {entry.name}: expected a finite number or None, got {value!r} (prompt of {source})"
+                    f"reward {entry.name}: expected a finite number or None, got {value!r} (prompt "
+                    f"of {source})"
                 )
             total = (total or 0.0) + entry.weight * number
         return total

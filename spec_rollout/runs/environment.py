@@ -94,8 +94,9 @@ _RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
 def git_commit(root: Path) -> dict[str, Any]:
     """{"commit", "dirty"} of the checkout whose top level is `root`.
 
-    SPEC_ROLLOUT_COMMIT names it where files were copied without their history; without either, both are None. Results
-    and the tables made from them do not count as changes: a benchmark writes them.
+    SPEC_ROLLOUT_COMMIT names it where files were copied without their history; without either, both
+    are None. Results and the tables made from them do not count as changes: a benchmark writes
+    them.
     """
 
     def git(*args: str) -> str:

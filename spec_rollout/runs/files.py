@@ -1,4 +1,5 @@
-"""What a run writes beside its checkpoints: config.toml, metrics.jsonl, samples.jsonl, environment.json, summary.json."""
+"""What a run writes beside its checkpoints: config.toml, metrics.jsonl, samples.jsonl,
+environment.json, summary.json."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def check_new_run_dir(run_dir: Path) -> None:
         have = sorted(p.name for p in run_dir.iterdir())
         if have:
             raise ConfigError(
-                f"log.run_dir: expected a new or empty folder, got {str(run_dir)!r} with {', '.join(have[:6])} "
+                f"log.run_dir: expected a new or empty folder, got {str(run_dir)!r} with "
+                f"{', '.join(have[:6])} "
                 f"(--resume {run_dir} continues a run)"
             )
     elif run_dir.exists():
@@ -45,7 +47,8 @@ def check_steps(path: Path, num_steps: int) -> None:
     steps = [row["step"] for row in _read(path) if 0 < row["step"] <= num_steps]
     if steps != list(range(1, num_steps + 1)):
         raise ConfigError(
-            f"{path}: expected the rows of steps 1 to {num_steps}, which the checkpoint follows, got {len(steps)} rows"
+            f"{path}: expected the rows of steps 1 to {num_steps}, which the checkpoint follows, "
+            f"got {len(steps)} rows"
         )
 
 
@@ -54,8 +57,8 @@ class JsonLines:
 
     Args:
         path: Created if absent.
-        keep_through: Rows of later steps (of a run that went on after the checkpoint), and a last line cut off in
-            the writing, are removed first.
+        keep_through: Rows of later steps (of a run that went on after the checkpoint), and a last
+            line cut off in the writing, are removed first.
     """
 
     def __init__(self, path: Path, *, keep_through: int) -> None:

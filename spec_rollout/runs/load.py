@@ -23,7 +23,8 @@ class Run:
         summary: `summary.json`; empty if there is none.
         config: Text of the resolved config; None if none was saved.
         samples: Rows of `samples.jsonl`.
-        running: Rows of `running.jsonl`: seconds within a step's rollouts, and requests running then.
+        running: Rows of `running.jsonl`: seconds within a step's rollouts, and requests running
+            then.
         environment: Machine and versions the run recorded about itself; None if it did not.
         problems: What could not be read, in words; shown on the page.
     """

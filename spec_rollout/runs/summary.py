@@ -1,4 +1,5 @@
-"""What a run comes to, computed from its metrics rows alone (so a resumed run's is that of the whole run)."""
+"""What a run comes to, computed from its metrics rows alone (so a resumed run's is that of the
+whole run)."""
 
 from __future__ import annotations
 
@@ -72,10 +73,11 @@ class RunSummary:
         epochs: Epochs begun.
         num_prompts, num_dropped_prompts: Training rows used, and left out as too long.
         totals: Over all steps.
-        after_first_epoch: Over the steps of the second epoch and later ones, where there are drafts.
+        after_first_epoch: Over the steps of the second epoch and later ones, where there are
+            drafts.
         reward_last: Mean reward of the last step's rollouts, reused ones included.
-        accuracy_before, accuracy_after: {"train": ..., "heldout": ...} by fresh plain sampling before the first and
-            after the last update; what was not evaluated is left out.
+        accuracy_before, accuracy_after: {"train": ..., "heldout": ...} by fresh plain sampling
+            before the first and after the last update; what was not evaluated is left out.
         eval_reward_before, eval_reward_after: The same for the mean reward.
         eval_seconds: Sampling time of all evaluations.
         environment: Machine and versions.

@@ -16,8 +16,10 @@ class MicroBatch:
 
     Attributes:
         rows: Rows of the rollouts. [num_rows], int64.
-        input_ids: Prompt and response without its last token, right-padded. [num_rows, length], int64.
-        positions: Where each response token is predicted: row * length + column. [num_tokens], int64.
+        input_ids: Prompt and response without its last token, right-padded. [num_rows, length],
+            int64.
+        positions: Where each response token is predicted: row * length + column. [num_tokens],
+            int64.
         token_ids: The response tokens, in the order of `positions`. [num_tokens], int64.
         token_index: Their places in the rollouts' packed arrays. [num_tokens], int64.
         token_rows: Row of the rollouts each belongs to. [num_tokens], int64.
@@ -43,16 +45,19 @@ class MicroBatch:
 
 
 def ranges(starts: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """start_0, start_0 + 1, ... (len_0 of them), start_1, ...: [batch], [batch] int64 -> [sum(lens)], int64."""
+    """start_0, start_0 + 1, ... (len_0 of them), start_1, ...: [batch], [batch] int64 ->
+    [sum(lens)], int64."""
     ends = lens.cumsum(0)
     total = int(ends[-1]) if lens.numel() else 0
     return torch.arange(total) + torch.repeat_interleave(starts - (ends - lens), lens)
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-    """Splits rows into micro-batches of at most `max_tokens` tokens, padding included (one row may exceed it).
+    """Splits rows into micro-batches of at most `max_tokens` tokens, padding included (one row may
+    exceed it).
 
-    Rows are sorted by length, longest first, so that little is padded and a lack of memory shows at once.
+    Rows are sorted by length, longest first, so that little is padded and a lack of memory shows at
+    once.
 
     Args:
         rollouts: Every chosen row has a response.

@@ -24,7 +24,8 @@ _NAME = re.compile(r"step-(\d{8})(-unevaluated)?")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not usable; the message names the file, what was expected and what was found."""
+    """A checkpoint is not usable; the message names the file, what was expected and what was
+    found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,11 @@ def save_checkpoint(
     cache: RolloutCache,
     keep_last: int,
 ) -> Path:
-    """Writes `root`/step-XXXXXXXX, unless it is there already, and removes all but the newest `keep_last`.
+    """Writes `root`/step-XXXXXXXX, unless it is there already, and removes all but the newest
+    `keep_last`.
 
-    Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer and random states), cache.bin, state.json.
-    Everything is written under a temporary name, synced, and renamed.
+    Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer and random states),
+    cache.bin, state.json. Everything is written under a temporary name, synced, and renamed.
 
     Returns:
         The checkpoint's folder.
@@ -124,7 +126,8 @@ def load_state(folder: Path) -> TrainState:
 
 
 def load_tensors(folder: Path, optimizer: torch.optim.Optimizer, cache: RolloutCache) -> None:
-    """Restores optimizer, random states and cache; the model is loaded from `folder`/model beforehand.
+    """Restores optimizer, random states and cache; the model is loaded from `folder`/model
+    beforehand.
 
     Raises:
         CheckpointError: if trainer.pt is damaged or of another model.
@@ -150,7 +153,8 @@ def load_tensors(folder: Path, optimizer: torch.optim.Optimizer, cache: RolloutC
 
 
 def _rng_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (rewards may use it)
+    # Rewards may use NumPy's global generator.
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],

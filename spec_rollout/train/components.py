@@ -56,7 +56,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         checkpoint: Folder of a checkpoint to continue from.
 
     Raises:
-        ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was found.
+        ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was
+            found.
     """
     check_engine(config.rollout)
     state = None if checkpoint is None else load_state(checkpoint)
@@ -72,8 +73,10 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     data, eval_rows = _load_data(config, policy)
     if state is not None and state.data_fingerprint != data.fingerprint:
         raise CheckpointError(
-            f"data.path: expected the prompts that the checkpoint {str(checkpoint)!r} was trained on "
-            f"(fingerprint {state.data_fingerprint}), got others in {config.data.path!r} ({data.fingerprint})"
+            f"data.path: expected the prompts that the checkpoint {str(checkpoint)!r} was trained "
+            "on "
+            f"(fingerprint {state.data_fingerprint}), got others in {config.data.path!r} "
+            f"({data.fingerprint})"
         )
     train = config.train
     order = PromptOrder(
@@ -179,8 +182,10 @@ def _load_data(
         length = len(row.prompt_ids) + config.rollout.max_tokens
         if policy.max_length is not None and length > policy.max_length:
             raise DataError(
-                f"{row.source}: expected prompt and response to fit the model's {policy.max_length} tokens, got "
-                f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = {config.rollout.max_tokens}"
+                f"{row.source}: expected prompt and response to fit the model's "
+                f"{policy.max_length} tokens, got "
+                f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = "
+                f"{config.rollout.max_tokens}"
             )
     return data, {name: rows for name, rows in parts.items() if rows}
 
@@ -189,7 +194,8 @@ def _stop_token_ids(config: RunConfig, policy: Policy) -> tuple[int, ...]:
     if config.rollout.stop_tokens is None:
         if not policy.eos_token_ids:
             raise ConfigError(
-                "rollout.stop_tokens: expected a list, as neither model nor tokenizer names an end-of-sequence "
+                "rollout.stop_tokens: expected a list, as neither model nor tokenizer names an "
+                "end-of-sequence "
                 "token ([] lets every response run to rollout.max_tokens), got nothing"
             )
         return policy.eos_token_ids

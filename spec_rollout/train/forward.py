@@ -15,7 +15,8 @@ def response_logits(
 ) -> torch.Tensor:
     """Logits at some positions of right-padded rows; the output head runs on these alone.
 
-    Causal attention never looks right, so right padding needs no mask, which keeps the fast attention kernels.
+    Causal attention never looks right, so right padding needs no mask, which keeps the fast
+    attention kernels.
 
     Args:
         model: Hugging Face causal language model.
@@ -28,7 +29,8 @@ def response_logits(
     head = model.get_output_embeddings()
 
     def select(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # On the head's input rather than after the base model: scaling or capping of logits stays in force.
+        # On the head's input rather than after the base model: scaling or capping of logits stays
+        # in force.
         hidden = args[0]
         return (hidden.reshape(1, -1, hidden.shape[-1]).index_select(1, positions), *args[1:])
 
@@ -39,7 +41,8 @@ def response_logits(
         handle.remove()
     if logits.shape[:2] != (1, positions.numel()):
         raise RuntimeError(
-            f"model: expected logits of shape [1, {positions.numel()}, vocab] from {type(model).__name__}, "
+            f"model: expected logits of shape [1, {positions.numel()}, vocab] from "
+            f"{type(model).__name__}, "
             f"got {list(logits.shape)}"
         )
     return logits[0]

@@ -21,7 +21,8 @@ class Aborted(Exception):
 
 
 class RunInterrupted(SystemExit):
-    """A run ended by a signal, its checkpoint written. `code` is 128 + the signal's number (130, 143)."""
+    """A run ended by a signal, its checkpoint written. `code` is 128 + the signal's number (130,
+    143)."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(128 + signum)
@@ -69,9 +70,11 @@ class StopRequest:
     def aborting(
         self, model: torch.nn.Module, engine: RolloutEngine | None = None
     ) -> Iterator[None]:
-        """Within this block a stop request aborts before the next forward pass of `model`, and on entry.
+        """Within this block a stop request aborts before the next forward pass of `model`, and on
+        entry.
 
-        An engine with weights of its own has `before_step`, which is called before each of its steps.
+        An engine with weights of its own has `before_step`, which is called before each of its
+        steps.
         """
         self.check()
         handle = model.register_forward_pre_hook(lambda _module, _args: self.check())

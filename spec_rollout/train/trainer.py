@@ -1,8 +1,10 @@
-"""The training loop: prompts -> rollouts -> rewards -> advantages -> update -> weights to the engine.
+"""The training loop: prompts -> rollouts -> rewards -> advantages -> update -> weights to the
+engine.
 
-One row per step goes to metrics.jsonl: `step` (updates done), `epoch` (0-based), `reward` and the like, all fields and
-ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`, with the engine vllm `vllm_*`; `accuracy_train`, `accuracy_heldout`,
-`eval_reward_*` and `eval_seconds` where evaluated. Row 0 is the evaluation before the first update.
+One row per step goes to metrics.jsonl: `step` (updates done), `epoch` (0-based), `reward` and the
+like, all fields and ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`, with the
+engine vllm `vllm_*`; `accuracy_train`, `accuracy_heldout`, `eval_reward_*` and `eval_seconds` where
+evaluated. Row 0 is the evaluation before the first update.
 """
 
 from __future__ import annotations
@@ -60,20 +62,24 @@ def run(
 ) -> RunSummary:
     """Trains from the beginning.
 
-    Everything named in the config is loaded and checked first; only then is `log.run_dir` created. It receives
-    config.toml, environment.json, metrics.jsonl, samples.jsonl, checkpoints/ and, at the end, summary.json.
+    Everything named in the config is loaded and checked first; only then is `log.run_dir` created.
+    It receives config.toml, environment.json, metrics.jsonl, samples.jsonl, checkpoints/ and, at
+    the end, summary.json.
 
     Args:
         config: See `RunConfig`.
         on_step: Called with each row of metrics.jsonl.
-        on_rollouts: Called with the number of each step (from 1) and its rollouts, before they are rewarded.
+        on_rollouts: Called with the number of each step (from 1) and its rollouts, before they are
+            rewarded.
 
     Returns:
         The summary, as in summary.json.
 
     Raises:
-        ConfigError, DataError, ValueError: naming what was expected and what was found; nothing is written then.
-        RunInterrupted: on SIGINT or SIGTERM, a `SystemExit` with code 130 or 143; a checkpoint is written first.
+        ConfigError, DataError, ValueError: naming what was expected and what was found; nothing is
+            written then.
+        RunInterrupted: on SIGINT or SIGTERM, a `SystemExit` with code 130 or 143; a checkpoint is
+            written first.
     """
     return run_together([Job(config, on_step, on_rollouts)])[0]
 
@@ -90,12 +96,13 @@ class Job:
 def run_together(jobs: Sequence[Job]) -> list[RunSummary]:
     """`run` for several runs at once, one step of each in turn.
 
-    To compare their times: a machine that gets slower or faster meanwhile does so for all of them. What each
-    run computes is what it computes alone, as long as rewards do not draw from the process's random generators.
-    All models, optimizers and engines are in memory together.
+    To compare their times: a machine that gets slower or faster meanwhile does so for all of them.
+    What each run computes is what it computes alone, as long as rewards do not draw from the
+    process's random generators. All models, optimizers and engines are in memory together.
 
     Raises:
-        As `run`. An interruption leaves every run resumable; nothing is written if any config is refused.
+        As `run`. An interruption leaves every run resumable; nothing is written if any config is
+        refused.
     """
     for job in jobs:
         check_new_run_dir(Path(job.config.log.run_dir))
@@ -133,7 +140,8 @@ def resume(
     if not found:
         what = "none" if run_dir.is_dir() else "no such folder"
         raise CheckpointError(
-            f"resume: expected a run with a checkpoint in {str(run_dir / 'checkpoints')!r}, got {what}"
+            f"resume: expected a run with a checkpoint in {str(run_dir / 'checkpoints')!r}, got "
+            f"{what}"
         )
     check_steps(run_dir / METRICS, load_state(found[-1]).num_recorded)
     config = load_config(
@@ -232,7 +240,8 @@ class _Run:
                 self._checkpoint()
 
     def _train_step(self, stop: StopRequest, bar: Any) -> Row:
-        """One step up to and with the weight update; a stop request is heeded only before rollouts are stored."""
+        """One step up to and with the weight update; a stop request is heeded only before rollouts
+        are stored."""
         parts, config = self._parts, self._config
         start = time.perf_counter()
         epoch = parts.order.epoch_of(self._step)
@@ -371,7 +380,8 @@ class _Run:
         if self._pending is not None and len(self._pending) > 2:
             self._metrics.write(self._pending)  # replaced on resume by the row with its evaluation
         message = (
-            f"interrupted by {signal.Signals(signum).name} after step {self._step} of {self._parts.total_steps}; "
+            f"interrupted by {signal.Signals(signum).name} after step {self._step} of "
+            f"{self._parts.total_steps}; "
             f"continue with: spec-rollout train --resume {self._run_dir}"
         )
         print(message, file=sys.stderr, flush=True)
@@ -397,7 +407,8 @@ def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]
 
 
 def thinned(running: torch.Tensor, most: int = 200) -> dict[str, list[float]]:
-    """`Rollouts.running` with about `most` points, the last one kept: {"seconds": ..., "running": ...}."""
+    """`Rollouts.running` with about `most` points, the last one kept: {"seconds": ..., "running":
+    ...}."""
     every = -(-running.shape[0] // most) if running.shape[0] else 1
     points = running.flip(0)[::every].flip(0)
     return {

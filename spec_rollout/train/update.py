@@ -31,8 +31,8 @@ class UpdateResult:
         clip_fraction: Share of tokens whose gradient the clip removed.
         grad_norm: Before clipping, mean over the minibatches.
         lr: Learning rate.
-        logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the first
-            optimizer step: rounding, unless something is wrong.
+        logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
+            first optimizer step: rounding, unless something is wrong.
         num_tokens: Tokens trained on.
         num_skipped_updates: Minibatches left out because their gradient was not finite.
     """
@@ -116,7 +116,8 @@ class PolicyUpdater:
         Args:
             rollouts: With the engine's log-probs.
             advantages: One per rollout. [batch], float32.
-            groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch takes whole groups.
+            groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch
+                takes whole groups.
             step: 0-based, for the learning rate.
 
         Raises:
@@ -240,7 +241,8 @@ def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
 
 
 class _Sums:
-    """Sums over micro-batches, kept on the device: reading them once at the end synchronises once."""
+    """Sums over micro-batches, kept on the device: reading them once at the end synchronises
+    once."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)

@@ -17,7 +17,8 @@ def make_rollouts(
     finish_reasons: Sequence[int] | None = None,
     policy_version: int = 0,
 ) -> Rollouts:
-    """Rollouts with these responses; unless given, log-probs are -(token id) / 8 and all have stopped."""
+    """Rollouts with these responses; unless given, log-probs are -(token id) / 8 and all have
+    stopped."""
     batch = len(responses)
     if logprobs is None:
         logprobs = [[-token / 8 for token in response] for response in responses]

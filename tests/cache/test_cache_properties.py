@@ -1,4 +1,5 @@
-"""The cache against a model of it: an ordered dict with the documented rules written out plainly."""
+"""The cache against a model of it: an ordered dict with the documented rules written out
+plainly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The demo task: deterministic problems, disjoint splits, and a reward that grades the final answer only."""
+"""The demo task: deterministic problems, disjoint splits, and a reward that grades the final answer
+only."""
 
 from __future__ import annotations
 

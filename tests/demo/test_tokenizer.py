@@ -1,4 +1,5 @@
-"""The character tokenizer: one token per character, lossless on everything the demo writes, reloadable."""
+"""The character tokenizer: one token per character, lossless on everything the demo writes,
+reloadable."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def test_where_the_own_group_has_said_nothing_others_have() -> None:
 
 @pytest.mark.parametrize(("num_words", "expected"), [(4, D), (2000, C)])
 def test_how_long_a_context_must_be_to_be_the_prompts_own(num_words: int, expected: int) -> None:
-    """The own group went on with C after [A, B] once, all others with D: two tokens of a large vocabulary say what this
-    is about, two of a small one do not.
+    """The own group went on with C after [A, B] once, all others with D: two tokens of a large
+    vocabulary say what this is about, two of a small one do not.
     """
     rng = np.random.default_rng(0)
     others = [[A, B, D, *rng.integers(10, 10 + num_words, 20).tolist()] for _ in range(200)]
@@ -99,7 +99,8 @@ def test_a_draft_is_followed_until_it_is_left() -> None:
 
 
 def test_a_draft_is_believed_as_far_as_no_other_token_came_near() -> None:
-    """The policy moves a little: drafts that won by little are those that change, and the drafter says which."""
+    """The policy moves a little: drafts that won by little are those that change, and the drafter
+    says which."""
     n = 4_000
     rng = np.random.default_rng(0)
     keys, positions = rng.integers(-(2**63), 2**63 - 1, n), np.ones(n, np.int64)
@@ -245,7 +246,8 @@ def test_what_one_call_learns_the_next_one_knows() -> None:
 
 
 def _guesses(probs: dict[int, float], keyed: bool, known: bool = True) -> tuple[np.ndarray, ...]:
-    """4,000 requests at the same text, which each token of `probs` followed once: proposed tokens, keys, positions."""
+    """4,000 requests at the same text, which each token of `probs` followed once: proposed tokens,
+    keys, positions."""
     n = 4_000
     rows = [[A, B, token] for token in probs]
     logprobs = torch.tensor([[0.0, 0.0, np.log(p)] for p in probs.values()]).flatten()
@@ -272,7 +274,8 @@ def _drawn(probs: dict[int, float], keys: np.ndarray, positions: np.ndarray) -> 
 
 
 def test_the_noise_says_which_follower_will_be_drawn() -> None:
-    """Without looking at the noise no better than the mode; with it as good as the followers seen are complete."""
+    """Without looking at the noise no better than the mode; with it as good as the followers seen
+    are complete."""
     probs = {3: 0.5, 4: 0.3, 5: 0.2}
     guessed, keys, positions = _guesses(probs, keyed=True)
     # Log-probs are kept in 16 bits, so a near-tie can go the other way.
@@ -297,7 +300,8 @@ def test_followers_without_logprobs_count_by_their_number() -> None:
 
 
 def test_certain_tokens_that_differ_share_by_their_number() -> None:
-    """Six rollouts were sure of one token and two of another: it depends on what this context does not show."""
+    """Six rollouts were sure of one token and two of another: it depends on what this context does
+    not show."""
     n = 4_000
     tokens = [3, 3, 4, 3, 3, 3, 4, 3]
     past = history({0: [[A, B, token] for token in tokens]}, [0] * n)
@@ -350,7 +354,8 @@ def test_step_cost_finds_the_coefficients() -> None:
         cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + 1e-5 * proposed)
     np.testing.assert_allclose(cost.coefficients, [4e-5, 1e-5], rtol=1e-3)
     assert cost.threshold(200) == 0.5  # nothing is known of what was kept
-    # A proposal costs 10 us. Steps of 10 rows kept 5 proposals in 2.5 ms, those of 200 rows 100 in 12 ms.
+    # A proposal costs 10 us. Steps of 10 rows kept 5 proposals in 2.5 ms, those of 200 rows 100 in
+    # 12 ms.
     for rows in (10, 200):
         for _ in range(40):
             cost.observe(rows, rows, 2e-3 + 5e-5 * rows, rows // 2)

@@ -13,7 +13,8 @@ START = -1
 
 
 def brute_force(rows: list[list[int]], order: list[tuple[int, int]], row: int, cap: int):
-    """(match length, proposal) of the longest context, the most recently completed one of equals."""
+    """(match length, proposal) of the longest context, the most recently completed one of
+    equals."""
 
     def token(r: int, offset: int) -> int:
         return START if offset == 0 else rows[r][offset - 1]

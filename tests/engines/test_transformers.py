@@ -212,7 +212,8 @@ def test_unchanged_policy_reuses_everything_and_decodes_nothing(name: str) -> No
 
 
 def test_drafts_of_every_shape_change_nothing_under_coupled(new_model) -> None:
-    """Empty, one token, wrong, with a stop inside, too long, cut short, with tokens after the end."""
+    """Empty, one token, wrong, with a stop inside, too long, cut short, with tokens after the
+    end."""
     requests = random_requests(14, seed=8)
     engine = TransformersEngine(new_model, num_slots=4, verify_chunk=5)
     plain = engine.rollout(requests, SAMPLING, Coupled())

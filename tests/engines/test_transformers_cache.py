@@ -143,7 +143,8 @@ def test_attention_does_not_depend_on_the_batch(head_dim, num_heads, window) -> 
 
 
 def test_attention_of_rows_of_different_lengths() -> None:
-    """Padding gives zeros and is not read: neither what lies behind a row's end nor NaN there matters."""
+    """Padding gives zeros and is not read: neither what lies behind a row's end nor NaN there
+    matters."""
     query, key, value = attention_inputs(4, 32, 64)
     first, last = torch.tensor([3, 40]), torch.tensor([9, 40])
     rows = torch.arange(2)[:, None]
@@ -169,7 +170,8 @@ def test_attention_of_rows_of_different_lengths() -> None:
 
 
 def test_neighbours_of_one_cache_row_are_computed_together() -> None:
-    """Tokens given one by one, as rows that share a cache row, have the bits of one row of them all."""
+    """Tokens given one by one, as rows that share a cache row, have the bits of one row of them
+    all."""
     query, key, value = attention_inputs(4, 32, 64)
     rows = torch.tensor([1, 1, 1, 1, 1, 1, 0, 1])
     positions = torch.tensor([8, 9, 10, 11, 12, 13, 40, 50])

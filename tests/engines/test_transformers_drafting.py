@@ -115,7 +115,8 @@ def test_sampling_and_limits(name: str, sampling: SamplingParams) -> None:
 def test_the_noise_in_view_is_that_of_the_token(
     old, new_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The drafter is told each request's key, and the position after all the tokens it has been given."""
+    """The drafter is told each request's key, and the position after all the tokens it has been
+    given."""
     requests, rollouts = old
     engine = TransformersEngine(new_model, num_slots=7)
     past = replace(history_of(responses(rollouts), GROUPS), logprobs=rollouts.logprobs)

@@ -1,4 +1,5 @@
-"""One call of every op on small CUDA inputs, for tests of how the ops run rather than of what they compute."""
+"""One call of every op on small CUDA inputs, for tests of how the ops run rather than of what they
+compute."""
 
 from __future__ import annotations
 
@@ -32,10 +33,11 @@ NAMES = NATIVE + (TRITON if importlib.util.find_spec("triton") else [])
 
 
 def make_call(name: str, device: str = "cuda", vocab: int = 1003) -> Callable[[], Outputs]:
-    """A call of op `name` on inputs that are made here, once; each call returns all that the op writes.
+    """A call of op `name` on inputs that are made here, once; each call returns all that the op
+    writes.
 
-    Inputs are made on the CPU and copied: initcheck sees copies, but not what torch's own kernels write, as only this
-    project's are checked.
+    Inputs are made on the CPU and copied: initcheck sees copies, but not what torch's own kernels
+    write, as only this project's are checked.
     """
     generator = torch.Generator().manual_seed(3)
     lens = torch.tensor([5, 0, 17, 1, 9])

@@ -1,4 +1,5 @@
-"""Inputs that break kernels over logits: degenerate distributions, odd layouts, and more elements than 32 bits count."""
+"""Inputs that break kernels over logits: degenerate distributions, odd layouts, and more elements
+than 32 bits count."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ pytestmark = [
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of an odd vocabulary, one below a vector, several blocks, and real ones of which one is no multiple of a vector.
+# Of an odd vocabulary, one below a vector, several blocks, and real ones of which one is no
+# multiple of a vector.
 VOCABS = [1, 3, 1003, 32_000, 50_257, 151_936]
 
 
@@ -111,7 +113,8 @@ def test_verify_prefix_equals_the_cpu(impl, lens, outcome, rule, vocab) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_far_apart(impl, dtype) -> None:
-    """Row offsets beyond 2**31 elements, with an unaligned view: the largest row is read where it is."""
+    """Row offsets beyond 2**31 elements, with an unaligned view: the largest row is read where it
+    is."""
     rows, vocab = 3, 1003
     stride = 2**31 // 2 + 1
     needed = ((rows - 1) * stride + vocab) * torch.empty(0, dtype=dtype).element_size()

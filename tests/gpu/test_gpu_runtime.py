@@ -1,4 +1,5 @@
-"""How the ops run on a GPU: captured in a graph, without waiting for the device, the same every time, on any stream."""
+"""How the ops run on a GPU: captured in a graph, without waiting for the device, the same every
+time, on any stream."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def test_a_captured_graph_gives_what_the_call_gives(name) -> None:
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_work_goes_to_the_current_stream(name) -> None:
-    """Results are there when the stream that was current is done, with another one kept busy all the while."""
+    """Results are there when the stream that was current is done, with another one kept busy all
+    the while."""
     call = make_call(name)
     if name == "splice_kv, in place":
         pytest.skip("changes its own input")

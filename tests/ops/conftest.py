@@ -45,7 +45,8 @@ def impl(request: pytest.FixtureRequest, device: str) -> str:
 
 @pytest.fixture
 def interpreted(impl: str, device: str) -> bool:
-    """Whether kernels run in Triton's interpreter, a thousand times slower: tests then take fewer rows."""
+    """Whether kernels run in Triton's interpreter, a thousand times slower: tests then take fewer
+    rows."""
     return impl == "triton" and device == "cpu"
 
 
@@ -63,9 +64,9 @@ def verify_prefix(impl: str) -> Callable[..., Any]:
 def raises_value_error(
     device: str, request: pytest.FixtureRequest
 ) -> Callable[[str], AbstractContextManager[None]]:
-    """Expects a ValueError. On CUDA, and from Triton, an error in values is reported by the status word, which knows the
-    arguments concerned but not the values: of the pattern only the part before the first colon must match, as far as it
-    names arguments."""
+    """Expects a ValueError. On CUDA, and from Triton, an error in values is reported by the status
+    word, which knows the arguments concerned but not the values: of the pattern only the part
+    before the first colon must match, as far as it names arguments."""
 
     direct = device == "cpu" and (
         "impl" not in request.fixturenames or request.getfixturevalue("impl") == "native"

@@ -1,4 +1,5 @@
-"""accept_prefix against its reference, hand-computed cases and the closed-form law of the accepted length."""
+"""accept_prefix against its reference, hand-computed cases and the closed-form law of the accepted
+length."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _pack(padded: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
     return padded[torch.arange(padded.shape[1])[None, :] < lens[:, None]]
 
 
-# 1: one row; 15, 16, 17: around the vector width of the CPU kernel; 33: past a warp; 257: many vectors.
+# 1: one row; 15, 16, 17: around the vector width of the CPU kernel; 33: past a warp; 257: many
+# vectors.
 @pytest.mark.parametrize(
     ("batch", "width"), [(1, 1), (3, 15), (4, 16), (5, 17), (64, 33), (300, 257)]
 )
@@ -88,7 +90,8 @@ def test_int32_offsets_and_strided_rows(device, generator) -> None:
 def test_hand_computed() -> None:
     keys = torch.tensor([11, 12, 13])
     u = accept_uniforms(keys[:, None], torch.arange(4)[None, :])
-    # Row 0 accepts two tokens: each log ratio is just above ln u, then just below. Row 1 is empty. Row 2 accepts all.
+    # Row 0 accepts two tokens: each log ratio is just above ln u, then just below. Row 1 is empty.
+    # Row 2 accepts all.
     ratio = u.log() + 1e-4
     ratio[0, 2] -= 2e-4
     draft = torch.full((3, 4), -1.0)
@@ -146,7 +149,8 @@ def test_law_of_accepted_lens(log_lenience, scale, generator) -> None:
 
 
 def test_ties_are_decided_exactly(generator) -> None:
-    """A threshold equal to ln u accepts and the next float below it rejects, whichever way the kernel decides."""
+    """A threshold equal to ln u accepts and the next float below it rejects, whichever way the
+    kernel decides."""
     batch, width = 300, 64
     keys = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator)
     log_u = torch.tensor(

@@ -1,6 +1,8 @@
-"""Every acceptance rule against its closed-form law, by chi-square on 200,000 draws of `verify_prefix`.
+"""Every acceptance rule against its closed-form law, by chi-square on 200,000 draws of
+`verify_prefix`.
 
-The law of a position is the law of what ends up in the rollout there: the draft token if accepted, else the next token.
+The law of a position is the law of what ends up in the rollout there: the draft token if accepted,
+else the next token.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def verify_one(
 
 
 def lenient_law(p: torch.Tensor, q: torch.Tensor, rule: Lenient) -> torch.Tensor:
-    """q a + (1 - sum q a) p with a_v the probability that v is accepted; min(q, l p) = q a at scale 1."""
+    """q a + (1 - sum q a) p with a_v the probability that v is accepted; min(q, l p) = q a at scale
+    1."""
     ratio = torch.where(q > 0, p / q, math.inf) * math.exp(rule.log_lenience)
     accept = ratio.pow(rule.scale).clamp(max=1.0)
     accept = torch.where((p > rule.min_target_prob) & (p > 0), accept, 0.0)
@@ -158,7 +161,8 @@ def test_coupled_gives_the_target_law_under_any_draft(device, pair) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_coupled_over_epochs_of_the_same_noise(device, pair) -> None:
-    """Each epoch's marginal law is that epoch's target, though the draft was drawn with the very same noise."""
+    """Each epoch's marginal law is that epoch's target, though the draft was drawn with the very
+    same noise."""
     p, q = PAIRS[pair]
     keys = _keys(31)
     tokens = ops.sample_tokens(
@@ -200,7 +204,8 @@ def test_one_hot_gives_the_target_law_under_any_draft(device, pair) -> None:
 
 @pytest.mark.parametrize("rule", [Coupled(), OneHot()], ids=str)
 def test_two_positions_are_jointly_right(device, rule) -> None:
-    """Lossless rules: the pair of tokens at two positions has the product law, so neither noise nor decision leaks."""
+    """Lossless rules: the pair of tokens at two positions has the product law, so neither noise nor
+    decision leaks."""
     first, second = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
     draws, keys = DRAWS, _keys(61).to(device)
     draft = torch.tensor([0, 2], device=device)
@@ -213,7 +218,8 @@ def test_two_positions_are_jointly_right(device, rule) -> None:
         keys=keys,
     )
     accepted, following = got.accepted_lens, got.next_token_ids
-    # Where the first token was replaced, the second is sampled as the engine would: at its own position.
+    # Where the first token was replaced, the second is sampled as the engine would: at its own
+    # position.
     resumed = ops.sample_tokens(
         second.log()[None].expand(draws, -1).to(device),
         keys=keys,
@@ -227,7 +233,8 @@ def test_two_positions_are_jointly_right(device, rule) -> None:
 
 
 def test_the_replacement_does_not_know_why_it_was_drawn(device) -> None:
-    """Lenient: given a rejection the next token has the full target law, whatever the threshold was."""
+    """Lenient: given a rejection the next token has the full target law, whatever the threshold
+    was."""
     p = PAIRS["near"][0]
     for draft_prob in (0.5, 0.9):  # rejects often, and nearly always
         drafts = torch.full((DRAWS,), 3)
@@ -244,7 +251,8 @@ def test_the_replacement_does_not_know_why_it_was_drawn(device) -> None:
 
 
 def test_laws_hold_under_temperature_and_filters(device) -> None:
-    """q is of the sampling distribution too: a draft drawn with the same filters and accepted at p = q is lossless."""
+    """q is of the sampling distribution too: a draft drawn with the same filters and accepted at p
+    = q is lossless."""
     weights = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     sampling = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
     kept = weights[:3].double().pow(1 / 0.8)

@@ -25,7 +25,8 @@ def random_case(
     longest: int = 9,
     dtype: torch.dtype = torch.int64,
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a random batch; prompts, drafts, accepted prefixes and continuations may all be empty."""
+    """Arguments of a random batch; prompts, drafts, accepted prefixes and continuations may all be
+    empty."""
 
     def lens() -> torch.Tensor:
         return torch.randint(0, longest + 1, (batch,), generator=generator)

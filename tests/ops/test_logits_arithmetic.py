@@ -1,4 +1,5 @@
-"""What the CUDA kernels make of a row of logits, in the functions that host and device share, run on the CPU."""
+"""What the CUDA kernels make of a row of logits, in the functions that host and device share, run
+on the CPU."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def test_no_token_that_reaches_the_bound_is_left_out(temperature, spread, offset
     logits = (rng.normal(0, spread, n) + offset).astype(np.float32)
     group_bits = rng.integers(0, 2**32, (n + 7) // 8, dtype=np.uint32)
     bits = rng.integers(0, 2**32, n, dtype=np.uint32)
-    # Large noise, as the tokens have that win: leaders of the first eighth, and some of their groups' others.
+    # Large noise, as the tokens have that win: leaders of the first eighth, and some of their
+    # groups' others.
     group_bits[: n // 64] >>= 12
     bits[: n // 16] >>= 12
     words = np.repeat(group_bits, 8)[:n]

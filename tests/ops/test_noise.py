@@ -1,4 +1,5 @@
-"""The counter-based noise: known answers, resolution where it matters, the same bits at every instruction-set level."""
+"""The counter-based noise: known answers, resolution where it matters, the same bits at every
+instruction-set level."""
 
 from __future__ import annotations
 
@@ -99,20 +100,23 @@ def test_gumbel_noise_equals_reference(generator) -> None:
     for vocab in (1, 4, 7, 8, 29, 32, 1003):
         out = _native_noise(keys, positions, vocab)
         expected = noise.gumbel_noise(keys, positions, vocab)
-        # Float32 uniforms are coarse near 1, that is near the bottom of the range, and a leader's further up, where its
-        # exponential over 8 is still small. Above that the two agree to rounding.
+        # Float32 uniforms are coarse near 1, that is near the bottom of the range, and a leader's
+        # further up, where its exponential over 8 is still small. Above that the two agree to
+        # rounding.
         for above, atol in ((-math.inf, 1e-3), (0.0, 5e-5), (2.0, 2e-6)):
             upper = expected > above
             assert torch.allclose(out.double()[upper], expected[upper], atol=atol, rtol=1e-6)
 
 
 def _differs(sample: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray]) -> bool:
-    """Whether a sample is not from a distribution, by more than chance makes one in ten thousand."""
+    """Whether a sample is not from a distribution, by more than chance makes one in ten
+    thousand."""
     return stats.kstest(sample.ravel(), cdf).pvalue < 1e-4
 
 
 def _related(columns: np.ndarray) -> bool:
-    """Whether ranks in any two columns are correlated, more than chance makes one pair in a million."""
+    """Whether ranks in any two columns are correlated, more than chance makes one pair in a
+    million."""
     correlations = np.abs(np.corrcoef(stats.rankdata(columns, axis=0), rowvar=False))
     return bool((np.triu(correlations, 1) > 4.9 / math.sqrt(len(columns))).any())
 
@@ -132,7 +136,8 @@ def sample(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TestLawOfGumbelNoise:
-    """That it is drawn by groups cannot be told from the noise: tokens are independent, each standard Gumbel."""
+    """That it is drawn by groups cannot be told from the noise: tokens are independent, each
+    standard Gumbel."""
 
     def test_of_each_token(self, sample) -> None:
         groups, left = sample
@@ -141,7 +146,8 @@ class TestLawOfGumbelNoise:
         assert not any(_differs(left[:, place], stats.gumbel_r.cdf) for place in range(_LEFT))
 
     def test_of_the_largest(self, sample) -> None:
-        """Shifted by the logarithm of their number, and equally likely to be any, however large it is."""
+        """Shifted by the logarithm of their number, and equally likely to be any, however large it
+        is."""
         groups, left = sample
         for tokens, count in ((groups.reshape(-1, 8), 8), (left, _LEFT)):
             assert not _differs(tokens.max(1), stats.gumbel_r(math.log(count)).cdf)
@@ -152,7 +158,8 @@ class TestLawOfGumbelNoise:
         assert not _differs(rows.max(1), stats.gumbel_r(math.log(rows.shape[1])).cdf)
 
     def test_of_the_gaps_in_a_group(self, sample) -> None:
-        """Of n exponentials in ascending order, the k-th gap times n - k is standard exponential, and independent."""
+        """Of n exponentials in ascending order, the k-th gap times n - k is standard exponential,
+        and independent."""
         groups, left = sample
         for tokens, count in ((groups.reshape(-1, 8), 8), (left, _LEFT)):
             ascending = np.sort(np.exp(-tokens), axis=1)

@@ -16,8 +16,8 @@ from spec_rollout._native import _C
 from spec_rollout.ops.reference import logits as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# 1: the only token; 7: less than a quad-aligned vector; 65: one more than a group of noise; 1000: a partial block at the
-# end; 151936: a real vocabulary.
+# 1: the only token; 7: less than a quad-aligned vector; 65: one more than a group of noise; 1000: a
+# partial block at the end; 151936: a real vocabulary.
 SHAPES = [(1, 1), (40, 7), (20, 65), (20, 1000), (2, 151936)]
 FILTERS = [(0, 1.0), (5, 1.0), (0, 0.7), (20, 0.5), (3000, 0.999)]
 
@@ -74,7 +74,8 @@ def test_equals_plain_definition(device, batch, vocab, dtype, top_k, top_p, gene
 
 
 def test_many_rows_equal_plain_definition(device, generator) -> None:
-    """Enough draws that every branch of the skipping argmax is taken, at spreads from flat to peaked."""
+    """Enough draws that every branch of the skipping argmax is taken, at spreads from flat to
+    peaked."""
     for spread in (0.0, 0.1, 1.0, 5.0, 30.0):
         logits, keys, positions = _case(2000, 257, torch.bfloat16, generator, spread)
         got = ops.sample_tokens(
@@ -219,7 +220,8 @@ def test_kept_sets_by_hand(device, weights, filters, kept) -> None:
 
 
 def test_top_p_counts_a_heavy_tail(device) -> None:
-    """Half of the probability in tokens that are each a millionth: none of it is lost in the sum."""
+    """Half of the probability in tokens that are each a millionth: none of it is lost in the
+    sum."""
     tail = 500_000
     logits = torch.full((1, tail + 1), math.log(0.5 / tail))
     logits[0, 0] = math.log(0.5)

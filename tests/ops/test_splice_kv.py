@@ -1,4 +1,5 @@
-"""splice_kv against its reference, hand-computed cases, memmove, and the conflicts it must refuse."""
+"""splice_kv against its reference, hand-computed cases, memmove, and the conflicts it must
+refuse."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def randint(low: int, high: int, generator: torch.Generator) -> int:
 LAYOUTS = ["contiguous", "transposed", "window", "paged"]
 
 
-# 7 elements of 1 or 2 bytes: only the narrowest accesses are aligned. 8 and 64 floats: 32 and 256 bytes.
+# 7 elements of 1 or 2 bytes: only the narrowest accesses are aligned. 8 and 64 floats: 32 and 256
+# bytes.
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
     [
@@ -130,7 +132,8 @@ def test_equals_reference(device, src_layout, dst_layout, dtype, head_dim, gener
             **ranges(*moves, device=device, dtype=index_dtype),
             **tables,
         )
-        # The whole storage: slots that no range names, and what lies around a view, keep their bytes.
+        # The whole storage: slots that no range names, and what lies around a view, keep their
+        # bytes.
         for got, want in zip(dst.storage, expected, strict=True):
             assert torch.equal(bits(got), bits(want))
         for got, want in zip(src.storage, before, strict=True):
@@ -165,7 +168,8 @@ def test_in_place_equals_reference(device, layout, generator) -> None:
             assert torch.equal(bits(got), bits(want))
 
 
-# Longer than a tile of the CUDA kernel (1024 accesses of 16 bytes) and than a block of any paged cache.
+# Longer than a tile of the CUDA kernel (1024 accesses of 16 bytes) and than a block of any paged
+# cache.
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("shift", [-1300, -64, -1, 1, 5, 64, 1300])
 def test_self_overlap_is_a_memmove(device, shift, paged, generator) -> None:
@@ -329,7 +333,8 @@ def test_conflicting_blocks(generator) -> None:
         chain,
         **tables,
     )
-    # One range whose blocks come in different orders on its two sides has no direction that is right.
+    # One range whose blocks come in different orders on its two sides has no direction that is
+    # right.
     other = caches.table.clone()
     other[0, :3] = caches.table[0, [0, 2, 1]]
     shifted = ranges((0, 0, 0, 1, 10))

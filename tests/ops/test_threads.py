@@ -44,7 +44,8 @@ def test_error_on_a_helper_thread_reaches_the_caller(threads) -> None:
 
 
 def test_forked_child_does_not_wait_for_its_parents_threads(threads) -> None:
-    """A child has none of the threads that its parent started; a runtime that does not know hangs."""
+    """A child has none of the threads that its parent started; a runtime that does not know
+    hangs."""
     threads(2)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 40_000, generator=generator)

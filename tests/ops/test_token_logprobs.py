@@ -11,15 +11,16 @@ from spec_rollout import ops
 from spec_rollout.ops.reference import logits as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# 1: the only token; 7: less than a vector; 1000: a partial block at the end; 513: a block of one token; 151936: a real
-# vocabulary.
+# 1: the only token; 7: less than a vector; 1000: a partial block at the end; 513: a block of one
+# token; 151936: a real vocabulary.
 SHAPES = [(1, 1), (3, 7), (5, 1000), (2, 513), (2, 151936)]
 
 
 def assert_logprobs_close(
     got: torch.Tensor, truth: torch.Tensor, torch_float32: torch.Tensor
 ) -> None:
-    """Error against float64 no worse than that of torch in float32, plus two roundings of the result."""
+    """Error against float64 no worse than that of torch in float32, plus two roundings of the
+    result."""
     got, torch_float32 = got.double().cpu(), torch_float32.double().cpu()
     assert torch.equal(got.isneginf(), truth.isneginf())
     finite = truth.isfinite()

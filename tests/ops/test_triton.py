@@ -1,4 +1,5 @@
-"""What only the Triton implementation has: its choice, its absence, its arithmetic bit by bit, and that it compiles."""
+"""What only the Triton implementation has: its choice, its absence, its arithmetic bit by bit, and
+that it compiles."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def test_noise_has_the_bits_of_the_native_kernels(impl, vec, device, generator) 
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper_with_wide_loads() -> None:
-    """The interpreter takes what the compiler would refuse. Needs no GPU: Triton brings its own assembler."""
+    """The interpreter takes what the compiler would refuse. Needs no GPU: Triton brings its own
+    assembler."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "tools/sass_report.py", "--triton-only", "--arch", "90"],

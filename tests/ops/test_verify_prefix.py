@@ -1,4 +1,5 @@
-"""verify_prefix against its reference, hand-computed cases, `sample_tokens`, and itself in chunks."""
+"""verify_prefix against its reference, hand-computed cases, `sample_tokens`, and itself in
+chunks."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def test_equals_reference(
 ) -> None:
     if interpreted and sampling and not (rule in INTERPRETED_RULES and len(sampling) != 1):
         pytest.skip(LEFT_OUT)
-    # Drafts of no, one and many tokens, with and without bonus logits, and a row with nothing at all.
+    # Drafts of no, one and many tokens, with and without bonus logits, and a row with nothing at
+    # all.
     case = _case(
         [0, 1, 2, 1, 1, 3, 0, 1] if interpreted else [0, 1, 12, 5, 1, 30, 0, 9],
         40,
@@ -149,7 +151,8 @@ def test_default_layout_has_a_bonus_row_each(device, verify_prefix, generator) -
 def test_coupled_gives_what_plain_sampling_gives(
     device, impl, interpreted, verify_prefix, sampling, generator
 ) -> None:
-    """The accepted prefix and the next token are `sample_tokens` of each logits row, whatever the draft was."""
+    """The accepted prefix and the next token are `sample_tokens` of each logits row, whatever the
+    draft was."""
     batch, length = (2, 3) if interpreted else (12, 25)
     case = _to(_case([length] * batch, 50, torch.bfloat16, generator), device)
     rows = torch.arange(batch, device=device).repeat_interleave(length + 1)
@@ -252,7 +255,8 @@ def test_full_reuse_and_no_reuse(device, impl, verify_prefix, generator) -> None
 
 
 def _one(weights, token, rule, device, draws=3000, draft_prob=None, impl="native", **sampling):
-    """One-token drafts, over many keys: (accepted [draws], next tokens [draws], log-probs [draws])."""
+    """One-token drafts, over many keys: (accepted [draws], next tokens [draws], log-probs
+    [draws])."""
     logits = torch.tensor(weights).log()[None].expand(draws, -1).to(device)
     got = ops.verify_prefix(
         logits,

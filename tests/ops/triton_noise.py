@@ -1,4 +1,5 @@
-"""A Triton kernel that writes out the noise of spec_rollout.ops.triton; imported by tests where triton is installed."""
+"""A Triton kernel that writes out the noise of spec_rollout.ops.triton; imported by tests where
+triton is installed."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from spec_rollout.ops.triton.arithmetic import (
 def noise_kernel(
     keys, positions, group_words, words, values, bounds, picks, uniforms, VEC: tl.constexpr
 ):
-    """Of tokens 0 to 1023 of each row, in blocks of 256: random bits of their groups and their own, noise, its bound.
-    Also the noise of every 37th token by itself, and ln u of the accept test."""
+    """Of tokens 0 to 1023 of each row, in blocks of 256: random bits of their groups and their own,
+    noise, its bound. Also the noise of every 37th token by itself, and ln u of the accept test."""
     ROWS: tl.constexpr = 256 // VEC
     r = tl.program_id(0)
     key, position = tl.load(keys + r), tl.load(positions + r)

@@ -1,4 +1,5 @@
-"""Rewards: built-in ones, dotted paths, columns, skipping, and errors that name function and row."""
+"""Rewards: built-in ones, dotted paths, columns, skipping, and errors that name function and
+row."""
 
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ def test_the_width_of_the_streaming_loops_loads_is_read_from_sass(monkeypatch, c
     assert "error: a: streaming loop with loads of 16 bits" in capsys.readouterr().err
 
 
-# A loop that waits for copies and starts others, 0x0010 to 0x0060; in it one that reads single elements, 0x0040 to 0x0050.
+# A loop that waits for copies and starts others, 0x0010 to 0x0060; in it one that reads single
+# elements, 0x0040 to 0x0050.
 _COPYING_SASS = """
 		Function : sample_tokens_kernel
         /*0000*/                   LDG.E R9, desc[UR4][R2.64] ;

@@ -101,7 +101,8 @@ def test_the_gpu_table_shows_what_was_measured_and_says_what_was_not(tmp_path: P
     measured.write()
     lines = tables.gpu_table(tmp_path / "h200").splitlines()
     assert lines[2] == (
-        "| `token_logprobs` | 4,096, 151,936, bfloat16 | 320 µs | 3,890 | 97% | triton 1x, vllm **2x** |"
+        "| `token_logprobs` | 4,096, 151,936, bfloat16 | 320 µs | 3,890 | 97% | triton 1x, vllm "
+        "**2x** |"
     )
     assert "not measured on a GPU yet" in lines[3]
     assert lines[-1].startswith("<sub>")

@@ -1,4 +1,5 @@
-"""Signals: noted first, fatal the second time, handlers restored, aborts between forward passes only."""
+"""Signals: noted first, fatal the second time, handlers restored, aborts between forward passes
+only."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def test_first_signal_is_noted(signum):
 
 @pytest.fixture
 def usual_sigint():
-    """Python's handler: a process started in the background by a shell ignores the signal instead."""
+    """Python's handler: a process started in the background by a shell ignores the signal
+    instead."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

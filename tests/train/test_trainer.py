@@ -1,4 +1,5 @@
-"""Whole runs with the real engine and cache: learning, files, errors before writing, interruption and resumption."""
+"""Whole runs with the real engine and cache: learning, files, errors before writing, interruption
+and resumption."""
 
 from __future__ import annotations
 
@@ -226,7 +227,8 @@ def test_skipped_rewards(make_config, name):
             assert 0 < row["num_tokens"] < row["num_response_tokens"]
 
 
-# ---- interruption ---------------------------------------------------------------------------------------------
+# ---- interruption
+# ---------------------------------------------------------------------------------------------
 
 
 class SignalAtForward:
@@ -267,7 +269,8 @@ def uninterrupted(make_config, tmp_path):
     return read_rows(config.log.run_dir), final_weights(config.log.run_dir), counter.count
 
 
-# From the first evaluation to the last: every kind of place a signal may find the run in. Shares of all forward passes.
+# From the first evaluation to the last: every kind of place a signal may find the run in. Shares of
+# all forward passes.
 @pytest.mark.parametrize(
     "shares",
     [
@@ -424,7 +427,8 @@ def test_a_signal_from_outside(make_config, tmp_path, signum):
     assert summary.totals.steps == done + 1
 
 
-# ---- bad input: one error, nothing written --------------------------------------------------------------------
+# ---- bad input: one error, nothing written
+# --------------------------------------------------------------------
 
 
 def truncated_cache(tmp_path):

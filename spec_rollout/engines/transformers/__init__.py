@@ -1,4 +1,5 @@
-"""The embedded engine: any Hugging Face causal LM, on CPU or one GPU, in the process of the trainer."""
+"""The embedded engine: any Hugging Face causal LM, on CPU or one GPU, in the process of the
+trainer."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""Attention on CPU over rows of different lengths, whose result for a token never depends on the batch.
+"""Attention on CPU over rows of different lengths, whose result for a token never depends on the
+batch.
 
 A padded attention reads every row's cache up to the longest row's length, and decoding is bound by
-that reading; and it may sum in another order for another shape, so that a token's logits change in the
-last bits with what is computed beside it. The kernel behind this function (csrc/cpu/forward/causal_attention.cpp)
-reads each row at its own length and adds up keys one after the other, whatever the shape.
+that reading; and it may sum in another order for another shape, so that a token's logits change in
+the last bits with what is computed beside it. The kernel behind this function
+(csrc/cpu/forward/causal_attention.cpp) reads each row at its own length and adds up keys one after
+the other, whatever the shape.
 
-Matrix products remain torch's. Float32 products on CPU keep one order of summation per output element
-as long as a shape rule holds (found by trial on x86 with MKL: `torch.equal` over row counts 1 to 4,096):
-`MIN_ROWS`. `TransformersEngine.batch_invariance_error` measures whether that does for a model on the
-machine at hand.
+Matrix products remain torch's. Float32 products on CPU keep one order of summation per output
+element as long as a shape rule holds (found by trial on x86 with MKL: `torch.equal` over row counts
+1 to 4,096): `MIN_ROWS`. `TransformersEngine.batch_invariance_error` measures whether that does for
+a model on the machine at hand.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def batch_invariant_attention(
     Args:
         module: The attention layer; not read.
         query: [rows, heads, tokens, head_dim].
-        key, value: [cache rows, kv_heads, width, head_dim]; of each row what lies up to its last position is read.
+        key, value: [cache rows, kv_heads, width, head_dim]; of each row what lies up to its last
+            position is read.
         attention_mask: From `span_mask`.
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Must be 0: the engine does not train.

@@ -45,7 +45,8 @@ class Decoder:
         num_slots: Responses generated at a time.
         max_tokens: Most tokens of one step with proposals.
         stats: Counts are added here.
-        drafter: Proposes tokens, which are tested against what sampling gives; None decodes plainly.
+        drafter: Proposes tokens, which are tested against what sampling gives; None decodes
+            plainly.
         cost: Decides with the drafter how much to propose, and sees what steps take.
         payoff: Decides whether to propose at all, and sees what steps give.
     """
@@ -102,7 +103,8 @@ class Decoder:
         return self.num_slots - self.num_live
 
     def add(self, verified: list[Verified], lanes: SlotCache) -> None:
-        """Takes over requests to go on from: the KV of prompt and accepted tokens, and the next token."""
+        """Takes over requests to go on from: the KV of prompt and accepted tokens, and the next
+        token."""
         if not verified:
             return
         first = self.num_live
@@ -277,7 +279,8 @@ class Decoder:
         return kept.tolist(), num_proposed
 
     def _finish(self, done: list[int]) -> None:
-        """Hands the responses of some slots over and moves the last slots in use into the free ones."""
+        """Hands the responses of some slots over and moves the last slots in use into the free
+        ones."""
         for ids, logprobs, slot in zip(
             self._token_ids[done].cpu().numpy(),
             self._logprobs[done].cpu().numpy(),

@@ -1,4 +1,5 @@
-"""The embedded engine: verifies drafts in the pass that fills the KV cache, and decodes on from there."""
+"""The embedded engine: verifies drafts in the pass that fills the KV cache, and decodes on from
+there."""
 
 from __future__ import annotations
 
@@ -49,8 +50,9 @@ class TransformersEngine:
     (`AcceptanceRule.cut_lens`), before the engine sees the drafts.
 
     The model may be shared with a trainer: its mode, attention and hooks are restored after each
-    call. Between calls `policy_version`, what decoding steps took, how proposals fared and, on a CPU, the memory of the KV
-    caches are kept (num_slots and max_verify_tokens / verify_chunk rows of the longest length so far).
+    call. Between calls `policy_version`, what decoding steps took, how proposals fared and, on a
+    CPU, the memory of the KV caches are kept (num_slots and max_verify_tokens / verify_chunk rows
+    of the longest length so far).
 
     Args:
         model: Causal LM with all parameters on one device, sdpa or eager attention.
@@ -65,7 +67,8 @@ class TransformersEngine:
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
             the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
             with a cache are then those without. None: yes for float32 on CPU, where it is also the
-            faster way (benchmarks/bench_engine.py); elsewhere it cannot be had. See `batch_invariance_error`.
+            faster way (benchmarks/bench_engine.py); elsewhere it cannot be had. See
+            `batch_invariance_error`.
 
     Raises:
         ValueError: naming the argument or what the model has that this engine cannot work with.

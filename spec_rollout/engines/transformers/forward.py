@@ -63,7 +63,8 @@ class ModelForward:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Evaluation and inference mode, our hook, attention and layer parts; all as it was afterwards."""
+        """Evaluation and inference mode, our hook, attention and layer parts; all as it was
+        afterwards."""
         training = [module for module in self.model.modules() if module.training]
         attention = self.model.config._attn_implementation
         hook = self._head.register_forward_pre_hook(self._keep_selected)
@@ -88,10 +89,10 @@ class ModelForward:
     def kept_cache(self, name: str, num_rows: int, capacity: int) -> SlotCache:
         """The cache of this name if it is large enough, else a new one in its place.
 
-        On a CPU, memory that is handed back after each call costs more to get again than to keep: the
-        kernel clears it page by page. On a GPU the allocator keeps it, and a trainer wants it between
-        calls. Forwards with masks always have new caches, too: a NaN left from earlier would get
-        through the mask.
+        On a CPU, memory that is handed back after each call costs more to get again than to keep:
+        the kernel clears it page by page. On a GPU the allocator keeps it, and a trainer wants it
+        between calls. Forwards with masks always have new caches, too: a NaN left from earlier
+        would get through the mask.
         """
         if not self.batch_invariant:
             return self.new_cache(num_rows, capacity)
@@ -110,7 +111,8 @@ class ModelForward:
         width: int,
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Computes the next tokens of the first rows of the cache and writes their keys and values there.
+        """Computes the next tokens of the first rows of the cache and writes their keys and values
+        there.
 
         Batch-invariant forwards take the tokens as they come, each as a row of its own; others pad
         rows to the longest.
@@ -251,7 +253,8 @@ def _mask_kinds(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
     if model.config._attn_implementation not in _MASKED_ATTENTION:
         raise ValueError(
             f"model: expected attention {' or '.join(_MASKED_ATTENTION)} (per-row lengths need a "
-            f"mask), got {model.config._attn_implementation!r}; load it with attn_implementation='sdpa'"
+            f"mask), got {model.config._attn_implementation!r}; load it with "
+            "attn_implementation='sdpa'"
         )
     layer_types = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or not layer_types <= _KNOWN_LAYERS:

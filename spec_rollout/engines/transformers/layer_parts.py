@@ -1,9 +1,11 @@
-"""What lies between a decoder layer's matrix products, in one kernel call each, for the time of a session.
+"""What lies between a decoder layer's matrix products, in one kernel call each, for the time of a
+session.
 
-RMS norm, gated SiLU and rotary embedding are eight, two and ten operations of torch, and on a CPU they take a third of
-the time of a verification forward. Here each is one pass over its input (csrc/cpu/forward/layer_parts.cpp). Which parts of
-a model are these three is told by what they compute, not by their names alone: a candidate is tried on random
-input first, and one that gives anything else is left alone.
+RMS norm, gated SiLU and rotary embedding are eight, two and ten operations of torch, and on a CPU
+they take a third of the time of a verification forward. Here each is one pass over its input
+(csrc/cpu/forward/layer_parts.cpp). Which parts of a model are these three is told by what they
+compute, not by their names alone: a candidate is tried on random input first, and one that gives
+anything else is left alone.
 """
 
 from __future__ import annotations

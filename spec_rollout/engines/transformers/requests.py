@@ -1,4 +1,5 @@
-"""Requests as the engine works on them: checked, drafts cut to what could be kept, prompt and draft in one stream."""
+"""Requests as the engine works on them: checked, drafts cut to what could be kept, prompt and draft
+in one stream."""
 
 from __future__ import annotations
 
@@ -106,7 +107,8 @@ class Plan:
 
     @property
     def feed_lens(self) -> np.ndarray:
-        """Tokens to compute if the whole draft is accepted: the last of a finished one needs no KV."""
+        """Tokens to compute if the whole draft is accepted: the last of a finished one needs no
+        KV."""
         return self.prompt_lens + self.draft_lens - self.draft_ends
 
     def order(self) -> np.ndarray:

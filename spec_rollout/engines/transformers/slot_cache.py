@@ -87,7 +87,8 @@ class SlotCache(Cache):
         return list(groups.values())
 
     def allocate_like(self, other: SlotCache) -> None:
-        """Allocates the layers that `other` has, so that rows can be copied here before a forward."""
+        """Allocates the layers that `other` has, so that rows can be copied here before a
+        forward."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if theirs.is_initialized and not mine.is_initialized:
                 mine.lazy_initialization(theirs.keys, theirs.values)
@@ -159,7 +160,8 @@ class SlotLayer(CacheLayerMixin):
 def copy_rows(
     src: SlotCache, dst: SlotCache, src_rows: list[int], dst_rows: list[int], lens: list[int]
 ) -> None:
-    """Copies the first `lens` positions of rows of `src` into rows of `dst` (which may be `src`)."""
+    """Copies the first `lens` positions of rows of `src` into rows of `dst` (which may be
+    `src`)."""
     if not src_rows:
         return
     dst.allocate_like(src)

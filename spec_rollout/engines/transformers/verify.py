@@ -1,4 +1,5 @@
-"""Verification: prompts and drafts go through the model chunk by chunk until a draft token is rejected."""
+"""Verification: prompts and drafts go through the model chunk by chunk until a draft token is
+rejected."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class Verified:
 
 
 class Verifier:
-    """Feeds up to `num_lanes` requests at a time, each by at most `chunk` tokens of its stream a step.
+    """Feeds up to `num_lanes` requests at a time, each by at most `chunk` tokens of its stream a
+    step.
 
     A lane whose draft is rejected or used up is free for the next request at once, so every forward
     is full while requests wait. A request without a draft is one whose "draft" of no tokens is

@@ -29,7 +29,8 @@ def copy_weights(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torc
             raise ValueError(f"named_tensors: expected each name once, got {name!r} again")
         if tensor.shape != target.shape:
             raise ValueError(
-                f"named_tensors: expected {name!r} of shape {list(target.shape)}, got {list(tensor.shape)}"
+                f"named_tensors: expected {name!r} of shape {list(target.shape)}, got "
+                f"{list(tensor.shape)}"
             )
         updates[name] = tensor
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """vLLM with verification of cached rollouts inside the engine.
 
-Importing this package does not import vLLM, so that clients can build requests (`extra_args`) without it.
+Importing this package does not import vLLM, so that clients can build requests (`extra_args`)
+without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which requests may carry a draft: checked before the engine sees them, so that a bad one fails alone."""
+"""Which requests may carry a draft: checked before the engine sees them, so that a bad one fails
+alone."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from typing import Any
 
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, decode
 
-# Attribute of vLLM's SamplingParams -> the value that means "off". What is on changes the distribution in a way that
-# depends on the tokens drawn so far (or on a sampler of its own), which a draft under test cannot follow.
+# Attribute of vLLM's SamplingParams -> the value that means "off". What is on changes the
+# distribution in a way that depends on the tokens drawn so far (or on a sampler of its own), which
+# a draft under test cannot follow.
 _MUST_BE_OFF = {
     "n": 1,
     "presence_penalty": 0.0,
@@ -25,7 +27,8 @@ _MUST_BE_OFF = {
 def admit(
     request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
 ) -> ReuseRequest | None:
-    """The reuse parameters of a request, checked; None if it has none (it is then none of our business).
+    """The reuse parameters of a request, checked; None if it has none (it is then none of our
+    business).
 
     Args:
         request_id: Named in errors.
@@ -52,7 +55,8 @@ def admit(
             )
         if params.logprobs is not None and logprobs_mode in ("raw_logits", "processed_logits"):
             raise ValueError(
-                f"logprobs: expected an engine with logprobs_mode raw_logprobs or processed_logprobs "
+                "logprobs: expected an engine with logprobs_mode raw_logprobs or "
+                "processed_logprobs "
                 f"together with {EXTRA_ARG}, got {logprobs_mode}"
             )
     except ValueError as error:

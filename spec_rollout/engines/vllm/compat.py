@@ -1,17 +1,22 @@
 """Every reach into vLLM's internals, in one file.
 
-Official hooks carry most of the plugin: the `custom_class` proposer, `worker_extension_cls`, `additional_config` and
-the `vllm.general_plugins` entry point. What has no official hook is replaced here, once per process; each replacement
-hands over to vLLM's own code unless the engine runs our proposer:
+Official hooks carry most of the plugin: the `custom_class` proposer, `worker_extension_cls`,
+`additional_config` and the `vllm.general_plugins` entry point. What has no official hook is
+replaced here, once per process; each replacement hands over to vLLM's own code unless the engine
+runs our proposer:
 
-| replaced | because |
-|---|---|
-| `GPUModelRunner._sample` | the token at the end of a prefill and the token after a draft never reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs |
-| `GPUModelRunner._calc_spec_decode_metadata` | prepares a rejection sampler's indices in every step, drafts or not; our sampler needs one array of them |
-| `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request` | a malformed request must fail alone, before a worker sees it |
-| `SamplingParams._validate_spec_decode`, `build_logitsprocs` | vLLM refuses min_p and logit_bias with any speculative decoding; our sampler and its plain sampler honour them |
-| `dispatch_cpu_unquantized_gemm` (CPU wheels) | frees the weights after packing them, so that they cannot be updated |
-| `expand_batch_to_tokens` (CPU wheels) | writes into a copy: vLLM's own rejection sampler then reads uninitialised memory |
+- `GPUModelRunner._sample`: the token at the end of a prefill and the token after a draft never
+  reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
+- `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices in every
+  step, with drafts or without; our sampler needs one array of them.
+- `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request`: a malformed request must
+  fail alone, before a worker sees it.
+- `SamplingParams._validate_spec_decode`, `build_logitsprocs`: vLLM refuses min_p and logit_bias
+  with any speculative decoding; our sampler and its plain sampler honour them.
+- `dispatch_cpu_unquantized_gemm` (CPU wheels): frees the weights after packing them, so that they
+  cannot be updated.
+- `expand_batch_to_tokens` (CPU wheels): writes into a copy; vLLM's own rejection sampler then
+  reads uninitialised memory.
 
 Importing this module imports vLLM; `install()` may be called any number of times.
 """
@@ -106,12 +111,14 @@ def install() -> None:
     _wrap(InputProcessor, "process_inputs", _checked_inputs)
     _wrap(EngineCore, "preprocess_add_request", _checked_request)
     _wrap(SamplingParams, "_validate_spec_decode", _lenient_validation)
-    # The model runner's module is heavy and sets up devices: it is hooked when a worker imports it (`install_worker`).
+    # The model runner's module is heavy and sets up devices: it is hooked when a worker imports it
+    # (`install_worker`).
     _installed = True
 
 
 def plugin() -> None:
-    """The `vllm.general_plugins` entry point: `install`, but it never stands in the way of a vLLM that does not fit.
+    """The `vllm.general_plugins` entry point: `install`, but it never stands in the way of a vLLM
+    that does not fit.
 
     vLLM calls it in every process of every engine, ours or not.
     """
@@ -125,7 +132,8 @@ _worker_installed = False
 
 
 def install_worker() -> None:
-    """Installs the hooks that only a worker process needs; called while its model runner is being built."""
+    """Installs the hooks that only a worker process needs; called while its model runner is being
+    built."""
     global _worker_installed
     install()
     if _worker_installed:
@@ -176,7 +184,8 @@ def _check(vllm_config: Any, request_id: str, params: Any) -> None:
 
 @functools.cache
 def _request_error() -> type[ValueError]:
-    """ValueError, in the form in which vLLM's asynchronous front end takes it for the client's mistake.
+    """ValueError, in the form in which vLLM's asynchronous front end takes it for the client's
+    mistake.
 
     Of others it says that the server failed, and not why.
     """
@@ -220,7 +229,8 @@ def _all_logitsprocs(original: Callable) -> Callable:
     ) -> Any:
         if custom or is_pooling_model or not is_ours(vllm_config.speculative_config):
             return original(vllm_config, device, is_pin_memory, is_pooling_model, custom)
-        # Requests without a key go through vLLM's plain sampler, one logits row each, as without speculation.
+        # Requests without a key go through vLLM's plain sampler, one logits row each, as without
+        # speculation.
         return LogitsProcessors(
             make(vllm_config, device, is_pin_memory) for make in BUILTIN_LOGITS_PROCESSORS
         )
@@ -239,7 +249,8 @@ def _sample_hook(original: Callable) -> Callable:
         proposer = getattr(self, "drafter", None)
         if not isinstance(proposer, ReuseProposer):
             return original(self, logits, spec_decode_metadata, *args, **kw)
-        # vLLM replaces drafts by zeros near the model's length, unless the drafter is known to stop in time; ours does.
+        # vLLM replaces drafts by zeros near the model's length, unless the drafter is known to stop
+        # in time; ours does.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
         rows = _rows(self, proposer)
         proposer.sampler.count(int(self.query_start_loc.np[len(rows)]), logits.shape[0], rows)
@@ -289,7 +300,8 @@ def _metadata_hook(original: Callable) -> Callable:
 
 
 def _rows(runner: Any, proposer: ReuseProposer) -> list[Row | None]:
-    """Our state of each request of the batch, made when it is first seen; None for requests without a key."""
+    """Our state of each request of the batch, made when it is first seen; None for requests without
+    a key."""
     requests = runner.requests
     states = [requests[r] for r in runner.input_batch.req_ids]
     known_states, known_rows = proposer.last_batch
@@ -381,7 +393,8 @@ def proposer_of(worker: Any) -> ReuseProposer:
     """The proposer of a vLLM worker.
 
     Raises:
-        RuntimeError: if it has none of ours (another rank of a pipeline, or other engine arguments).
+        RuntimeError: if it has none of ours (another rank of a pipeline, or other engine
+            arguments).
     """
     from spec_rollout.engines.vllm.proposer import ReuseProposer
 
@@ -410,13 +423,15 @@ def weights_loaded(worker: Any) -> None:
 
 
 def is_in_process(llm: Any) -> bool:
-    """Whether the engine core of an `LLM` runs in this process, so that tensors can be handed over as they are."""
+    """Whether the engine core of an `LLM` runs in this process, so that tensors can be handed over
+    as they are."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")
 
 
 @contextmanager
 def interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[None]:
-    """Calls `before_step` before every step of an `LLM`; an exception in the block aborts all of its requests.
+    """Calls `before_step` before every step of an `LLM`; an exception in the block aborts all of
+    its requests.
 
     vLLM alone would finish them, and mix up their outputs, in the next call.
     """
@@ -444,9 +459,11 @@ def interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[
 
 @contextmanager
 def threads_kept() -> Iterator[None]:
-    """An engine set up in the block does not disable `torch.set_num_threads` for the rest of this process.
+    """An engine set up in the block does not disable `torch.set_num_threads` for the rest of this
+    process.
 
-    vLLM's CPU worker does, for the sake of threads it has bound to cores; it binds none in the caller's process.
+    vLLM's CPU worker does, for the sake of threads it has bound to cores; it binds none in the
+    caller's process.
     """
     original = torch.set_num_threads
     try:
@@ -456,7 +473,8 @@ def threads_kept() -> Iterator[None]:
 
 
 def keep_cpu_weights() -> None:
-    """Lets models that are loaded from now on keep the unpacked weights, too (twice the memory, CPU only)."""
+    """Lets models that are loaded from now on keep the unpacked weights, too (twice the memory, CPU
+    only)."""
     global _keep_cpu_weights
     _keep_cpu_weights = True
 
@@ -471,7 +489,8 @@ def _fix_cpu_wheels() -> None:
                 original(layer, remove_weight)
                 return
             original(layer, remove_weight=False)
-            # The packed copy does not see updates of the weight; not a submodule, hence past nn.Module.__setattr__.
+            # The packed copy does not see updates of the weight; not a submodule, hence past
+            # nn.Module.__setattr__.
             object.__setattr__(
                 layer, "_spec_rollout_pack", lambda: original(layer, remove_weight=False)
             )

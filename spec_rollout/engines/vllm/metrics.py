@@ -15,18 +15,23 @@ class ReuseMetrics:
 
     Attributes:
         num_engine_steps: Forward passes that ended in sampling.
-        num_decode_steps: Of these, steps in which every request computed its last token, what was proposed from history
-            behind it, and nothing else.
-        num_tail_steps, tail_seconds: Decode steps with fewer than a tenth of the call's requests running.
-        max_row_steps: Steps of the longest request after its first token (of a sum: of each call's longest).
+        num_decode_steps: Of these, steps in which every request computed its last token, what was
+            proposed from history behind it, and nothing else.
+        num_tail_steps, tail_seconds: Decode steps with fewer than a tenth of the call's requests
+            running.
+        max_row_steps: Steps of the longest request after its first token (of a sum: of each call's
+            longest).
         num_proposed_tokens: Tokens proposed from history; the model computed them all.
         num_accepted_proposals: Of these, kept.
         num_computed_tokens: Tokens the model computed: prompts, draft chunks, single tokens.
         num_drafts: Requests with a draft.
-        num_draft_tokens: Their draft tokens (after the cut to max_tokens and to the model's length).
+        num_draft_tokens: Their draft tokens (after the cut to max_tokens and to the model's
+            length).
         num_verified_tokens: Draft tokens that went through the model, wasted ones included.
-        num_tested_tokens: Draft tokens tested; a token can be tested before it is computed, never after.
-        num_accepted_tokens: Draft tokens accepted. What is accepted after a stop token or string is dropped later.
+        num_tested_tokens: Draft tokens tested; a token can be tested before it is computed, never
+            after.
+        num_accepted_tokens: Draft tokens accepted. What is accepted after a stop token or string is
+            dropped later.
         num_wasted_tokens: Draft tokens computed in a chunk after its first rejection.
         num_fully_reused: Drafts that were accepted to their last token.
         num_placeholder_tokens: Draft tokens that vLLM made up and the plugin rejected.
@@ -75,7 +80,8 @@ class ReuseMetrics:
     def proposals_tested(
         self, num_tokens: int, num_own: int, num_accepted: int, num_own_accepted: int
     ) -> None:
-        """The drafter's proposals of one step; of these tokens `num_own` were the requests' own drafts, which count as such."""
+        """The drafter's proposals of one step; of these tokens `num_own` were the requests' own
+        drafts, which count as such."""
         self.num_verified_tokens += num_own
         self.num_wasted_tokens += num_own - num_own_accepted
         self.num_proposed_tokens += num_tokens - num_own
@@ -107,8 +113,9 @@ class ReuseMetrics:
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
     def as_row(self) -> dict[str, float]:
-        """What `RolloutStats` does not say, for a trainer's log: `vllm_*` counts, and `vllm_acceptance_A_B`, the share
-        accepted of the draft tokens tested at positions A to B (1-based); left out where none was tested.
+        """What `RolloutStats` does not say, for a trainer's log: `vllm_*` counts, and
+        `vllm_acceptance_A_B`, the share accepted of the draft tokens tested at positions A to B
+        (1-based); left out where none was tested.
         """
         names = ("num_tested_tokens", "num_wasted_tokens", "num_placeholder_tokens")
         row: dict[str, float] = {f"vllm_{name}": getattr(self, name) for name in names}

@@ -1,8 +1,10 @@
-"""The drafter vLLM is given: `speculative_config={"method": "custom_class", "model": "...proposer.ReuseProposer"}`.
+"""The drafter vLLM is given: `speculative_config={"method": "custom_class", "model":
+"...proposer.ReuseProposer"}`.
 
-It proposes the next chunk of each request's cached response while that is being accepted; afterwards, what the prompt's
-other rollouts suggest, where the engine was given a history, and nothing otherwise. It is
-created in every worker process before the model is loaded, which is where the hooks of `compat` are installed.
+It proposes the next chunk of each request's cached response while that is being accepted;
+afterwards, what the prompt's other rollouts suggest, where the engine was given a history, and
+nothing otherwise. It is created in every worker process before the model is loaded, which is where
+the hooks of `compat` are installed.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ class ReuseProposer:
     """vLLM's `custom_class` proposer interface, and the owner of the sampler that verifies.
 
     Chunks start at `first_chunk` tokens and double with every chunk that is accepted whole, up to
-    `num_speculative_tokens`: what is wasted at the first rejection stays in proportion to what was gained.
+    `num_speculative_tokens`: what is wasted at the first rejection stays in proportion to what was
+    gained.
 
     Args:
-        vllm_config: `additional_config={"spec_rollout": {"first_chunk": n}}` changes the first chunk (16).
+        vllm_config: `additional_config={"spec_rollout": {"first_chunk": n}}` changes the first
+            chunk (16).
 
     Raises:
-        ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's token budget.
+        ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
+            token budget.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -55,7 +60,8 @@ class ReuseProposer:
         self.first_chunk = min(first_chunk, max_chunk)
         self.token_budget = budget
         self.sampler = ReuseSampler(max_chunk)
-        # vLLM's records of the requests of the last step, and our rows of them: mostly the next step has the same.
+        # vLLM's records of the requests of the last step, and our rows of them: mostly the next
+        # step has the same.
         self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
         compat.keep_cpu_weights()
 
@@ -69,7 +75,8 @@ class ReuseProposer:
         stop_token_ids: list[int],
         keyed: bool,
     ) -> None:
-        """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` - 1.
+        """A rollout call begins, whose requests have the `collect_id`s from 0 to `num_requests` -
+        1.
 
         `keyed`: their tokens are drawn with keyed noise, not greedily.
         """
@@ -112,7 +119,8 @@ class ReuseProposer:
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Draft tokens per request of the batch; an empty list where there is nothing to propose."""
+        """Draft tokens per request of the batch; an empty list where there is nothing to
+        propose."""
         sampler = self.sampler
         batch = sampler.known
         step = sampler.metrics.num_engine_steps

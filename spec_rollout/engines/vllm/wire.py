@@ -1,7 +1,8 @@
-"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`, one compact byte string.
+"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`, one compact
+byte string.
 
-Layout, little-endian: a fixed header (`_HEADER`), the draft's token ids as int32, then, if flagged, its log-probs as
-float32. Nothing in it depends on vLLM, so that clients need not have it installed.
+Layout, little-endian: a fixed header (`_HEADER`), the draft's token ids as int32, then, if flagged,
+its log-probs as float32. Nothing in it depends on vLLM, so that clients need not have it installed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ EXTRA_ARG = "spec_rollout"
 VERSION = 1
 
 _MAGIC = b"sr"
-# magic, version, flags, rule kind, first position, collect id, key, log_lenience, scale, min_target_prob, draft length
+# magic, version, flags, rule kind, first position, collect id, key, log_lenience, scale,
+# min_target_prob, draft length
 _HEADER = struct.Struct("<2sBBB3xIiqdddI")
 _HAS_LOGPROBS = 1
 _KNOWN_FLAGS = _HAS_LOGPROBS
@@ -33,15 +35,18 @@ class ReuseRequest:
     """Reuse parameters of one request.
 
     Attributes:
-        key: Noise key (`spec_rollout.keys.noise_keys`); every token of the response is drawn with its noise.
-        rule: Acceptance rule; the baselines (`RandomReuse`, ...) travel as the token test they come down to.
-        draft_ids: The cached response to verify; empty for plain keyed sampling. [num_draft_tokens], int32.
-        draft_logprobs: Their log-probs under the policy that drew them; None if neither the rule reads them nor
-            a drafter that is given the draft. [num_draft_tokens], float32.
-        first_position: Response position of the first token of this request, where the start of the response is
-            already part of the prompt.
-        collect_id: >= 0: the worker keeps the log-probs and the accepted length under this number until they are
-            fetched (`VLLMEngine`); -1: it does not.
+        key: Noise key (`spec_rollout.keys.noise_keys`); every token of the response is drawn with
+            its noise.
+        rule: Acceptance rule; the baselines (`RandomReuse`, ...) travel as the token test they come
+            down to.
+        draft_ids: The cached response to verify; empty for plain keyed sampling.
+            [num_draft_tokens], int32.
+        draft_logprobs: Their log-probs under the policy that drew them; None if neither the rule
+            reads them nor a drafter that is given the draft. [num_draft_tokens], float32.
+        first_position: Response position of the first token of this request, where the start of the
+            response is already part of the prompt.
+        collect_id: >= 0: the worker keeps the log-probs and the accepted length under this number
+            until they are fetched (`VLLMEngine`); -1: it does not.
     """
 
     key: int
@@ -55,7 +60,8 @@ class ReuseRequest:
         ids = self.draft_ids
         if ids.ndim != 1 or ids.dtype != np.int32:
             raise ValueError(
-                f"draft_ids: expected int32 of shape [num_draft_tokens], got {ids.dtype} {list(ids.shape)}"
+                f"draft_ids: expected int32 of shape [num_draft_tokens], got {ids.dtype} "
+                f"{list(ids.shape)}"
             )
         if ids.size and int(ids.min()) < 0:
             raise ValueError(f"draft_ids: expected token ids >= 0, got {int(ids.min())}")
@@ -103,7 +109,8 @@ def encode(request: ReuseRequest) -> bytes:
 
 
 def extra_args(request: ReuseRequest) -> dict[str, Any]:
-    """`SamplingParams(extra_args=...)` of a request; for HTTP (JSON), base64 of the bytes is accepted too."""
+    """`SamplingParams(extra_args=...)` of a request; for HTTP (JSON), base64 of the bytes is
+    accepted too."""
     return {EXTRA_ARG: encode(request)}
 
 

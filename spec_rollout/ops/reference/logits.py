@@ -1,4 +1,5 @@
-"""Reference of `token_logprobs`, `sample_tokens` and `verify_prefix`: sorts, softmaxes and Python loops in float64."""
+"""Reference of `token_logprobs`, `sample_tokens` and `verify_prefix`: sorts, softmaxes and Python
+loops in float64."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ from spec_rollout.ops.reference.noise import accept_uniforms, gumbel_noise
 
 
 def scaled_logits(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
-    """float32(logits) * (1 / T), both roundings in float32 as the kernels define them, as float64; T = 0 counts as 1."""
+    """float32(logits) * (1 / T), both roundings in float32 as the kernels define them, as float64;
+    T = 0 counts as 1."""
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(logits.shape[0])
     factor = torch.where(temperature > 0, 1.0 / temperature, 1.0)
     return (logits.float() * factor[:, None]).double()
 
 
 def keep_mask(x: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Tokens that pass top-k, then top-p; ties with the last kept value pass. [vocab] -> [vocab] bool."""
+    """Tokens that pass top-k, then top-p; ties with the last kept value pass. [vocab] -> [vocab]
+    bool."""
     keep = x > -math.inf
     if 0 < top_k < x.numel():
         keep &= x >= x.sort(descending=True).values[top_k - 1]
@@ -38,7 +41,8 @@ def target_logprobs(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """Log-probabilities of the sampling distribution. [rows, vocab] -> [rows, vocab], float64; greedy rows: T = 1."""
+    """Log-probabilities of the sampling distribution. [rows, vocab] -> [rows, vocab], float64;
+    greedy rows: T = 1."""
     rows = logits.shape[0]
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(rows)
     top_k = torch.as_tensor(top_k).expand(rows)
@@ -86,7 +90,8 @@ def _decide(
     position: int,
     greedy: bool,
 ) -> tuple[bool, int]:
-    """Whether a draft token is accepted, and the token that replaces it if not. logp, x: [vocab]."""
+    """Whether a draft token is accepted, and the token that replaces it if not. logp, x:
+    [vocab]."""
     where = torch.tensor([position])
     noise = gumbel_noise(key[None], where, x.numel())[0]
     uniform = accept_uniforms(key[None], where)[0]
@@ -123,7 +128,8 @@ def verify_prefix(
     top_k: int | torch.Tensor = 0,
     top_p: float | torch.Tensor = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows] float64."""
+    """accepted_lens [batch] int32, next_token_ids [batch] int32, logprobs [num_logits_rows]
+    float64."""
     batch = len(keys)
     if cu_logits_lens is None:
         cu_logits_lens = cu_draft_lens.long() + torch.arange(batch + 1)

@@ -12,14 +12,16 @@ NOISE_GROUP = 8  # tokens whose smallest exponential is drawn first
 
 
 def _mul_hi_lo(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * b; b in 16-bit halves, since torch has no unsigned 64-bit product."""
+    """High and low 32 bits of a * b; b in 16-bit halves, since torch has no unsigned 64-bit
+    product."""
     low, high = b & 0xFFFF, b >> 16
     mid = a * high + ((a * low) >> 16)  # < 2**48 + 2**32
     return mid >> 16, ((mid << 16) | ((a * low) & 0xFFFF)) & _MASK
 
 
 def philox(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words; all broadcast together."""
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words; all broadcast
+    together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -36,7 +38,8 @@ def _words(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def accept_uniforms(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Uniforms in (0, 1] of the accept test; keys and positions broadcast together, int64. Returns float64."""
+    """Uniforms in (0, 1] of the accept test; keys and positions broadcast together, int64. Returns
+    float64."""
     k0, k1 = _words(keys)
     p0, p1 = _words(positions >> 2)  # one call serves four positions
     zero = torch.zeros_like(p0)
@@ -46,11 +49,12 @@ def accept_uniforms(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 
 def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
-    """Standard Gumbel noise -ln(exponential) of every token: [batch], [batch] -> [batch, vocab], float64.
+    """Standard Gumbel noise -ln(exponential) of every token: [batch], [batch] -> [batch, vocab],
+    float64.
 
-    The exponentials of 8 neighbours are drawn as their smallest, that of a leader, and what the others have above it:
-    the smallest of n independent standard exponentials is exponential with rate n, any of them alike, and the rest
-    exceed it by independent standard exponentials.
+    The exponentials of 8 neighbours are drawn as their smallest, that of a leader, and what the
+    others have above it: the smallest of n independent standard exponentials is exponential with
+    rate n, any of them alike, and the rest exceed it by independent standard exponentials.
     """
     k0, k1 = (w[:, None] for w in _words(keys))
     p0, p1 = (w[:, None] for w in _words(positions))

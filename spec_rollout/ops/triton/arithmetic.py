@@ -1,7 +1,8 @@
-"""Noise and float32 arithmetic of the Triton kernels: the same bits as csrc/include/spec_rollout/{philox,numerics,logits}.h.
+"""Noise and float32 arithmetic of the Triton kernels: the same bits as
+csrc/include/spec_rollout/{philox,numerics,logits}.h.
 
-Kernels that use these are launched with `enable_fp_fusion=False`, so that a product and a sum are contracted only where
-`tl.fma` says so, as on the other back ends.
+Kernels that use these are launched with `enable_fp_fusion=False`, so that a product and a sum are
+contracted only where `tl.fma` says so, as on the other back ends.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def softmax_exp(x):
 
 @triton.jit
 def exact_log(x):
-    """Natural log of positive normal floats, by the polynomial and the order of operations of `exact_log` in numerics.h."""
+    """Natural log of positive normal floats, by the polynomial and the order of operations of
+    `exact_log` in numerics.h."""
     bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3
     e = (bits >> 23).to(tl.float32)
     m = ((bits & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
@@ -74,13 +76,15 @@ def exact_exp(x):
 @triton.jit
 def uniform_from_bits(bits):
     """Uniform in (0, 1]."""
-    # The product by a power of two is exact: the sum rounds once, as the fused operation of philox.h.
+    # The product by a power of two is exact: the sum rounds once, as the fused operation of
+    # philox.h.
     return bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
 
 
 @triton.jit
 def _group_uniform_from_bits(group_bits):
-    """Uniform in (0, 1] of a group's smallest exponential: of the bits that do not name its leader."""
+    """Uniform in (0, 1] of a group's smallest exponential: of the bits that do not name its
+    leader."""
     return (group_bits >> 3).to(tl.float32) * 1.862645149230957e-09 + 9.313225746154785e-10
 
 
@@ -109,7 +113,8 @@ def gumbel_from_bits(group_bits, bits, places):
 
 @triton.jit
 def group_bound(group_bits):
-    """A number that no noise of a group's tokens is above, without logarithms: `group_bound` in logits.h."""
+    """A number that no noise of a group's tokens is above, without logarithms: `group_bound` in
+    logits.h."""
     log2_v = _group_uniform_from_bits(group_bits).to(tl.int32, bitcast=True).to(tl.float32)
     slope = tl.full(group_bits.shape, -8.262958317573066e-08, tl.float32)
     return tl.fma(log2_v, slope, tl.full(group_bits.shape, 90.10923767089844, tl.float32))
@@ -146,7 +151,8 @@ def gumbel_bits(key, position, quads):
 def group_bits(key, position, groups):
     """Random bits of groups of tokens at a response position, uint32 in the shape of `groups`.
 
-    Each element makes a call for its word alone: words of one call for four would have to move between threads.
+    Each element makes a call for its word alone: words of one call for four would have to move
+    between threads.
     """
     a, b, c, d = _philox(key, position, groups >> 2, _STREAM_GROUP)
     return pick(groups & 3, a, b, c, d)
@@ -154,7 +160,8 @@ def group_bits(key, position, groups):
 
 @triton.jit
 def gumbel_block(key, position, first_quad, ROWS: tl.constexpr, VEC: tl.constexpr):
-    """Random bits of ROWS * VEC tokens in order, uint32 [ROWS, VEC]; one Philox call serves four of them."""
+    """Random bits of ROWS * VEC tokens in order, uint32 [ROWS, VEC]; one Philox call serves four of
+    them."""
     QUADS: tl.constexpr = VEC // 4
     quads = first_quad + tl.arange(0, ROWS)[:, None] * QUADS + tl.arange(0, QUADS)[None, :]
     a, b, c, d = gumbel_bits(key, position, quads)
@@ -163,7 +170,8 @@ def gumbel_block(key, position, first_quad, ROWS: tl.constexpr, VEC: tl.constexp
 
 @triton.jit
 def group_block(key, position, first_token, ROWS: tl.constexpr, VEC: tl.constexpr):
-    """Random bits of the groups of ROWS * VEC tokens in order, uint32 [ROWS, 1]: a row of a block lies in one group.
+    """Random bits of the groups of ROWS * VEC tokens in order, uint32 [ROWS, 1]: a row of a block
+    lies in one group.
 
     `first_token` is a multiple of VEC, and VEC no more than a group.
     """

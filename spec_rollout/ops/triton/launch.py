@@ -33,7 +33,8 @@ class LaunchShape:
 def launch_shape(logits: torch.Tensor, elements_per_thread: int) -> LaunchShape:
     """Sizes for rows of `logits` [rows, vocab]: blocks no larger than a row needs.
 
-    `elements_per_thread` is a power of two, at least 8: with 16-byte loads it says how many of them are in flight.
+    `elements_per_thread` is a power of two, at least 8: with 16-byte loads it says how many of them
+    are in flight.
     """
     vec = 16 // logits.element_size()
     num_warps = 4 if logits.shape[1] <= 8192 else 8
@@ -61,14 +62,16 @@ def on_device(tensor: torch.Tensor, kernel: object) -> Iterator[None]:
     """
     if not tensor.is_cuda and isinstance(kernel, triton.JITFunction):
         raise RuntimeError(
-            "impl: triton was compiled for a GPU, got tensors on the CPU; there Triton's kernels run only in its "
+            "impl: triton was compiled for a GPU, got tensors on the CPU; there Triton's kernels "
+            "run only in its "
             "interpreter (TRITON_INTERPRET=1 in the environment before triton is imported)"
         )
     if tensor.is_cuda:
         with device_guard(tensor):
             yield
         return
-    # Where logits are NaN, the interpreter's numpy warns about what the status word is about to report.
+    # Where logits are NaN, the interpreter's numpy warns about what the status word is about to
+    # report.
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield

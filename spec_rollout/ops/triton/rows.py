@@ -1,8 +1,8 @@
-"""What a Triton program does with one row of logits: sums, filter thresholds, draws. Same decisions as
-csrc/cuda/target_row.cuh: they share the arithmetic.
+"""What a Triton program does with one row of logits: sums, filter thresholds, draws. Same decisions
+as csrc/cuda/target_row.cuh: they share the arithmetic.
 
-A block of a row is [ROWS, VEC] with VEC elements to 16 bytes, so that a thread's loads are 128 bits wide and its share
-of a reduction along VEC needs no other thread. `BLOCK` = ROWS * VEC.
+A block of a row is [ROWS, VEC] with VEC elements to 16 bytes, so that a thread's loads are 128 bits
+wide and its share of a reduction along VEC needs no other thread. `BLOCK` = ROWS * VEC.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def load_block(row, start, vocab, BLOCK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def add_to_sum(top, total, x):
-    """Takes x [ROWS, VEC] into the running (max, sum of e^(x - max)) of each row of the block, [ROWS] each."""
+    """Takes x [ROWS, VEC] into the running (max, sum of e^(x - max)) of each row of the block,
+    [ROWS] each."""
     new = tl.maximum(top, tl.max(x, 1))
     total = total * softmax_exp(top - new) + tl.sum(softmax_exp(x - new[:, None]), 1)
     return new, total
@@ -60,7 +61,8 @@ def add_to_sum(top, total, x):
 
 @triton.jit
 def finish_sum(top, total):
-    """The (max, sum) of a row of logits from those of the block's rows; the sum is NaN if a logit is NaN or +inf."""
+    """The (max, sum) of a row of logits from those of the block's rows; the sum is NaN if a logit
+    is NaN or +inf."""
     highest = tl.max(top, 0)
     return highest, tl.sum(total * softmax_exp(top - highest), 0)
 
@@ -88,7 +90,8 @@ def sampling_of(
     r, vocab, temperatures, inv_temperature, top_ks, top_k, top_ps, top_p, status,
     GREEDY: tl.constexpr,
 ):  # fmt: skip
-    """(1 / temperature, greedy, top_k or 0, top_p) of a row; values out of range are reported and replaced."""
+    """(1 / temperature, greedy, top_k or 0, top_p) of a row; values out of range are reported and
+    replaced."""
     good = tl.full([], 1, tl.int1)
     greedy = tl.full([], GREEDY == ALWAYS, tl.int1)
     inv = tl.full([], 1.0, tl.float32) * inv_temperature
@@ -141,7 +144,8 @@ def _value_of_key(row, key, inv_temperature, BITS: tl.constexpr):
 
 @triton.jit
 def _weights(x, kept, highest, WEIGHTED: tl.constexpr):
-    """1 per token (top-k), or its probability in fixed point (top-p): integer sums do not depend on their order."""
+    """1 per token (top-k), or its probability in fixed point (top-p): integer sums do not depend on
+    their order."""
     if WEIGHTED:
         fixed = (exact_exp(tl.minimum(x - highest, 0.0)) * 1099511627776.0).to(tl.int64)
         return tl.where(x >= kept, fixed, 0)
@@ -155,7 +159,8 @@ def _select(
     WEIGHTED: tl.constexpr, BITS: tl.constexpr, INF_BITS: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The largest x with the weights of x_v >= x at least `target`, by bisection on the keys into four parts a pass."""
+    """The largest x with the weights of x_v >= x at least `target`, by bisection on the keys into
+    four parts a pass."""
     sign: tl.constexpr = 1 << (BITS - 1)
     low = tl.full([], sign - INF_BITS, tl.int64)  # the key after that of -inf
     high = tl.full([], sign + INF_BITS, tl.int64)  # that of +inf
@@ -195,7 +200,8 @@ def filter_threshold(
     row, vocab, inv_temperature, top_k, top_p,
     BITS: tl.constexpr, INF_BITS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Threshold on x of the tokens that top-k, then top-p keep; -FLT_MAX keeps all that can be drawn."""
+    """Threshold on x of the tokens that top-k, then top-p keep; -FLT_MAX keeps all that can be
+    drawn."""
     threshold = tl.full([], -FLT_MAX, tl.float32)
     if top_k > 0:
         threshold = tl.maximum(
@@ -231,7 +237,8 @@ def filter_threshold(
 
 @triton.jit
 def _take_best(score, ids, best_score, best_id):
-    """(best_score, best_id) after the candidates of a block; of equal scores the lowest id, -inf is none."""
+    """(best_score, best_id) after the candidates of a block; of equal scores the lowest id, -inf is
+    none."""
     highest = tl.max(tl.max(score, 1), 0)
     winner = tl.where((score == highest) & (score > -INF), ids, NO_TOKEN)
     winner = tl.min(tl.min(winner, 1), 0)
@@ -247,8 +254,8 @@ def sum_and_draw(
 ):  # fmt: skip
     """(max, sum, best_score, best_id) over the tokens with x >= threshold, in one read of the row.
 
-    The best starts from the arguments and is taken over all tokens but `excluded`, of x plus Gumbel noise if `NOISY`,
-    of x otherwise. No token: `best_id` is `NO_TOKEN`.
+    The best starts from the arguments and is taken over all tokens but `excluded`, of x plus Gumbel
+    noise if `NOISY`, of x otherwise. No token: `best_id` is `NO_TOKEN`.
     """
     top = tl.full([BLOCK // VEC], -FLT_MAX, tl.float32)
     total = tl.zeros([BLOCK // VEC], tl.float32)
@@ -259,8 +266,9 @@ def sum_and_draw(
         top, total = add_to_sum(top, total, x)
         candidate = (x >= threshold) & (ids != excluded)
         if NOISY:
-            # Noise is needed where it can change the argmax. The words of groups say where that is: rarely anywhere in
-            # a block once the first blocks are done. Only then are there words of tokens, and logarithms.
+            # Noise is needed where it can change the argmax. The words of groups say where that is:
+            # rarely anywhere in a block once the first blocks are done. Only then are there words
+            # of tokens, and logarithms.
             possible = tl.max(tl.max(tl.where(candidate, x, -INF), 1), 0)
             if possible + MAX_GUMBEL >= best_score:
                 group_bits = group_block(key, position, start, BLOCK // VEC, VEC)

@@ -45,7 +45,8 @@ def token_logprobs(
     temperatures: torch.Tensor | None,
     temperature: float,
 ) -> torch.Tensor:
-    """Contract and errors of `spec_rollout.ops.token_logprobs`; shapes and dtypes have been checked."""
+    """Contract and errors of `spec_rollout.ops.token_logprobs`; shapes and dtypes have been
+    checked."""
     rows, vocab = logits.shape
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:

@@ -1,8 +1,9 @@
-"""`verify_prefix` in Triton: two kernels that divide the work as those of csrc/cuda/verify_prefix.cu do.
+"""`verify_prefix` in Triton: two kernels that divide the work as those of
+csrc/cuda/verify_prefix.cu do.
 
-The first tests draft tokens, `splits` programs per draft, each every splits-th token in order, and stops once an earlier
-one was rejected. The second, a program per draft, draws the token that follows, unless the test has drawn it already
-(coupled and greedy rows: their test is the draw).
+The first tests draft tokens, `splits` programs per draft, each every splits-th token in order, and
+stops once an earlier one was rejected. The second, a program per draft, draws the token that
+follows, unless the test has drawn it already (coupled and greedy rows: their test is the draw).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _TAIL = tl.constexpr(128)
 
 @triton.jit
 def _draft_of(r, batch, cu_draft_lens, cu_logits_lens, num_draft_tokens, num_rows, status):
-    """(first token, tokens, first logits row, logits rows) of a draft; empty, and reported, if offsets are unusable."""
+    """(first token, tokens, first logits row, logits rows) of a draft; empty, and reported, if
+    offsets are unusable."""
     begin = tl.load(cu_draft_lens + r).to(tl.int64)
     length = tl.load(cu_draft_lens + r + 1).to(tl.int64) - begin
     if cu_logits_lens is None:
@@ -96,7 +98,8 @@ def _coupled_test(
     row, vocab, inv, threshold, key, position, token, known, log_lenience,
     BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The draw under noise in which a drafted token competes with its bonus instead of its plain score."""
+    """The draw under noise in which a drafted token competes with its bonus instead of its plain
+    score."""
     x = tl.load(row + token, mask=known, other=-INF).to(tl.float32) * inv
     score = x + gumbel(key, position, tl.where(known, token, 0)) + log_lenience
     competes = known & (x >= threshold)
@@ -170,8 +173,8 @@ def test_drafts_kernel(
     i = job // batch
     wanted = i < end
     while wanted:
-        # An atomic read is made by one thread and handed to the others. A plain load is made by every thread, and
-        # threads that see different values would part ways.
+        # An atomic read is made by one thread and handed to the others. A plain load is made by
+        # every thread, and threads that see different values would part ways.
         wanted = i < tl.atomic_min(first_rejection + r, 2147483647)
         if wanted:
             row_index = first_row + i
@@ -302,8 +305,8 @@ def finish_drafts_kernel(
 
 
 def _splits(logits: torch.Tensor, batch: int) -> int:
-    """Programs per draft: enough to fill the GPU where drafts are few; one where they are many, and then no row is read
-    in vain."""
+    """Programs per draft: enough to fill the GPU where drafts are few; one where they are many, and
+    then no row is read in vain."""
     if not logits.is_cuda:
         return 1
     processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
@@ -329,7 +332,8 @@ def verify_prefix(
     scale: float,
     min_target_prob: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contract and errors of `spec_rollout.ops.verify_prefix`; shapes and dtypes have been checked."""
+    """Contract and errors of `spec_rollout.ops.verify_prefix`; shapes and dtypes have been
+    checked."""
     device = logits.device
     rows, vocab = logits.shape
     batch = keys.numel()

@@ -8,7 +8,8 @@ import torch
 
 
 class GroupAdvantages(NamedTuple):
-    """`advantages` [num_groups, group_size], float32; groups whose rewards are all equal, of `num_groups` counted."""
+    """`advantages` [num_groups, group_size], float32; groups whose rewards are all equal, of
+    `num_groups` counted."""
 
     advantages: torch.Tensor
     num_zero_variance: int
@@ -20,8 +21,8 @@ def group_advantages(
 ) -> GroupAdvantages:
     """Reward minus the group's mean, over its standard deviation plus `eps`.
 
-    Responses with reward NaN (skipped ones) get advantage 0 and do not count in mean and deviation. A group with
-    fewer than two rewards, or with all rewards equal, gets zeros.
+    Responses with reward NaN (skipped ones) get advantage 0 and do not count in mean and deviation.
+    A group with fewer than two rewards, or with all rewards equal, gets zeros.
 
     Args:
         rewards: One row per prompt. [num_groups, group_size], floating point; NaN where skipped.
@@ -33,7 +34,8 @@ def group_advantages(
     """
     if rewards.dim() != 2 or not rewards.is_floating_point():
         raise ValueError(
-            f"rewards: expected floats of shape [num_groups, group_size], got {rewards.dtype} {list(rewards.shape)}"
+            f"rewards: expected floats of shape [num_groups, group_size], got {rewards.dtype} "
+            f"{list(rewards.shape)}"
         )
     if bool(torch.isinf(rewards).any()):
         raise ValueError("rewards: expected finite numbers (or NaN to skip), got an infinity")
@@ -47,7 +49,8 @@ def group_advantages(
     highest = torch.where(given, rewards, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(given, rewards, torch.inf).amin(1, keepdim=True)
     flat = (counts < 2) | (highest == lowest)
-    # Equal rewards are told by comparison: their mean may be off by rounding, and eps would not hide that.
+    # Equal rewards are told by comparison: their mean may be off by rounding, and eps would not
+    # hide that.
     advantages = torch.where(flat, torch.zeros_like(centered), centered)
     if normalize:
         std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()

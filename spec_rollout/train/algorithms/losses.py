@@ -1,6 +1,7 @@
 """The clipped policy loss over packed response tokens, as pure functions.
 
-Sums over micro-batches give the loss of the whole minibatch: the weights of the tokens carry its normalisation.
+Sums over micro-batches give the loss of the whole minibatch: the weights of the tokens carry its
+normalisation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _ENTROPY_ELEMENTS = 1 << 24
 
 
 class LossOutput(NamedTuple):
-    """Loss of the tokens given, and sums over them from which means over any number of micro-batches follow.
+    """Loss of the tokens given, and sums over them from which means over any number of
+    micro-batches follow.
 
     Attributes:
         loss: Scalar, differentiable.
@@ -34,7 +36,8 @@ def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor
 
     Args:
         response_lens: Of all responses of the minibatch. [batch], integer, at least 1 each.
-        aggregation: "token_mean": each token counts the same. "seq_mean": each response does (its tokens share).
+        aggregation: "token_mean": each token counts the same. "seq_mean": each response does (its
+            tokens share).
 
     Returns:
         One weight per response; its tokens all have it. [batch], float32.
@@ -48,7 +51,8 @@ def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Estimate e^x - 1 - x of a KL divergence from x = ln(other / sampled-from), never negative (Schulman, 2020)."""
+    """Estimate e^x - 1 - x of a KL divergence from x = ln(other / sampled-from), never negative
+    (Schulman, 2020)."""
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -63,13 +67,15 @@ def policy_loss(
     ref_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> LossOutput:
-    """sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * k3_t), r = new / old.
+    """sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * k3_t), r =
+    new / old.
 
-    The clipped objective of PPO (Schulman et al., 2017) with the two clip ranges of DAPO (arXiv 2503.14476) and
-    GRPO's KL term (arXiv 2402.03300, eq. 4).
+    The clipped objective of PPO (Schulman et al., 2017) with the two clip ranges of DAPO (arXiv
+    2503.14476) and GRPO's KL term (arXiv 2402.03300, eq. 4).
 
     Args:
-        logprobs: Of the response tokens under the policy being trained. [num_tokens], float32, differentiable.
+        logprobs: Of the response tokens under the policy being trained. [num_tokens], float32,
+            differentiable.
         old_logprobs: Under the policy that drew them. [num_tokens], float32.
         advantages: [num_tokens], float32.
         weights: See `token_weights`. [num_tokens], float32.

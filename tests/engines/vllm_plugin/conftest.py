@@ -18,7 +18,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
-# The folder is not called vllm: pytest puts its parent on the path, and `import vllm` would find the tests.
+# The folder is not called vllm: pytest puts its parent on the path, and `import vllm` would find
+# the tests.
 @pytest.fixture(scope="session", autouse=True)
 def vllm_installed() -> None:
     if importlib.util.find_spec("vllm") is None:
@@ -46,7 +47,8 @@ MakeEngine = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_engine(model_dir: Path) -> Iterator[MakeEngine]:
-    """`make_engine(num_speculative_tokens=64, strategy="inflight", **llm_args)`; equal arguments share an engine."""
+    """`make_engine(num_speculative_tokens=64, strategy="inflight", **llm_args)`; equal arguments
+    share an engine."""
     from vllm_samples import LLM_ARGS
 
     from spec_rollout.engines.vllm import VLLMEngine

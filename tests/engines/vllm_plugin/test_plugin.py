@@ -1,4 +1,5 @@
-"""The plugin for people who run vLLM themselves: stock requests untouched, parameters honoured, errors that stay alone."""
+"""The plugin for people who run vLLM themselves: stock requests untouched, parameters honoured,
+errors that stay alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The engine core in a process of its own, with nothing of ours imported there but what vLLM loads itself."""
+"""The engine core in a process of its own, with nothing of ours imported there but what vLLM loads
+itself."""
 
 from __future__ import annotations
 
@@ -118,7 +119,8 @@ if __name__ == "__main__":
 
 
 def test_async_engine_serves_the_others(vllm_installed: None, tmp_path: Path) -> None:
-    """Drafts, aborts and a malformed request at the same time, through the engine that `vllm serve` runs."""
+    """Drafts, aborts and a malformed request at the same time, through the engine that `vllm serve`
+    runs."""
     make_model(tmp_path / "old", seed=0)
     found = _run(tmp_path, "1", _ASYNC_SCRIPT)
     assert all(len(ids) > 0 for ids in found["plain"])

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def one_thread(vllm_installed: None) -> Iterator[None]:
-    """With several, sums depend on the batch, and the runs that are compared drift apart by rounding."""
+    """With several, sums depend on the batch, and the runs that are compared drift apart by
+    rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,7 +31,8 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
-    """A run of the demo's model on a few of its prompts; sections are updated by keyword arguments."""
+    """A run of the demo's model on a few of its prompts; sections are updated by keyword
+    arguments."""
     from spec_rollout.config.toml import from_dict
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems, write_jsonl

@@ -1,4 +1,5 @@
-"""Weight updates: the engine then samples from the new policy, and drafts of the old one are tested against it."""
+"""Weight updates: the engine then samples from the new policy, and drafts of the old one are tested
+against it."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ NAN = math.nan
 
 
 def test_hand_computed():
-    # Group 0: mean 0.25, squared deviations 0.5625 + 3 * 0.0625 = 0.75, sample deviation sqrt(0.75 / 3) = 0.5.
-    # Group 1: mean 4, deviations -3, -1, 1, 3, sample deviation sqrt(20 / 3).
+    # Group 0: mean 0.25, squared deviations 0.5625 + 3 * 0.0625 = 0.75, sample deviation sqrt(0.75
+    # / 3) = 0.5. Group 1: mean 4, deviations -3, -1, 1, 3, sample deviation sqrt(20 / 3).
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 3.0, 5.0, 7.0]])
     result = group_advantages(rewards, eps=0.0)
     std = math.sqrt(20 / 3)

@@ -1,4 +1,5 @@
-"""The policy loss against numbers worked out by hand, its gradient against closed form and finite differences."""
+"""The policy loss against numbers worked out by hand, its gradient against closed form and finite
+differences."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_on_policy_gradient_is_reinforce():
 
 
 def test_reference_kl_hand_computed():
-    # policy 0.5, reference 0.25: x = ln(0.5), e^x - 1 - x = 0.5 - 1 + ln 2; derivative by ln p: 1 - e^x = 0.5.
+    # policy 0.5, reference 0.25: x = ln(0.5), e^x - 1 - x = 0.5 - 1 + ln 2; derivative by ln p: 1 -
+    # e^x = 0.5.
     logprobs = torch.tensor([LN(0.5)], requires_grad=True)
     zero, one = torch.zeros(1), torch.ones(1)
     out = policy_loss(
@@ -74,7 +76,8 @@ def test_gradient_by_finite_differences():
     def draw(n):
         return torch.randn(n, generator=generator, dtype=torch.float64)
 
-    # Ratios e^(0.15 z) straddle the clip range; none within 1e-3 of an edge, where the loss has a kink.
+    # Ratios e^(0.15 z) straddle the clip range; none within 1e-3 of an edge, where the loss has a
+    # kink.
     old, ref, advantages = -2 + draw(40), -2 + draw(40), draw(40)
     new = old + 0.15 * draw(40)
     ratio = (new - old).exp()

@@ -26,14 +26,16 @@ _BUCKET_BYTES = 64 << 20
 def engine_args(
     num_speculative_tokens: int = 64, *, first_chunk: int | None = None
 ) -> dict[str, Any]:
-    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`, `AsyncEngineArgs`, ...
+    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`,
+    `AsyncEngineArgs`, ...
 
-    For `vllm serve`, the same as JSON: `--speculative-config`, `--worker-extension-cls`, `--additional-config`.
+    For `vllm serve`, the same as JSON: `--speculative-config`, `--worker-extension-cls`,
+    `--additional-config`.
 
     Args:
         num_speculative_tokens: Most draft tokens of a request that one step verifies.
-        first_chunk: Draft tokens verified in a request's first chunk, which doubles with every chunk accepted whole;
-            None is 16.
+        first_chunk: Draft tokens verified in a request's first chunk, which doubles with every
+            chunk accepted whole; None is 16.
 
     Raises:
         ValueError: naming the argument.
@@ -64,17 +66,19 @@ class VLLMEngine:
 
     Strategies:
 
-    - `inflight`: drafts are verified by the engine step that writes their KV cache, chunk by chunk, and generation goes
-      on in place. One request per rollout.
-    - `two_pass`: the published design (SPEC-RL) on the same engine, as a baseline: the draft is scored as part of a
-      prompt, cut, and the accepted prefix submitted as the prompt of a second request, which finds its KV cache by
-      prefix caching. `Lenient` at temperature 1 without filters only: vLLM's prompt log-probs are raw.
+    - `inflight`: drafts are verified by the engine step that writes their KV cache, chunk by chunk,
+      and generation goes on in place. One request per rollout.
+    - `two_pass`: the published design (SPEC-RL) on the same engine, as a baseline: the draft is
+      scored as part of a prompt, cut, and the accepted prefix submitted as the prompt of a second
+      request, which finds its KV cache by prefix caching. `Lenient` at temperature 1 without
+      filters only: vLLM's prompt log-probs are raw.
 
     Args:
         model: Folder or name of the model, as vLLM takes it.
         strategy: See above.
         num_speculative_tokens, first_chunk: See `engine_args`.
-        llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take precedence.
+        llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take
+            precedence.
 
     Attributes:
         metrics, last_metrics: Counters of all calls of `rollout`, and of the last one.
@@ -125,8 +129,8 @@ class VLLMEngine:
     ) -> Rollouts:
         """Generates one response per request (see `RolloutEngine.rollout`).
 
-        A draft ends with its first stop token and is cut to `max_tokens`. Prompt and response together never exceed
-        `max_model_len`.
+        A draft ends with its first stop token and is cut to `max_tokens`. Prompt and response
+        together never exceed `max_model_len`.
 
         Raises:
             ValueError: naming the argument, before anything is computed.
@@ -141,11 +145,13 @@ class VLLMEngine:
         acceptance: AcceptanceRule,
         limits: Sequence[int],
     ) -> Rollouts:
-        """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`. `limits`: [batch]."""
+        """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`.
+        `limits`: [batch]."""
         start = time.perf_counter()
         if requests.history is not None and not self.supports_history:
             raise ValueError(
-                f"history: expected None with the strategy {self.strategy}, which does not propose from it"
+                f"history: expected None with the strategy {self.strategy}, which does not propose "
+                "from it"
             )
         check_requests(
             requests,
@@ -231,7 +237,8 @@ class VLLMEngine:
             )
 
     def sleep(self, level: int = 1) -> None:
-        """Frees the accelerator's memory between rollouts (vLLM's sleep mode; needs `enable_sleep_mode`)."""
+        """Frees the accelerator's memory between rollouts (vLLM's sleep mode; needs
+        `enable_sleep_mode`)."""
         self.llm.sleep(level=level)
 
     def wake_up(self) -> None:

@@ -77,7 +77,8 @@ def _cut(drafts: Drafts, limits: torch.Tensor, stop_token_ids: Sequence[int]) ->
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One batch for the engine: row r is prompt r (with a reused prefix already in it, maybe) and its draft.
+    """One batch for the engine: row r is prompt r (with a reused prefix already in it, maybe) and
+    its draft.
 
     Attributes:
         prompt_ids: Token ids per row.
@@ -107,7 +108,8 @@ class Job:
         limits: Sequence[int],
         max_model_len: int,
     ) -> Job:
-        """Whole responses to prompts as they are; drafts cut to what a response can hold, none if the rule uses none."""
+        """Whole responses to prompts as they are; drafts cut to what a response can hold, none if
+        the rule uses none."""
         room = max_model_len - requests.cu_prompt_lens.diff()
         limits_ = torch.minimum(torch.tensor(list(limits), dtype=torch.int64), room)
         use = rule.uses_drafts and requests.drafts.token_ids.numel()
@@ -172,7 +174,8 @@ class Responses:
 
     @classmethod
     def of(cls, job: Job, outputs: Sequence[Any], collected: tuple[bytes, ...]) -> Responses:
-        """From vLLM's completions, in the order of the job, and what `spec_rollout_take` returned."""
+        """From vLLM's completions, in the order of the job, and what `spec_rollout_take`
+        returned."""
         arrays = [np.asarray(output.token_ids, dtype=np.int32) for output in outputs]
         lens = np.array([array.size for array in arrays], np.int64)
         cu = np.concatenate([[0], np.cumsum(lens)])

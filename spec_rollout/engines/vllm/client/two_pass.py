@@ -1,8 +1,8 @@
 """The published design on vLLM: score the draft as a prompt, cut it, resubmit the accepted prefix.
 
-A baseline. Against verification in flight it computes the draft to its end whatever is rejected, runs every request
-through the scheduler twice, loses the KV cache of the last, incomplete block, and moves a log-prob object per draft
-token through vLLM.
+A baseline. Against verification in flight it computes the draft to its end whatever is rejected,
+runs every request through the scheduler twice, loses the KV cache of the last, incomplete block,
+and moves a log-prob object per draft token through vLLM.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def check_two_pass(sampling: SamplingParams, rule: AcceptanceRule) -> None:
     if (sampling.temperature, sampling.top_k, sampling.top_p) != (1.0, 0, 1.0):
         raise ValueError(
             "sampling: expected temperature 1, top_k 0, top_p 1 for the strategy two_pass (vLLM's "
-            f"prompt log-probs are raw), got {sampling.temperature}, {sampling.top_k}, {sampling.top_p}"
+            f"prompt log-probs are raw), got {sampling.temperature}, {sampling.top_k}, "
+            f"{sampling.top_p}"
         )
 
 
@@ -71,8 +72,8 @@ def two_pass(engine: VLLMEngine, job: Job, sampling: SamplingParams) -> tuple[Re
 def _score(engine: VLLMEngine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
     """Log-probs of all draft tokens, packed. [num_draft_tokens], float32.
 
-    A prompt leaves room for one generated token, so a draft token at the very end of the model's length is not scored,
-    and rejected.
+    A prompt leaves room for one generated token, so a draft token at the very end of the model's
+    length is not scored, and rejected.
     """
     rows = [r for r, draft in enumerate(tokens) if draft]
     if not rows:

@@ -1,7 +1,7 @@
 """Log-probs of responses, kept in the worker as packed arrays until the engine fetches them.
 
-vLLM's own path makes Python objects per token and sends them with every step. This one appends three arrays per step
-and hands over three arrays per rollout call.
+vLLM's own path makes Python objects per token and sends them with every step. This one appends
+three arrays per step and hands over three arrays per rollout call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Collector:
         self._accepted: dict[int, int] = {}
 
     def add(self, ids: np.ndarray, indices: np.ndarray, logprobs: torch.Tensor) -> None:
-        """One token per entry; entries with id < 0 are dropped. The arrays are kept: pass fresh ones.
+        """One token per entry; entries with id < 0 are dropped. The arrays are kept: pass fresh
+        ones.
 
         Args:
             ids, indices: [n], int32.
@@ -38,8 +39,10 @@ class Collector:
         """Everything recorded, and forgets it.
 
         Returns:
-            Bytes of: ids int32 [n], token indices int32 [n], log-probs float32 [n]; ids int32 [m] and accepted tokens
-            int32 [m] of the responses that reused any. A token recorded twice counts as recorded last.
+            Bytes of: ids int32 [n], token indices int32 [n], log-probs float32 [n]; ids int32 [m]
+                and accepted tokens
+            int32 [m] of the responses that reused any. A token recorded twice counts as recorded
+            last.
         """
         ids = np.concatenate([np.empty(0, np.int32), *self._ids])
         indices = np.concatenate([np.empty(0, np.int32), *self._indices])

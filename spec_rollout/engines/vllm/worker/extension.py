@@ -1,4 +1,5 @@
-"""What every vLLM worker can be asked for through `collective_rpc`: `worker_extension_cls="...worker.ReuseWorker"`."""
+"""What every vLLM worker can be asked for through `collective_rpc`:
+`worker_extension_cls="...worker.ReuseWorker"`."""
 
 from __future__ import annotations
 
@@ -22,12 +23,14 @@ class ReuseWorker:
         stop_token_ids: list[int],
         keyed: bool,
     ) -> None:
-        """Ahead of the requests of a rollout call: starts counters anew and takes the history to propose from."""
+        """Ahead of the requests of a rollout call: starts counters anew and takes the history to
+        propose from."""
         unpacked = None if history is None else unpack_history(history)
         compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
 
     def spec_rollout_end(self) -> dict[str, Any]:
-        """After the last request of a rollout call: forgets its history and returns its counters."""
+        """After the last request of a rollout call: forgets its history and returns its
+        counters."""
         return compat.proposer_of(self).sampler.end().as_dict()
 
     def spec_rollout_take(self) -> tuple[bytes, ...]:
@@ -51,7 +54,8 @@ class ReuseWorker:
         """Copies weights into the model in place.
 
         Args:
-            named_tensors: Names as in the checkpoint, and tensors or (dtype name, shape, bytes) of them.
+            named_tensors: Names as in the checkpoint, and tensors or (dtype name, shape, bytes) of
+                them.
         """
 
         def tensor(value: Any) -> torch.Tensor:

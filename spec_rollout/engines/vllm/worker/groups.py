@@ -95,7 +95,8 @@ class Group:
 
     Attributes:
         segments: Those with something to test, or that nobody reads.
-        places: Where each of them stands among all; between them stand requests with nothing to test.
+        places: Where each of them stands among all; between them stand requests with nothing to
+            test.
         is_read: Whether somebody reads the result.
         first_tokens: Of each segment's tokens, among those of all.
     """
@@ -214,7 +215,8 @@ class Group:
         )
 
     def numbers(self) -> np.ndarray:
-        """Offsets of tokens and of rows, keys and positions. [4, segments + 1], the last two one shorter."""
+        """Offsets of tokens and of rows, keys and positions. [4, segments + 1], the last two one
+        shorter."""
         n = self.requests.size
         numbers = np.zeros((4, n + 1), np.int64)
         np.cumsum(self.num_tested, out=numbers[0, 1:])

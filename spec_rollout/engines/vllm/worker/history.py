@@ -1,8 +1,9 @@
 """Proposals from other rollouts, for requests that follow no draft in chunks.
 
-The engine sends the history of a rollout call once, ahead of its requests (`ReuseWorker.spec_rollout_begin`), and a
-request says which it is by its `collect_id`. So nothing is sent twice, every worker of a tensor-parallel engine gets it,
-the index is built by several threads before the first step, and it is gone when the call ends.
+The engine sends the history of a rollout call once, ahead of its requests
+(`ReuseWorker.spec_rollout_begin`), and a request says which it is by its `collect_id`. So nothing
+is sent twice, every worker of a tensor-parallel engine gets it, the index is built by several
+threads before the first step, and it is gone when the call ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
 from spec_rollout.types import History
 
-# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none: empty), little-endian
+# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none:
+# empty), little-endian
 PackedHistory = tuple[bytes, bytes, bytes, bytes, bytes]
 
 
@@ -57,7 +59,8 @@ class HistoryProposals:
         payoff: Decides whether to propose at all.
         shares: How proposals fared so far.
         max_proposal: Most tokens for one request.
-        token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody waits for another's.
+        token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody
+            waits for another's.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class HistoryProposals:
         self._token_budget = token_budget
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_indexed = np.zeros(self.num_requests, np.int64)  # tokens that the drafter knows
-        # The last proposals: by request, for which token of the response they start (-1: none), how many tokens, how many
-        # of these are the request's draft's, and where they stand in the flat list.
+        # The last proposals: by request, for which token of the response they start (-1: none), how
+        # many tokens, how many of these are the request's draft's, and where they stand in the flat
+        # list.
         self._proposed_at = np.full(self.num_requests, -1, np.int64)
         self._lens = np.zeros(self.num_requests, np.int64)
         self._own_lens = np.zeros(self.num_requests, np.int64)
@@ -97,7 +101,8 @@ class HistoryProposals:
         self._followers[row.history_id] = row
 
     def followed(self) -> list[tuple[Row, int, int]]:
-        """Of each request that `follow` was called for: tokens in which it agreed with its draft, and tokens tested."""
+        """Of each request that `follow` was called for: tokens in which it agreed with its draft,
+        and tokens tested."""
         lens = self._drafter.followed_lens
         return [
             (
@@ -109,13 +114,15 @@ class HistoryProposals:
         ]
 
     def tested(self, history_ids: np.ndarray, accepted: np.ndarray) -> None:
-        """Of the last proposals to these requests, this many tokens passed; the next ones, if any, did not."""
+        """Of the last proposals to these requests, this many tokens passed; the next ones, if any,
+        did not."""
         self._outcomes.append((history_ids, accepted))
 
     def scheduled(
         self, known: Known, indices: np.ndarray, scheduled: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The tokens to test of a whole batch, if what vLLM scheduled is just what was proposed last.
+        """The tokens to test of a whole batch, if what vLLM scheduled is just what was proposed
+        last.
 
         Args:
             known: The batch; every request with a key.
@@ -123,7 +130,8 @@ class HistoryProposals:
             scheduled: Per request.
 
         Returns:
-            Flat tokens int32, how many of each request, and how many of these are its draft's; or None.
+            Flat tokens int32, how many of each request, and how many of these are its draft's; or
+            None.
         """
         ids = known.history_ids
         if self.num_requests == 0 or (ids < 0).any():
@@ -141,13 +149,15 @@ class HistoryProposals:
     def scheduled_one(
         self, row: Row, index: int, scheduled: list[int]
     ) -> tuple[np.ndarray, int, int]:
-        """The scheduled tokens to test of one request, whatever their origin: a token passes only if sampling gives it.
+        """The scheduled tokens to test of one request, whatever their origin: a token passes only
+        if sampling gives it.
 
-        vLLM's own inventions (-1) are left out, and with tensor parallelism the proposals of one worker are tested by all.
+        vLLM's own inventions (-1) are left out, and with tensor parallelism the proposals of one
+        worker are tested by all.
 
         Returns:
-            The tokens, how many were proposed (-1: they are not what was proposed last), and how many of these are the
-            request's draft's.
+            The tokens, how many were proposed (-1: they are not what was proposed last), and how
+            many of these are the request's draft's.
         """
         i = row.history_id
         if i < 0:
@@ -180,8 +190,10 @@ class HistoryProposals:
 
         Args:
             batch: The requests.
-            sampled: Tokens that each request was given in this step; none while its prefill is not finished.
-            logprobs: Of these tokens, NaN where not known; None: not known at all. [batch, most tokens], float32.
+            sampled: Tokens that each request was given in this step; none while its prefill is not
+                finished.
+            logprobs: Of these tokens, NaN where not known; None: not known at all. [batch, most
+                tokens], float32.
             ends: Tokens of prompt and response so far. [batch].
             token_ids: Those tokens. [batch, longest].
             drafts: Per request; lists are replaced.

@@ -1,7 +1,8 @@
 """Log-probs of keyed requests in the form vLLM returns them (`SamplingParams(logprobs=n)`).
 
-`VLLMEngine` does not go this way (see `collect`); other users of the plugin may. `logprobs=0` costs one more read of the
-logits rows that gave a token (vLLM wants the token's rank), `logprobs=n > 0` a float32 copy of them.
+`VLLMEngine` does not go this way (see `collect`); other users of the plugin may. `logprobs=0` costs
+one more read of the logits rows that gave a token (vLLM wants the token's rank), `logprobs=n > 0` a
+float32 copy of them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ class SampledLogprobs:
 
     Args:
         num_top: Most likely tokens wanted besides the drawn one.
-        raw: Of the logits as the model gave them, temperature 1 (vLLM's `raw_logprobs`); else of the sampling
-            distribution (`processed_logprobs`).
+        raw: Of the logits as the model gave them, temperature 1 (vLLM's `raw_logprobs`); else of
+            the sampling distribution (`processed_logprobs`).
         temperature, top_k, top_p: A number, or [batch] on the logits' device.
-        make: (token ids [n, 1 + num_top] int32, log-probs float32, ranks [n]) -> vLLM's record of them.
+        make: (token ids [n, 1 + num_top] int32, log-probs float32, ranks [n]) -> vLLM's record of
+            them.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Per-request restrictions of the vocabulary that do not depend on the tokens drawn, applied to the logits in place."""
+"""Per-request restrictions of the vocabulary that do not depend on the tokens drawn, applied to the
+logits in place."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class LogitMasks:
         return cls(params, device) if on else None
 
     def apply(self, logits: torch.Tensor, index: int) -> None:
-        """Changes the rows that predict response tokens `index`, `index + 1`, ... [num_rows, vocab], in place."""
+        """Changes the rows that predict response tokens `index`, `index + 1`, ... [num_rows,
+        vocab], in place."""
         if self.allowed is not None:
             kept = logits[:, self.allowed]
             logits.fill_(-math.inf)

@@ -15,19 +15,24 @@ class Row:
     """One request, from its first step to its last; survives preemption.
 
     Attributes:
-        prompt_len: Tokens of its prompt; token j of the response is token prompt_len + j of the sequence.
+        prompt_len: Tokens of its prompt; token j of the response is token prompt_len + j of the
+            sequence.
         key, first_position, collect_id, rule: As in `ReuseRequest`.
-        draft: The draft, cut to what the response can hold and after its first stop token. [draft_len], int32.
+        draft: The draft, cut to what the response can hold and after its first stop token.
+            [draft_len], int32.
         draft_list: The same as a list, if `alive`: vLLM's scheduler speaks lists.
         draft_logprobs: [draft_len], float32, or None.
-        follows: Its draft is proposed by the drafter, among other things, and tested like any proposal: where the noise
-            is the draft's and the rule lossless, to be accepted is to be what sampling gives.
+        follows: Its draft is proposed by the drafter, among other things, and tested like any
+            proposal: where the noise is the draft's and the rule lossless, to be accepted is to be
+            what sampling gives.
         alive: Draft tokens remain and none has been rejected.
         ends: The response ends with the draft's last token, should that be accepted.
         chunk: Draft tokens to propose next.
-        proposed_at, proposal: For which token of the response the last chunk starts, and what it is.
+        proposed_at, proposal: For which token of the response the last chunk starts, and what it
+            is.
         max_response_len: Most tokens of the response.
-        history_id: Its number in the rollout call, if proposals from history follow the draft; or -1.
+        history_id: Its number in the rollout call, if proposals from history follow the draft; or
+            -1.
         first_step: Engine step that gave its first token; -1 before.
         masks: The request's `LogitMasks`, or None.
     """
@@ -96,7 +101,8 @@ class Row:
         self.first_step = -1
 
     def num_scheduled(self, index: int, scheduled: list[int]) -> int:
-        """How many of the draft tokens that vLLM scheduled really are this draft's, from response token `index` on.
+        """How many of the draft tokens that vLLM scheduled really are this draft's, from response
+        token `index` on.
 
         vLLM makes up drafts of its own (-1, 0) and cuts long ones.
         """
@@ -112,8 +118,8 @@ class Row:
 
     def propose(self, index: int) -> list[int]:
         """The next chunk, for response tokens from `index` on."""
-        # The token after the last chunk is sampled along with it, so nothing is gained by computing a last token that
-        # ends the response.
+        # The token after the last chunk is sampled along with it, so nothing is gained by computing
+        # a last token that ends the response.
         stop = min(index + self.chunk, self.draft_len - 1 if self.ends else self.draft_len)
         self.proposed_at = index
         self.proposal = self.draft_list[index:stop]

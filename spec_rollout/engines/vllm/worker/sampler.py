@@ -1,11 +1,13 @@
 """Sampling of one engine step: drafts verified and tokens drawn from the logits vLLM hands over.
 
-vLLM has computed, for request r, logits after its last token and after each of the n_r draft tokens scheduled for it:
-n_r + 1 rows. Row i predicts response token j_r + i. Every row is tested against the draft token of its position where
-there is one: also the row at the end of a prompt's prefill (n_r = 0), and the last row of a chunk (vLLM's "bonus"), so
-that an accepted draft never loses a step at a chunk border.
+vLLM has computed, for request r, logits after its last token and after each of the n_r draft tokens
+scheduled for it: n_r + 1 rows. Row i predicts response token j_r + i. Every row is tested against
+the draft token of its position where there is one: also the row at the end of a prompt's prefill
+(n_r = 0), and the last row of a chunk (vLLM's "bonus"), so that an accepted draft never loses a
+step at a chunk border.
 
-What was proposed from history instead of a draft is tested for being what sampling gives, under every rule.
+What was proposed from history instead of a draft is tested for being what sampling gives, under
+every rule.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Step:
     """What the sampler needs of one step of the model runner.
 
     Attributes:
-        rows: Per request of the batch, in its order: our state of it, or None for a request without a key.
+        rows: Per request of the batch, in its order: our state of it, or None for a request without
+            a key.
         lens: Tokens of prompt and response so far. [batch], int64 (numpy).
         scheduled: Draft tokens vLLM scheduled, per request (its own inventions included).
         discard: Whether vLLM throws the sample away (prefill not finished). [batch], bool (numpy).
@@ -65,7 +68,8 @@ class Step:
 
 
 class ReuseSampler:
-    """Draws the tokens of every request that has a noise key; leaves the others to vLLM's sampler."""
+    """Draws the tokens of every request that has a noise key; leaves the others to vLLM's
+    sampler."""
 
     def __init__(self, max_chunk: int) -> None:
         self.max_chunk = max_chunk
@@ -75,7 +79,8 @@ class ReuseSampler:
         self.payoff = Payoff()
         self.match_shares = MatchShares()
         self._num_kept = 0  # tokens of proposals kept in this step
-        # Of the tokens given out in this step, where the host knows them. [batch, most tokens], float32.
+        # Of the tokens given out in this step, where the host knows them. [batch, most tokens],
+        # float32.
         self.given_logprobs: np.ndarray | None = None
         self._is_decode = False
         self._step_end: float | None = None
@@ -89,7 +94,8 @@ class ReuseSampler:
         """Samples one step.
 
         Returns:
-            Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's LogprobsTensors or None.
+            Token ids [batch, most tokens], int32, -1 where a request got fewer; and vLLM's
+            LogprobsTensors or None.
         """
         self.given_logprobs = None
         # The list is the same object as long as the batch is the same.
@@ -106,7 +112,8 @@ class ReuseSampler:
         return self._verify(step, self.known)
 
     def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
-        """A rollout call of so many requests begins; what was left of an earlier one is forgotten."""
+        """A rollout call of so many requests begins; what was left of an earlier one is
+        forgotten."""
         self.metrics = ReuseMetrics()
         self.collector = Collector()
         self.num_requests = num_requests
@@ -131,7 +138,8 @@ class ReuseSampler:
         return metrics
 
     def count(self, num_tokens: int, num_logits: int, rows: list[Row | None]) -> None:
-        """A step in which the model computed `num_tokens` tokens, and logits after `num_logits` of them."""
+        """A step in which the model computed `num_tokens` tokens, and logits after `num_logits` of
+        them."""
         num_requests = len(rows)
         is_decode = num_tokens == num_logits and (
             num_tokens == num_requests or not any(row is not None and row.alive for row in rows)
@@ -165,7 +173,8 @@ class ReuseSampler:
         self._num_kept = 0
         self._step_end = now
 
-    # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the same.
+    # -- Nothing to verify: one call, no copies, keys stay on the device while the batch is the
+    # same.
 
     def _is_plain(self, step: Step, known: Known) -> bool:
         if not known.is_plain:  # if it ever was, it still is: drafts do not come back to life
@@ -281,7 +290,8 @@ class ReuseSampler:
     def _segments(
         self, step: Step, first_rows: np.ndarray
     ) -> tuple[dict[AcceptanceRule, list[Segment]], list[int]]:
-        """Logits rows by acceptance rule, in order; and the requests that have nothing tested, one row each.
+        """Logits rows by acceptance rule, in order; and the requests that have nothing tested, one
+        row each.
 
         Together they own every row of the keyed requests.
         """
@@ -327,7 +337,8 @@ class ReuseSampler:
     def _segment(
         self, request: int, row: Row, first_row: int, index: int, scheduled: list[int]
     ) -> Segment:
-        """What is to be tested of one request, with draft tokens `scheduled` for response tokens from `index` on."""
+        """What is to be tested of one request, with draft tokens `scheduled` for response tokens
+        from `index` on."""
         metrics = self.metrics
         if row.alive:
             num_real = row.num_scheduled(index, scheduled) if scheduled else 0
@@ -405,7 +416,8 @@ class ReuseSampler:
         tokens: np.ndarray,
         emitted: _Runs,
     ) -> None:
-        """Writes down what the requests were given: `tokens` [batch, width], and their log-probs where those are wanted."""
+        """Writes down what the requests were given: `tokens` [batch, width], and their log-probs
+        where those are wanted."""
         was_drawn = (drawn >= 0) & group.is_read
         accepted = np.where(group.is_read, accepted, 0)
         from_draft = np.flatnonzero(accepted)

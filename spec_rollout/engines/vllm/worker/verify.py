@@ -1,4 +1,5 @@
-"""The call of `verify_prefix` that a step makes, and the way of its arguments and results between host and device."""
+"""The call of `verify_prefix` that a step makes, and the way of its arguments and results between
+host and device."""
 
 from __future__ import annotations
 
