@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         metavar="RUNDIR",
-        help="continue the run in RUNDIR (or in the run_dir of CONFIG.toml) from its last checkpoint, "
-        "with the config saved there",
+        help="continue the run in RUNDIR (or in the run_dir of CONFIG.toml) from its last "
+        "checkpoint, with the config saved there",
     )
     train.set_defaults(run=_train)
 
