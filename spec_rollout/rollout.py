@@ -72,7 +72,7 @@ class RolloutSession:
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
         self.drafting = drafting
-        if drafting and not getattr(engine, "supports_history", False):
+        if drafting and not engine.supports_history:
             raise ValueError(
                 f"drafting: expected False with {type(engine).__name__}, which does not propose "
                 "from "
@@ -96,8 +96,8 @@ class RolloutSession:
     ) -> Rollouts:
         """Generates `num_samples` responses per prompt and keeps them as the next drafts.
 
-        A prompt may occur several times in a batch: occurrence k takes the sample indices from
-        k * num_samples on.
+        `rollout_rows` with sample indices 0..num_samples - 1 for each prompt. A prompt may occur
+        several times in a batch: occurrence k takes the sample indices from k * num_samples on.
 
         Args:
             prompts: Token ids of each prompt; at least one prompt, each of at least one token.
@@ -117,10 +117,49 @@ class RolloutSession:
                 draft lacks the log-probs that the rule reads.
         """
         start = time.perf_counter()
+        batch = _Batch.of_prompts(prompts, num_samples, user_keys)
+        return self._rollout(batch, sampling, step, epoch, start)
+
+    def rollout_rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        epoch: int,
+        user_keys: Sequence[str] | None = None,
+    ) -> Rollouts:
+        """Generates one response per row, for trainers whose batches are rows.
+
+        A row is a rollout: its prompt and its index among the rollouts of that prompt. Rows may
+        come in any order, and the rows of a prompt may be spread over calls or processes: what a
+        row draws, and which draft it finds, depend on (prompt, user key, sample id) alone.
+
+        Args:
+            prompts: Token ids of each row's prompt. Length batch, at least one.
+            sample_ids: Index of each row within its prompt's group. [batch], integer, >= 0. No two
+                rows have the same prompt, user key and sample id: they would draw the same tokens.
+            sampling, step, epoch: As in `rollout`.
+            user_keys: Namespace of each row's prompt (`prompt_key`). Length batch.
+
+        Returns:
+            Rollouts in the order of the rows.
+
+        Raises:
+            ValueError: as `rollout`.
+        """
+        start = time.perf_counter()
+        batch = _Batch.of_rows(prompts, sample_ids, user_keys)
+        return self._rollout(batch, sampling, step, epoch, start)
+
+    def _rollout(
+        self, batch: _Batch, sampling: SamplingParams, step: int, epoch: int, start: float
+    ) -> Rollouts:
+        """Looks drafts up, generates and stores; `start` is when the caller's call began."""
         _check_count("step", step)
         _check_count("epoch", epoch)
         rule = self.schedule.at(step)
-        batch = _Batch.of(prompts, num_samples, user_keys)
         keys = noise_keys(
             self.seed, self._noise_epoch(rule, step, epoch), batch.keys, batch.sample_ids
         )
@@ -184,7 +223,7 @@ class RolloutSession:
         """
         start = time.perf_counter()
         _check_count("step", step)
-        batch = _Batch.of(prompts, num_samples, user_keys)
+        batch = _Batch.of_prompts(prompts, num_samples, user_keys)
         keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
         rollouts = self._generate(batch, keys, Drafts.none(batch.size), sampling, NoReuse())
         stats = replace(rollouts.stats, rollout_seconds=time.perf_counter() - start)
@@ -219,7 +258,7 @@ class RolloutSession:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The rows of a call: every prompt `num_samples` times in a row."""
+    """The rows of a call: prompt, identity of the prompt, and sample index of each."""
 
     prompt_ids: torch.Tensor
     cu_prompt_lens: torch.Tensor
@@ -237,28 +276,16 @@ class _Batch:
         return torch.tensor([numbers.setdefault(key, len(numbers)) for key in self.keys])
 
     @classmethod
-    def of(
+    def of_prompts(
         cls, prompts: Sequence[Sequence[int]], num_samples: int, user_keys: Sequence[str] | None
     ) -> _Batch:
+        """Every prompt `num_samples` times in a row."""
         if num_samples < 1:
             raise ValueError(f"num_samples: expected >= 1, got {num_samples}")
-        if len(prompts) == 0:
-            raise ValueError("prompts: expected at least one, got none")
-        if user_keys is not None and len(user_keys) != len(prompts):
-            raise ValueError(
-                f"user_keys: expected one per prompt ({len(prompts)}), got {len(user_keys)}"
-            )
-        arrays, keys, first_ids = [], [], []
+        arrays, keys = _identify(prompts, user_keys)
+        first_ids = []
         seen: Counter[bytes] = Counter()
-        for index, prompt in enumerate(prompts):
-            try:
-                key = prompt_key(prompt, "" if user_keys is None else user_keys[index])
-            except ValueError as error:
-                raise ValueError(f"prompts[{index}]: {error}") from error
-            if len(prompt) == 0:
-                raise ValueError(f"prompts[{index}]: expected at least one token, got none")
-            arrays.append(np.asarray(prompt, dtype=np.int32))
-            keys.append(key)
+        for key in keys:
             first_ids.append(seen[key] * num_samples)
             seen[key] += 1
         lens = torch.tensor([array.size for array in arrays]).repeat_interleave(num_samples)
@@ -269,6 +296,73 @@ class _Batch:
             keys=[key for key in keys for _ in range(num_samples)],
             sample_ids=np.add.outer(np.array(first_ids), np.arange(num_samples)).ravel(),
         )
+
+    @classmethod
+    def of_rows(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        user_keys: Sequence[str] | None,
+    ) -> _Batch:
+        """Rows as they come."""
+        samples = np.asarray(sample_ids)
+        if samples.shape != (len(prompts),) or (samples.size and samples.dtype.kind not in "iu"):
+            raise ValueError(
+                f"sample_ids: expected {len(prompts)} integers, one per row of prompts, "
+                f"got {samples.dtype} of shape {list(samples.shape)}"
+            )
+        if samples.size and int(samples.min()) < 0:
+            raise ValueError(f"sample_ids: expected >= 0, got {int(samples.min())}")
+        arrays, keys = _identify(prompts, user_keys)
+        first_row: dict[tuple[bytes, int], int] = {}
+        for row, identity in enumerate(zip(keys, samples.tolist(), strict=True)):
+            other = first_row.setdefault(identity, row)
+            if other != row:
+                raise ValueError(
+                    "sample_ids: expected another one for each row of a prompt, "
+                    f"got {identity[1]} in rows {other} and {row}, whose prompts are the same"
+                )
+        return cls(
+            prompt_ids=torch.from_numpy(np.concatenate(arrays)),
+            cu_prompt_lens=cu_lens_from(torch.tensor([array.size for array in arrays])),
+            keys=keys,
+            sample_ids=samples.astype(np.int64),
+        )
+
+
+def _identify(
+    prompts: Sequence[Sequence[int]], user_keys: Sequence[str] | None
+) -> tuple[list[np.ndarray], list[bytes]]:
+    """Each prompt's ids as int32, and its `prompt_key`.
+
+    Raises:
+        ValueError: naming the prompt.
+    """
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one, got none")
+    if user_keys is not None and len(user_keys) != len(prompts):
+        raise ValueError(
+            f"user_keys: expected one per prompt ({len(prompts)}), got {len(user_keys)}"
+        )
+    arrays, keys = [], []
+    # The rows of a prompt often are one and the same list: hashed once. The list is kept with its
+    # key, so that no other can take its place in memory.
+    known: dict[tuple[int, str], tuple[Sequence[int], np.ndarray, bytes]] = {}
+    for index, prompt in enumerate(prompts):
+        user_key = "" if user_keys is None else user_keys[index]
+        found = known.get((id(prompt), user_key))
+        if found is None:
+            try:
+                key = prompt_key(prompt, user_key)
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from error
+            if len(prompt) == 0:
+                raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+            found = (prompt, np.asarray(prompt, dtype=np.int32), key)
+            known[id(prompt), user_key] = found
+        arrays.append(found[1])
+        keys.append(found[2])
+    return arrays, keys
 
 
 def _end_at_stop(drafts: Drafts, stop_token_ids: Sequence[int]) -> Drafts:

@@ -7,7 +7,8 @@ row in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ class MarkovEngine:
         num_calls: Calls of `rollout` that passed the checks.
         abort_after: Rows over this index are given up after one token; None is never.
     """
+
+    supports_history = False
+    before_step: Callable[[], None] | None = None
+    last_counters: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, logits: torch.Tensor, abort_after: int | None = None) -> None:
         self.logits = logits.double()

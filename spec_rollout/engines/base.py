@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,13 +15,34 @@ from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 class RolloutEngine(Protocol):
     """Verifies drafts, keeps the KV cache of the accepted prefix and generates on from there.
 
-    An engine with an attribute `supports_history` that is true also takes `RolloutRequests.history`
-    and proposes from it; others are never given one.
+    This is all that a rollout session and a trainer ask of an engine.
+
+    Attributes:
+        before_step: Called before every engine step of a rollout; None calls nothing. What it
+            raises ends the rollout, and leaves the engine ready for the next one.
     """
+
+    before_step: Callable[[], None] | None
 
     @property
     def policy_version(self) -> int:
         """Number of `update_weights` calls so far."""
+        ...
+
+    @property
+    def supports_history(self) -> bool:
+        """Whether `RolloutRequests.history` is taken and proposed from.
+
+        An engine that does not is never given one.
+        """
+        ...
+
+    @property
+    def last_counters(self) -> Mapping[str, float]:
+        """What only this engine counts, of the last rollout; beside `RolloutStats` in a log.
+
+        Keys begin with the engine's name (`vllm_num_wasted_tokens`).
+        """
         ...
 
     def rollout(

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,11 +71,16 @@ class TransformersEngine:
             faster way (benchmarks/bench_engine.py); elsewhere it cannot be had. See
             `batch_invariance_error`.
 
+    Attributes:
+        before_step: Called before each step of a rollout, verification or decoding; what it raises
+            ends the rollout.
+
     Raises:
         ValueError: naming the argument or what the model has that this engine cannot work with.
     """
 
     supports_history = True
+    last_counters: Mapping[str, float] = MappingProxyType({})  # `RolloutStats` says it all
 
     def __init__(
         self,
@@ -105,6 +111,7 @@ class TransformersEngine:
         self.max_verify_tokens = max_verify_tokens
         self.verify_chunk = min(verify_chunk, max_verify_tokens)
         self.max_model_len = longest if max_model_len is None else max_model_len
+        self.before_step: Callable[[], None] | None = None
         self._policy_version = 0
         self._step_cost = StepCost()
         self._payoff = Payoff()
@@ -231,6 +238,8 @@ class TransformersEngine:
         refill = max(1, int(num_slots * _REFILL_SHARE))
         running = []
         while waiting or verifier.num_busy or decoder.num_live:
+            if self.before_step is not None:
+                self.before_step()
             start = time.perf_counter()
             if verifier.num_busy or (waiting and decoder.num_free >= refill):
                 room = min(decoder.num_free, num_lanes) - verifier.num_busy
