@@ -6,12 +6,13 @@ tensors are on the CPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
 import torch
 
+from spec_rollout.counters import RolloutStats
 from spec_rollout.packed import check_packed, cu_lens_from
 
 
@@ -221,65 +222,6 @@ class RolloutRequests:
     @property
     def batch(self) -> int:
         return self.keys.numel()
-
-
-@dataclass(slots=True)
-class RolloutStats:
-    """Counts and seconds of one rollout call; everything it cost is in here. Plain sums, so calls
-    add up."""
-
-    num_rollouts: int = 0
-    num_drafts: int = 0  # rows that came with a non-empty draft
-    num_draft_tokens: int = 0  # tokens of those drafts
-    num_reused_tokens: int = 0  # draft tokens kept
-    num_fully_reused: int = 0  # whole finished draft kept: nothing generated
-    num_response_tokens: int = 0
-    num_generated_tokens: int = 0  # response tokens that were sampled, not reused
-    num_verified_tokens: int = 0  # draft tokens the model computed (wasted ones included)
-    num_computed_tokens: int = (
-        0  # all tokens the model computed: prompts, drafts, continuations, no padding
-    )
-    num_padding_tokens: int = 0  # computed only because a batch is rectangular
-    num_engine_steps: int = 0  # model forwards
-    num_decode_steps: int = 0  # of these, decoding steps
-    num_tail_steps: int = 0  # of these, with fewer than a tenth of the requests running
-    num_proposed_tokens: int = 0  # by history drafting; the model computed them all
-    num_accepted_proposals: int = 0  # of these, kept
-    max_row_steps: int = 0  # decoding steps of the longest rollout
-    num_cache_misses: int = 0
-    rollout_seconds: float = 0.0  # wall time of everything below and between
-    lookup_seconds: float = 0.0
-    verification_seconds: float = 0.0  # prefill of prompts with drafts, verification, splicing
-    decode_seconds: float = 0.0
-    tail_seconds: float = 0.0  # of decoding, with fewer than a tenth of the requests running
-    assembly_seconds: float = 0.0  # packing the result
-    store_seconds: float = 0.0
-
-    def __add__(self, other: RolloutStats) -> RolloutStats:
-        return RolloutStats(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
-    @property
-    def tokens_per_step(self) -> float:
-        """Sampled tokens per row and decoding step: 1 without proposals."""
-        rows = self.num_generated_tokens - self.num_accepted_proposals
-        return self.num_generated_tokens / max(1, rows)
-
-    @property
-    def reused_fraction(self) -> float:
-        """Share of response tokens that came from drafts."""
-        return self.num_reused_tokens / max(1, self.num_response_tokens)
-
-    @property
-    def fully_reused_fraction(self) -> float:
-        """Share of rollouts that are a whole finished draft."""
-        return self.num_fully_reused / max(1, self.num_rollouts)
-
-    @property
-    def mean_accepted_len(self) -> float:
-        """Mean accepted prefix over the rows that had a draft."""
-        return self.num_reused_tokens / max(1, self.num_drafts)
 
 
 @dataclass(frozen=True, slots=True)

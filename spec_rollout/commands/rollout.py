@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def rollout(args: argparse.Namespace) -> int:
                 bar.update(rollouts.batch)
 
     _write_lines(args.out, rows())
-    stats = _stats(total)
+    stats = total.as_row()
     _write_lines(stats_path, [stats])
     if args.cache_out is not None:
         cache.save(args.cache_out)
@@ -152,15 +151,6 @@ def _rows(
             "accepted_len": accepted[row],
             "finish_reason": FinishReason(finish[row]).name.lower(),
         }
-
-
-def _stats(stats: RolloutStats) -> dict[str, Any]:
-    return {
-        **asdict(stats),
-        "reused_fraction": stats.reused_fraction,
-        "fully_reused_fraction": stats.fully_reused_fraction,
-        "mean_accepted_len": stats.mean_accepted_len,
-    }
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -1,66 +1,42 @@
-"""What a run comes to, computed from its metrics rows alone (so a resumed run's is that of the
-whole run)."""
+"""What a run comes to.
+
+Computed from its metrics rows alone, so that the summary of a resumed run is that of the whole run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from spec_rollout.counters import RolloutStats
 
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over steps; fields as in `RolloutStats`, seconds are wall time."""
+@dataclass(slots=True)
+class Totals(RolloutStats):
+    """Sums over the metrics rows of training steps: all rollout counters, and the trainer's own.
 
-    steps: int
-    rollout_seconds: float
-    verification_seconds: float
-    decode_seconds: float
-    train_seconds: float
-    step_seconds: float
-    generated_tokens: int
-    response_tokens: int
-    verified_tokens: int
-    computed_tokens: int
-    proposed_tokens: int
-    accepted_proposals: int
-    decode_steps: int
-    max_row_steps: int
-    tail_seconds: float
-    reused_fraction: float
-    fully_reused_fraction: float
-    mean_accepted_len: float
+    Attributes:
+        steps: Training steps.
+        train_seconds, step_seconds: Wall time of updates, and of whole steps.
+    """
+
+    steps: int = 0
+    train_seconds: float = 0.0
+    step_seconds: float = 0.0
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Totals:
-        """Totals of metrics rows of training steps."""
+        """Totals of metrics rows; a row from before a counter existed counts 0 for it."""
+        names = [f.name for f in fields(cls) if f.name != "steps"]
+        return cls(steps=len(rows), **{n: sum(row.get(n, 0) for row in rows) for n in names})
 
-        def total(key: str) -> Any:
-            return sum(row[key] for row in rows)
-
-        reused = total("num_reused_tokens")
-        return cls(
-            steps=len(rows),
-            rollout_seconds=total("rollout_seconds"),
-            verification_seconds=total("verification_seconds"),
-            decode_seconds=total("decode_seconds"),
-            train_seconds=total("train_seconds"),
-            step_seconds=total("step_seconds"),
-            generated_tokens=total("num_generated_tokens"),
-            response_tokens=total("num_response_tokens"),
-            verified_tokens=total("num_verified_tokens"),
-            computed_tokens=total("num_computed_tokens"),
-            proposed_tokens=total("num_proposed_tokens"),
-            accepted_proposals=total("num_accepted_proposals"),
-            decode_steps=total("num_decode_steps"),
-            max_row_steps=total("max_row_steps"),
-            tail_seconds=total("tail_seconds"),
-            reused_fraction=reused / max(1, total("num_response_tokens")),
-            fully_reused_fraction=total("num_fully_reused") / max(1, total("num_rollouts")),
-            mean_accepted_len=reused / max(1, total("num_drafts")),
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """For summary.json: by name without "num_", and the ratios."""
+        values = {f.name.removeprefix("num_"): getattr(self, f.name) for f in fields(self)}
+        return {**values, **self.ratios()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +79,10 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, those of `totals` at the top level."""
-        content = asdict(self)
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
         totals = content.pop("totals")
-        return {**content, **totals}
+        content["after_first_epoch"] = self.after_first_epoch.to_dict()
+        return {**content, **totals.to_dict()}
 
 
 def summarize(rows: Sequence[Row], **facts: Any) -> RunSummary:

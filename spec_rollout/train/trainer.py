@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import torch
 
 from spec_rollout.config.sections import RunConfig
 from spec_rollout.config.toml import dump_config, load_config
-from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.evals.sampling import evaluate, score
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.environment import environment
@@ -49,7 +48,7 @@ from spec_rollout.train.checkpoint import (
 )
 from spec_rollout.train.components import Components, build
 from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
-from spec_rollout.types import FinishReason, Rollouts, RolloutStats
+from spec_rollout.types import FinishReason, Rollouts
 
 Row = dict[str, Any]
 
@@ -284,8 +283,8 @@ class _Run:
             "truncated_fraction": float(
                 (rollouts.finish_reasons == FinishReason.LENGTH).double().mean()
             ),
-            **_stats_row(rollouts.stats),
-            **_engine_row(parts.engine),
+            **rollouts.stats.as_row(),
+            **parts.engine.last_counters,
             **{key: value for key, value in asdict(update).items() if value is not None},
             "reward_seconds": train_start - reward_start,
             "train_seconds": end - train_start,
@@ -415,17 +414,3 @@ def thinned(running: torch.Tensor, most: int = 200) -> dict[str, list[float]]:
         "seconds": [round(value, 4) for value in points[:, 0].tolist()],
         "running": points[:, 1].long().tolist(),
     }
-
-
-def _stats_row(stats: RolloutStats) -> Row:
-    ratios = ("reused_fraction", "fully_reused_fraction", "mean_accepted_len")
-    return {
-        **{f.name: getattr(stats, f.name) for f in fields(RolloutStats)},
-        **{name: getattr(stats, name) for name in ratios},
-    }
-
-
-def _engine_row(engine: RolloutEngine) -> Row:
-    """Counters that only some engines have."""
-    metrics = getattr(engine, "last_metrics", None)
-    return {} if metrics is None else metrics.as_row()

@@ -407,7 +407,7 @@ def test_a_signal_from_outside(make_config, tmp_path, signum):
         "from spec_rollout.train.trainer import run\n"
         "run(load_config(sys.argv[1]))"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "c.toml"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", code, str(tmp_path / "c.toml"), str(Path(__file__).parents[1])]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = Path(config.log.run_dir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
