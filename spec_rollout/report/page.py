@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from spec_rollout import counters
 from spec_rollout.report.plots import (
     PART_COLOURS,
     Panel,
@@ -22,28 +23,25 @@ from spec_rollout.report.tokens import samples_html
 from spec_rollout.runs.load import Run, number
 
 _FRESH = "Plain sampling of the current weights with fresh noise, no reuse."
+
+
+def _counted(key: str, *, percent: bool = False) -> Panel:
+    """A panel of one of the rollout's counters."""
+    title = counters.label(key)
+    return Panel(key, title[0].upper() + title[1:], counters.note(key), percent=percent)
+
+
 PANELS = (
     Panel("reward", "Reward", "Mean over the step's rollouts, reused ones included.", smooth=True),
     Panel("accuracy_train", "Fresh accuracy, training prompts", _FRESH, percent=True, points=True),
     Panel(
         "accuracy_heldout", "Fresh accuracy, held-out prompts", _FRESH, percent=True, points=True
     ),
-    Panel(
-        "rollout_seconds", "Rollout seconds", "Wall time of a step's rollouts, everything counted."
-    ),
-    Panel(
-        "num_generated_tokens", "Generated tokens", "Response tokens sampled rather than reused."
-    ),
-    Panel("reused_fraction", "Reused", "Share of response tokens taken from drafts.", percent=True),
-    Panel(
-        "fully_reused_fraction",
-        "Fully reused",
-        "Share of rollouts that are a whole draft.",
-        percent=True,
-    ),
-    Panel(
-        "mean_accepted_len", "Mean accepted length", "Accepted draft tokens per row with a draft."
-    ),
+    _counted("rollout_seconds"),
+    _counted("num_generated_tokens"),
+    _counted("reused_fraction", percent=True),
+    _counted("fully_reused_fraction", percent=True),
+    _counted("mean_accepted_len"),
     Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
     Panel(
         "approx_kl",
@@ -107,40 +105,40 @@ def _num_steps(run: Run) -> float:
     return float(len(run.series("rollout_seconds")[0]))
 
 
-_QUANTITIES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
+_Quantity = tuple[str, str, Callable[[Run], float | None]]
+
+
+def _sum_of(key: str, form: str, name: str | None = None) -> _Quantity:
+    """A counter's sum over all steps."""
+    return name or counters.label(key), form, lambda run: _total(run, key)
+
+
+def _accuracy(split: str, name: str, when: str) -> _Quantity:
+    return (
+        f"accuracy, {name} prompts, {when}",
+        ".1%",
+        lambda r: _reported(r, f"accuracy_{when}", split),
+    )
+
+
+_QUANTITIES: tuple[_Quantity, ...] = (
     ("training steps", ",.0f", _num_steps),
-    ("rollout seconds, everything counted", ",.1f", lambda run: _total(run, "rollout_seconds")),
-    ("of these verification", ",.1f", lambda run: _total(run, "verification_seconds")),
+    _sum_of("rollout_seconds", ",.1f", "rollout seconds, everything counted"),
+    _sum_of("verification_seconds", ",.1f", "of these verification"),
     (
         "effective speed-up from the second epoch on",
         ".2f",
         lambda run: _reported(run, "effective_speedup"),
     ),
-    ("response tokens", ",.0f", lambda run: _total(run, "num_response_tokens")),
-    ("generated tokens", ",.0f", lambda run: _total(run, "num_generated_tokens")),
+    _sum_of("num_response_tokens", ",.0f"),
+    _sum_of("num_generated_tokens", ",.0f"),
     ("reused tokens", ".1%", lambda run: _share(run, "num_reused_tokens", "num_response_tokens")),
     ("fully reused rollouts", ".1%", lambda run: _share(run, "num_fully_reused", "num_rollouts")),
     ("reward at the last step", ".3f", lambda run: _last(run, "reward")),
-    (
-        "accuracy, training prompts, before",
-        ".1%",
-        lambda run: _reported(run, "accuracy_before", "train"),
-    ),
-    (
-        "accuracy, training prompts, after",
-        ".1%",
-        lambda run: _reported(run, "accuracy_after", "train"),
-    ),
-    (
-        "accuracy, held-out prompts, before",
-        ".1%",
-        lambda run: _reported(run, "accuracy_before", "heldout"),
-    ),
-    (
-        "accuracy, held-out prompts, after",
-        ".1%",
-        lambda run: _reported(run, "accuracy_after", "heldout"),
-    ),
+    _accuracy("train", "training", "before"),
+    _accuracy("train", "training", "after"),
+    _accuracy("heldout", "held-out", "before"),
+    _accuracy("heldout", "held-out", "after"),
 )
 
 
