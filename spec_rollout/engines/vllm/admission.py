@@ -1,5 +1,4 @@
-"""Which requests may carry a draft: checked before the engine sees them, so that a bad one fails
-alone."""
+"""Which requests may carry a draft; a bad one fails alone, before the engine sees it."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ _MUST_BE_OFF = {
 def admit(
     request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
 ) -> ReuseRequest | None:
-    """The reuse parameters of a request, checked; None if it has none (it is then none of our
-    business).
+    """The reuse parameters of a request, checked; None if it has none and is not ours.
 
     Args:
         request_id: Named in errors.

@@ -80,8 +80,10 @@ class ReuseMetrics:
     def proposals_tested(
         self, num_tokens: int, num_own: int, num_accepted: int, num_own_accepted: int
     ) -> None:
-        """The drafter's proposals of one step; of these tokens `num_own` were the requests' own
-        drafts, which count as such."""
+        """The drafter's proposals of one step.
+
+        `num_own` of these tokens were the requests' own drafts, and count as such.
+        """
         self.num_verified_tokens += num_own
         self.num_wasted_tokens += num_own - num_own_accepted
         self.num_proposed_tokens += num_tokens - num_own
@@ -130,6 +132,7 @@ class ReuseMetrics:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ReuseMetrics:
         """Inverse of `as_dict`."""
-        return cls(
-            **{k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        arrays: dict[str, Any] = {
+            k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**arrays)

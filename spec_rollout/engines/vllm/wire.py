@@ -1,8 +1,7 @@
-"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`, one compact
-byte string.
+"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`, in bytes.
 
-Layout, little-endian: a fixed header (`_HEADER`), the draft's token ids as int32, then, if flagged,
-its log-probs as float32. Nothing in it depends on vLLM, so that clients need not have it installed.
+Little-endian: a fixed header (`_HEADER`), the draft's token ids as int32, then, if flagged, its
+log-probs as float32. Nothing in it depends on vLLM, so that clients need not have it installed.
 """
 
 from __future__ import annotations
@@ -88,11 +87,11 @@ class ReuseRequest:
 def encode(request: ReuseRequest) -> bytes:
     """The bytes of a request."""
     kind, log_lenience, scale, min_target_prob = request.rule.kernel_params
-    send_logprobs = request.draft_logprobs is not None
+    logprobs = request.draft_logprobs
     header = _HEADER.pack(
         _MAGIC,
         VERSION,
-        _HAS_LOGPROBS if send_logprobs else 0,
+        0 if logprobs is None else _HAS_LOGPROBS,
         kind,
         request.first_position,
         request.collect_id,
@@ -103,14 +102,16 @@ def encode(request: ReuseRequest) -> bytes:
         request.draft_ids.size,
     )
     body = request.draft_ids.astype("<i4", copy=False).tobytes()
-    if send_logprobs:
-        body += request.draft_logprobs.astype("<f4", copy=False).tobytes()
+    if logprobs is not None:
+        body += logprobs.astype("<f4", copy=False).tobytes()
     return header + body
 
 
 def extra_args(request: ReuseRequest) -> dict[str, Any]:
-    """`SamplingParams(extra_args=...)` of a request; for HTTP (JSON), base64 of the bytes is
-    accepted too."""
+    """`SamplingParams(extra_args=...)` of a request.
+
+    For HTTP (JSON), base64 of the bytes is accepted too.
+    """
     return {EXTRA_ARG: encode(request)}
 
 

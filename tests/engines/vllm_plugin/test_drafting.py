@@ -254,7 +254,7 @@ def test_costs_are_measured(engine: Any, plain: Rollouts, monkeypatch: pytest.Mo
     from spec_rollout.engines.vllm.compat import proposer_of
 
     worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    monkeypatch.setattr(proposer_of(worker).sampler, "cost", cost := StepCost())
+    monkeypatch.setattr(proposer_of(worker).sampler.times, "cost", cost := StepCost())
     asked: list[int] = []
     monkeypatch.setattr(StepCost, "threshold", lambda self, rows: asked.append(rows) or 0.3)
     seen: list[tuple[int, int, float, int | None]] = []
@@ -309,11 +309,11 @@ def test_history_is_forgotten(engine: Any, plain: Rollouts) -> None:
     worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     requests = replace(make_requests(PROMPTS), history=history_of(rows_of(plain), GROUPS))
     seen: list[bool] = []
-    engine.before_step = lambda: seen.append(proposer_of(worker).sampler.history is not None)
+    engine.before_step = lambda: seen.append(proposer_of(worker).sampler.record.history is not None)
     try:
         engine.rollout(requests, SAMPLING, NoReuse())
         assert all(seen)
-        assert proposer_of(worker).sampler.history is None
+        assert proposer_of(worker).sampler.record.history is None
 
         def stop() -> None:
             seen.append(True)
@@ -325,7 +325,7 @@ def test_history_is_forgotten(engine: Any, plain: Rollouts) -> None:
             engine.rollout(requests, SAMPLING, NoReuse())
     finally:
         engine.before_step = None
-    assert proposer_of(worker).sampler.history is None
+    assert proposer_of(worker).sampler.record.history is None
     assert_same(engine.rollout(requests, SAMPLING, NoReuse()), plain)
 
 

@@ -14,7 +14,7 @@ from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
-from spec_rollout.engines.vllm.worker.history import pack_history
+from spec_rollout.engines.vllm.packed_history import pack_history
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
 Strategy = Literal["inflight", "two_pass"]
@@ -26,11 +26,10 @@ _BUCKET_BYTES = 64 << 20
 def engine_args(
     num_speculative_tokens: int = 64, *, first_chunk: int | None = None
 ) -> dict[str, Any]:
-    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`,
-    `AsyncEngineArgs`, ...
+    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`.
 
-    For `vllm serve`, the same as JSON: `--speculative-config`, `--worker-extension-cls`,
-    `--additional-config`.
+    `AsyncEngineArgs` takes the same, and `vllm serve` takes them as JSON: `--speculative-config`,
+    `--worker-extension-cls`, `--additional-config`.
 
     Args:
         num_speculative_tokens: Most draft tokens of a request that one step verifies.
@@ -47,6 +46,7 @@ def engine_args(
     ):
         if value < 1:
             raise ValueError(f"{name}: expected >= 1, got {value}")
+    compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
     compat.install()
     args: dict[str, Any] = {
         "speculative_config": {
@@ -62,9 +62,9 @@ def engine_args(
 
 
 class VLLMEngine:
-    """A `RolloutEngine` on an offline vLLM `LLM`.
+    """A `RolloutEngine` on an offline vLLM `LLM`, which it starts itself.
 
-    Strategies:
+    `VLLMEngine.wrap` makes one of an `LLM` that exists already. Strategies:
 
     - `inflight`: drafts are verified by the engine step that writes their KV cache, chunk by chunk,
       and generation goes on in place. One request per rollout.
@@ -81,6 +81,7 @@ class VLLMEngine:
             precedence.
 
     Attributes:
+        llm: The `LLM`.
         metrics, last_metrics: Counters of all calls of `rollout`, and of the last one.
         before_step: Called before each engine step of a rollout; what it raises aborts the rollout.
 
@@ -98,22 +99,42 @@ class VLLMEngine:
         first_chunk: int | None = None,
         llm_args: Mapping[str, Any] | None = None,
     ) -> None:
-        if strategy not in ("inflight", "two_pass"):
-            raise ValueError(f"strategy: expected 'inflight' or 'two_pass', got {strategy!r}")
+        _check_strategy(strategy)
+        compat.require_vllm("VLLMEngine")
         plugin = engine_args(num_speculative_tokens, first_chunk=first_chunk)
-        from vllm import LLM
-
-        self.strategy = strategy
         defaults = {
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
-        with compat.threads_kept():
-            self.llm = LLM(model, **{**defaults, **plugin, **(llm_args or {})})
-        config = self.llm.llm_engine.vllm_config
-        self.max_model_len: int = config.model_config.max_model_len
-        self.vocab_size: int = config.model_config.get_vocab_size()
+        llm = compat.new_llm(model, {**defaults, **plugin, **(llm_args or {})})
+        self._take_over(llm, strategy, owns_llm=True)
+
+    @classmethod
+    def wrap(cls, llm: Any, *, strategy: Strategy = "inflight") -> VLLMEngine:
+        """An engine on a `vllm.LLM` that exists already, as a trainer has it.
+
+        The `LLM` is shared: others may go on using it between rollouts, `close` leaves it running,
+        and weights that others put into it do not count in `policy_version`.
+
+        Args:
+            llm: Started with `engine_args()`: `LLM(model, **engine_args())`.
+            strategy: See `VLLMEngine`.
+
+        Raises:
+            ValueError: naming the argument, and what the `LLM` was started without.
+        """
+        _check_strategy(strategy)
+        compat.check_plugged(llm)
+        engine = cls.__new__(cls)
+        engine._take_over(llm, strategy, owns_llm=False)
+        return engine
+
+    def _take_over(self, llm: Any, strategy: Strategy, *, owns_llm: bool) -> None:
+        self.llm = llm
+        self.strategy = strategy
+        self._owns_llm = owns_llm
+        self.max_model_len, self.vocab_size = compat.model_limits(llm)
         self.metrics = ReuseMetrics()
         self.last_metrics = ReuseMetrics()
         self.before_step: Callable[[], None] | None = None
@@ -123,6 +144,16 @@ class VLLMEngine:
     def policy_version(self) -> int:
         """Number of `update_weights` calls so far."""
         return self._policy_version
+
+    @property
+    def supports_history(self) -> bool:
+        """Whether `RolloutRequests.history` is taken."""
+        return self.strategy == "inflight"
+
+    @property
+    def last_counters(self) -> Mapping[str, float]:
+        """Counters of the last rollout that only this engine has, as `vllm_*`."""
+        return self.last_metrics.as_row()
 
     def rollout(
         self, requests: RolloutRequests, sampling: SamplingParams, acceptance: AcceptanceRule
@@ -145,8 +176,10 @@ class VLLMEngine:
         acceptance: AcceptanceRule,
         limits: Sequence[int],
     ) -> Rollouts:
-        """`rollout` with a limit of its own for each response instead of `sampling.max_tokens`.
-        `limits`: [batch]."""
+        """`rollout`, with a limit of its own for each response.
+
+        `limits` [batch] take the place of `sampling.max_tokens`.
+        """
         start = time.perf_counter()
         if requests.history is not None and not self.supports_history:
             raise ValueError(
@@ -172,7 +205,13 @@ class VLLMEngine:
         self._begin(requests, sampling)
         try:
             if in_two_passes:
-                responses, verification_seconds = two_pass(self, job, sampling)
+                responses, verification_seconds = two_pass(
+                    job,
+                    sampling,
+                    generate=self.generate,
+                    submit=self.submit,
+                    max_model_len=self.max_model_len,
+                )
             else:
                 responses, verification_seconds = self.generate(job, sampling), 0.0
         except BaseException:
@@ -192,11 +231,6 @@ class VLLMEngine:
         stats.rollout_seconds = end - start
         return rollouts
 
-    @property
-    def supports_history(self) -> bool:
-        """Whether `RolloutRequests.history` is taken."""
-        return self.strategy == "inflight"
-
     def generate(self, job: Job, sampling: SamplingParams) -> Responses:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
         params = [self._params(job, row, sampling) for row in range(job.batch)]
@@ -205,8 +239,7 @@ class VLLMEngine:
 
     def submit(self, prompts: list[dict[str, list[int]]], params: Any) -> list[Any]:
         """`LLM.generate`; an exception on the way leaves no request behind."""
-        with compat.interruptible(self.llm, self.before_step):
-            return self.llm.generate(prompts, params, use_tqdm=False)
+        return compat.generate(self.llm, prompts, params, self.before_step)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies new weights into the workers' model in place and resets the prefix cache.
@@ -237,8 +270,7 @@ class VLLMEngine:
             )
 
     def sleep(self, level: int = 1) -> None:
-        """Frees the accelerator's memory between rollouts (vLLM's sleep mode; needs
-        `enable_sleep_mode`)."""
+        """Frees the accelerator's memory between rollouts; needs vLLM's `enable_sleep_mode`."""
         self.llm.sleep(level=level)
 
     def wake_up(self) -> None:
@@ -246,20 +278,14 @@ class VLLMEngine:
         self.llm.wake_up()
 
     def close(self) -> None:
-        """Stops the engine and its processes."""
-        self.llm.llm_engine.engine_core.shutdown()
+        """Stops vLLM and its processes; an `LLM` that was wrapped goes on running."""
+        if self._owns_llm:
+            compat.shut_down(self.llm)
 
     def _params(self, job: Job, row: int, sampling: SamplingParams) -> Any:
-        from vllm import SamplingParams as VLLMSamplingParams
-
-        return VLLMSamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+        return compat.sampling_params(
+            sampling,
             max_tokens=job.limits[row],
-            stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,
-            detokenize=False,
             prompt_logprobs=job.prompt_logprobs,
             extra_args=job.extra_args(row),
         )
@@ -280,6 +306,11 @@ class VLLMEngine:
         return ReuseMetrics.from_dict(
             self.llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
         )
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in ("inflight", "two_pass"):
+        raise ValueError(f"strategy: expected 'inflight' or 'two_pass', got {strategy!r}")
 
 
 def _as_bytes(tensor: torch.Tensor) -> tuple[str, list[int], bytes]:

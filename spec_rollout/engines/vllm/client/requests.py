@@ -77,11 +77,10 @@ def _cut(drafts: Drafts, limits: torch.Tensor, stop_token_ids: Sequence[int]) ->
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One batch for the engine: row r is prompt r (with a reused prefix already in it, maybe) and
-    its draft.
+    """One batch for the engine: prompts and their drafts.
 
     Attributes:
-        prompt_ids: Token ids per row.
+        prompt_ids: Token ids per row; a reused prefix may be part of them.
         limits: Most tokens to generate per row, within the model's length.
         keys, first_positions: Of the noise; [batch].
         rule: The acceptance rule.
@@ -108,8 +107,10 @@ class Job:
         limits: Sequence[int],
         max_model_len: int,
     ) -> Job:
-        """Whole responses to prompts as they are; drafts cut to what a response can hold, none if
-        the rule uses none."""
+        """A job for whole responses.
+
+        Drafts are cut to what a response can hold; there are none if the rule uses none.
+        """
         room = max_model_len - requests.cu_prompt_lens.diff()
         limits_ = torch.minimum(torch.tensor(list(limits), dtype=torch.int64), room)
         use = rule.uses_drafts and requests.drafts.token_ids.numel()
@@ -174,8 +175,7 @@ class Responses:
 
     @classmethod
     def of(cls, job: Job, outputs: Sequence[Any], collected: tuple[bytes, ...]) -> Responses:
-        """From vLLM's completions, in the order of the job, and what `spec_rollout_take`
-        returned."""
+        """From vLLM's completions, in the job's order, and what `spec_rollout_take` returned."""
         arrays = [np.asarray(output.token_ids, dtype=np.int32) for output in outputs]
         lens = np.array([array.size for array in arrays], np.int64)
         cu = np.concatenate([[0], np.cumsum(lens)])

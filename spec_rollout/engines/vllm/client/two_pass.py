@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
+from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.client.requests import Job, Responses, split
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, SamplingParams
 
-if TYPE_CHECKING:
-    from spec_rollout.engines.vllm.client.engine import VLLMEngine
+# A job's responses.
+Generate = Callable[[Job, SamplingParams], Responses]
+# vLLM's outputs for prompts, all with the same parameters (vLLM's SamplingParams).
+Submit = Callable[[list[dict[str, list[int]]], Any], list[Any]]
 
 
 def check_two_pass(sampling: SamplingParams, rule: AcceptanceRule) -> None:
@@ -39,12 +43,20 @@ def check_two_pass(sampling: SamplingParams, rule: AcceptanceRule) -> None:
         )
 
 
-def two_pass(engine: VLLMEngine, job: Job, sampling: SamplingParams) -> tuple[Responses, float]:
-    """Responses to all rows of a job, and the seconds up to the cut."""
+def two_pass(
+    job: Job, sampling: SamplingParams, *, generate: Generate, submit: Submit, max_model_len: int
+) -> tuple[Responses, float]:
+    """Responses to all rows of a job, and the seconds up to the cut.
+
+    Args:
+        job, sampling: As `check_two_pass` lets them pass.
+        generate, submit: The engine's.
+        max_model_len: Most tokens of prompt and response together.
+    """
     start = time.perf_counter()
     drafts = job.drafts
     tokens = split(drafts.token_ids, drafts.cu_lens)
-    logprobs = _score(engine, job.prompt_ids, tokens)
+    logprobs = _score(submit, job.prompt_ids, tokens, max_model_len)
     accepted = ops.accept_prefix(
         drafts.logprobs,
         torch.from_numpy(logprobs),
@@ -65,11 +77,13 @@ def two_pass(engine: VLLMEngine, job: Job, sampling: SamplingParams) -> tuple[Re
         rule=job.rule,
         drafts=Drafts.none(len(open_rows)),
     )
-    rest = engine.generate(continuations, sampling)
+    rest = generate(continuations, sampling)
     return _join(drafts, logprobs, accepted, whole, open_rows, rest), seconds
 
 
-def _score(engine: VLLMEngine, prompts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
+def _score(
+    submit: Submit, prompts: list[list[int]], tokens: list[list[int]], max_model_len: int
+) -> np.ndarray:
     """Log-probs of all draft tokens, packed. [num_draft_tokens], float32.
 
     A prompt leaves room for one generated token, so a draft token at the very end of the model's
@@ -78,19 +92,13 @@ def _score(engine: VLLMEngine, prompts: list[list[int]], tokens: list[list[int]]
     rows = [r for r, draft in enumerate(tokens) if draft]
     if not rows:
         return np.empty(0, np.float32)
-    from vllm import SamplingParams as VLLMSamplingParams
-
-    params = VLLMSamplingParams(
-        max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
-    )
-    texts = [(prompts[r] + tokens[r])[: engine.max_model_len - 1] for r in rows]
-    outputs = engine.submit([{"prompt_token_ids": ids} for ids in texts], params)
+    texts = [(prompts[r] + tokens[r])[: max_model_len - 1] for r in rows]
+    outputs = submit([{"prompt_token_ids": ids} for ids in texts], compat.scoring_params())
     scored = []
     for r, output in zip(rows, outputs, strict=True):
-        flat = output.prompt_logprobs
+        known = compat.scored_prompt_tokens(output, len(prompts[r]))
         values = np.full(len(tokens[r]), -math.inf, np.float32)
-        starts = flat.start_indices[len(prompts[r]) :]
-        values[: len(starts)] = np.asarray(flat.logprobs, np.float32)[starts]
+        values[: known.size] = known
         scored.append(values)
     return np.concatenate(scored)
 
@@ -107,7 +115,9 @@ def _join(
     cu = drafts.cu_lens.tolist()
     rest_cu = rest.cu_lens.tolist()
     index = {row: i for i, row in enumerate(open_rows)}
-    ids, values, reasons = [], [], []
+    ids: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    reasons: list[int] = []
     for row, n in enumerate(accepted.tolist()):
         ids.append(drafts.token_ids[cu[row] : cu[row] + n])
         values.append(torch.from_numpy(logprobs[cu[row] : cu[row] + n]))

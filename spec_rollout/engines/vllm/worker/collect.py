@@ -14,17 +14,20 @@ class Collector:
     """Records (collect id, response token, log-prob) by step; ids are `ReuseRequest.collect_id`."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._ids: list[np.ndarray] = []
         self._indices: list[np.ndarray] = []
         self._logprobs: list[torch.Tensor] = []
         self._accepted: dict[int, int] = {}
 
     def add(self, ids: np.ndarray, indices: np.ndarray, logprobs: torch.Tensor) -> None:
-        """One token per entry; entries with id < 0 are dropped. The arrays are kept: pass fresh
-        ones.
+        """One token per entry; the arrays are kept, so pass fresh ones.
 
         Args:
-            ids, indices: [n], int32.
+            ids: < 0: the entry is dropped. [n], int32.
+            indices: [n], int32.
             logprobs: [n], float32, on any device: it is not read before `take`.
         """
         self._ids.append(ids)
@@ -39,10 +42,9 @@ class Collector:
         """Everything recorded, and forgets it.
 
         Returns:
-            Bytes of: ids int32 [n], token indices int32 [n], log-probs float32 [n]; ids int32 [m]
-                and accepted tokens
-            int32 [m] of the responses that reused any. A token recorded twice counts as recorded
-            last.
+            Bytes of: ids int32 [n], token indices int32 [n], log-probs float32 [n]; then, of the
+                responses that reused any tokens, ids int32 [m] and how many int32 [m]. A token
+                recorded twice counts as recorded last.
         """
         ids = np.concatenate([np.empty(0, np.int32), *self._ids])
         indices = np.concatenate([np.empty(0, np.int32), *self._indices])
@@ -55,7 +57,7 @@ class Collector:
             np.array(list(self._accepted), "<i4").tobytes(),
             np.array(list(self._accepted.values()), "<i4").tobytes(),
         )
-        self.__init__()
+        self._forget()
         return out
 
 

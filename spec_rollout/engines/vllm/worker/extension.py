@@ -1,5 +1,4 @@
-"""What every vLLM worker can be asked for through `collective_rpc`:
-`worker_extension_cls="...worker.ReuseWorker"`."""
+"""What vLLM's workers can be asked for: `worker_extension_cls="...worker.ReuseWorker"`."""
 
 from __future__ import annotations
 
@@ -10,11 +9,11 @@ import torch
 from spec_rollout import ops
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
-from spec_rollout.engines.vllm.worker.history import PackedHistory, unpack_history
+from spec_rollout.engines.vllm.packed_history import PackedHistory, unpack_history
 
 
 class ReuseWorker:
-    """Mixed into vLLM's worker class; all names start with `spec_rollout_`."""
+    """Mixed into vLLM's worker class, for `collective_rpc`; names start with `spec_rollout_`."""
 
     def spec_rollout_begin(
         self,
@@ -23,14 +22,15 @@ class ReuseWorker:
         stop_token_ids: list[int],
         keyed: bool,
     ) -> None:
-        """Ahead of the requests of a rollout call: starts counters anew and takes the history to
-        propose from."""
+        """Ahead of the requests of a rollout call: starts counters anew, takes its history.
+
+        See `ChunkProposer.begin`.
+        """
         unpacked = None if history is None else unpack_history(history)
         compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
 
     def spec_rollout_end(self) -> dict[str, Any]:
-        """After the last request of a rollout call: forgets its history and returns its
-        counters."""
+        """After the last request of a rollout call: forgets its history, returns its counters."""
         return compat.proposer_of(self).sampler.end().as_dict()
 
     def spec_rollout_take(self) -> tuple[bytes, ...]:
@@ -40,14 +40,14 @@ class ReuseWorker:
             ValueError: if a kernel has met bad values since (CUDA).
         """
         ops.check_status()
-        return compat.proposer_of(self).sampler.take()
+        return compat.proposer_of(self).sampler.record.take()
 
     def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
         """Counters (`metrics.ReuseMetrics.as_dict`), optionally starting them anew."""
-        sampler = compat.proposer_of(self).sampler
-        values = sampler.metrics.as_dict()
+        record = compat.proposer_of(self).sampler.record
+        values = record.metrics.as_dict()
         if reset:
-            sampler.metrics = ReuseMetrics()
+            record.metrics = ReuseMetrics()
         return values
 
     def spec_rollout_load(self, named_tensors: list[tuple[str, Any]]) -> None:

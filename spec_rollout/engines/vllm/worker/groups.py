@@ -46,10 +46,9 @@ class Known:
     history_ids: np.ndarray
     max_response_lens: np.ndarray
     any_collected: bool
-    is_plain: bool = False  # no draft is left to verify
-    oldest_step: int | None = (
-        None  # that gave any of the requests its first token, once all have it
-    )
+    is_plain: bool = False  # found by `needs_only_draws`
+    # Step that gave the request that has run longest its first token, once all have theirs.
+    oldest_step: int | None = None
     device_keys: torch.Tensor | None = None
 
     @classmethod
@@ -81,6 +80,14 @@ class Known:
             max_response_lens=limits,
             any_collected=bool((collect_ids >= 0).any()),
         )
+
+    def needs_only_draws(self) -> bool:
+        """Whether every request has a key, no draft left to verify, and no mask."""
+        if not self.is_plain:  # if it ever was, it still is: drafts do not come back to life
+            self.is_plain = not any(
+                row is None or row.alive or row.masks is not None for row in self.rows
+            )
+        return self.is_plain
 
     def keys_on(self, device: torch.device) -> torch.Tensor:
         """The keys as a tensor, which stays on the device while the batch is the same."""
@@ -215,8 +222,10 @@ class Group:
         )
 
     def numbers(self) -> np.ndarray:
-        """Offsets of tokens and of rows, keys and positions. [4, segments + 1], the last two one
-        shorter."""
+        """Offsets of tokens, offsets of rows, keys, positions.
+
+        [4, segments + 1], int64; the last entries of keys and positions mean nothing.
+        """
         n = self.requests.size
         numbers = np.zeros((4, n + 1), np.int64)
         np.cumsum(self.num_tested, out=numbers[0, 1:])
@@ -236,5 +245,6 @@ class Group:
             elif s.tokens is not None and s.tokens.size:
                 ids.append(s.tokens)
                 if with_logprobs:
+                    assert s.row.draft_logprobs is not None  # a request without is not admitted
                     logprobs.append(s.row.draft_logprobs[s.index : s.index + s.tokens.size])
         return np.concatenate(ids), np.concatenate(logprobs) if with_logprobs else None

@@ -2,8 +2,8 @@
 
 The engine sends the history of a rollout call once, ahead of its requests
 (`ReuseWorker.spec_rollout_begin`), and a request says which it is by its `collect_id`. So nothing
-is sent twice, every worker of a tensor-parallel engine gets it, the index is built by several
-threads before the first step, and it is gone when the call ends.
+is sent twice, and every worker of a tensor-parallel engine gets it. The index is built by several
+threads before the first step, and is gone when the call ends.
 """
 
 from __future__ import annotations
@@ -11,41 +11,12 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
-import torch
 
 from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
 from spec_rollout.types import History
-
-# token_ids int32, cu_lens int64, row_groups int64, request_groups int64, log-probs float32 (none:
-# empty), little-endian
-PackedHistory = tuple[bytes, bytes, bytes, bytes, bytes]
-
-
-def pack_history(history: History) -> PackedHistory:
-    """The bytes of a history, for the way to the workers."""
-    return (
-        history.token_ids.numpy().astype("<i4", copy=False).tobytes(),
-        history.cu_lens.numpy().astype("<i8", copy=False).tobytes(),
-        history.row_groups.numpy().astype("<i8", copy=False).tobytes(),
-        history.request_groups.numpy().astype("<i8", copy=False).tobytes(),
-        b""
-        if history.logprobs is None
-        else history.logprobs.numpy().astype("<f4", copy=False).tobytes(),
-    )
-
-
-def unpack_history(packed: PackedHistory) -> History:
-    """Inverse of `pack_history`."""
-    *arrays, logprobs = [
-        torch.from_numpy(
-            np.frombuffer(data, dtype).astype(dtype[1:])
-        )  # a copy: torch wants to own what it gets
-        for data, dtype in zip(packed, ("<i4", "<i8", "<i8", "<i8", "<f4"), strict=True)
-    ]
-    return History(*arrays, logprobs if logprobs.shape == arrays[0].shape else None)
 
 
 class HistoryProposals:
@@ -101,8 +72,7 @@ class HistoryProposals:
         self._followers[row.history_id] = row
 
     def followed(self) -> list[tuple[Row, int, int]]:
-        """Of each request that `follow` was called for: tokens in which it agreed with its draft,
-        and tokens tested."""
+        """Of each request that `follow` was called for: (row, tokens kept of its draft, tested)."""
         lens = self._drafter.followed_lens
         return [
             (
@@ -114,15 +84,16 @@ class HistoryProposals:
         ]
 
     def tested(self, history_ids: np.ndarray, accepted: np.ndarray) -> None:
-        """Of the last proposals to these requests, this many tokens passed; the next ones, if any,
-        did not."""
+        """Of the last proposals to these requests, this many tokens passed, and no more.
+
+        [count], int64 both.
+        """
         self._outcomes.append((history_ids, accepted))
 
     def scheduled(
         self, known: Known, indices: np.ndarray, scheduled: list[list[int]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The tokens to test of a whole batch, if what vLLM scheduled is just what was proposed
-        last.
+        """The tokens to test of a whole batch, if vLLM scheduled just what was proposed last.
 
         Args:
             known: The batch; every request with a key.
@@ -149,11 +120,10 @@ class HistoryProposals:
     def scheduled_one(
         self, row: Row, index: int, scheduled: list[int]
     ) -> tuple[np.ndarray, int, int]:
-        """The scheduled tokens to test of one request, whatever their origin: a token passes only
-        if sampling gives it.
+        """The scheduled tokens to test of one request, whatever their origin.
 
-        vLLM's own inventions (-1) are left out, and with tensor parallelism the proposals of one
-        worker are tested by all.
+        A token passes only if sampling gives it. vLLM's own inventions (-1) are left out. With
+        tensor parallelism the proposals of one worker are tested by all.
 
         Returns:
             The tokens, how many were proposed (-1: they are not what was proposed last), and how
@@ -224,7 +194,9 @@ class HistoryProposals:
         limits = np.minimum(batch.max_response_lens[where] - 1 - indices, self._max_proposal)
         is_free = limits > 0
         if not batch.is_plain:
-            is_free &= np.fromiter((not batch.rows[r].alive for r in where), bool, where.size)
+            is_free &= np.array(
+                [(row := batch.rows[r]) is None or not row.alive for r in where.tolist()], bool
+            )
         if not is_free.any() or not self.pays(len(batch.rows)):
             return
         free, requests, indices = where[is_free], requests[is_free], indices[is_free]

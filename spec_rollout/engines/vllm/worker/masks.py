@@ -1,5 +1,4 @@
-"""Per-request restrictions of the vocabulary that do not depend on the tokens drawn, applied to the
-logits in place."""
+"""Restrictions of a request's vocabulary that do not depend on the tokens drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +9,12 @@ import torch
 
 
 class LogitMasks:
-    """min_p, min_tokens, logit_bias and allowed_token_ids of one request, in vLLM's order."""
+    """min_p, min_tokens, logit_bias and allowed_token_ids of one request, in vLLM's order.
+
+    Args:
+        params: vLLM's SamplingParams.
+        device: Of the logits.
+    """
 
     __slots__ = (
         "allowed",
@@ -44,8 +48,12 @@ class LogitMasks:
         return cls(params, device) if on else None
 
     def apply(self, logits: torch.Tensor, index: int) -> None:
-        """Changes the rows that predict response tokens `index`, `index + 1`, ... [num_rows,
-        vocab], in place."""
+        """Changes logits in place.
+
+        Args:
+            logits: Row i predicts response token `index` + i. [num_rows, vocab].
+            index: From the start of the response.
+        """
         if self.allowed is not None:
             kept = logits[:, self.allowed]
             logits.fill_(-math.inf)

@@ -101,8 +101,7 @@ class Row:
         self.first_step = -1
 
     def num_scheduled(self, index: int, scheduled: list[int]) -> int:
-        """How many of the draft tokens that vLLM scheduled really are this draft's, from response
-        token `index` on.
+        """How many of the tokens that vLLM scheduled are this draft's, from token `index` on.
 
         vLLM makes up drafts of its own (-1, 0) and cuts long ones.
         """

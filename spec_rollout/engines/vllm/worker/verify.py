@@ -1,5 +1,4 @@
-"""The call of `verify_prefix` that a step makes, and the way of its arguments and results between
-host and device."""
+"""The call of `verify_prefix` that a step makes; its arguments and results live on the host."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""The only package that reaches into vLLM.
+
+Official hooks carry most of the plugin: the `custom_class` proposer, `worker_extension_cls`,
+`additional_config` and the `vllm.general_plugins` entry point. What has no official hook is
+replaced, once per process. Each replacement hands over to vLLM's own code unless the engine runs
+our proposer.
+
+- `install`: puts the replacements in, and is the entry point.
+- `versions`: which vLLM will do, and the error where there is none.
+- `identity`: which engines run the plugin.
+- `requests`: a malformed request fails alone, before a worker sees it.
+- `sampling`: our sampler in the place of vLLM's rejection sampler.
+- `workers`: a worker's proposer, and its model's weights.
+- `llm`: an offline `LLM`, as the caller's process uses it.
+- `cpu_wheels`: defects of vLLM's builds for CPUs.
+
+Importing this package does not import vLLM; calling its functions does.
+"""
+
+from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
+from spec_rollout.engines.vllm.compat.identity import PROPOSER, WORKER, check_plugged, is_ours
+from spec_rollout.engines.vllm.compat.install import install, install_worker, plugin
+from spec_rollout.engines.vllm.compat.llm import (
+    generate,
+    is_in_process,
+    model_limits,
+    new_llm,
+    sampling_params,
+    scored_prompt_tokens,
+    scoring_params,
+    shut_down,
+)
+from spec_rollout.engines.vllm.compat.versions import (
+    NEWEST_TESTED,
+    OLDEST,
+    check_version,
+    require_vllm,
+)
+from spec_rollout.engines.vllm.compat.workers import load_weights, proposer_of, weights_loaded
+
+__all__ = [
+    "NEWEST_TESTED",
+    "OLDEST",
+    "PROPOSER",
+    "WORKER",
+    "check_plugged",
+    "check_version",
+    "generate",
+    "install",
+    "install_worker",
+    "is_in_process",
+    "is_ours",
+    "keep_cpu_weights",
+    "load_weights",
+    "model_limits",
+    "new_llm",
+    "plugin",
+    "proposer_of",
+    "require_vllm",
+    "sampling_params",
+    "scored_prompt_tokens",
+    "scoring_params",
+    "shut_down",
+    "weights_loaded",
+]

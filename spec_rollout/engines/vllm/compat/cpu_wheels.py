@@ -1,0 +1,90 @@
+"""Defects of vLLM's CPU wheels.
+
+- `dispatch_cpu_unquantized_gemm` frees the weights after packing them: they cannot be updated.
+- `expand_batch_to_tokens` writes into a copy: vLLM's own rejection sampler then reads
+  uninitialised memory.
+- The CPU worker disables `torch.set_num_threads` in its process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from spec_rollout.engines.vllm.compat.versions import replace
+
+_PACK = "_spec_rollout_pack"
+_keep_weights = False
+
+
+def keep_cpu_weights() -> None:
+    """Models loaded from now on keep the unpacked weights, too (twice the memory, CPU only)."""
+    global _keep_weights
+    _keep_weights = True
+
+
+def pack_again(model: torch.nn.Module) -> None:
+    """Makes new packed copies of the weights of a model; those of before do not see updates."""
+    for module in model.modules():
+        pack = getattr(module, _PACK, None)
+        if pack is not None:
+            pack()
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """An engine set up in the block leaves `torch.set_num_threads` as it is.
+
+    vLLM's CPU worker replaces it for the rest of the process, for the sake of threads it has bound
+    to cores. It binds none in the caller's process.
+    """
+    original = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = original
+
+
+def fix() -> None:
+    """Mends the first two defects in this process."""
+    from vllm.model_executor.layers import utils
+    from vllm.v1.sample import rejection_sampler
+
+    name = "dispatch_cpu_unquantized_gemm"
+    replace(utils, name, _weights_kept)
+    for module in ("linear", "vocab_parallel_embedding"):  # where it was imported by name
+        loaded = sys.modules.get(f"vllm.model_executor.layers.{module}")
+        if loaded is not None and hasattr(loaded, name):
+            setattr(loaded, name, getattr(utils, name))
+    replace(rejection_sampler, "expand_batch_to_tokens", _expanded)
+
+
+def _weights_kept(original: Callable) -> Callable:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        if not _keep_weights:
+            original(layer, remove_weight)
+            return
+        original(layer, remove_weight=False)
+        # Not a submodule, hence past nn.Module.__setattr__.
+        object.__setattr__(layer, _PACK, lambda: original(layer, remove_weight=False))
+
+    return dispatch_cpu_unquantized_gemm
+
+
+def _expanded(original: Callable) -> Callable:
+    def expand_batch_to_tokens(
+        x: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        out = x.repeat_interleave(counts.long(), output_size=num_tokens)
+        return torch.where(out == replace_from, replace_to, out).to(x.dtype)
+
+    return expand_batch_to_tokens

@@ -1,0 +1,51 @@
+"""Which engines run the plugin."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+PROPOSER = "spec_rollout.engines.vllm.proposer.ReuseProposer"
+WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether an engine with this speculative config runs our proposer."""
+    return (
+        speculative_config is not None
+        and speculative_config.method == "custom_class"
+        and speculative_config.model == PROPOSER
+    )
+
+
+def check_plugged(llm: Any) -> None:
+    """Checks that an `LLM` was started with `engine_args()`.
+
+    A worker extension of the user's own will do if it derives from ours.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    engine = getattr(llm, "llm_engine", None)
+    if engine is None:
+        raise ValueError(f"llm: expected a vllm.LLM, got {type(llm).__name__}")
+    config = engine.vllm_config
+    expected = "llm: expected a vllm.LLM started with spec_rollout.engines.vllm.engine_args()"
+    speculative = config.speculative_config
+    if not is_ours(speculative):
+        found = None if speculative is None else f"{speculative.method} {speculative.model}"
+        raise ValueError(f"{expected}, got one with speculative_config {found}")
+    extension = config.parallel_config.worker_extension_cls
+    if extension != WORKER and not _derives_from_ours(extension):
+        raise ValueError(f"{expected}, got one with worker_extension_cls {extension or None}")
+
+
+def _derives_from_ours(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        return False
+    try:
+        extension = getattr(importlib.import_module(module), attribute, None)
+    except ImportError:
+        return False
+    return hasattr(extension, "spec_rollout_begin")

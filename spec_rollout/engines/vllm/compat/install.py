@@ -1,0 +1,68 @@
+"""Puts the hooks into a process, once.
+
+- `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request`: a malformed request must
+  fail alone, before a worker sees it.
+- `SamplingParams._validate_spec_decode`, `build_logitsprocs`: vLLM refuses min_p and logit_bias
+  with any speculative decoding; our sampler and vLLM's plain one honour them.
+- `GPUModelRunner._sample`: the token at the end of a prefill and the token after a draft never
+  reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
+- `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices in every
+  step, with drafts or without; our sampler needs one array of them.
+- On CPUs, two defects of the wheels (`cpu_wheels`).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from spec_rollout.engines.vllm.compat.versions import check_version, replace, require_vllm
+
+
+@functools.cache
+def install() -> None:
+    """Installs the hooks that every process of an engine needs; may be called any number of times.
+
+    Raises:
+        ImportError: if vLLM is too old, or its internals are not what this package expects.
+    """
+    vllm = require_vllm("spec_rollout's plugin")
+    check_version(vllm.__version__)
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from spec_rollout.engines.vllm.compat import requests
+
+    replace(InputProcessor, "process_inputs", requests.checked_inputs)
+    replace(EngineCore, "preprocess_add_request", requests.checked_request)
+    replace(SamplingParams, "_validate_spec_decode", requests.lenient_validation)
+    # The model runner's module is heavy and sets up devices: it is hooked when a worker imports it
+    # (`install_worker`).
+
+
+@functools.cache
+def install_worker() -> None:
+    """Installs the hooks of a worker process; called while its model runner is being built."""
+    install()
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import gpu_model_runner
+
+    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling
+
+    replace(gpu_model_runner.GPUModelRunner, "_sample", sampling.sample)
+    replace(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", sampling.few_indices)
+    replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
+    if current_platform.is_cpu():
+        cpu_wheels.fix()
+
+
+def plugin() -> None:
+    """The `vllm.general_plugins` entry point: `install`, with a warning where vLLM does not fit.
+
+    vLLM calls it in every process of every engine, ours or not, so it must not raise.
+    """
+    try:
+        install()
+    except ImportError as error:
+        warnings.warn(f"spec_rollout's vLLM plugin is off: {error}", stacklevel=2)

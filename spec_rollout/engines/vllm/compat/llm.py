@@ -1,0 +1,117 @@
+"""An offline `LLM`, as the caller's process uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from spec_rollout.engines.vllm.compat.cpu_wheels import threads_kept
+from spec_rollout.types import SamplingParams
+
+
+def new_llm(model: str, llm_args: Mapping[str, Any]) -> Any:
+    """`vllm.LLM(model, **llm_args)`; the number of torch's threads can still be set afterwards."""
+    from vllm import LLM
+
+    with threads_kept():
+        return LLM(model, **llm_args)
+
+
+def shut_down(llm: Any) -> None:
+    """Stops the engine of an `LLM` and its processes."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def model_limits(llm: Any) -> tuple[int, int]:
+    """Most tokens of prompt and response together, and the size of the vocabulary."""
+    config = llm.llm_engine.vllm_config.model_config
+    return config.max_model_len, config.get_vocab_size()
+
+
+def is_in_process(llm: Any) -> bool:
+    """Whether the engine core runs in this process, so that tensors need not be copied to it."""
+    return hasattr(llm.llm_engine.engine_core, "engine_core")
+
+
+def sampling_params(
+    sampling: SamplingParams,
+    *,
+    max_tokens: int,
+    prompt_logprobs: int | None,
+    extra_args: dict[str, Any],
+) -> Any:
+    """vLLM's parameters of one request; only `stop_token_ids` and `max_tokens` end it."""
+    from vllm import SamplingParams as VLLMSamplingParams
+
+    return VLLMSamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        max_tokens=max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=prompt_logprobs,
+        extra_args=extra_args,
+    )
+
+
+def scoring_params() -> Any:
+    """vLLM's parameters of a request that only wants the log-probs of its prompt."""
+    from vllm import SamplingParams as VLLMSamplingParams
+
+    return VLLMSamplingParams(
+        max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
+    )
+
+
+def scored_prompt_tokens(output: Any, first: int) -> np.ndarray:
+    """Log-probs of the prompt's tokens from `first` on, of a request with `scoring_params`.
+
+    [num_tokens], float32.
+    """
+    flat = output.prompt_logprobs
+    return np.asarray(flat.logprobs, np.float32)[flat.start_indices[first:]]
+
+
+def generate(
+    llm: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    params: Any,
+    before_step: Callable[[], None] | None = None,
+) -> list[Any]:
+    """`LLM.generate`, with `before_step` called before every step of the engine.
+
+    An exception on the way aborts all requests of the engine.
+    """
+    with _interruptible(llm, before_step):
+        return llm.generate(prompts, params, use_tqdm=False)
+
+
+@contextmanager
+def _interruptible(llm: Any, before_step: Callable[[], None] | None) -> Iterator[None]:
+    """Aborts all requests where the block raises.
+
+    vLLM alone would finish them in the next call, and mix up their outputs with its own.
+    """
+    engine = llm.llm_engine
+    original = engine.step
+    if before_step is not None:
+        call = before_step
+
+        def step() -> Any:
+            call()
+            return original()
+
+        engine.step = step
+    try:
+        yield
+    except BaseException:
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        raise
+    finally:
+        if before_step is not None:
+            engine.step = original

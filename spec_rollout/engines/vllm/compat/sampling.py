@@ -1,0 +1,153 @@
+"""Our sampler in the place of vLLM's rejection sampler, inside its model runner."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from spec_rollout.engines.vllm.admission import admit
+from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
+from spec_rollout.engines.vllm.worker.logprobs import SampledLogprobs
+from spec_rollout.engines.vllm.worker.masks import LogitMasks
+from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.sampling.base import Step
+from spec_rollout.engines.vllm.worker.verify import to_device
+
+_ROW = "_spec_rollout_row"
+_UNSEEN = object()
+
+
+def sample(original: Callable) -> Callable:
+    """For `GPUModelRunner._sample`: requests with a key are ours, in every step."""
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, *args: Any, **kw: Any):
+        proposer = getattr(self, "drafter", None)
+        if not isinstance(proposer, ChunkProposer):
+            return original(self, logits, spec_decode_metadata, *args, **kw)
+        # vLLM replaces drafts by zeros near the model's length, unless the drafter is known to stop
+        # in time; ours does.
+        self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
+        rows = _rows(self, proposer)
+        num_tokens = int(self.query_start_loc.np[len(rows)])
+        proposer.sampler.times.count(num_tokens, logits.shape[0], rows)
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None  # as without speculation: one row of logits per request
+        if spec_decode_metadata is None and not any(rows):
+            proposer.sampler.leave(rows)
+            return original(self, logits, None, *args, **kw)
+        return _sample_rows(self, proposer, rows, logits, spec_decode_metadata)
+
+    return _sample
+
+
+def few_indices(original: Callable) -> Callable:
+    """For `GPUModelRunner._calc_spec_decode_metadata`: only the one array that we need."""
+
+    def _calc_spec_decode_metadata(
+        self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any
+    ):
+        if not isinstance(getattr(self, "drafter", None), ChunkProposer):
+            return original(self, num_draft_tokens, cu_num_scheduled_tokens, *args)
+        num_reqs = num_draft_tokens.size
+        if num_draft_tokens.any():
+            # Of each request the rows of its last token and of its draft.
+            counts = num_draft_tokens + 1
+            ends = np.cumsum(counts)
+            rows = np.arange(ends[-1]) + np.repeat(
+                cu_num_scheduled_tokens[:num_reqs] - ends, counts
+            )
+            logits_indices = to_device(rows.astype(np.int32), self.device)
+        else:  # as without speculation
+            logits_indices = self.query_start_loc.gpu[1 : num_reqs + 1] - 1
+        return SpecDecodeMetadata(
+            draft_token_ids=None,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=None,
+            cu_num_sampled_tokens=None,
+            target_logits_indices=None,
+            bonus_logits_indices=None,
+            logits_indices=logits_indices,
+        )
+
+    return _calc_spec_decode_metadata
+
+
+def _rows(runner: Any, proposer: ChunkProposer) -> list[Row | None]:
+    """Our state of each request of the batch, made when it is first seen.
+
+    None for requests without a key. The list is the same object as long as the batch is the same.
+    """
+    requests = runner.requests
+    states = [requests[r] for r in runner.input_batch.req_ids]
+    known_states, known_rows = proposer.last_batch
+    if len(states) == len(known_states) and all(map(operator.is_, states, known_states)):
+        return known_rows
+    rows: list[Any] = [getattr(state, _ROW, _UNSEEN) for state in states]
+    if _UNSEEN in rows:
+        for i, state in enumerate(states):
+            if rows[i] is _UNSEEN:
+                rows[i] = _new_row(runner, proposer, state)
+                # On vLLM's own record, which lives exactly as long as the request.
+                setattr(state, _ROW, rows[i])
+    proposer.last_batch = (states, rows)
+    return rows
+
+
+def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
+    params = state.sampling_params
+    request = admit(state.req_id, params) if params is not None else None
+    if request is None:
+        return None
+    room = runner.max_model_len - state.num_prompt_tokens
+    stops = set(params.stop_token_ids or ())
+    if not params.ignore_eos and getattr(params, "eos_token_id", None) is not None:
+        stops.add(params.eos_token_id)
+    return proposer.new_row(
+        request,
+        prompt_len=state.num_prompt_tokens,
+        max_response_len=room if params.max_tokens is None else min(params.max_tokens, room),
+        stop_token_ids=frozenset(stops),
+        masks=LogitMasks.of(params, runner.device),
+    )
+
+
+def _sample_rows(
+    runner: Any, proposer: ChunkProposer, rows: list[Row | None], logits: Any, metadata: Any
+) -> Any:
+    batch = runner.input_batch
+    sampling = batch.sampling_metadata
+    temperature = 0.0 if sampling.temperature is None else sampling.temperature
+    top_k = 0 if sampling.top_k is None else sampling.top_k
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    logprobs = None
+    if sampling.max_num_logprobs is not None:
+        num_top = sampling.max_num_logprobs
+        logprobs = SampledLogprobs(
+            logits.shape[-1] if num_top < 0 else num_top,
+            raw=runner.sampler.logprobs_mode == "raw_logprobs",
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            make=LogprobsTensors,
+        )
+    num_reqs = len(rows)
+    tokens, logprobs_tensors = proposer.sampler(
+        Step(
+            rows=rows,
+            lens=batch.num_tokens_no_spec[:num_reqs].astype("int64"),
+            scheduled=None if metadata is None else batch.spec_token_ids[:num_reqs],
+            discard=runner.discard_request_mask.np[:num_reqs],
+            logits=logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            sample_stock=lambda rows_: runner.sampler(logits=rows_, sampling_metadata=sampling),
+            logprobs=logprobs,
+        )
+    )
+    return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs_tensors)

@@ -1,0 +1,168 @@
+"""What is proposed in each step: a request's draft in chunks, then what its history suggests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spec_rollout.engines.vllm.wire import ReuseRequest
+from spec_rollout.engines.vllm.worker.groups import Known
+from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.engines.vllm.worker.masks import LogitMasks
+from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.sampler import ReuseSampler
+from spec_rollout.types import History
+
+
+class ChunkProposer:
+    """Proposes the next tokens of every request, and owns the sampler that tests them.
+
+    A draft is proposed chunk by chunk while it is being accepted. Chunks start at `first_chunk`
+    tokens and double with every chunk that is accepted whole, up to `max_chunk`: what is wasted at
+    the first rejection stays in proportion to what was gained. Where a request has no draft to
+    follow, what the prompt's other rollouts suggest is proposed, if the call has a history.
+
+    Args:
+        first_chunk, max_chunk: In tokens.
+        token_budget: Most tokens of one step.
+
+    Attributes:
+        last_batch: vLLM's records of the requests of the last step, and our rows of them. Mostly
+            the next step has the same.
+    """
+
+    def __init__(self, *, first_chunk: int, max_chunk: int, token_budget: int) -> None:
+        self.first_chunk = first_chunk
+        self.token_budget = token_budget
+        self.sampler = ReuseSampler(max_chunk)
+        self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
+
+    def begin(
+        self,
+        num_requests: int,
+        history: History | None,
+        stop_token_ids: list[int],
+        keyed: bool,
+    ) -> None:
+        """A rollout call begins.
+
+        Args:
+            num_requests: Their `collect_id`s go from 0 to `num_requests` - 1.
+            history: To propose from, or None.
+            stop_token_ids: Of the call.
+            keyed: Tokens are drawn with keyed noise, not greedily.
+        """
+        self.last_batch = ([], [])
+        proposals = None
+        if history is not None:
+            proposals = HistoryProposals(
+                history,
+                stop_token_ids,
+                keyed,
+                self.sampler.times.cost,
+                self.sampler.times.payoff,
+                self.sampler.match_shares,
+                max_proposal=self.sampler.max_chunk,
+                token_budget=self.token_budget,
+            )
+        self.sampler.begin(num_requests, proposals)
+
+    def new_row(
+        self,
+        request: ReuseRequest,
+        *,
+        prompt_len: int,
+        max_response_len: int,
+        stop_token_ids: frozenset[int],
+        masks: LogitMasks | None,
+    ) -> Row:
+        """Our state of a request that was seen for the first time; see `Row`."""
+        record = self.sampler.record
+        history = record.history
+        history_id = -1
+        if history is not None and request.collect_id < history.num_requests:
+            history_id = request.collect_id
+        row = Row(
+            request,
+            prompt_len=prompt_len,
+            max_response_len=max_response_len,
+            stop_token_ids=stop_token_ids,
+            first_chunk=self.first_chunk,
+            masks=masks,
+            history_id=history_id,
+            can_follow=history is not None and history.keyed and history_id >= 0,
+        )
+        if row.draft_len:
+            record.metrics.draft_added(row.draft_len)
+        if row.follows and history is not None:
+            history.follow(row)
+        return row
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Draft tokens for the next step.
+
+        Args:
+            sampled_token_ids: Tokens that each request was given in this step.
+            num_tokens_no_spec: Tokens of prompt and response so far. [batch].
+            token_ids_cpu: Those tokens. [batch, longest].
+            slot_mappings: Not used.
+
+        Returns:
+            Per request; empty where there is nothing to propose.
+        """
+        sampler = self.sampler
+        batch, metrics = sampler.known, sampler.record.metrics
+        drafts: list[list[int]] = [[] for _ in batch.rows]
+        step = metrics.num_engine_steps
+        oldest = batch.oldest_step
+        if oldest is None or not batch.is_plain:
+            oldest = self._next_chunks(batch, sampled_token_ids, num_tokens_no_spec, drafts, step)
+        metrics.max_row_steps = max(metrics.max_row_steps, step - oldest)
+        if sampler.record.history is not None:
+            sampler.record.history.propose(
+                batch,
+                sampled_token_ids,
+                sampler.record.given_logprobs,
+                num_tokens_no_spec,
+                token_ids_cpu,
+                drafts,
+            )
+        sampler.times.end_step()
+        return drafts
+
+    @staticmethod
+    def _next_chunks(
+        batch: Known,
+        sampled_token_ids: list[list[int]],
+        lens: np.ndarray,
+        drafts: list[list[int]],
+        step: int,
+    ) -> int:
+        """Fills `drafts` for the requests that follow one.
+
+        Returns:
+            The step that gave the first token to the request that has run longest.
+        """
+        oldest, all_begun = step, True
+        for r, (row, sampled) in enumerate(zip(batch.rows, sampled_token_ids, strict=True)):
+            if row is None:
+                continue
+            if not sampled:
+                all_begun = all_begun and row.first_step >= 0
+                continue
+            if row.first_step < 0:
+                row.first_step = step
+            elif row.first_step < oldest:
+                oldest = row.first_step
+            if row.alive:
+                drafts[r] = row.propose(int(lens[r]) - row.prompt_len)
+        if all_begun:
+            batch.oldest_step = oldest
+        return oldest

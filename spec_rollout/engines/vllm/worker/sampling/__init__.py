@@ -1,0 +1,1 @@
+"""The ways in which a step is sampled, one file each, behind one interface (`base.Path`)."""

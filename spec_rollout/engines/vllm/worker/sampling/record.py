@@ -1,0 +1,113 @@
+"""What the requests of a rollout call were given, written down in one place."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.worker.collect import Collector
+from spec_rollout.engines.vllm.worker.groups import Group
+from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.engines.vllm.worker.sampling.base import Runs, Step
+from spec_rollout.packed import ranges
+
+
+class Record:
+    """Shared by all ways of sampling, and read by the proposer.
+
+    Attributes:
+        metrics: Counters of the call.
+        collector: Log-probs and reused tokens, for the engine to fetch.
+        history: What is proposed from in this call, or None.
+        given_logprobs: Of the tokens given out in this step, where the host knows them.
+            [batch, most tokens], float32, or None.
+        num_kept: Tokens of proposals kept in this step.
+    """
+
+    def __init__(self) -> None:
+        self.begin(None)
+
+    def begin(self, history: HistoryProposals | None) -> None:
+        """A rollout call begins; what was left of an earlier one is forgotten."""
+        self.metrics = ReuseMetrics()
+        self.collector = Collector()
+        self.history = history
+        self.given_logprobs: np.ndarray | None = None
+        self.num_kept = 0
+
+    def begin_step(self) -> None:
+        """Nothing was given out yet."""
+        self.given_logprobs = None
+
+    def expect_logprobs(self, shape: tuple[int, ...]) -> None:
+        """`given` is to fill `given_logprobs` [batch, most tokens]."""
+        self.given_logprobs = np.full(shape, np.nan, np.float32)
+
+    def given(
+        self,
+        step: Step,
+        group: Group,
+        draft_ids: np.ndarray,
+        accepted: np.ndarray,
+        drawn: np.ndarray,
+        logprobs: np.ndarray,
+        tokens: np.ndarray,
+        emitted: Runs,
+    ) -> None:
+        """What a group of requests was given.
+
+        Args:
+            step, group: The group's step.
+            draft_ids: Tokens tested. [sum(group.num_tested)], int32.
+            accepted: How many of them passed. [group], int64.
+            drawn: The token after those, -1: none. [group], int32.
+            logprobs: Of what each logits row gave. [sum(group.num_rows)], float32.
+            tokens: Filled with what each request was given. [batch, most tokens], int32.
+            emitted: The same, added where vLLM wants log-probs.
+        """
+        was_drawn = (drawn >= 0) & group.is_read
+        accepted = np.where(group.is_read, accepted, 0)
+        from_draft = np.flatnonzero(accepted)
+        if from_draft.size:
+            counts = accepted[from_draft]
+            columns = ranges(counts)
+            sources = np.repeat(group.first_tokens[from_draft], counts) + columns
+            tokens[np.repeat(group.requests[from_draft], counts), columns] = draft_ids[sources]
+        tokens[group.requests[was_drawn], accepted[was_drawn]] = drawn[was_drawn]
+        kept = accepted + was_drawn
+        firsts = np.cumsum(group.num_rows) - group.num_rows  # of the rows in `logprobs`
+        if group.any_collected:
+            collected = np.where(group.collect_ids >= 0, kept, 0)
+            offsets = ranges(collected)
+            self.collector.add(
+                np.repeat(group.collect_ids, collected),
+                (np.repeat(group.indices, collected) + offsets).astype(np.int32),
+                torch.from_numpy(logprobs[np.repeat(firsts, collected) + offsets]),
+            )
+        if self.given_logprobs is not None:
+            offsets = ranges(kept)
+            self.given_logprobs[np.repeat(group.requests, kept), offsets] = logprobs[
+                np.repeat(firsts, kept) + offsets
+            ]
+        if step.logprobs is not None:
+            for i in np.flatnonzero(group.is_read).tolist():
+                request, n, first = int(group.requests[i]), int(kept[i]), int(firsts[i])
+                row = int(group.first_rows[i])
+                emitted.append((request, row, tokens[request, :n], logprobs[first : first + n]))
+
+    def proposals_tested(
+        self, num_tokens: int, num_own: int, num_accepted: int, num_own_accepted: int
+    ) -> None:
+        """Proposals of the drafter; arguments as in `ReuseMetrics.proposals_tested`."""
+        self.num_kept += num_accepted
+        self.metrics.proposals_tested(num_tokens, num_own, num_accepted, num_own_accepted)
+
+    def take(self) -> tuple[bytes, ...]:
+        """What was recorded of the finished requests (`Collector.take`)."""
+        if self.history is not None:
+            for row, followed, tested in self.history.followed():
+                self.metrics.draft_followed(followed, tested, row.draft_len)
+                if followed and row.collect_id >= 0:
+                    self.collector.reused(row.collect_id, followed)
+        return self.collector.take()
