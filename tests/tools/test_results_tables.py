@@ -22,12 +22,46 @@ def load(folder: str, name: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(ROOT / "tools"))
 tables = load("tools", "results_tables")
+kernels, rollouts, text_of, training = (
+    importlib.import_module(f"renderers.{name}")
+    for name in ("kernels", "rollouts", "text", "training")
+)
 common = load("benchmarks", "_common")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     assert tables.main(["--check"]) == 0
+
+
+def test_every_results_file_has_a_table_in_a_page() -> None:
+    marks = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    folder = ROOT / "benchmarks" / "results"
+    names = [path.stem for path in folder.glob("*.json")]
+    names += [f"gpu_{path.name}" for path in folder.iterdir() if path.is_dir()]
+    assert [name for name in names if f"<!-- begin: {name} -->" not in marks] == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    # Links do not wrap.
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_a_page_that_is_out_of_date_is_named_and_left_alone(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, old = tmp_path / "good.md", tmp_path / "old.md"
+    good.write_text("no table\n")
+    old.write_text("<!-- begin: ops -->\n<!-- end: ops -->\n")
+    arguments = ["--page", str(good), "--page", str(old), "--results", str(results)]
+    assert tables.main([*arguments, "--check"]) == 1
+    assert capsys.readouterr().err == f"error: old.md: expected the tables of {results}\n"
+    assert tables.main(arguments) == 0
+    assert good.read_text() == "no table\n"
+    assert tables.main([*arguments, "--check"]) == 0
 
 
 def test_every_results_file_says_where_it_comes_from() -> None:
@@ -67,7 +101,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_block_gets_the_table_of_its_file(results: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- begin: ops -->\nold\n<!-- end: ops -->\nz\n")
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--page", str(readme), "--results", str(results)]
     assert tables.main([*arguments, "--check"]) == 1
     assert "old" in readme.read_text()
     assert tables.main(arguments) == 0
@@ -99,27 +133,54 @@ def test_the_gpu_table_shows_what_was_measured_and_says_what_was_not(tmp_path: P
         absent={"quack": "not installed"},
     )
     measured.write()
-    lines = tables.gpu_table(tmp_path / "h200").splitlines()
+    lines = kernels.gpu_table(tmp_path / "h200").splitlines()
     assert lines[2] == (
         "| `token_logprobs` | 4,096, 151,936, bfloat16 | 320 µs | 3,890 | 97% | triton 1x, vllm "
         "**2x** |"
     )
     assert "not measured on a GPU yet" in lines[3]
     assert lines[-1].startswith("<sub>")
-    empty = tables.gpu_table(tmp_path / "nothing").splitlines()
-    assert len(empty) == 2 + len(tables._GPU_ROWS)
+    empty = kernels.gpu_table(tmp_path / "nothing").splitlines()
+    assert len(empty) == 2 + len(kernels.GPU_ROWS)
     assert all("not measured on a GPU yet" in line for line in empty[2:])
+
+
+def test_the_gpu_summary_names_the_fastest_that_is_not_ours(tmp_path: Path) -> None:
+    measured = common.Results("gpu_logits", tmp_path / "h200", bandwidth=lambda: 4e12)
+    fast, slow = common.Timing(3e-4, 3e-4, 3e-4, 9), common.Timing(9e-4, 9e-4, 9e-4, 9)
+    logits = {"rows": 4096, "vocab": 151_936}
+    coupled = {"shape": {**logits, "accepted": "100%"}, "dtype": "bfloat16"}
+    measured.add(
+        "token_logprobs",
+        timing=fast,
+        shape=logits,
+        dtype="bfloat16",
+        bytes_moved=600_000_000,
+        peers={"torch": slow, "our triton": fast, "vllm": common.Timing(6e-4, 6e-4, 6e-4, 9)},
+    )
+    measured.add(
+        "verify_prefix, coupled", timing=fast, bytes_moved=1, peers={"our triton": slow}, **coupled
+    )
+    measured.write()
+    lines = kernels.gpu_summary_table(tmp_path / "h200").splitlines()
+    assert lines[2] == (
+        "| `token_logprobs` | log-probs of 4,096 tokens | 300 µs | 50% | vllm **2x** |"
+    )
+    assert "not measured on a GPU yet" in lines[3]
+    assert lines[4].endswith("| our triton **3x** |")
+    assert lines[-1].startswith("<sub>")
+    assert "torch" in lines[-1]
 
 
 def test_a_block_without_end_is_an_error_and_one_without_results_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     readme = tmp_path / "README.md"
-    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    arguments = ["--page", str(readme), "--results", str(tmp_path)]
     text = "<!-- begin: x -->\n<!-- end: y -->\n"
     readme.write_text(text)
     assert tables.main(arguments) == 2
-    assert "expected an end marker" in capsys.readouterr().err
+    assert "README.md: expected an end mark" in capsys.readouterr().err
     assert readme.read_text() == text
     readme.write_text("<!-- begin: x -->\nan old table\n<!-- end: x -->\n")
     assert tables.main(arguments) == 0
@@ -140,7 +201,9 @@ def test_demo_tables_hold_every_run() -> None:
         "effective_speedup": 1.5,
         "generated_tokens": 1000,
         "response_tokens": 4000,
+        "rollout_seconds_after_first_epoch": 7.5,
         "reused_fraction": 0.75,
+        "reused_fraction_after_first_epoch": 0.9,
         "fully_reused_fraction": 0.5,
         "accuracy_before": {"train": 0.4, "heldout": 0.3},
         "accuracy_after": {"train": 0.6, "heldout": 0.5},
@@ -151,16 +214,39 @@ def test_demo_tables_hold_every_run() -> None:
         "coupled_equals_off": {"identical": 9, "total": 10, "first_difference": None},
     }
     cells = "10.0 s | 1.0 s | **1.50x** | 1,000 of 4,000 | 75.0% | 50.0% | 40.0% → 60.0% | 30.0% → 50.0% |"
-    text = tables.demo_table(demo)
+    text = training.demo_table(demo)
     assert f"| lenient | {cells}" in text
     assert "9 of 10 rollouts are the same" in text
-    text = tables.demo_seeds_table({"summaries": [demo, {**demo, "seed": 4}]})
+    text = training.demo_seeds_table({"summaries": [demo, {**demo, "seed": 4}]})
     assert [line[:15] for line in text.splitlines()[2:]] == [
         "| vanilla | 3 |",
         "| vanilla | 4 |",
         "| lenient | 3 |",
         "| lenient | 4 |",
     ]
+
+
+def test_the_demo_summary_has_few_columns_and_the_accuracy_of_equal_weights(
+    results: Path,
+) -> None:
+    run = {
+        "rollout_seconds_after_first_epoch": 7.5,
+        "effective_speedup": 1.0,
+        "reused_fraction_after_first_epoch": 0.0,
+        "accuracy_before": {"heldout": 0.3},
+        "accuracy_after": {"heldout": 0.5},
+    }
+    # `both` is not evaluated: its weights are those of `coupled`.
+    both = {**run, "effective_speedup": 1.66, "accuracy_after": {}}
+    content = json.loads((results / "ops.json").read_text())
+    content["runs"] = {"vanilla": run, "coupled": run, "both": both, "coupled_off": run}
+    lines = training.demo_summary_table(content).splitlines()
+    assert lines[2:5] == [
+        "| no reuse | 7.5 s | 1x | 0% | 30.0% → 50.0% |",
+        "| `Coupled()` | 7.5 s | 1x | 0% | 30.0% → 50.0% |",
+        "| `Coupled()`, drafting | 7.5 s | **1.66x** | 0% | 30.0% → 50.0% |",
+    ]
+    assert lines[-1].startswith("<sub>")
 
 
 def test_drafting_table_shows_two_ways_to_propose() -> None:
@@ -178,7 +264,7 @@ def test_drafting_table_shows_two_ways_to_propose() -> None:
         }
 
     speed = {"op": "I, build", "nanoseconds_per_token": 1234.5}
-    text = tables.drafting_table(
+    text = rollouts.drafting_table(
         {"rows": [speed, replay(8, False), replay(16, True), replay(8, False, 2), replay(8, True)]}
     )
     assert text.splitlines()[2:4] == [
@@ -192,7 +278,7 @@ def test_drafting_table_shows_two_ways_to_propose() -> None:
     ("value", "text"), [(1.5, "1.5 s"), (0.0215, "21.5 ms"), (3.21e-5, "32.1 µs"), (2e-7, "0.2 µs")]
 )
 def test_seconds_have_the_fitting_unit(value: float, text: str) -> None:
-    assert tables.seconds(value) == text
+    assert text_of.seconds(value) == text
 
 
 def test_percentiles_are_of_the_repeats_without_the_warm_up(
@@ -242,7 +328,7 @@ def test_the_rollout_table_has_a_line_per_share() -> None:
         row("vanilla", None, 2.1),
     ]
     rows += [row("two_pass", 0.5, 1.8), row("inflight", 0.5, 1.2, vanilla=1.75, two_pass=1.5)]
-    text = tables.rollout_table({"rows": rows})
+    text = rollouts.rollout_table({"rows": rows})
     assert text.splitlines()[2] == (
         "| 50% | 2.1 s, 7 steps | 1.8 s, 7 steps | 1.2 s, 7 steps |  | 1.75x | 1.50x |  |"
     )

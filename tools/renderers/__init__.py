@@ -1,0 +1,1 @@
+"""Files of benchmarks/results as Markdown tables: a module per subject."""

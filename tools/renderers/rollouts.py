@@ -1,0 +1,105 @@
+"""Tables of rollouts in vLLM and of history drafting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from renderers.text import markdown_table, seconds, speedup
+
+
+def rollout_table(content: Mapping[str, Any]) -> str:
+    """A file of bench_rollout.py: one line per share of accepted tokens."""
+    rows = {(row["strategy"], row["share"]): row for row in content["rows"]}
+
+    def cell(strategy: str, share: float | None) -> str:
+        row = rows.get((strategy, share))
+        if row is None:
+            return ""
+        return f"{seconds(row['seconds']['p50'])}, {row['engine_steps']} steps"
+
+    def quotient(share: float, peer: str) -> str:
+        wall = rows["inflight", share]["paired"].get(peer)
+        return "" if wall is None else f"{wall['wall']:.2f}x"
+
+    shares = [share for strategy, share in rows if strategy == "inflight"]
+    strategies = ("two_pass", "inflight", "floor")
+    lines = [
+        [f"{share:.0%}", cell("vanilla", None), *(cell(name, share) for name in strategies)]
+        + [quotient(share, name) for name in ("vanilla", "two_pass", "floor")]
+        for share in shares
+    ]
+    header = [
+        "accepted",
+        "vanilla",
+        *strategies,
+        *(f"{n} / inflight" for n in ("vanilla", "two_pass", "floor")),
+    ]
+    no_key = rows["no key", None]["paired"]["stock"]["wall"]
+    return (
+        f"{markdown_table(header, lines)}\n\nStock vLLM: {cell('stock', None)}; its time over that "
+        "of the same "
+        f"requests in vLLM with the plugin: {no_key:.2f}x."
+    )
+
+
+def drafting_table(content: Mapping[str, Any]) -> str:
+    """bench_drafting.py: what proposals give, and what finding them costs."""
+    replays = [row for row in content["rows"] if row["op"] == "history drafting"]
+
+    def proposed(row: Mapping[str, Any]) -> str | None:
+        """What is said of how much was proposed; None for a row that is not shown."""
+        most = row["max_tokens"]
+        if "min_probability" in row:
+            least = row["min_probability"]
+            return f"{most}, if likelier than {least}" if least in (0.2, 0.5) else None
+        if row["min_match"] == 1 and row["adaptive"] and most == 16:
+            return f"{most}, at most twice the match"
+        return str(most) if row["min_match"] == 1 and not row["adaptive"] and most == 8 else None
+
+    shown = [
+        [
+            row["index"],
+            row["history"],
+            proposed(row),
+            f"{row['tokens_per_step']:.2f}",
+            f"{row['computed_per_output']:.2f}",
+            f"{row['longest_rollout_steps_ratio']:.2f}x",
+        ]
+        for row in replays
+        if proposed(row)
+    ]
+    header = ["index", "history", "tokens proposed", "tokens per step", "computed per token"]
+    table = markdown_table([*header, "fewer steps of the longest rollout"], shown)
+    speed = [row for row in content["rows"] if row["op"] != "history drafting"]
+    lines = [
+        [
+            row["op"],
+            f"{row['nanoseconds_per_token']:,.0f} ns",
+            f"{row['bytes_per_token']:.1f}" if "bytes_per_token" in row else "",
+        ]
+        for row in speed
+    ]
+    return f"{table}\n\n{markdown_table(['index', 'per token', 'bytes per token'], lines)}"
+
+
+def rollout_drafting_table(content: Mapping[str, Any]) -> str:
+    """bench_rollout.py --table drafting: seconds and engine steps by mode."""
+    lines = []
+    for row in content["rows"]:
+        vanilla = row.get("peers", {}).get("vanilla")
+        computed = row["computed_tokens"] / row["shape"]["response_tokens"]
+        lines.append(
+            [
+                str(row["shape"]["batch"]),
+                row["rule"],
+                row["mode"],
+                f"{row['reused_share']:.0%}",
+                seconds(row["seconds"]["p50"]),
+                "" if vanilla is None else speedup(vanilla["speedup"]),
+                str(row["engine_steps"]),
+                f"{computed:.2f}",
+            ]
+        )
+    header = ["requests", "rule", "mode", "tokens reused", "median", "vanilla / mode"]
+    return markdown_table([*header, "engine steps", "computed per token"], lines)

@@ -1,0 +1,90 @@
+"""Tables of training with and without reuse: the summaries that the demo writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from renderers.text import markdown_table, origin, speedup
+
+
+def _change(run: Mapping[str, Any], split: str) -> str:
+    before, after = run["accuracy_before"].get(split), run["accuracy_after"].get(split)
+    return "" if before is None or after is None else f"{before:.1%} → {after:.1%}"
+
+
+def _demo_cells(run: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{run['rollout_seconds']:.1f} s",
+        f"{run['verification_seconds']:.1f} s",
+        f"**{run['effective_speedup']:.2f}x**",
+        f"{run['generated_tokens']:,} of {run['response_tokens']:,}",
+        f"{run['reused_fraction']:.1%}",
+        f"{run['fully_reused_fraction']:.1%}",
+        _change(run, "train"),
+        _change(run, "heldout"),
+    ]
+
+
+_DEMO_HEADER = [
+    "rollouts",
+    "of it verification",
+    "effective speed-up",
+    "generated tokens",
+    "reused tokens",
+    "fully reused",
+    "accuracy, training prompts",
+    "accuracy, held-out prompts",
+]
+
+
+def demo_table(content: Mapping[str, Any]) -> str:
+    """`summary.json` of the demo."""
+    rows = [[name, *_demo_cells(run)] for name, run in content["runs"].items()]
+    table = markdown_table(["run", *_DEMO_HEADER], rows)
+    notes = [
+        f"`{name}` against the same run with the cache off: {same['identical']:,} of "
+        f"{same['total']:,} rollouts are the same, token for token."
+        for name in ("coupled", "both")
+        if (same := content.get(f"{name}_equals_off")) is not None
+    ]
+    return "\n\n".join([table, *notes])
+
+
+# What the README calls the runs it shows; the weights of `both` are those of `coupled`, which alone
+# is evaluated.
+_SUMMARY_RUNS = {
+    "vanilla": ("no reuse", "vanilla"),
+    "lenient": ("`Lenient(0.5)`", "lenient"),
+    "coupled": ("`Coupled()`", "coupled"),
+    "both": ("`Coupled()`, drafting", "coupled"),
+}
+
+
+def demo_summary_table(content: Mapping[str, Any]) -> str:
+    """The four runs of the demo that say what reuse saves, in few columns."""
+    runs = content["runs"]
+    rows = [
+        [
+            label,
+            f"{runs[name]['rollout_seconds_after_first_epoch']:.1f} s",
+            speedup(runs[name]["effective_speedup"]),
+            f"{runs[name]['reused_fraction_after_first_epoch']:.0%}",
+            _change(runs[evaluated], "heldout"),
+        ]
+        for name, (label, evaluated) in _SUMMARY_RUNS.items()
+        if name in runs and evaluated in runs
+    ]
+    header = ["rollouts with", "time of rollouts", "speed-up", "tokens reused", "held-out accuracy"]
+    return f"{markdown_table(header, rows)}\n\n<sub>{origin([content])}</sub>"
+
+
+def demo_seeds_table(content: Mapping[str, Any]) -> str:
+    """The demo over several seeds: a line per run and seed."""
+    rows = [
+        [name, str(summary["seed"]), *_demo_cells(run)]
+        for name in content["summaries"][0]["runs"]
+        for summary in content["summaries"]
+        for run in [summary["runs"][name]]
+    ]
+    return markdown_table(["run", "seed", *_DEMO_HEADER], rows)
