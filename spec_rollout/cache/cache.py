@@ -1,18 +1,19 @@
-"""The rollout cache, in memory."""
+"""The rollout cache: what is kept, under which key, and what is a usable draft."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from spec_rollout.cache import file
-from spec_rollout.cache.entry import GROUP_OVERHEAD_BYTES, Entry, checksum_of, make_entry
+from spec_rollout.cache.entry import Entry, is_sound, make_entry
+from spec_rollout.cache.memory import MemoryStore
+from spec_rollout.cache.store import Store
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
@@ -35,22 +36,6 @@ class CacheStats:
     num_bytes: int
 
 
-@dataclass(slots=True)
-class _Group:
-    samples: dict[int, Entry] = field(default_factory=dict)
-    num_bytes: int = 0
-
-    def put(self, sample_id: int, entry: Entry) -> None:
-        self.drop(sample_id)
-        self.samples[sample_id] = entry
-        self.num_bytes += entry.num_bytes
-
-    def drop(self, sample_id: int) -> None:
-        entry = self.samples.pop(sample_id, None)
-        if entry is not None:
-            self.num_bytes -= entry.num_bytes
-
-
 class RolloutCache:
     """The latest rollout of every (prompt, sample), to be the next epoch's draft.
 
@@ -70,30 +55,40 @@ class RolloutCache:
         max_bytes: Bound on `stats.num_bytes`; None is no bound.
         keep_logprobs: False drops the engine's log-probs and halves the memory, for rules that read
             no draft log-probs (`Coupled`, `OneHot`).
+        store: What holds the rollouts; None is a `MemoryStore`. What it holds already is cached
+            from the start. Caches that share a store share rollouts and bytes, not counters.
     """
 
-    def __init__(self, max_bytes: int | None = None, *, keep_logprobs: bool = True) -> None:
+    def __init__(
+        self,
+        max_bytes: int | None = None,
+        *,
+        keep_logprobs: bool = True,
+        store: Store | None = None,
+    ) -> None:
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"max_bytes: expected >= 0 or None (no bound), got {max_bytes}")
         self.max_bytes = max_bytes
         self.keep_logprobs = keep_logprobs
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[bytes, _Group] = OrderedDict()  # least recently used first
-        self._num_bytes = 0
+        self._store: Store = MemoryStore() if store is None else store
+        self._lock = threading.Lock()  # of the counters
         self._hits = self._misses = self._evictions = self._corrupt = 0
+        if store is not None and max_bytes is not None:
+            self._evictions = store.evict(max_bytes)
 
     @property
     def stats(self) -> CacheStats:
         """A snapshot."""
+        size = self._store.size()
         with self._lock:
             return CacheStats(
                 hits=self._hits,
                 misses=self._misses,
                 evictions=self._evictions,
                 corrupt=self._corrupt,
-                num_groups=len(self._groups),
-                num_samples=sum(len(group.samples) for group in self._groups.values()),
-                num_bytes=self._num_bytes,
+                num_groups=size.num_groups,
+                num_samples=size.num_samples,
+                num_bytes=size.num_bytes,
             )
 
     def lookup(
@@ -122,23 +117,16 @@ class RolloutCache:
         ids = _check_rows(prompt_keys, sample_ids)
         if max_tokens < 1:
             raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
-        with self._lock:
-            entries = [
-                self._find(key, sample) for key, sample in zip(prompt_keys, ids, strict=True)
-            ]
-            num_hits = sum(entry is not None for entry in entries)
-            self._hits += num_hits
-            self._misses += len(entries) - num_hits
-
+        entries = self._sound_entries(prompt_keys, ids)
         lens = torch.zeros(len(entries), dtype=torch.int64)
         finished = torch.zeros(len(entries), dtype=torch.bool)
         rows = [row for row, entry in enumerate(entries) if entry is not None]
         found = [entry for entry in entries if entry is not None]
         if rows:
-            full_lens = torch.tensor([entry.num_tokens for entry in found])
-            stopped = torch.tensor([entry.finish_reason == FinishReason.STOP for entry in found])
+            full_lens = torch.tensor([len(entry.token_ids) // 4 for entry in found])
+            reasons = torch.tensor([entry.finish_reason for entry in found])
             lens[rows] = full_lens.clamp(max=max_tokens)
-            finished[rows] = stopped & (full_lens <= max_tokens)
+            finished[rows] = (reasons == FinishReason.STOP) & (full_lens <= max_tokens)
         kept = [entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found]
         known = [array for array in kept if array is not None]
         return Drafts(
@@ -192,22 +180,23 @@ class RolloutCache:
             if cu[row + 1] > cu[row] and reasons[row] != FinishReason.ABORT:
                 rows_of.setdefault(key, []).append(row)
 
-        with self._lock:
-            for key, rows in rows_of.items():
-                group = self._take(key) or _Group(num_bytes=GROUP_OVERHEAD_BYTES)
-                for row in rows:
-                    span = slice(4 * cu[row], 4 * cu[row + 1])
-                    entry = make_entry(
-                        key,
-                        ids[row],
-                        token_ids=bytes(token_bytes[span]),
-                        logprobs=bytes(logprob_bytes[span]) if logprob_bytes else None,
-                        trainer_logprobs=bytes(trainer_bytes[span]) if trainer_bytes else None,
-                        finish_reason=reasons[row],
-                        policy_version=rollouts.policy_version,
-                    )
-                    group.put(ids[row], entry)
-                self._insert(key, group)
+        def entry(key: bytes, row: int) -> Entry:
+            span = slice(4 * cu[row], 4 * cu[row + 1])
+            return make_entry(
+                key,
+                ids[row],
+                token_ids=bytes(token_bytes[span]),
+                logprobs=bytes(logprob_bytes[span]) if logprob_bytes else None,
+                trainer_logprobs=bytes(trainer_bytes[span]) if trainer_bytes else None,
+                finish_reason=reasons[row],
+                policy_version=rollouts.policy_version,
+            )
+
+        # Made as the store asks for them: what a group replaces goes before the next one is made.
+        groups = (
+            (key, {ids[row]: entry(key, row) for row in rows}) for key, rows in rows_of.items()
+        )
+        self._count(evictions=self._store.put_many(groups, self.max_bytes))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole cache to one file, which appears complete or not at all.
@@ -217,12 +206,23 @@ class RolloutCache:
         Raises:
             OSError: if the file cannot be written; a file already at `path` is then as it was.
         """
-        with self._lock:
-            for key, group in list(self._groups.items()):
-                for sample_id in list(group.samples):
-                    self._verified(key, sample_id)
-            groups = {key: dict(group.samples) for key, group in self._groups.items()}
-        file.write(path, groups)
+        corrupt: list[tuple[bytes, int, Entry]] = []
+
+        def sound_groups() -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
+            for key, samples in self._store.iterate():
+                sound = {}
+                for sample_id, entry in samples.items():
+                    if is_sound(key, sample_id, entry):
+                        sound[sample_id] = entry
+                    else:
+                        corrupt.append((key, sample_id, entry))
+                if sound:
+                    yield key, sound
+
+        try:
+            file.write(path, sound_groups())
+        finally:
+            self._drop_corrupt(corrupt)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the content by that of a saved file; the counters go on.
@@ -236,54 +236,34 @@ class RolloutCache:
                 were.
             OSError: if the file cannot be read.
         """
-        loaded = file.read(path)
+        groups = file.read(path)
+        self._count(evictions=self._store.replace_all(groups.items(), self.max_bytes))
+
+    def _sound_entries(self, prompt_keys: Sequence[bytes], ids: list[int]) -> list[Entry | None]:
+        """What is cached for each row; what fails its checksum is dropped and None."""
+        entries = self._store.get_many(prompt_keys, ids)
+        corrupt: list[tuple[bytes, int, Entry]] = []
+        for row, (key, sample_id, entry) in enumerate(zip(prompt_keys, ids, entries, strict=True)):
+            if entry is not None and not is_sound(key, sample_id, entry):
+                corrupt.append((key, sample_id, entry))
+                entries[row] = None
+        self._drop_corrupt(corrupt)
+        num_misses = entries.count(None)
+        self._count(hits=len(entries) - num_misses, misses=num_misses)
+        return entries
+
+    def _drop_corrupt(self, corrupt: list[tuple[bytes, int, Entry]]) -> None:
+        if corrupt:
+            self._count(corrupt=self._store.drop_many(*zip(*corrupt, strict=True)))
+
+    def _count(
+        self, *, hits: int = 0, misses: int = 0, evictions: int = 0, corrupt: int = 0
+    ) -> None:
         with self._lock:
-            self._groups.clear()
-            self._num_bytes = 0
-            for key, samples in loaded.items():
-                group = _Group(num_bytes=GROUP_OVERHEAD_BYTES)
-                for sample_id, entry in samples.items():
-                    group.put(sample_id, entry)
-                self._insert(key, group)
-
-    # The methods below expect the lock to be held.
-
-    def _find(self, key: bytes, sample_id: int) -> Entry | None:
-        group = self._groups.get(key)
-        if group is None:
-            return None
-        self._groups.move_to_end(key)
-        return self._verified(key, sample_id)
-
-    def _verified(self, key: bytes, sample_id: int) -> Entry | None:
-        """The entry; None if there is none or it is corrupt, in which case it is dropped."""
-        group = self._groups[key]
-        entry = group.samples.get(sample_id)
-        if entry is None or checksum_of(key, sample_id, entry) == entry.checksum:
-            return entry
-        self._corrupt += 1
-        self._take(key)
-        group.drop(sample_id)
-        if group.samples:
-            self._insert(key, group)
-        return None
-
-    def _take(self, key: bytes) -> _Group | None:
-        group = self._groups.pop(key, None)
-        if group is not None:
-            self._num_bytes -= group.num_bytes
-        return group
-
-    def _insert(self, key: bytes, group: _Group) -> None:
-        """Makes `group` the most recently used and restores the bound."""
-        if self.max_bytes is not None and group.num_bytes > self.max_bytes:
-            self._evictions += 1
-            return
-        self._groups[key] = group
-        self._num_bytes += group.num_bytes
-        while self.max_bytes is not None and self._num_bytes > self.max_bytes:
-            self._take(next(iter(self._groups)))
-            self._evictions += 1
+            self._hits += hits
+            self._misses += misses
+            self._evictions += evictions
+            self._corrupt += corrupt
 
 
 def _check_rows(
@@ -321,10 +301,11 @@ def _view_bytes(
 def _join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> torch.Tensor:
     """Packs arrays of 4-byte values, each cut to `max_tokens`, with one copy per row."""
     limit = 4 * max_tokens
+    sizes = [min(len(array), limit) for array in arrays]
     # NumPy asks for huge pages: at 50 MB twice as fast as filling a bytearray or a torch.empty.
-    packed = np.empty(sum(min(len(array), limit) for array in arrays) // 4, dtype=dtype)
+    packed = np.empty(sum(sizes) // 4, dtype=dtype)
     view, end = packed.view(np.uint8).data, 0
-    for array in arrays:
-        start, end = end, end + min(len(array), limit)
-        view[start:end] = array if len(array) <= limit else memoryview(array)[:limit]
+    for array, size in zip(arrays, sizes, strict=True):
+        start, end = end, end + size
+        view[start:end] = array if len(array) == size else memoryview(array)[:size]
     return torch.from_numpy(packed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 # What describes an entry beside its arrays, in memory checksums and in files alike:
@@ -32,10 +33,6 @@ class Entry(NamedTuple):
     checksum: int  # `checksum_of`, taken when the entry was stored
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids) // 4
-
-    @property
     def arrays(self) -> tuple[bytes, ...]:
         """The arrays present: token ids, log-probs, trainer log-probs."""
         return tuple(a for a in self[:3] if a is not None)
@@ -43,17 +40,31 @@ class Entry(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Memory of the entry, CPython's share included."""
-        return ENTRY_OVERHEAD_BYTES + sum(map(len, self.arrays))
+        num_bytes = ENTRY_OVERHEAD_BYTES + len(self.token_ids)
+        if self.logprobs is not None:
+            num_bytes += len(self.logprobs)
+        if self.trainer_logprobs is not None:
+            num_bytes += len(self.trainer_logprobs)
+        return num_bytes
+
+
+# Stands for a record that a store holds but cannot take apart. A CRC-32 is never negative, so the
+# checksum is wrong whatever it is compared with.
+UNREADABLE = Entry(b"", None, None, finish_reason=0, policy_version=0, checksum=-1)
+
+
+def group_bytes(samples: Mapping[int, Entry]) -> int:
+    """Memory of a group of entries, CPython's share included."""
+    return GROUP_OVERHEAD_BYTES + sum(entry.num_bytes for entry in samples.values())
 
 
 def describe(sample_id: int, entry: Entry) -> bytes:
     """`DESCRIPTION` of an entry."""
-    present = (_HAS_LOGPROBS if entry.logprobs is not None else 0) | (
-        _HAS_TRAINER_LOGPROBS if entry.trainer_logprobs is not None else 0
+    token_ids, logprobs, trainer_logprobs, finish_reason, policy_version, _ = entry
+    present = (_HAS_LOGPROBS if logprobs is not None else 0) | (
+        _HAS_TRAINER_LOGPROBS if trainer_logprobs is not None else 0
     )
-    return DESCRIPTION.pack(
-        sample_id, entry.policy_version, len(entry.token_ids) // 4, entry.finish_reason, present
-    )
+    return DESCRIPTION.pack(sample_id, policy_version, len(token_ids) // 4, finish_reason, present)
 
 
 def arrays_present(present: int) -> tuple[bool, bool]:
@@ -66,10 +77,17 @@ def arrays_present(present: int) -> tuple[bool, bool]:
 def checksum_of(prompt_key: bytes, sample_id: int, entry: Entry) -> int:
     """CRC-32 over the key, the description and every array of an entry."""
     crc = zlib.crc32(describe(sample_id, entry), zlib.crc32(prompt_key))
-    for array in entry[:3]:
-        if array is not None:
-            crc = zlib.crc32(array, crc)
+    crc = zlib.crc32(entry.token_ids, crc)
+    if entry.logprobs is not None:
+        crc = zlib.crc32(entry.logprobs, crc)
+    if entry.trainer_logprobs is not None:
+        crc = zlib.crc32(entry.trainer_logprobs, crc)
     return crc
+
+
+def is_sound(prompt_key: bytes, sample_id: int, entry: Entry) -> bool:
+    """Whether an entry found under this key and sample id is what was once stored there."""
+    return checksum_of(prompt_key, sample_id, entry) == entry.checksum
 
 
 def make_entry(
@@ -83,5 +101,5 @@ def make_entry(
     policy_version: int,
 ) -> Entry:
     """An entry with its checksum."""
-    fields = (token_ids, logprobs, trainer_logprobs, finish_reason, policy_version)
-    return Entry(*fields, checksum_of(prompt_key, sample_id, Entry(*fields, 0)))
+    entry = Entry(token_ids, logprobs, trainer_logprobs, finish_reason, policy_version, 0)
+    return Entry(*entry[:5], checksum_of(prompt_key, sample_id, entry))

@@ -13,11 +13,11 @@ import os
 import struct
 import uuid
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from spec_rollout.cache.entry import DESCRIPTION, Entry, arrays_present, checksum_of, describe
+from spec_rollout.cache.store import Groups
 from spec_rollout.types import FinishReason
 
 MAGIC = b"SPECROLL"
@@ -28,13 +28,15 @@ _GROUP = struct.Struct("<II")
 _CRC = struct.Struct("<I")
 _HEADER_BYTES = _PREAMBLE.size + _COUNTS.size + _CRC.size
 
-Groups = Mapping[bytes, Mapping[int, Entry]]
-
 
 def write(path: str | os.PathLike[str], groups: Groups) -> None:
     """Writes beside `path`, flushes to the device, then renames.
 
     A crash leaves the old file or the new one, nothing between.
+
+    Args:
+        path: A link is followed.
+        groups: From the least to the most recently used; read once, one group at a time.
     """
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -55,23 +57,18 @@ def write(path: str | os.PathLike[str], groups: Groups) -> None:
 
 
 def _write_groups(out: BinaryIO, groups: Groups) -> None:
-    size = _HEADER_BYTES + sum(
-        _GROUP.size
-        + len(key)
-        + _CRC.size
-        + sum(
-            DESCRIPTION.size + _CRC.size + sum(map(len, entry.arrays)) for entry in samples.values()
-        )
-        for key, samples in groups.items()
-    )
-    header = _PREAMBLE.pack(MAGIC, VERSION) + _COUNTS.pack(len(groups), size)
-    out.write(header + _CRC.pack(zlib.crc32(header)))
-    for key, samples in groups.items():
+    out.write(bytes(_HEADER_BYTES))  # the header's place: how much follows is not known yet
+    num_groups = 0
+    for key, samples in groups:
         header = _GROUP.pack(len(key), len(samples)) + key
         out.write(header + _CRC.pack(zlib.crc32(header)))
         for sample_id, entry in samples.items():
             out.write(describe(sample_id, entry) + _CRC.pack(entry.checksum))
             out.writelines(entry.arrays)
+        num_groups += 1
+    header = _PREAMBLE.pack(MAGIC, VERSION) + _COUNTS.pack(num_groups, out.tell())
+    out.seek(0)
+    out.write(header + _CRC.pack(zlib.crc32(header)))
 
 
 def read(path: str | os.PathLike[str]) -> dict[bytes, dict[int, Entry]]:

@@ -1,11 +1,16 @@
-"""Rollouts to put into caches."""
+"""Rollouts to put into caches, entries to put into stores, and the stores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 
+from spec_rollout.cache import MemoryStore, Store
+from spec_rollout.cache.entry import Entry, group_bytes, make_entry
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
@@ -45,3 +50,60 @@ def logprob_rows_of(drafts: Drafts) -> list[list[float]]:
     """Log-probs of each row."""
     assert drafts.logprobs is not None
     return [row.tolist() for row in drafts.logprobs.split(drafts.lens.tolist())]
+
+
+STORE_KINDS = ("memory",)  # a further store adds its name here and itself to `open_store`
+
+
+@contextmanager
+def open_store(kind: str, folder: Path) -> Iterator[Store]:
+    """An empty store; what it leaves on disk is in `folder`."""
+    if kind != "memory":
+        raise ValueError(f"kind: expected one of {STORE_KINDS}, got {kind!r}")
+    yield MemoryStore()
+
+
+def entry_of(
+    key: bytes,
+    sample_id: int,
+    tokens: Sequence[int],
+    *,
+    logprobs: bool = True,
+    trainer_logprobs: bool = False,
+    policy_version: int = 0,
+) -> Entry:
+    """A sound entry of these tokens; log-probs are -(token id) / 8, the trainer's twice that."""
+    ids = np.asarray(tokens, np.int32)
+    values = (-ids / 8).astype(np.float32)
+    return make_entry(
+        key,
+        sample_id,
+        token_ids=ids.tobytes(),
+        logprobs=values.tobytes() if logprobs else None,
+        trainer_logprobs=(2 * values).tobytes() if trainer_logprobs else None,
+        finish_reason=int(FinishReason.STOP),
+        policy_version=policy_version,
+    )
+
+
+def put(store: Store, key: bytes, *sample_ids: int, num_tokens: int = 10) -> None:
+    """Puts entries of `num_tokens` tokens into one group."""
+    samples = {sample: entry_of(key, sample, [1] * num_tokens) for sample in sample_ids}
+    assert store.put_many([(key, samples)]) == 0
+
+
+def content_of(store: Store) -> list[tuple[bytes, dict[int, Entry]]]:
+    """Every group, from the least to the most recently used."""
+    return [(key, dict(samples)) for key, samples in store.iterate()]
+
+
+def check_integrity(store: Store) -> None:
+    """What holds of every store at every moment."""
+    content = content_of(store)
+    assert len({key for key, _ in content}) == len(content)
+    assert all(samples for _, samples in content)
+    assert store.size() == (
+        len(content),
+        sum(len(samples) for _, samples in content),
+        sum(group_bytes(samples) for _, samples in content),
+    )

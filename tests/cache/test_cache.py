@@ -7,13 +7,15 @@ import tracemalloc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cache_samples import logprob_rows_of, make_rollouts, rows_of
+from cache_samples import check_integrity, logprob_rows_of, make_rollouts, rows_of
 
-from spec_rollout.cache import RolloutCache
+from spec_rollout.cache import MemoryStore, RolloutCache, Store
+from spec_rollout.cache.entry import UNREADABLE
 from spec_rollout.types import FinishReason, Rollouts
 
 A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
@@ -208,25 +210,25 @@ def test_num_bytes_is_the_memory_used(num_groups: int, num_samples: int, num_tok
     assert cache.stats.num_bytes == pytest.approx(used, rel=0.25)
 
 
-def _corrupt(cache: RolloutCache, key: bytes, sample_id: int, field: str) -> None:
+def _corrupt(store: Store, key: bytes, sample_id: int, field: str) -> None:
     """Damages one field of a cached entry as a bad memory cell would: the checksum stays."""
-    group = cache._groups[key]
-    entry = group.samples[sample_id]
+    (entry,) = store.get_many([key], [sample_id])
+    assert entry is not None
     value = getattr(entry, field)
     damaged = bytes([value[0] ^ 1]) + value[1:] if isinstance(value, bytes) else value ^ 1
-    group.samples[sample_id] = entry._replace(**{field: damaged})
+    store.put_many([(key, {sample_id: entry._replace(**{field: damaged})})])
 
 
 @pytest.mark.parametrize(
     "field",
     ["token_ids", "logprobs", "trainer_logprobs", "finish_reason", "policy_version", "checksum"],
 )
-def test_a_corrupt_entry_is_a_miss_is_counted_and_is_gone(field: str) -> None:
-    cache = RolloutCache()
+def test_a_corrupt_entry_is_a_miss_is_counted_and_is_gone(store: Store, field: str) -> None:
+    cache = RolloutCache(store=store)
     rollouts = make_rollouts([[1, 2], [3], [4]])
     cache.store([A, A, B], [0, 1, 0], rollouts, rollouts.logprobs * 2)
-    _corrupt(cache, A, 0, field)
-    _corrupt(cache, B, 0, field)
+    _corrupt(store, A, 0, field)
+    _corrupt(store, B, 0, field)
     drafts = cache.lookup([A, A, B], [0, 1, 0], max_tokens=9)
     assert rows_of(drafts) == [[], [3], []]
     assert drafts.finished.tolist() == [False, True, False]
@@ -239,14 +241,39 @@ def test_a_corrupt_entry_is_a_miss_is_counted_and_is_gone(field: str) -> None:
     assert rows_of(cache.lookup([A, A, B], [0, 1, 0], max_tokens=9)) == [[5], [3], [6]]
 
 
-def test_swapped_entries_are_corrupt() -> None:
+def test_swapped_entries_are_corrupt(store: Store) -> None:
     """The checksum covers what an entry belongs to, not just its content."""
-    cache = RolloutCache()
+    cache = RolloutCache(store=store)
     cache.store([A, B], [0, 1], make_rollouts([[1], [1]]))
-    a, b = cache._groups[A].samples, cache._groups[B].samples
-    a[0], b[1] = b[1], a[0]
+    (a, b) = store.get_many([A, B], [0, 1])
+    store.put_many([(A, {0: b}), (B, {1: a})])
     assert cache.lookup([A, B], [0, 1], max_tokens=9).lens.tolist() == [0, 0]
     assert cache.stats.corrupt == 2
+
+
+def test_an_unreadable_record_is_a_corrupt_entry(store: Store, tmp_path: Path) -> None:
+    cache = RolloutCache(store=store)
+    cache.store([A, A], [0, 1], make_rollouts([[1], [2]]))
+    store.put_many([(A, {0: UNREADABLE}), (B, {0: UNREADABLE})])
+    assert rows_of(cache.lookup([A, A, A], [0, 0, 1], max_tokens=9)) == [[], [], [2]]
+    assert cache.stats.corrupt == 1  # one entry, looked up twice
+    cache.save(tmp_path / "cache")
+    assert cache.stats.corrupt == 2
+    assert [key for key, _ in store.iterate()] == [A]
+
+
+def test_a_cache_takes_over_what_its_store_holds(store: Store) -> None:
+    first = RolloutCache(store=store)
+    first.store([A, B, C], [0, 0, 0], make_rollouts([[1, 2], [3], [4]]))
+    first.lookup([A], [0], max_tokens=9)
+    size = first.stats.num_bytes
+    second = RolloutCache(max_bytes=size - 1, store=store)
+    assert second.stats.evictions == 1
+    assert rows_of(second.lookup([A, B, C], [0, 0, 0], max_tokens=9)) == [[1, 2], [], [4]]
+    assert (second.stats.hits, second.stats.misses) == (2, 1)
+    assert (first.stats.hits, first.stats.misses, first.stats.evictions) == (1, 0, 0)
+    second.store([B], [1], make_rollouts([[5]]))
+    assert rows_of(first.lookup([B], [1], max_tokens=9)) == [[5]]
 
 
 def test_without_logprobs_drafts_have_none() -> None:
@@ -319,7 +346,8 @@ def eager_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("eager_threads")
 def test_threads_see_whole_rollouts_and_the_byte_count_stays_right() -> None:
-    cache = RolloutCache(max_bytes=6 * _group_bytes(4, 30))
+    store = MemoryStore()
+    cache = RolloutCache(max_bytes=6 * _group_bytes(4, 30), store=store)
     keys = [bytes([key]) * 8 for key in range(10)]
     errors: list[str] = []
 
@@ -349,5 +377,5 @@ def test_threads_see_whole_rollouts_and_the_byte_count_stays_right() -> None:
     stats = cache.stats
     assert stats.corrupt == 0
     assert stats.evictions > 0
-    assert stats.num_bytes == sum(group.num_bytes for group in cache._groups.values())
+    check_integrity(store)
     assert stats.hits + stats.misses == 4 * 75 * 6

@@ -49,8 +49,8 @@ def _content(cache: RolloutCache) -> tuple:
     """Everything a cache would answer, without touching it."""
     return tuple(
         (key, sample_id, tuple(entry))
-        for key, group in cache._groups.items()
-        for sample_id, entry in group.samples.items()
+        for key, samples in cache._store.iterate()
+        for sample_id, entry in samples.items()
     )
 
 
@@ -291,8 +291,10 @@ def test_saving_over_a_link_keeps_the_link_and_the_usual_mode(tmp_path: Path) ->
 def test_a_corrupt_entry_is_dropped_instead_of_saved(tmp_path: Path) -> None:
     cache = _filled()
     for key, sample_id in ((A, 0), (C, 0)):
-        samples = cache._groups[key].samples
-        samples[sample_id] = samples[sample_id]._replace(token_ids=b"\xff\0\0\0")
+        (entry,) = cache._store.get_many([key], [sample_id])
+        assert entry is not None
+        damaged = entry._replace(token_ids=b"\xff\0\0\0")
+        cache._store.put_many([(key, {sample_id: damaged})])
     cache.save(tmp_path / "cache")
     assert cache.stats.corrupt == 2
     loaded = RolloutCache()
