@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 try:
-    from spec_rollout import _C
+    import spec_rollout._C as _C
 except ImportError as error:  # pragma: no cover - exercised by the doctor's tests in a subprocess
     raise ImportError(
         "spec_rollout's compiled extension cannot be imported "

@@ -232,9 +232,9 @@ class NoReuse(AcceptanceRule):
 def _row_uniforms(keys: torch.Tensor) -> torch.Tensor:
     """One uniform in [0, 1) per row, from the keys' own bits mixed once more (never shared with a
     token draw)."""
-    from spec_rollout.keys import _mix
+    from spec_rollout.keys import mix64
 
-    bits = _mix(keys.cpu().numpy().view("uint64") ^ 0xD1B54A32D192ED03)
+    bits = mix64(keys.cpu().numpy().view("uint64") ^ 0xD1B54A32D192ED03)
     return torch.from_numpy((bits >> 11).astype("float64") * 2.0**-53).to(keys.device)
 
 

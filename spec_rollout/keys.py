@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
+# The token ids of one prompt, any integer type.
+TokenIds: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: str = "") -> bytes:
+def prompt_key(prompt_ids: TokenIds, user_key: str = "") -> bytes:
     """Content hash of one prompt.
 
     Args:
@@ -45,9 +49,8 @@ def prompt_key(prompt_ids: Sequence[int] | np.ndarray | torch.Tensor, user_key: 
     return digest.digest()
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit
-    integers."""
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit integers: SplitMix64's finalizer (Steele, Lea, Flood, OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -85,8 +88,8 @@ def noise_keys(
             raise ValueError(f"prompt_keys: expected at least 8 bytes each, got {len(key)}")
     prompts = np.frombuffer(b"".join(k[:8] for k in prompt_keys), dtype="<u8")
     with np.errstate(over="ignore"):
-        state = _mix(np.full(len(samples), seed & (2**64 - 1), dtype=np.uint64) + _GOLDEN)
-        state = _mix((state ^ np.uint64(noise_epoch & (2**64 - 1))) + _GOLDEN)
-        state = _mix((state ^ prompts) + _GOLDEN)
-        state = _mix((state ^ samples) + _GOLDEN)
+        state = mix64(np.full(len(samples), seed & (2**64 - 1), dtype=np.uint64) + _GOLDEN)
+        state = mix64((state ^ np.uint64(noise_epoch & (2**64 - 1))) + _GOLDEN)
+        state = mix64((state ^ prompts) + _GOLDEN)
+        state = mix64((state ^ samples) + _GOLDEN)
     return torch.from_numpy(state.view(np.int64).copy())

@@ -16,7 +16,7 @@ import torch
 from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.base import RolloutEngine
-from spec_rollout.keys import noise_keys, prompt_key
+from spec_rollout.keys import TokenIds, noise_keys, prompt_key
 from spec_rollout.packed import cu_lens_from, lens_to_stop
 from spec_rollout.types import Drafts, History, RolloutRequests, Rollouts, SamplingParams
 
@@ -86,7 +86,7 @@ class RolloutSession:
 
     def rollout(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
         num_samples: int,
         sampling: SamplingParams,
         *,
@@ -122,7 +122,7 @@ class RolloutSession:
 
     def rollout_rows(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
         sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
         sampling: SamplingParams,
         *,
@@ -208,7 +208,7 @@ class RolloutSession:
 
     def evaluate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
         num_samples: int,
         sampling: SamplingParams,
         *,
@@ -277,7 +277,7 @@ class _Batch:
 
     @classmethod
     def of_prompts(
-        cls, prompts: Sequence[Sequence[int]], num_samples: int, user_keys: Sequence[str] | None
+        cls, prompts: Sequence[TokenIds], num_samples: int, user_keys: Sequence[str] | None
     ) -> _Batch:
         """Every prompt `num_samples` times in a row."""
         if num_samples < 1:
@@ -300,7 +300,7 @@ class _Batch:
     @classmethod
     def of_rows(
         cls,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[TokenIds],
         sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
         user_keys: Sequence[str] | None,
     ) -> _Batch:
@@ -331,7 +331,7 @@ class _Batch:
 
 
 def _identify(
-    prompts: Sequence[Sequence[int]], user_keys: Sequence[str] | None
+    prompts: Sequence[TokenIds], user_keys: Sequence[str] | None
 ) -> tuple[list[np.ndarray], list[bytes]]:
     """Each prompt's ids as int32, and its `prompt_key`.
 
@@ -347,7 +347,7 @@ def _identify(
     arrays, keys = [], []
     # The rows of a prompt often are one and the same list: hashed once. The list is kept with its
     # key, so that no other can take its place in memory.
-    known: dict[tuple[int, str], tuple[Sequence[int], np.ndarray, bytes]] = {}
+    known: dict[tuple[int, str], tuple[TokenIds, np.ndarray, bytes]] = {}
     for index, prompt in enumerate(prompts):
         user_key = "" if user_keys is None else user_keys[index]
         found = known.get((id(prompt), user_key))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from spec_rollout.keys import _GOLDEN, _mix, noise_keys, prompt_key
+from spec_rollout.keys import _GOLDEN, mix64, noise_keys, prompt_key
 
 
 def _prompts(count: int) -> list[bytes]:
@@ -23,7 +23,7 @@ def test_the_mixing_function_is_splitmix64() -> None:
     """Published outputs of the generator with seed 1234567: mixes of successive Weyl states."""
     with np.errstate(over="ignore"):
         states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * _GOLDEN
-    assert _mix(states).tolist() == [
+    assert mix64(states).tolist() == [
         6457827717110365317,
         3203168211198807973,
         9817491932198370423,

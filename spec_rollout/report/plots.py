@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,7 @@ RUN_COLOURS = (
 )
 _LEAST_RANGE = 1e-6  # of a y axis
 PART_COLOURS = {"verification": "#d55e00", "decode": "#0072b2", "other": "#bbbbbb"}
-_STYLE = {
+_STYLE: Any = {  # matplotlib types it by a literal of all its keys
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -93,7 +94,8 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
 def _svg(figure: Figure, salt: str) -> str:
     """The figure as an <svg> element that fits its container and shares no ids with others."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
+    style: Any = {"svg.hashsalt": salt}
+    with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

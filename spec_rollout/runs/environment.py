@@ -82,7 +82,7 @@ def gpus() -> list[dict[str, Any]]:
 def native_build() -> dict[str, Any] | None:
     """`build_info()` of the compiled extension, or None where it cannot be imported."""
     try:
-        from spec_rollout import _C
+        import spec_rollout._C as _C
     except (ImportError, OSError):
         return None
     return dict(_C.build_info())

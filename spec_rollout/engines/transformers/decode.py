@@ -6,6 +6,7 @@ The slots in use are always the first ones.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ class Decoder:
             plainly.
         cost: Decides with the drafter how much to propose, and sees what steps take.
         payoff: Decides whether to propose at all, and sees what steps give.
+        clock: Seconds; what a step takes is the difference of two readings.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class Decoder:
         drafter: HistoryDrafter | None = None,
         cost: StepCost | None = None,
         payoff: Payoff | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._drafter = drafter
         self._cost = StepCost() if cost is None else cost
         self._payoff = Payoff() if payoff is None else payoff
+        self._clock = clock
         self._max_tokens = max_tokens
         self._forward = forward
         self._plan = plan
@@ -103,8 +107,12 @@ class Decoder:
         return self.num_slots - self.num_live
 
     def add(self, verified: list[Verified], lanes: SlotCache) -> None:
-        """Takes over requests to go on from: the KV of prompt and accepted tokens, and the next
-        token."""
+        """Takes over requests: the KV of prompt and accepted tokens, and the token after them.
+
+        Args:
+            verified: All with a `next_token_id`.
+            lanes: Where their KV is.
+        """
         if not verified:
             return
         first = self.num_live
@@ -117,26 +125,18 @@ class Decoder:
             self._first_positions.append(position)
             self._kv_lens.append(kv_len)
             self._first_steps.append(self._num_steps)
-            state[:, column] = (
-                item.next_token_id,
-                kv_len,
-                position,
-                self._plan.rooms[item.request],
-                self._plan.keys[item.request],
-            )
+            assert item.next_token_id is not None
+            room, key = self._plan.rooms[item.request], self._plan.keys[item.request]
+            state[:, column] = item.next_token_id, kv_len, position, room, key
         self._state[:, first : first + len(verified)] = torch.from_numpy(state).to(
             self._state.device
         )
         copy_rows(lanes, self.cache, [item.lane for item in verified], slots, self._kv_lens[first:])
         if self._drafter is not None:
-            pieces = [
-                piece
-                for item in verified
-                for piece in (
-                    self._plan.draft_ids(item.request)[: item.accepted_len],
-                    [item.next_token_id],
-                )
-            ]
+            pieces: list[np.ndarray] = []
+            for item in verified:
+                pieces.append(self._plan.draft_ids(item.request)[: item.accepted_len])
+                pieces.append(np.array([item.next_token_id], dtype=np.int64))
             self._drafter.extend(
                 np.array(self._requests[first:]),
                 np.concatenate(pieces).astype(np.int32),
@@ -145,7 +145,7 @@ class Decoder:
 
     def step(self) -> None:
         """One forward over the slots in use; finished responses go."""
-        start = time.perf_counter()
+        start = self._clock()
         live = self.num_live
         kept, num_proposed = None, 0
         if self._drafter is not None and self._payoff.pays(live):
@@ -165,7 +165,7 @@ class Decoder:
         stats.num_proposed_tokens += num_proposed
         stats.num_accepted_proposals += sum(kept) - live
         done = finished.nonzero().flatten().tolist()
-        seconds = time.perf_counter() - start
+        seconds = self._clock() - start
         if self._drafter is not None:
             self._cost.observe(live, num_proposed, seconds, sum(kept) - live)
             self._payoff.observe(live, num_proposed > 0, sum(kept), seconds)

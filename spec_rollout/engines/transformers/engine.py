@@ -80,6 +80,9 @@ class TransformersEngine:
     """
 
     supports_history = True
+    # Seconds. What a step of decoding takes decides how much the next ones propose, so tests that
+    # count proposals or steps set a clock of their own.
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
     last_counters: Mapping[str, float] = MappingProxyType({})  # `RolloutStats` says it all
 
     def __init__(
@@ -165,7 +168,7 @@ class TransformersEngine:
             ValueError: if a prompt leaves no room for one token, an id is outside the vocabulary,
                 or the rule reads draft log-probs that are not there; nothing is computed then.
         """
-        start = time.perf_counter()
+        start = self.clock()
         stats = RolloutStats()
         plan = Plan.of(
             requests,
@@ -183,9 +186,9 @@ class TransformersEngine:
                 )
             if self._forward.device.type == "cuda":
                 ops.check_status(self._forward.device)
-        packing = time.perf_counter()
+        packing = self.clock()
         rollouts = results.pack(requests, self._policy_version, stats)
-        end = time.perf_counter()
+        end = self.clock()
         stats.assembly_seconds = end - packing
         stats.rollout_seconds = end - start
         return replace(rollouts, running=torch.tensor(running, dtype=torch.float64).view(-1, 2))
@@ -200,7 +203,7 @@ class TransformersEngine:
         history: History | None,
     ) -> list[tuple[float, int]]:
         """Fills `results`; returns what `Rollouts.running` says."""
-        begin = start = time.perf_counter()
+        begin = start = self.clock()
         drafter = None
         if history is not None:
             drafter = HistoryDrafter(history, sampling.stop_token_ids, self._match_shares)
@@ -229,10 +232,11 @@ class TransformersEngine:
             drafter=drafter,
             cost=self._step_cost,
             payoff=self._payoff,
+            clock=self.clock,
         )
         waiting = deque(plan.order().tolist())
         # Mostly the prompts that several requests share.
-        seconds, share = time.perf_counter() - start, float(plan.has_draft.mean())
+        seconds, share = self.clock() - start, float(plan.has_draft.mean())
         stats.verification_seconds += share * seconds
         stats.decode_seconds += (1.0 - share) * seconds
         refill = max(1, int(num_slots * _REFILL_SHARE))
@@ -240,21 +244,21 @@ class TransformersEngine:
         while waiting or verifier.num_busy or decoder.num_live:
             if self.before_step is not None:
                 self.before_step()
-            start = time.perf_counter()
+            start = self.clock()
             if verifier.num_busy or (waiting and decoder.num_free >= refill):
                 room = min(decoder.num_free, num_lanes) - verifier.num_busy
                 for _ in range(min(room, len(waiting))):
                     verifier.admit(waiting.popleft())
                 verified, share = verifier.step()
                 decoder.add(self._settle(verified, plan, results), verifier.cache)
-                seconds = time.perf_counter() - start
+                seconds = self.clock() - start
                 # Prefill of prompts that came without a draft is part of generating.
                 stats.verification_seconds += share * seconds
                 stats.decode_seconds += (1.0 - share) * seconds
             else:
                 decoder.step()
-                stats.decode_seconds += time.perf_counter() - start
-            running.append((time.perf_counter() - begin, verifier.num_busy + decoder.num_live))
+                stats.decode_seconds += self.clock() - start
+            running.append((self.clock() - begin, verifier.num_busy + decoder.num_live))
         stats.num_engine_steps += self._forward.num_steps - steps_before
         stats.num_padding_tokens += self._forward.num_padding_tokens - padding_before
         return running

@@ -47,7 +47,8 @@ class ModelForward:
             raise ValueError(
                 f"model: expected a causal LM, {type(model).__name__} has no output layer"
             )
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        self.vocab_size: int = embeddings.weight.shape[0]
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
         self.min_rows = MIN_ROWS if self.batch_invariant else 1

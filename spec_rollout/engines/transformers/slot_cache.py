@@ -45,7 +45,8 @@ class SlotCache(Cache):
         self._positions: torch.Tensor | None = None
         self.spans: torch.Tensor | None = None
         self._indices: dict[int, torch.Tensor] = {}
-        super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
+        self._slots = [SlotLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._slots))
 
     def place(self, positions: torch.Tensor, width: int, spans: torch.Tensor | None = None) -> None:
         """Sets where the next forward's tokens go.
@@ -80,16 +81,15 @@ class SlotCache(Cache):
     def tensors(self) -> list[list[torch.Tensor]]:
         """Keys and values of all layers, grouped by shape, as `ops.splice_kv` takes them."""
         groups: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
-        for layer in self.layers:
+        for layer in self._slots:
             if layer.is_initialized:
                 for tensor in (layer.keys, layer.values):
                     groups.setdefault((tensor.shape[1::2], tensor.dtype), []).append(tensor)
         return list(groups.values())
 
     def allocate_like(self, other: SlotCache) -> None:
-        """Allocates the layers that `other` has, so that rows can be copied here before a
-        forward."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
+        """Allocates the layers that `other` has, so that rows can be copied here."""
+        for mine, theirs in zip(self._slots, other._slots, strict=True):
             if theirs.is_initialized and not mine.is_initialized:
                 mine.lazy_initialization(theirs.keys, theirs.values)
 
@@ -103,6 +103,8 @@ class SlotLayer(CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
@@ -160,8 +162,7 @@ class SlotLayer(CacheLayerMixin):
 def copy_rows(
     src: SlotCache, dst: SlotCache, src_rows: list[int], dst_rows: list[int], lens: list[int]
 ) -> None:
-    """Copies the first `lens` positions of rows of `src` into rows of `dst` (which may be
-    `src`)."""
+    """Copies the first `lens` positions of rows of `src` into rows of `dst`; both may be one."""
     if not src_rows:
         return
     dst.allocate_like(src)
