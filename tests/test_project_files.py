@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -50,6 +51,52 @@ def test_commands_in_the_text_are_targets_of_the_makefile(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b(?=[`\s,;:.)])", _code(page)))
     assert named <= targets
+
+
+_MOVED = "CHANGELOG.md"  # its table names old modules, too, in the first column
+_FOLDERS = (
+    "spec_rollout",
+    "csrc",
+    "python_bindings",
+    "benchmarks",
+    "tools",
+    "tests",
+    "docs",
+    "examples",
+    r"\.ci",
+)
+
+
+@pytest.mark.parametrize("page", [*PAGES, _MOVED])
+def test_modules_and_names_in_the_text_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if page == _MOVED:
+        text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
+    # What stands below a table was run at the commit that it names.
+    text = re.sub(r"<sub>.*?</sub>", "", text)
+    names = set(re.findall(r"\bspec_rollout(?:\.[A-Za-z_]\w*)+", text))
+    assert [name for name in sorted(names) if not _exists(name)] == []
+
+
+def _exists(name: str) -> bool:
+    """A module, or a name in the source of one: what imports vLLM is not imported here."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            spec = importlib.util.find_spec(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        if spec is not None and spec.origin is not None:
+            source = Path(spec.origin).read_text(encoding="utf-8")
+            return all(re.search(rf"\b{part}\b", source) for part in parts[end:])
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_in_the_text_exist(page: str) -> None:
+    pattern = re.compile(rf"`((?:{'|'.join(_FOLDERS)})/[\w./-]+)`")
+    paths = [path for path in pattern.findall(_code(page)) if "NAME" not in path]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def _code(page: str) -> str:
