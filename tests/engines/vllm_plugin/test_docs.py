@@ -23,11 +23,10 @@ SERVE = [
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group[0]))
 def test_python_runs(group: list[Block]) -> None:
-    names, _ = run(group)
+    names, printed = run(group)
     if group[0].page == "README.md":
         # The policy did not change, and the rule is lossless.
-        assert len(names["first"]) > 1
-        assert list(names["second"]) == list(names["first"])
+        assert printed.splitlines() == ["0% reused", "100% reused"]
     names.clear()
     gc.collect()  # an engine's KV cache is a gigabyte
 
