@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -36,6 +37,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20250923)
+
+
+@pytest.fixture
+def even_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of every embedded engine takes as long, with proposals and without.
+
+    What engines propose depends on what steps take; with this it does not depend on the machine.
+    """
+    from spec_rollout.engines import TransformersEngine
+
+    readings = itertools.count(0.0, 2.0**-10)
+    monkeypatch.setattr(TransformersEngine, "clock", staticmethod(lambda: next(readings)))
 
 
 def random_keys(batch: int, generator: torch.Generator) -> torch.Tensor:

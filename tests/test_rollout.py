@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import assert_law
 from markov_engine import MarkovEngine
-from scipy import stats as scipy_stats
 
 from spec_rollout.acceptance import (
     AcceptanceRule,
@@ -43,17 +43,6 @@ def policy(seed: int, drift: float = 0.0) -> torch.Tensor:
 
 def responses(rollouts: Rollouts) -> list[list[int]]:
     return [row.tolist() for row in rollouts.response_ids.split(rollouts.response_lens.tolist())]
-
-
-def assert_law(counts: np.ndarray, law: np.ndarray) -> None:
-    """Chi-square; a right implementation fails once in 100,000 seeds, and the seeds are fixed."""
-    assert law.sum() == pytest.approx(1)
-    possible = law > 0
-    assert counts[~possible].sum() == 0
-    if possible.sum() > 1:
-        expected = law[possible] * counts.sum()
-        assert expected.min() > 5
-        assert scipy_stats.chisquare(counts[possible], expected).pvalue > 1e-5
 
 
 def second_epoch(

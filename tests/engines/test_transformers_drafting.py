@@ -30,10 +30,22 @@ GROUPS = torch.arange(BATCH) // GROUP
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=(STOP,))
 
 
-@pytest.fixture(autouse=True)
-def proposing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it does is decided by the clock; here every step may propose."""
-    monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
+pytestmark = pytest.mark.usefixtures("even_steps")
+
+
+class ModelClock:
+    """A clock that only the model moves: by `per_step` seconds a forward and `per_token` a token."""
+
+    def __init__(self, model: torch.nn.Module, per_step: float, per_token: float) -> None:
+        self.now = 0.0
+        self.per_step, self.per_token = per_step, per_token
+        model.register_forward_pre_hook(self._forward, with_kwargs=True)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def _forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        self.now += self.per_step + self.per_token * kwargs["input_ids"].numel()
 
 
 def history_of(rows: list[list[int]], groups: torch.Tensor) -> History:
@@ -87,6 +99,25 @@ def test_nothing_is_proposed_where_it_does_not_pay(old, new_model, monkeypatch) 
     assert_same(actual, expected)
     assert actual.stats.num_proposed_tokens == 0
     assert actual.stats.num_decode_steps == expected.stats.num_decode_steps
+
+
+def test_how_much_is_proposed_depends_on_what_steps_take(old) -> None:
+    """Where every token takes as long, a proposal gives at most what it takes; where only the step
+    does, it is for nothing."""
+    requests, rollouts = old
+    requests = replace(requests, history=history_of(responses(rollouts), GROUPS))
+    calls = {}
+    for name, per_step, per_token in (("tokens", 0.0, 1.0), ("steps", 1.0, 0.0)):
+        model = perturbed(build("qwen3"), 0.01)
+        engine = TransformersEngine(model)
+        engine.clock = ModelClock(model, per_step, per_token)
+        engine.rollout(requests, SAMPLING, NoReuse())  # learns
+        calls[name] = engine.rollout(requests, SAMPLING, NoReuse())
+    assert_same(calls["tokens"], calls["steps"])
+    tokens, steps = (calls[name].stats for name in ("tokens", "steps"))
+    assert 2 * tokens.num_proposed_tokens < steps.num_proposed_tokens
+    assert tokens.num_decode_steps > steps.num_decode_steps
+    assert steps.decode_seconds == steps.num_engine_steps
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def test_rms_norm_is_its_definition(rows: int, dim: int) -> None:
 def test_silu_mul_is_its_definition(rows: int, dim: int) -> None:
     gate, up = 8 * random(rows, 1, dim), random(rows, 1, dim + 1)[..., :dim]
     exact = torch.nn.functional.silu(gate.double()) * up.double()
-    torch.testing.assert_close(silu_mul(gate, up).double(), exact, rtol=1e-6, atol=1e-12)
+    # Without fused multiply-add the exponential of -40 is off by 40 roundings of its exponent.
+    torch.testing.assert_close(silu_mul(gate, up).double(), exact, rtol=4e-6, atol=1e-12)
 
 
 def test_silu_mul_at_the_ends() -> None:

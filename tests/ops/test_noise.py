@@ -1,19 +1,15 @@
-"""The counter-based noise: known answers, resolution where it matters, the same bits at every
-instruction-set level."""
+"""The counter-based noise: known answers, resolution where it matters, its law."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from laws import SMALLEST_P, assert_law
 from scipy import stats
 
 from spec_rollout import _C
@@ -109,16 +105,15 @@ def test_gumbel_noise_equals_reference(generator) -> None:
 
 
 def _differs(sample: np.ndarray, cdf: Callable[[np.ndarray], np.ndarray]) -> bool:
-    """Whether a sample is not from a distribution, by more than chance makes one in ten
-    thousand."""
-    return stats.kstest(sample.ravel(), cdf).pvalue < 1e-4
+    """Whether a sample is not from a distribution."""
+    return stats.kstest(sample.ravel(), cdf).pvalue < SMALLEST_P
 
 
 def _related(columns: np.ndarray) -> bool:
     """Whether ranks in any two columns are correlated, more than chance makes one pair in a
-    million."""
+    hundred million: there are thousands of pairs."""
     correlations = np.abs(np.corrcoef(stats.rankdata(columns, axis=0), rowvar=False))
-    return bool((np.triu(correlations, 1) > 4.9 / math.sqrt(len(columns))).any())
+    return bool((np.triu(correlations, 1) > 5.7 / math.sqrt(len(columns))).any())
 
 
 _WHOLE, _LEFT = 3, 5  # groups of 8, and tokens in the incomplete group after them
@@ -153,7 +148,7 @@ class TestLawOfGumbelNoise:
             assert not _differs(tokens.max(1), stats.gumbel_r(math.log(count)).cdf)
             large = tokens.max(1) > np.quantile(tokens.max(1), 0.9)
             for winners in (tokens.argmax(1), tokens[large].argmax(1)):
-                assert stats.chisquare(np.bincount(winners, minlength=count)).pvalue > 1e-4
+                assert_law(np.bincount(winners, minlength=count), np.full(count, 1 / count))
         rows = np.concatenate([groups.reshape(-1, 8 * _WHOLE), left], axis=1)
         assert not _differs(rows.max(1), stats.gumbel_r(math.log(rows.shape[1])).cdf)
 
@@ -182,11 +177,7 @@ class TestLawOfGumbelNoise:
         groups, _ = sample
         for limit in (0.0, 2.0):
             counts = np.bincount((groups > limit).sum(2).ravel(), minlength=9)
-            law = stats.binom(8, stats.gumbel_r.sf(limit)).pmf(np.arange(9)) * counts.sum()
-            enough = law > 10
-            observed = np.append(counts[enough], counts.sum() - counts[enough].sum())
-            expected = np.append(law[enough], counts.sum() - law[enough].sum())
-            assert stats.chisquare(observed, expected).pvalue > 1e-4, limit
+            assert_law(counts, stats.binom(8, stats.gumbel_r.sf(limit)).pmf(np.arange(9)))
 
 
 @pytest.mark.parametrize(
@@ -220,35 +211,3 @@ def test_accept_bits_equal_reference(generator) -> None:
     uniforms = noise.accept_uniforms(keys, positions)
     for key, position, u in zip(keys.tolist(), positions.tolist(), uniforms.tolist(), strict=True):
         assert (_C.accept_bits(key, position) + 0.5) * 2.0**-32 == u
-
-
-_DIGEST = """
-import hashlib, torch
-from spec_rollout import _C, ops
-from spec_rollout.acceptance import Lenient
-g = torch.Generator().manual_seed(5)
-keys = torch.randint(-2**63, 2**63 - 1, (300,), generator=g)
-noise = torch.empty(300, 517)
-_C.gumbel_noise(keys, keys.abs() >> 20, noise, 2)
-lens = torch.randint(0, 400, (300,), generator=g)
-target = -torch.rand(300, 400, generator=g)
-draft = target + 0.02 * torch.randn(300, 400, generator=g)
-accepted = ops.accept_prefix(draft, target, rule=Lenient(0.0), keys=keys, draft_lens=lens)
-print(_C.build_info()["isa_in_use"], hashlib.sha256(noise.numpy().tobytes() + accepted.numpy().tobytes()).hexdigest())
-"""
-
-
-def test_same_bits_at_every_instruction_set_level() -> None:
-    digests = {}
-    for level in _C.build_info()["isa_levels"]:
-        run = subprocess.run(
-            [sys.executable, "-c", _DIGEST],
-            env={**os.environ, "SPEC_ROLLOUT_ISA": level},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        used, digest = run.stdout.split()
-        digests[used] = digest  # a level this machine lacks falls back to another
-    assert len(set(digests.values())) == 1
-    assert len(next(iter(digests.values()))) == hashlib.sha256().digest_size * 2

@@ -19,8 +19,11 @@ from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.invariance import batch_invariance_error
+from spec_rollout.engines.transformers.lengths import row_limit
 from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.results import Results
+from spec_rollout.engines.transformers.row_check import checked_forward
+from spec_rollout.engines.transformers.unwrap import unwrap
 from spec_rollout.engines.transformers.verify import Verified, Verifier
 from spec_rollout.engines.transformers.weights import copy_weights
 from spec_rollout.types import History, RolloutRequests, Rollouts, RolloutStats, SamplingParams
@@ -56,20 +59,24 @@ class TransformersEngine:
     of the longest length so far).
 
     Args:
-        model: Causal LM with all parameters on one device, sdpa or eager attention.
+        model: Causal LM with all parameters on one device, sdpa or eager attention. It may be
+            wrapped by torch.compile, DataParallel or peft: the model inside is run, an adapter's
+            layers with it.
         num_slots: Responses decoded at a time. More slots make fewer, fuller steps (measure with
             benchmarks/bench_engine.py); their KV takes num_slots times the longest row.
         max_verify_tokens: Most tokens of one verification forward; bounds the memory of its logits
             (this many rows of the vocabulary).
         verify_chunk: Most tokens of one row in one verification forward; what is computed after a
             rejection is less than this.
-        max_model_len: Most tokens of prompt and response together; None is the model's
-            `max_position_embeddings`.
+        max_model_len: Most tokens of prompt and response together; None is as many as the model
+            takes (`lengths.row_limit`).
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
             the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
-            with a cache are then those without. None: yes for float32 on CPU, where it is also the
-            faster way (benchmarks/bench_engine.py); elsewhere it cannot be had. See
-            `batch_invariance_error`.
+            with a cache are then those without. None: yes for float32 on CPU where the model's
+            attention allows it, which is also the faster way (benchmarks/bench_engine.py);
+            elsewhere it cannot be had. See `batch_invariance_error`.
+        check_model: Hold one small ragged batch to a plain forward of each row alone, and refuse
+            a model that differs (`row_check`). Done once per architecture and process.
 
     Attributes:
         before_step: Called before each step of a rollout, verification or decoding; what it raises
@@ -94,6 +101,7 @@ class TransformersEngine:
         verify_chunk: int = 32,
         max_model_len: int | None = None,
         batch_invariant: bool | None = None,
+        check_model: bool = True,
     ) -> None:
         for name, value in (
             ("num_slots", num_slots),
@@ -102,18 +110,19 @@ class TransformersEngine:
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
-        self._forward = ModelForward(model, batch_invariant)
-        longest = getattr(self._forward.config, "max_position_embeddings", None)
-        if max_model_len is not None and not (2 <= max_model_len <= (longest or max_model_len)):
+        model = unwrap(model)
+        limit = row_limit(model, model.config.get_text_config(decoder=True))
+        if max_model_len is not None and not (2 <= max_model_len <= (limit.most or max_model_len)):
             raise ValueError(
-                f"max_model_len: expected 2 to {longest} (the model's max_position_embeddings), "
-                f"got {max_model_len}"
+                f"max_model_len: expected 2 to {limit.most} ({limit.reason}), got {max_model_len}"
             )
         self.model = model
         self.num_slots = num_slots
         self.max_verify_tokens = max_verify_tokens
         self.verify_chunk = min(verify_chunk, max_verify_tokens)
-        self.max_model_len = longest if max_model_len is None else max_model_len
+        self.max_model_len = limit.usual if max_model_len is None else max_model_len
+        make = checked_forward if check_model else ModelForward
+        self._forward = make(model, batch_invariant, self.max_model_len)
         self.before_step: Callable[[], None] | None = None
         self._policy_version = 0
         self._step_cost = StepCost()
@@ -175,6 +184,7 @@ class TransformersEngine:
             sampling,
             acceptance,
             vocab_size=self._forward.vocab_size,
+            head_size=self._forward.head_size,
             max_model_len=self.max_model_len,
         )
         results = Results(plan, sampling.stop_token_ids)
