@@ -1,6 +1,7 @@
 // The Python face of the core. Every function takes tensors (never loose pointers), writes into
 // outputs the caller allocated, and ends with the number of CPU threads to use.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "convert.h"
 #include "spec_rollout/ops.h"
@@ -13,6 +14,7 @@ py::dict build_info() {
   info["version"] = SPEC_ROLLOUT_VERSION;
   info["compiler"] = SPEC_ROLLOUT_COMPILER;
   info["isa_levels"] = py::str(SPEC_ROLLOUT_ISA_LEVELS).attr("split")(",");
+  info["isa_available"] = cpu::isa_available();  // of these, what the processor has
   info["isa_in_use"] = cpu::isa_in_use();
 #if defined(SPEC_ROLLOUT_WITH_CUDA)
   info["cuda"] = true;
@@ -23,6 +25,7 @@ py::dict build_info() {
   info["cuda_version"] = py::none();
   info["cuda_archs"] = py::list();
 #endif
+  info["cuda_reason"] = SPEC_ROLLOUT_CUDA_REASON;
   return info;
 }
 

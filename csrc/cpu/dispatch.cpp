@@ -1,9 +1,11 @@
-// Chooses the instruction-set level once, when the library is loaded. SPEC_ROLLOUT_ISA
-// (environment) forces a lower one.
+// Chooses the instruction-set level, once per process. SPEC_ROLLOUT_ISA (environment) forces one of
+// those that the processor has.
 #include <cstdlib>
-#include <cstring>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
+#include "spec_rollout/check.h"
 
 namespace spec_rollout::cpu {
 
@@ -22,27 +24,36 @@ namespace {
 struct Level {
   const char* name;
   const Kernels* kernels;
-  bool supported;
 };
 
-Level choose() {
-  const Level levels[] = {
+// Levels that the processor has, the best one first.
+std::vector<Level> available_levels() {
+  std::vector<Level> levels;
 #if defined(SPEC_ROLLOUT_X86_LEVELS)
-      {"avx512", &avx512::kernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
-      {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    levels.push_back({"avx512", &avx512::kernels});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    levels.push_back({"avx2", &avx2::kernels});
 #endif
-      {"generic", &generic::kernels, true},
-  };
-  const char* forced = std::getenv("SPEC_ROLLOUT_ISA");
-  for (const Level& level : levels) {
-    if (level.supported && (forced == nullptr || std::strcmp(forced, level.name) == 0))
-      return level;
-  }
-  return levels[sizeof(levels) / sizeof(levels[0]) - 1];
+  levels.push_back({"generic", &generic::kernels});
+  return levels;
 }
 
+// An unset or empty variable forces nothing.
+Level choose() {
+  const std::vector<Level> levels = available_levels();
+  const char* forced = std::getenv("SPEC_ROLLOUT_ISA");
+  if (forced == nullptr || *forced == '\0') return levels.front();
+  std::string names;
+  for (const Level& level : levels) {
+    if (level.name == std::string(forced)) return level;
+    names += names.empty() ? level.name : std::string(", ") + level.name;
+  }
+  fail("SPEC_ROLLOUT_ISA: expected a level that this processor has (", names, "), got ", forced);
+}
+
+// A level that is not there raises at every call: a static that throws is not initialised.
 const Level& level() {
   static const Level chosen = choose();
   return chosen;
@@ -51,6 +62,12 @@ const Level& level() {
 }  // namespace
 
 const char* isa_in_use() { return level().name; }
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> names;
+  for (const Level& level : available_levels()) names.emplace_back(level.name);
+  return names;
+}
 
 void accept_prefix(const AcceptPrefixArgs& args, int num_threads) {
   level().kernels->accept_prefix(args, num_threads);

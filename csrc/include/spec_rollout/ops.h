@@ -4,6 +4,9 @@
 // whatever the values.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "spec_rollout/acceptance.h"
 #include "spec_rollout/tensor_view.h"
 
@@ -169,6 +172,10 @@ AssembleSizes assemble_sizes(const AssembleArgs& args, int64_t max_prompt_len,
 // out [batch, vocab]: the noise that sample_tokens and verify_prefix add to the logits.
 void gumbel_noise(const int64_t* keys, IntVec positions, int64_t batch, int64_t vocab, float* out,
                   int num_threads);
+// Instruction-set levels of the kernels: those that the processor has, the best one first, and the
+// one in use. The second throws InvalidArgument, as every kernel does, where SPEC_ROLLOUT_ISA
+// (environment) names none of the first.
+std::vector<std::string> isa_available();
 const char* isa_in_use();
 }  // namespace cpu
 
