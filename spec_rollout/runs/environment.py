@@ -88,7 +88,9 @@ def native_build() -> dict[str, Any] | None:
     return dict(_C.build_info())
 
 
-_RESULTS = (":(exclude)benchmarks/results", ":(exclude)README.md")
+_RESULTS = tuple(
+    f":(exclude){path}" for path in ("benchmarks/results", "README.md", "docs/results.md")
+)
 
 
 def git_commit(root: Path) -> dict[str, Any]:
