@@ -14,7 +14,7 @@ import pytest
 import torch
 from cache_samples import check_integrity, logprob_rows_of, make_rollouts, rows_of
 
-from spec_rollout.cache import MemoryStore, RolloutCache, Store
+from spec_rollout.cache import MemoryStore, RolloutCache, Store, file
 from spec_rollout.cache.entry import UNREADABLE
 from spec_rollout.types import FinishReason, Rollouts
 
@@ -260,6 +260,7 @@ def test_an_unreadable_record_is_a_corrupt_entry(store: Store, tmp_path: Path) -
     cache.save(tmp_path / "cache")
     assert cache.stats.corrupt == 2
     assert [key for key, _ in store.iterate()] == [A]
+    assert list(file.read(tmp_path / "cache")) == [A]  # no group of nothing
 
 
 def test_a_cache_takes_over_what_its_store_holds(store: Store) -> None:

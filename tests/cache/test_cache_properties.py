@@ -1,16 +1,24 @@
-"""The cache against a model of it: an ordered dict with the documented rules written out
-plainly."""
+"""The cache, on every store, against a model of it: an ordered dict with the documented rules
+written out plainly."""
 
 from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 
-from cache_samples import logprob_rows_of, make_rollouts, rows_of
+import pytest
+from cache_samples import STORE_KINDS, logprob_rows_of, make_rollouts, open_store, rows_of
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from spec_rollout.cache import RolloutCache
 from spec_rollout.cache.entry import ENTRY_OVERHEAD_BYTES, GROUP_OVERHEAD_BYTES
@@ -31,10 +39,24 @@ def _group_bytes(samples: dict[int, tuple[list[int], FinishReason]]) -> int:
 
 
 class CacheMachine(RuleBasedStateMachine):
+    kind: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = ExitStack()
+
+    def teardown(self) -> None:
+        self.open.close()
+
+    def _new_cache(self, max_bytes: int | None) -> RolloutCache:
+        folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        store = self.open.enter_context(open_store(self.kind, folder))
+        return RolloutCache(max_bytes, store=store)
+
     @initialize(max_bytes=st.none() | st.integers(0, 6000))
     def start(self, max_bytes: int | None) -> None:
         self.max_bytes = max_bytes
-        self.cache = RolloutCache(max_bytes)
+        self.cache = self._new_cache(max_bytes)
         self.model: Model = OrderedDict()
         self.evictions = self.hits = self.misses = 0
 
@@ -84,7 +106,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Into another cache, which may have another bound; the test goes on with that one."""
         with tempfile.TemporaryDirectory() as folder:
             self.cache.save(Path(folder) / "cache")
-            self.cache = RolloutCache(max_bytes)
+            self.cache = self._new_cache(max_bytes)
             self.cache.load(Path(folder) / "cache")
         self.max_bytes = max_bytes
         self.evictions = self.hits = self.misses = 0
@@ -107,5 +129,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.corrupt == 0
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-TestCacheAgainstModel = CacheMachine.TestCase
+@pytest.mark.parametrize("kind", STORE_KINDS)
+def test_a_cache_does_what_its_model_does(kind: str) -> None:
+    machine = type("Machine", (CacheMachine,), {"kind": kind})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
+    )

@@ -315,3 +315,26 @@ def test_threads_leave_the_sums_right_and_see_whole_groups(store: Store) -> None
     assert errors == []
     assert store.size().num_groups > 0
     check_integrity(store)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_that_put_into_the_same_groups_lose_nothing(store: Store) -> None:
+    def samples_of(key: bytes, thread: int) -> dict[int, Entry]:
+        return {s: entry_of(key, s, [thread + 1]) for s in range(100 * thread, 100 * thread + 50)}
+
+    mine = [[(key, samples_of(key, thread)) for key in (A, B)] for thread in range(4)]
+
+    def work(thread: int) -> None:
+        for _ in range(100):
+            store.put_many(mine[thread])
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check_integrity(store)
+    content = dict(content_of(store))
+    for groups in mine:
+        for key, samples in groups:
+            assert samples.items() <= content[key].items()
