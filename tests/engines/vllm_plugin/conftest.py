@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,33 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 def vllm_installed() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def llms_kept(vllm_installed: None) -> Iterator[None]:
+    """No `LLM` is collected before the end: that tears down every engine of the process."""
+    from vllm import LLM
+
+    kept = []
+    original = LLM.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kw: Any) -> None:
+        kept.append(self)
+        original(self, *args, **kw)
+
+    LLM.__init__ = init
+    yield
+    LLM.__init__ = original
+
+
+@pytest.fixture
+def even_steps(even_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes as long, with proposals and without: also those of vLLM's workers here."""
+    from spec_rollout.engines.vllm.worker.step_times import StepTimes
+
+    readings = itertools.count(0.0, 2.0**-10)
+    monkeypatch.setattr(StepTimes, "clock", staticmethod(lambda: next(readings)))
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm_samples import EOS, LLM_ARGS, VOCAB, random_prompts
+from vllm_samples import (
+    EOS,
+    LLM_ARGS,
+    VOCAB,
+    make_requests,
+    mixed_drafts,
+    pack_drafts,
+    random_prompts,
+    rows_of,
+)
 
 from spec_rollout.acceptance import Coupled, Lenient, OneHot
 from spec_rollout.engines.vllm.wire import ReuseRequest, encode, extra_args
+from spec_rollout.engines.vllm.worker import ReuseWorker
+from spec_rollout.types import SamplingParams as RolloutSampling
 
 PROMPTS = random_prompts(12, seed=21)
 
@@ -377,6 +388,66 @@ def test_logprobs_as_vllm_returns_them(
                 assert abs(found[token].logprob - float(expected[i, token])) < 1e-4
                 assert found[token].rank == int((order[i] == token).nonzero()) + 1
                 assert len(found) - num_logprobs in (0, 1)
+
+
+def test_an_llm_that_exists_is_wrapped(plugged: Any, make_engine: Any) -> None:
+    """The same rollouts as from an engine that starts its own, and it is left running."""
+    from vllm import SamplingParams
+
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    own = make_engine(num_speculative_tokens=8)
+    wrapped = VLLMEngine.wrap(plugged)
+    assert wrapped.llm is plugged
+    assert (wrapped.max_model_len, wrapped.vocab_size) == (own.max_model_len, own.vocab_size)
+    sampling = RolloutSampling(max_tokens=30, stop_token_ids=(EOS,))
+    first = own.rollout(make_requests(PROMPTS), sampling, Coupled())
+    drafts = pack_drafts(mixed_drafts(rows_of(first)))
+    for requests in (make_requests(PROMPTS), make_requests(PROMPTS, drafts)):
+        expected = own.rollout(requests, sampling, Coupled())
+        found = wrapped.rollout(requests, sampling, Coupled())
+        assert rows_of(found) == rows_of(expected) == rows_of(first)
+        assert torch.equal(found.accepted_lens, expected.accepted_lens)
+        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+        assert wrapped.last_metrics.as_dict().keys() == own.last_metrics.as_dict().keys()
+        assert wrapped.last_counters == own.last_counters == own.last_metrics.as_row()
+    assert wrapped.last_counters["vllm_num_tested_tokens"] > 0
+    two_pass = VLLMEngine.wrap(plugged, strategy="two_pass")
+    requests = make_requests(PROMPTS, drafts)
+    assert rows_of(two_pass.rollout(requests, sampling, Lenient(0.0))) == rows_of(
+        wrapped.rollout(requests, sampling, Lenient(0.0))
+    )
+    wrapped.close()
+    params = SamplingParams(max_tokens=5, extra_args=keyed(1))
+    assert len(generate(plugged, params, PROMPTS[:1])[0].token_ids) > 0
+
+
+def test_only_an_llm_with_the_plugin_is_wrapped(
+    stock: Any, plugged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    wanted = r"llm: expected a vllm\.LLM started with spec_rollout\.engines\.vllm\.engine_args\(\)"
+    with pytest.raises(ValueError, match=f"{wanted}, got one with speculative_config None"):
+        VLLMEngine.wrap(stock)
+    with pytest.raises(ValueError, match=r"llm: expected a vllm\.LLM, got str"):
+        VLLMEngine.wrap("model")
+    with pytest.raises(ValueError, match="strategy: expected 'inflight' or 'two_pass', got 'x'"):
+        VLLMEngine.wrap(plugged, strategy="x")
+    parallel = plugged.llm_engine.vllm_config.parallel_config
+    for extension in ("", "collections.OrderedDict", "no.such.Thing"):
+        monkeypatch.setattr(parallel, "worker_extension_cls", extension)
+        with pytest.raises(
+            ValueError, match=f"got one with worker_extension_cls {extension or None}"
+        ):
+            VLLMEngine.wrap(plugged)
+    # One that derives from ours will do.
+    monkeypatch.setattr(parallel, "worker_extension_cls", f"{__name__}.OwnExtension")
+    assert VLLMEngine.wrap(plugged).supports_history
+
+
+class OwnExtension(ReuseWorker):
+    """A user's extension of the worker."""
 
 
 @pytest.fixture(scope="module")

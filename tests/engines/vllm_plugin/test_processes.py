@@ -30,6 +30,7 @@ if __name__ == "__main__":
     plain = engine.rollout(make_requests(prompts), sampling, Coupled())
     drafts = pack_drafts(mixed_drafts(rows_of(plain)))
     reused = engine.rollout(make_requests(prompts, drafts), sampling, Coupled())
+    engine.llm.collective_rpc(even_steps)
     past = History(plain.response_ids, plain.cu_response_lens, torch.arange(8) // 2, torch.arange(8) // 2)
     drafted = engine.rollout(replace(make_requests(prompts), history=past), sampling, Coupled())
     out = {"plain": rows_of(plain), "reused": rows_of(reused), "accepted": reused.accepted_lens.tolist()}
@@ -48,7 +49,12 @@ def _run(tmp_path: Path, multiprocessing: str, code: str = _SCRIPT) -> dict:
     script = tmp_path / "script.py"
     script.write_text(code)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "PYTHONPATH": path}
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing,
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions sent to the worker
+        "PYTHONPATH": path,
+    }
     command = [sys.executable, str(script), str(tmp_path / "old"), str(tmp_path / "new")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -16,7 +16,7 @@ from vllm_samples import EOS, drafts_of, make_requests, random_prompts, rows_of
 from spec_rollout.acceptance import Coupled
 from spec_rollout.types import Rollouts, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("even_steps")]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,25 @@ def drafts_of(rollouts: Rollouts) -> Drafts:
         rollouts.logprobs,
         rollouts.finish_reasons == FinishReason.STOP,
     )
+
+
+def proposer_in(engine: Any) -> Any:
+    """The proposer of an engine's only worker, in this process."""
+    from spec_rollout.engines.vllm.compat import proposer_of
+
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return proposer_of(core.model_executor.driver_worker.worker)
+
+
+def even_steps(worker: Any) -> None:
+    """Every step of a worker takes as long: what is proposed does not depend on the machine.
+
+    To be sent by `collective_rpc`, where the worker is in another process.
+    """
+    from spec_rollout.engines.vllm.compat import proposer_of
+
+    readings = itertools.count(0.0, 2.0**-10)
+    proposer_of(worker).sampler.times.clock = lambda: next(readings)
 
 
 def rows_of(rollouts: Rollouts) -> list[list[int]]:

@@ -14,7 +14,9 @@ from spec_rollout.engines.vllm.wire import EXTRA_ARG
 def checked_inputs(original: Callable) -> Callable:
     """For `InputProcessor.process_inputs`: checks in the front end."""
 
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any):
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kw: Any
+    ) -> Any:
         _check(self.vllm_config, request_id, params)
         return original(self, request_id, prompt, params, *args, **kw)
 
@@ -24,7 +26,7 @@ def checked_inputs(original: Callable) -> Callable:
 def checked_request(original: Callable) -> Callable:
     """For `EngineCore.preprocess_add_request`: checks where the front end does not know us."""
 
-    def preprocess_add_request(self: Any, request: Any):
+    def preprocess_add_request(self: Any, request: Any) -> Any:
         _check(self.vllm_config, request.request_id, request.sampling_params)
         return original(self, request)
 

@@ -25,7 +25,7 @@ _UNSEEN = object()
 def sample(original: Callable) -> Callable:
     """For `GPUModelRunner._sample`: requests with a key are ours, in every step."""
 
-    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, *args: Any, **kw: Any):
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, *args: Any, **kw: Any) -> Any:
         proposer = getattr(self, "drafter", None)
         if not isinstance(proposer, ChunkProposer):
             return original(self, logits, spec_decode_metadata, *args, **kw)
@@ -50,7 +50,7 @@ def few_indices(original: Callable) -> Callable:
 
     def _calc_spec_decode_metadata(
         self: Any, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray, *args: Any
-    ):
+    ) -> Any:
         if not isinstance(getattr(self, "drafter", None), ChunkProposer):
             return original(self, num_draft_tokens, cu_num_scheduled_tokens, *args)
         num_reqs = num_draft_tokens.size
