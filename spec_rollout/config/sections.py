@@ -260,7 +260,8 @@ class TrainConfig:
     """The policy update.
 
     Attributes:
-        algorithm: Only "grpo".
+        algorithm: Name of the algorithm (`spec_rollout.train.algorithms`), which has its settings
+            from this section.
         seed: Of data order, noise and everything else.
         prompts_per_step: Prompts (groups) per step.
         epochs: Passes over the data; None is bounded by `max_steps` only.
@@ -284,7 +285,7 @@ class TrainConfig:
         threads: CPU threads; None leaves torch's choice.
     """
 
-    algorithm: Literal["grpo"] = "grpo"
+    algorithm: str = "grpo"
     seed: int = 0
     prompts_per_step: int = 32
     epochs: int | None = 1

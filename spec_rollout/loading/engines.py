@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,6 +15,8 @@ from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.loading.policy import Policy
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from spec_rollout.engines.vllm import VLLMEngine
 
 _GIB = 1 << 30
@@ -70,9 +72,9 @@ def make_engine(
 
 
 def without_weights(policy: Policy) -> Policy:
-    """The policy for use with an engine that has its own copy of the weights, when nothing is
-    trained."""
-    return replace(policy, model=policy.model.to("meta"))
+    """The policy for an engine that has its own copy of the weights, when nothing is trained."""
+    model: torch.nn.Module = policy.model  # whose `to` transformers annotates for devices alone
+    return replace(policy, model=cast("PreTrainedModel", model.to("meta")))
 
 
 def _kv_bytes(model_config: Any, dtype: torch.dtype, num_tokens: int) -> int:

@@ -111,13 +111,15 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
         raise ConfigError(f"{expected}, found no weights in {path!r} (it holds {have})")
     try:
         with no_progress_bars():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            # With output_loading_info it returns a pair, which its annotation leaves out.
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
                 attn_implementation=config.attention,
                 local_files_only=True,
                 output_loading_info=True,
             )
+        model, report = loaded
     except Exception as error:
         raise ConfigError(f"{expected}, cannot load {path!r}: {_first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from spec_rollout.ops import assemble
+from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Rollouts
 
 
@@ -45,19 +47,20 @@ class MicroBatch:
 
 
 def ranges(starts: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """start_0, start_0 + 1, ... (len_0 of them), start_1, ...: [batch], [batch] int64 ->
-    [sum(lens)], int64."""
+    """start_0, start_0 + 1, ... (len_0 of them), start_1, ... end to end.
+
+    [batch], [batch] int64 -> [sum(lens)], int64.
+    """
     ends = lens.cumsum(0)
     total = int(ends[-1]) if lens.numel() else 0
     return torch.arange(total) + torch.repeat_interleave(starts - (ends - lens), lens)
 
 
 def micro_batches(rollouts: Rollouts, rows: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-    """Splits rows into micro-batches of at most `max_tokens` tokens, padding included (one row may
-    exceed it).
+    """Splits rows into micro-batches of at most `max_tokens` tokens, padding included.
 
-    Rows are sorted by length, longest first, so that little is padded and a lack of memory shows at
-    once.
+    One row may exceed that. Rows are sorted by length, longest first, so that little is padded and
+    a lack of memory shows at once.
 
     Args:
         rollouts: Every chosen row has a response.
@@ -78,19 +81,23 @@ def micro_batches(rollouts: Rollouts, rows: Sequence[int], max_tokens: int) -> I
 
 def _micro_batch(rollouts: Rollouts, rows: torch.Tensor, length: int) -> MicroBatch:
     prompt_lens, response_lens = rollouts.prompt_lens[rows], rollouts.response_lens[rows]
+    prompt_ids = rollouts.prompt_ids[ranges(rollouts.cu_prompt_lens[rows], prompt_lens)]
+    token_index = ranges(rollouts.cu_response_lens[rows], response_lens)
+    token_ids = rollouts.response_ids[token_index]
+    assembled = assemble(
+        prompt_ids,
+        cu_lens_from(prompt_lens),
+        token_ids,
+        cu_lens_from(response_lens),
+        response_lens - 1,  # the last token is predicted, never fed
+        layout="right",
+    )
     row_starts = torch.arange(rows.numel()) * length
-    flat = torch.zeros(rows.numel() * length, dtype=torch.int64)
-    source = ranges(rollouts.cu_prompt_lens[rows], prompt_lens)
-    flat[ranges(row_starts, prompt_lens)] = rollouts.prompt_ids[source].long()
-    response_starts = rollouts.cu_response_lens[rows]
-    source = ranges(response_starts, response_lens - 1)
-    flat[ranges(row_starts + prompt_lens, response_lens - 1)] = rollouts.response_ids[source].long()
-    token_index = ranges(response_starts, response_lens)
     return MicroBatch(
         rows=rows,
-        input_ids=flat.view(rows.numel(), length),
+        input_ids=assembled.input_ids,
         positions=ranges(row_starts + prompt_lens - 1, response_lens),
-        token_ids=rollouts.response_ids[token_index].long(),
+        token_ids=token_ids.long(),
         token_index=token_index,
         token_rows=torch.repeat_interleave(rows, response_lens),
     )

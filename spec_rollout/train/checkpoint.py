@@ -154,7 +154,8 @@ def load_tensors(folder: Path, optimizer: torch.optim.Optimizer, cache: RolloutC
 
 def _rng_state() -> dict[str, Any]:
     # Rewards may use NumPy's global generator.
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, position, has_gauss, cached = legacy
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],

@@ -17,6 +17,7 @@ from spec_rollout.loading.engines import check_engine, make_engine
 from spec_rollout.loading.policy import Policy, load_model, load_policy
 from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
+from spec_rollout.train import algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.types import SamplingParams
@@ -41,6 +42,7 @@ class Components:
     cache: RolloutCache
     session: RolloutSession
     optimizer: torch.optim.Optimizer
+    algorithm: algorithms.Algorithm
     updater: PolicyUpdater
     sampling: SamplingParams
     eval_sampling: SamplingParams
@@ -60,6 +62,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             found.
     """
     check_engine(config.rollout)
+    algorithm = algorithms.make(config.train)
     state = None if checkpoint is None else load_state(checkpoint)
     rewards = Rewards(config.reward)
     model_config = config.model
@@ -90,7 +93,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     if checkpoint is not None:
         load_tensors(checkpoint, optimizer, cache)
     reference = None
-    if train.kl_coef > 0:
+    if algorithm.needs.reference:
         path, key = config.model.path, "model.path"
         if config.model.reference is not None:
             path, key = config.model.reference, "model.reference"
@@ -124,8 +127,14 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         cache=cache,
         session=session,
         optimizer=optimizer,
+        algorithm=algorithm,
         updater=PolicyUpdater(
-            policy.model, optimizer, train, temperature=sampling.temperature, reference=reference
+            policy.model,
+            optimizer,
+            train,
+            algorithm,
+            temperature=sampling.temperature,
+            reference=reference,
         ),
         sampling=sampling,
         eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),

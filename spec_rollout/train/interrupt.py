@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-
 from spec_rollout.engines.base import RolloutEngine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -21,8 +19,10 @@ class Aborted(Exception):
 
 
 class RunInterrupted(SystemExit):
-    """A run ended by a signal, its checkpoint written. `code` is 128 + the signal's number (130,
-    143)."""
+    """A run ended by a signal, its checkpoint written.
+
+    `code` is 128 + the signal's number (130, 143).
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(128 + signum)
@@ -67,25 +67,14 @@ class StopRequest:
             raise Aborted
 
     @contextmanager
-    def aborting(
-        self, model: torch.nn.Module, engine: RolloutEngine | None = None
-    ) -> Iterator[None]:
-        """Within this block a stop request aborts before the next forward pass of `model`, and on
-        entry.
-
-        An engine with weights of its own has `before_step`, which is called before each of its
-        steps.
-        """
+    def aborting(self, engine: RolloutEngine) -> Iterator[None]:
+        """Within this block a stop request aborts before the engine's next step, and on entry."""
         self.check()
-        handle = model.register_forward_pre_hook(lambda _module, _args: self.check())
-        if hasattr(engine, "before_step"):
-            engine.before_step = self.check
+        before, engine.before_step = engine.before_step, self.check
         try:
             yield
         finally:
-            handle.remove()
-            if hasattr(engine, "before_step"):
-                engine.before_step = None
+            engine.before_step = before
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self.request(signum)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from spec_rollout.runs.files import (
     write_atomically,
 )
 from spec_rollout.runs.summary import RunSummary, summarize
-from spec_rollout.train.algorithms.advantages import group_advantages
+from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.checkpoint import (
     CheckpointError,
     TrainState,
@@ -247,7 +247,7 @@ class _Run:
         rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
         num_samples = config.rollout.num_samples
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} rollout")
-        with stop.aborting(parts.policy.model, parts.engine):
+        with stop.aborting(parts.engine):
             rollouts = parts.session.rollout(
                 [row.prompt_ids for row in rows],
                 num_samples,
@@ -260,12 +260,19 @@ class _Run:
             self._on_rollouts(self._step + 1, rollouts)
         reward_start = time.perf_counter()
         rewards = score(parts.rewards, parts.policy.tokenizer, rollouts, rows, num_samples)
-        grouped = group_advantages(rewards, normalize=config.train.normalize_advantages)
+        trained = parts.algorithm.advantages(
+            AdvantageInputs(
+                rewards,
+                rollouts.response_lens,
+                rollouts.finish_reasons == FinishReason.LENGTH,
+                parts.sampling.max_tokens,
+            )
+        )
         train_start = time.perf_counter()
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
         update = parts.updater.update(
             rollouts,
-            grouped.advantages.flatten(),
+            trained.advantages,
             _trainable_rows(rollouts, rewards),
             step=self._step,
         )
@@ -278,14 +285,14 @@ class _Run:
             "reward": float(given.mean()) if given.numel() else 0.0,
             "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
             "num_skipped_rewards": rewards.numel() - given.numel(),
-            "zero_variance_fraction": grouped.num_zero_variance / max(1, grouped.num_groups),
+            **trained.metrics,
             "response_len": float(rollouts.response_lens.double().mean()),
             "truncated_fraction": float(
                 (rollouts.finish_reasons == FinishReason.LENGTH).double().mean()
             ),
             **rollouts.stats.as_row(),
             **parts.engine.last_counters,
-            **{key: value for key, value in asdict(update).items() if value is not None},
+            **update.as_row(),
             "reward_seconds": train_start - reward_start,
             "train_seconds": end - train_start,
             "step_seconds": end - start,
@@ -300,7 +307,7 @@ class _Run:
         self._pending = row
         if self._evaluation_due():
             bar.set_description(f"{self._run_dir.name}: epoch {row['epoch']} evaluation")
-            with stop.aborting(self._parts.policy.model, self._parts.engine):
+            with stop.aborting(self._parts.engine):
                 row.update(self._evaluate())
         self._pending = None
         if len(row) > 2:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 
 from spec_rollout.config.sections import TrainConfig
-from spec_rollout.train.algorithms.losses import logprobs_and_entropy, policy_loss, token_weights
+from spec_rollout.train.algorithms.base import Algorithm, LossInputs
+from spec_rollout.train.algorithms.losses import logprobs_and_entropy
 from spec_rollout.train.batching import MicroBatch, micro_batches
 from spec_rollout.train.forward import response_logits
 from spec_rollout.types import Rollouts
@@ -25,10 +26,8 @@ class UpdateResult:
 
     Attributes:
         loss: Mean over the minibatches.
-        entropy: Of the sampling distribution, nats per token.
-        approx_kl: KL(old || new), k3 estimate, nats per token.
-        kl: KL(new || reference), k3 estimate, nats per token; None without a reference.
-        clip_fraction: Share of tokens whose gradient the clip removed.
+        means: `entropy` of the sampling distribution, nats per token, and the algorithm's own sums
+            (`Algorithm.sum_names`) per token.
         grad_norm: Before clipping, mean over the minibatches.
         lr: Learning rate.
         logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
@@ -38,15 +37,17 @@ class UpdateResult:
     """
 
     loss: float
-    entropy: float
-    approx_kl: float
-    kl: float | None
-    clip_fraction: float
+    means: Mapping[str, float]
     grad_norm: float
     lr: float
     logprob_gap: float
     num_tokens: int
     num_skipped_updates: int
+
+    def as_row(self) -> dict[str, float]:
+        """For metrics.jsonl: the fields, and the means under their own names."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "means"}
+        return {**own, **self.means}
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -79,8 +80,12 @@ class PolicyUpdater:
         model: The policy, in eval mode.
         optimizer: Over its parameters.
         config: See `TrainConfig`.
+        algorithm: Gives the loss.
         temperature: Of the sampling distribution that the rollouts' log-probs are of.
-        reference: Frozen model of the KL term; None if `config.kl_coef` is 0.
+        reference: Frozen model; None unless the algorithm needs one.
+
+    Raises:
+        ValueError: if the algorithm needs what is not there.
     """
 
     def __init__(
@@ -88,17 +93,19 @@ class PolicyUpdater:
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
+        algorithm: Algorithm,
         *,
         temperature: float,
         reference: PreTrainedModel | None = None,
     ) -> None:
-        if config.kl_coef > 0 and reference is None:
+        if algorithm.needs.reference and reference is None:
             raise ValueError(
-                f"reference: expected a model with kl_coef = {config.kl_coef}, got None"
+                f"reference: expected a model, which {type(algorithm).__name__} needs, got None"
             )
         self._model = model
         self._optimizer = optimizer
         self._config = config
+        self._algorithm = algorithm
         self._temperature = temperature
         self._reference = reference
         self._device = next(model.parameters()).device
@@ -115,14 +122,20 @@ class PolicyUpdater:
 
         Args:
             rollouts: With the engine's log-probs.
-            advantages: One per rollout. [batch], float32.
+            advantages: One per response token. [num_response_tokens], float32.
             groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch
                 takes whole groups.
             step: 0-based, for the learning rate.
 
         Raises:
-            ValueError: if a log-prob of these rows is not finite.
+            ValueError: if there is not one advantage per token, or a log-prob of these rows is not
+                finite.
         """
+        if advantages.shape != rollouts.logprobs.shape:
+            raise ValueError(
+                f"advantages: expected shape {list(rollouts.logprobs.shape)} (one per response "
+                f"token), got {list(advantages.shape)}"
+            )
         config = self._config
         lr = learning_rate(config, step)
         for group in self._optimizer.param_groups:
@@ -130,10 +143,10 @@ class PolicyUpdater:
         all_rows = [row for group in groups for row in group]
         _check_logprobs(rollouts, all_rows)
         old_logprobs = rollouts.logprobs
-        if config.recompute_logprobs:
+        if self._algorithm.needs.recomputed_logprobs:
             old_logprobs = self._recompute(rollouts, all_rows)
 
-        sums = _Sums(self._device)
+        sums = _Sums(("entropy", *self._algorithm.sum_names), self._device)
         losses: list[float] = []
         norms: list[float] = []
         skipped = 0
@@ -157,7 +170,7 @@ class PolicyUpdater:
             else:
                 skipped += 1
         self._optimizer.zero_grad(set_to_none=True)
-        return sums.result(losses, norms, lr, skipped, has_reference=self._reference is not None)
+        return sums.result(losses, norms, lr, skipped)
 
     def _accumulate(
         self,
@@ -170,11 +183,11 @@ class PolicyUpdater:
         first: bool,
     ) -> float:
         """Gradients of one minibatch into `.grad`; its loss."""
-        config = self._config
         weights = torch.zeros(rollouts.batch)
-        weights[rows] = token_weights(rollouts.response_lens[rows], config.loss_aggregation)
-        if config.skip_zero_advantage:
-            rows = [row for row in rows if float(advantages[row]) != 0.0]
+        weights[rows] = self._algorithm.token_weights(rollouts.response_lens[rows])
+        if self._config.skip_zero_advantage:
+            cu = rollouts.cu_response_lens
+            rows = [row for row in rows if bool(advantages[cu[row] : cu[row + 1]].any())]
         # Zeros, not None: without any gradient AdamW must still decay its moments.
         for parameter in self._model.parameters():
             if parameter.requires_grad:
@@ -186,20 +199,17 @@ class PolicyUpdater:
             if self._reference is not None:
                 with torch.no_grad():
                     ref_logprobs, _ = self._logprobs(self._reference, batch)
-            old = old_logprobs[batch.token_index].to(self._device)
-            out = policy_loss(
+            inputs = LossInputs(
                 logprobs,
-                old,
-                advantages[batch.token_rows].to(self._device),
+                old_logprobs[batch.token_index].to(self._device),
+                advantages[batch.token_index].to(self._device),
                 weights[batch.token_rows].to(self._device),
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                ref_logprobs=ref_logprobs,
-                kl_coef=config.kl_coef,
+                ref_logprobs,
             )
+            out = self._algorithm.loss(inputs)
             out.loss.backward()
             loss_sum += out.loss.detach()
-            sums.add(entropy.sum(), out.kl_sum, out.ref_kl_sum, out.num_clipped, logprobs.numel())
+            sums.add({"entropy": entropy.sum(), **out.sums}, logprobs.numel())
             if first:
                 engine = rollouts.logprobs[batch.token_index].to(self._device)
                 sums.add_gap((engine - logprobs.detach()).abs().sum(), logprobs.numel())
@@ -241,26 +251,20 @@ def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
 
 
 class _Sums:
-    """Sums over micro-batches, kept on the device: reading them once at the end synchronises
-    once."""
+    """Sums over micro-batches.
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+    Kept on the device: reading them once at the end synchronises once.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self._gap = torch.zeros((), dtype=torch.float64, device=device)
         self._num_tokens = 0
         self._num_gap_tokens = 0
 
-    def add(
-        self,
-        entropy: torch.Tensor,
-        kl: torch.Tensor,
-        ref_kl: torch.Tensor,
-        clipped: torch.Tensor,
-        num_tokens: int,
-    ) -> None:
-        self._sums += torch.stack(
-            [entropy.double(), kl.double(), ref_kl.double(), clipped.double()]
-        )
+    def add(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        self._sums += torch.stack([sums[name].double() for name in self._names])
         self._num_tokens += num_tokens
 
     def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
@@ -268,21 +272,12 @@ class _Sums:
         self._num_gap_tokens += num_tokens
 
     def result(
-        self,
-        losses: list[float],
-        norms: list[float],
-        lr: float,
-        skipped: int,
-        *,
-        has_reference: bool,
+        self, losses: list[float], norms: list[float], lr: float, skipped: int
     ) -> UpdateResult:
-        entropy, kl, ref_kl, clipped = (self._sums / max(1, self._num_tokens)).tolist()
+        means = (self._sums / max(1, self._num_tokens)).tolist()
         return UpdateResult(
             loss=sum(losses) / max(1, len(losses)),
-            entropy=entropy,
-            approx_kl=kl,
-            kl=ref_kl if has_reference else None,
-            clip_fraction=clipped,
+            means=dict(zip(self._names, means, strict=True)),
             grad_norm=sum(norms) / max(1, len(norms)),
             lr=lr,
             logprob_gap=float(self._gap) / max(1, self._num_gap_tokens),

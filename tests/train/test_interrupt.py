@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from markov_engine import MarkovEngine
 
 from spec_rollout.train.interrupt import Aborted, RunInterrupted, StopRequest
 
@@ -43,15 +44,16 @@ def test_second_signal_has_its_usual_effect():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_aborts_between_forward_passes():
-    model = torch.nn.Linear(2, 2)
+def test_aborts_before_the_engines_next_step():
+    engine = MarkovEngine(torch.eye(4))
     calls = 0
 
-    def forward_passes(stop):
+    def steps(stop):
         nonlocal calls
-        with stop.aborting(model):
+        with stop.aborting(engine):
             for _ in range(5):
-                model(torch.zeros(1, 2))
+                assert engine.before_step is not None
+                engine.before_step()
                 calls += 1
                 if calls == 2:
                     stop.request()
@@ -59,9 +61,9 @@ def test_aborts_between_forward_passes():
     with StopRequest() as stop:
         for _ in range(2):  # the second time it does not even begin
             with pytest.raises(Aborted):
-                forward_passes(stop)
+                steps(stop)
             assert calls == 2
-    model(torch.zeros(1, 2))  # nothing left behind
+            assert engine.before_step is None  # nothing left behind
 
 
 def test_other_threads_get_no_handlers():

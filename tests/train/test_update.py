@@ -12,6 +12,8 @@ from test_batching import make_rollouts
 
 from spec_rollout.config.sections import ModelConfig, TrainConfig
 from spec_rollout.loading.policy import load_policy
+from spec_rollout.train import algorithms
+from spec_rollout.train.algorithms.advantages import per_token
 from spec_rollout.train.forward import response_logits
 from spec_rollout.train.update import PolicyUpdater, learning_rate, make_optimizer
 
@@ -76,11 +78,26 @@ def near_old(model, rollouts, spread=0.3):
     return torch.cat(rows) + spread * noise
 
 
+def token_advantages(rollouts, advantages=ADVANTAGES):
+    return per_token(advantages, rollouts.response_lens)
+
+
+def make_updater(model, optimizer, config, reference=None):
+    return PolicyUpdater(
+        model,
+        optimizer,
+        config,
+        algorithms.make(config),
+        temperature=TEMPERATURE,
+        reference=reference,
+    )
+
+
 def updated(model, rollouts, config, reference=None):
     """Model after one SGD update with learning rate 1, so that the change is minus the gradient."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    updater = PolicyUpdater(model, optimizer, config, temperature=TEMPERATURE, reference=reference)
-    return updater.update(rollouts, ADVANTAGES, GROUPS, step=0)
+    updater = make_updater(model, optimizer, config, reference)
+    return updater.update(rollouts, token_advantages(rollouts), GROUPS, step=0)
 
 
 def sgd_config(**changes):
@@ -107,7 +124,7 @@ def test_gradient_is_the_plain_one(model, rollouts, aggregation, micro_batch_tok
     )
     result = updated(model, rollouts, config, reference)
     assert result.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
-    assert 0 < result.clip_fraction < 1
+    assert 0 < result.means["clip_fraction"] < 1
     norm = 0.0
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(
@@ -120,7 +137,7 @@ def test_gradient_is_the_plain_one(model, rollouts, aggregation, micro_batch_tok
         norm += float(old.grad.square().sum())
     assert result.grad_norm == pytest.approx(math.sqrt(norm), rel=1e-4)
     assert result.num_tokens == int(rollouts.response_lens[rows].sum())
-    assert (result.kl is not None) == bool(kl_coef)
+    assert ("kl" in result.means) == bool(kl_coef)
 
 
 def test_skipping_zero_advantages_keeps_the_gradient(policy, rollouts):
@@ -130,10 +147,9 @@ def test_skipping_zero_advantages_keeps_the_gradient(policy, rollouts):
     counts = []
     for model, skip in zip(models, (False, True), strict=True):
         config = sgd_config(skip_zero_advantage=skip)
-        updater = PolicyUpdater(
-            model, torch.optim.SGD(model.parameters(), lr=1.0), config, temperature=TEMPERATURE
-        )
-        counts.append(updater.update(rollouts, advantages, GROUPS, step=0).num_tokens)
+        updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1.0), config)
+        per = token_advantages(rollouts, advantages)
+        counts.append(updater.update(rollouts, per, GROUPS, step=0).num_tokens)
     assert counts == [27 - 8, 27 - 8 - 9 - 2]
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -149,7 +165,7 @@ def test_minibatches_are_separate_steps_over_whole_groups(model, rollouts):
             for p in expected.parameters():
                 p -= p.grad
     result = updated(model, rollouts, sgd_config(minibatches=3))
-    assert result.approx_kl > 1e-4  # the second minibatch is off-policy
+    assert result.means["approx_kl"] > 1e-4  # the second minibatch is off-policy
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=3e-5)
 
@@ -160,9 +176,9 @@ def test_recomputed_old_logprobs_replace_the_engines(model, rollouts):
     engine = copy.deepcopy(model)
     off = updated(engine, rollouts, sgd_config())
     on = updated(model, rollouts, sgd_config(recompute_logprobs=True))
-    assert off.approx_kl > 0.1
-    assert on.approx_kl == pytest.approx(0.0, abs=1e-6)
-    assert on.clip_fraction == 0.0
+    assert off.means["approx_kl"] > 0.1
+    assert on.means["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert on.means["clip_fraction"] == 0.0
     assert on.logprob_gap == pytest.approx(off.logprob_gap, rel=1e-4)
     assert on.logprob_gap > 0.5  # the difference stays visible
 
@@ -180,10 +196,8 @@ def test_gradient_clipping(policy, rollouts):
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(policy, rollouts):
     model = copy.deepcopy(policy.model)
-    updater = PolicyUpdater(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config(), temperature=TEMPERATURE
-    )
-    result = updater.update(rollouts, torch.full((6,), 3e38), GROUPS, step=0)
+    updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config())
+    result = updater.update(rollouts, torch.full((27,), 3e38), GROUPS, step=0)
     assert result.num_skipped_updates == 1
     for a, b in zip(model.parameters(), policy.model.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -8,8 +8,13 @@ import torch
 
 
 class GroupAdvantages(NamedTuple):
-    """`advantages` [num_groups, group_size], float32; groups whose rewards are all equal, of
-    `num_groups` counted."""
+    """Advantages, and how many groups have none.
+
+    Attributes:
+        advantages: [num_groups, group_size], float32.
+        num_zero_variance: Groups whose rewards are all equal.
+        num_groups: Groups with a reward.
+    """
 
     advantages: torch.Tensor
     num_zero_variance: int
@@ -58,3 +63,8 @@ def group_advantages(
     return GroupAdvantages(
         advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum())
     )
+
+
+def per_token(values: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """The value of each row for each of its tokens: [batch], [batch] int64 -> [sum(lens)]."""
+    return torch.repeat_interleave(values, lens)

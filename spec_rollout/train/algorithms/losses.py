@@ -1,4 +1,4 @@
-"""The clipped policy loss over packed response tokens, as pure functions.
+"""Losses over packed response tokens, as pure functions.
 
 Sums over micro-batches give the loss of the whole minibatch: the weights of the tokens carry its
 normalisation.
@@ -6,29 +6,12 @@ normalisation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+
+from spec_rollout.train.algorithms.base import LossInputs, LossOutputs
 
 _MAX_LOG_RATIO = 20.0
 _ENTROPY_ELEMENTS = 1 << 24
-
-
-class LossOutput(NamedTuple):
-    """Loss of the tokens given, and sums over them from which means over any number of
-    micro-batches follow.
-
-    Attributes:
-        loss: Scalar, differentiable.
-        num_clipped: Tokens whose gradient the clip removes. Scalar.
-        kl_sum: Sum of the k3 estimate of KL(old || new) over tokens. Scalar.
-        ref_kl_sum: Sum of the k3 estimate of KL(new || reference); 0 without a reference. Scalar.
-    """
-
-    loss: torch.Tensor
-    num_clipped: torch.Tensor
-    kl_sum: torch.Tensor
-    ref_kl_sum: torch.Tensor
 
 
 def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor:
@@ -51,45 +34,38 @@ def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Estimate e^x - 1 - x of a KL divergence from x = ln(other / sampled-from), never negative
-    (Schulman, 2020)."""
+    """Estimate of a KL divergence that is never negative (Schulman, 2020).
+
+    e^x - 1 - x for x = ln(other / sampled-from).
+    """
     return torch.expm1(log_ratio) - log_ratio
 
 
 def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    ref_logprobs: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> LossOutput:
-    """sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * k3_t), r =
-    new / old.
+    inputs: LossInputs, *, clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0
+) -> LossOutputs:
+    """The clipped policy loss with a KL term.
 
-    The clipped objective of PPO (Schulman et al., 2017) with the two clip ranges of DAPO (arXiv
-    2503.14476) and GRPO's KL term (arXiv 2402.03300, eq. 4).
+        sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * k3_t)
+
+    with r = new / old: the objective of PPO (Schulman et al., 2017) with the two clip ranges of
+    DAPO (arXiv 2503.14476) and GRPO's KL term (arXiv 2402.03300, eq. 4).
 
     Args:
-        logprobs: Of the response tokens under the policy being trained. [num_tokens], float32,
-            differentiable.
-        old_logprobs: Under the policy that drew them. [num_tokens], float32.
-        advantages: [num_tokens], float32.
-        weights: See `token_weights`. [num_tokens], float32.
+        inputs: `ref_logprobs` is required if `kl_coef` > 0.
         clip_low, clip_high: Distances of the clip range from 1.
-        ref_logprobs: Under the reference. [num_tokens], float32; required if `kl_coef` > 0.
+        kl_coef: Weight of the KL to the reference.
+
+    Returns:
+        Sums: `approx_kl`, the k3 estimate of KL(old || new); `clip_fraction`, tokens whose gradient
+        the clip removes; with a reference `kl`, the k3 estimate of KL(new || reference).
 
     Raises:
         ValueError: if sizes differ, or the reference is missing.
     """
-    for name, value in (
-        ("old_logprobs", old_logprobs),
-        ("advantages", advantages),
-        ("weights", weights),
-    ):
+    logprobs, advantages, ref_logprobs = inputs.logprobs, inputs.advantages, inputs.ref_logprobs
+    for name in ("old_logprobs", "advantages", "weights"):
+        value = getattr(inputs, name)
         if value.shape != logprobs.shape:
             raise ValueError(
                 f"{name}: expected shape {list(logprobs.shape)} (logprobs), got {list(value.shape)}"
@@ -100,21 +76,21 @@ def policy_loss(
             f"ref_logprobs: expected shape {list(logprobs.shape)} with kl_coef > 0, got {got}"
         )
     # A ratio that overflows would turn the gradient of a clipped token into 0 * inf.
-    log_ratio = (logprobs - old_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    log_ratio = (logprobs - inputs.old_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     per_token = -torch.minimum(plain, clipped)
-    ref_kl_sum = logprobs.new_zeros(())
+    sums: dict[str, torch.Tensor] = {}
     if ref_logprobs is not None:
         ref_kl = k3(ref_logprobs - logprobs)
-        ref_kl_sum = ref_kl.detach().sum()
+        sums["kl"] = ref_kl.detach().sum()
         if kl_coef > 0:
             per_token = per_token + kl_coef * ref_kl
     with torch.no_grad():
-        num_clipped = (clipped < plain).sum()
-        kl_sum = k3(log_ratio).sum()
-    return LossOutput((weights * per_token).sum(), num_clipped, kl_sum, ref_kl_sum)
+        sums["clip_fraction"] = (clipped < plain).sum()
+        sums["approx_kl"] = k3(log_ratio).sum()
+    return LossOutputs((inputs.weights * per_token).sum(), sums)
 
 
 def logprobs_and_entropy(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from spec_rollout.train.algorithms.advantages import group_advantages
+from spec_rollout.train.algorithms.advantages import group_advantages, per_token
 
 NAN = math.nan
 
@@ -63,3 +63,8 @@ def test_skipped_responses_do_not_count():
 def test_bad_rewards(rewards):
     with pytest.raises(ValueError, match="rewards: expected"):
         group_advantages(rewards)
+
+
+def test_each_token_has_the_value_of_its_row():
+    values = per_token(torch.tensor([1.5, 0.0, -2.0]), torch.tensor([2, 0, 3]))
+    assert values.tolist() == [1.5, 1.5, -2.0, -2.0, -2.0]

@@ -1,0 +1,56 @@
+"""GRPO (Shao et al., 2024, arXiv 2402.03300): a group's rewards are each other's baseline."""
+
+from __future__ import annotations
+
+import torch
+
+from spec_rollout.config.sections import TrainConfig
+from spec_rollout.train.algorithms.advantages import group_advantages, per_token
+from spec_rollout.train.algorithms.base import (
+    AdvantageInputs,
+    Advantages,
+    LossInputs,
+    LossOutputs,
+    Needs,
+)
+from spec_rollout.train.algorithms.losses import policy_loss, token_weights
+
+
+class GRPO:
+    """Group advantages and the clipped policy loss, with a KL term if `kl_coef` > 0."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            reference=self._config.kl_coef > 0,
+            recomputed_logprobs=self._config.recompute_logprobs,
+        )
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        names = ("approx_kl", "clip_fraction")
+        return (*names, "kl") if self.needs.reference else names
+
+    def advantages(self, inputs: AdvantageInputs) -> Advantages:
+        grouped = group_advantages(inputs.rewards, normalize=self._config.normalize_advantages)
+        return Advantages(
+            per_token(grouped.advantages.flatten(), inputs.response_lens),
+            metrics={
+                "zero_variance_fraction": grouped.num_zero_variance / max(1, grouped.num_groups)
+            },
+        )
+
+    def token_weights(self, response_lens: torch.Tensor) -> torch.Tensor:
+        return token_weights(response_lens, self._config.loss_aggregation)
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        config = self._config
+        return policy_loss(
+            inputs,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            kl_coef=config.kl_coef,
+        )
