@@ -23,6 +23,9 @@ from spec_rollout._native import _C, num_threads
 
 BATCH_INVARIANT_ATTENTION = "spec_rollout_batch_invariant"
 
+# Arguments of transformers' attention functions that change what they compute.
+_NOT_SERVED = ("softcap", "s_aux", "position_bias")
+
 # A matrix product of fewer rows than this may take a kernel of its own.
 MIN_ROWS = 16
 
@@ -74,13 +77,13 @@ def batch_invariant_attention(
         [rows, tokens, heads, head_dim], 0 for padding after a row's last position, and None in
         place of the weights.
     """
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or dropout:
+    if dropout or any(kwargs.get(name) is not None for name in _NOT_SERVED):
         raise NotImplementedError(
-            "batch-invariant attention has no soft cap, sinks or dropout; "
+            "batch-invariant attention has no soft cap, sinks, position bias or dropout; "
             "build the engine with batch_invariant=False"
         )
     rows, num_heads, num_tokens, head_dim = query.shape
-    out = torch.empty((rows, num_tokens, num_heads, head_dim))
+    out = torch.empty((rows, num_tokens, num_heads, head_dim), dtype=torch.float32)
     _C.causal_attention(
         query if query.stride(-1) == 1 else query.contiguous(),
         key,

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Where configs say how far a token of some layer sees.
+_WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")
 
 
 class ModelForward:
@@ -32,13 +35,25 @@ class ModelForward:
         model: A causal LM that takes `position_ids` and a 4-D `attention_mask`.
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in the
             batch; None: yes for float32 models on CPU.
+        max_model_len: Most tokens of a row; None is no limit.
+
+    Attributes:
+        vocab_size: Rows of the embedding: ids that a prompt may have.
+        head_size: Rows of the output head: ids that can be drawn. At most `vocab_size`.
+        windows: How far tokens see in layers that do not see all.
 
     Raises:
         ValueError: naming what the model has that this engine cannot work with.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_invariant: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_invariant: bool | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
         self.model = model
+        self.max_model_len = max_model_len
         self.config = model.config.get_text_config(decoder=True)
         self.device, self.dtype = _device_and_dtype(model)
         self._masks = _mask_kinds(model, self.config)
@@ -47,8 +62,12 @@ class ModelForward:
             raise ValueError(
                 f"model: expected a causal LM, {type(model).__name__} has no output layer"
             )
-        embeddings: Any = model.get_input_embeddings()
-        self.vocab_size: int = embeddings.weight.shape[0]
+        self.vocab_size, self.head_size = _vocabulary(model, self._head)
+        self.windows = [
+            window
+            for name in _WINDOWS
+            if isinstance(window := getattr(self.config, name, None), int) and window > 0
+        ]
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
         self.min_rows = MIN_ROWS if self.batch_invariant else 1
@@ -224,6 +243,9 @@ class ModelForward:
             reasons.append(f"uses {self.model.config._attn_implementation} attention")
         if not getattr(self.model, "_supports_attention_backend", False):
             reasons.append("takes no custom attention function")
+        value_dim = getattr(self.config, "v_head_dim", None)
+        if value_dim is not None and value_dim != getattr(self.config, "qk_head_dim", value_dim):
+            reasons.append("has values narrower than its keys")
         if wanted and reasons:
             raise ValueError(
                 "batch_invariant: expected a float32 model with sdpa attention on CPU, "
@@ -237,12 +259,26 @@ class ModelForward:
         return True
 
 
+def _vocabulary(model: Any, head: Any) -> tuple[int, int]:
+    """Rows of the embedding and of the output head."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    head_size = getattr(head, "out_features", None) or head.weight.shape[0]
+    if head_size > num_embeddings:
+        raise ValueError(
+            f"model: expected an output head of at most {num_embeddings} rows (its embedding has "
+            f"as many), got {head_size}: a token drawn from the rest has no embedding"
+        )
+    return num_embeddings, head_size
+
+
 def _device_and_dtype(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise ValueError(
             f"model: expected all parameters on one device, got {sorted(map(str, devices))}"
         )
+    if model.dtype not in _DTYPES:
+        raise ValueError(f"model: expected float32, float16 or bfloat16 weights, got {model.dtype}")
     return devices.pop(), model.dtype
 
 

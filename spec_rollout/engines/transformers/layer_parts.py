@@ -29,7 +29,7 @@ Forward = Callable[..., Any]
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension. [..., dim], float32 on CPU."""
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=torch.float32)
     dim = x.shape[-1]
     rows = x.contiguous().view(-1, dim)
     _C.rms_norm(rows, weight, eps, out.view(-1, dim), num_threads())
@@ -38,7 +38,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. [..., dim], float32 on CPU."""
-    out = torch.empty(gate.shape)
+    out = torch.empty(gate.shape, dtype=torch.float32)
     flat = [tensor.contiguous().view(1, -1) for tensor in (gate, up)]
     _C.silu_mul(*flat, out.view(1, -1), num_threads())
     return out
@@ -55,7 +55,7 @@ def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
         [rows, heads, tokens, head_dim]; underneath, a token's heads lie together.
     """
     rows, heads, tokens, head_dim = x.shape
-    out = torch.empty(rows, tokens, heads, head_dim)
+    out = torch.empty(rows, tokens, heads, head_dim, dtype=torch.float32)
     x = x if x.stride(-1) == 1 else x.contiguous()
     _C.rotate_halves(x, cos.contiguous(), sin.contiguous(), out, num_threads())
     return out.transpose(1, 2)
@@ -161,7 +161,7 @@ def _agrees(module: torch.nn.Module, make: Callable[[torch.nn.Module], Forward])
         for parameter in probe.parameters():
             parameter.normal_(generator=generator)
         size = probe.gate_proj.in_features if _is_gated_mlp(probe) else probe.weight.numel()
-        x = torch.randn(3, 1, size, generator=generator)
+        x = torch.randn(3, 1, size, generator=generator, dtype=torch.float32)
         expected, actual = probe(x), make(probe)(x)
     return _close(actual, expected)
 
@@ -193,7 +193,7 @@ def _rotates_halves(original: Forward) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     q, k, cos, sin = random(2, 4, 3, 8), random(2, 2, 3, 8), random(2, 3, 8), random(2, 3, 8)
     with torch.inference_mode():

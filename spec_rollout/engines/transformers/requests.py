@@ -44,9 +44,14 @@ class Plan:
         rule: AcceptanceRule,
         *,
         vocab_size: int,
+        head_size: int,
         max_model_len: int | None,
     ) -> Plan:
         """Checks the requests and cuts the drafts.
+
+        Args:
+            vocab_size: Ids that a prompt may have.
+            head_size: Ids that can be drawn: those of drafts, history and stop tokens.
 
         Raises:
             ValueError: if an id is outside the vocabulary, a prompt leaves no room for a token
@@ -55,11 +60,11 @@ class Plan:
         drafts = requests.drafts if rule.uses_drafts else Drafts.none(requests.batch)
         if rule.needs_draft_logprobs and drafts.logprobs is None and drafts.token_ids.numel():
             raise ValueError(f"drafts.logprobs: expected log-probs, as {rule} needs, got None")
-        for name, ids in (
-            ("prompt_ids", requests.prompt_ids),
-            ("drafts.token_ids", drafts.token_ids),
-        ):
-            _check_ids(name, ids, vocab_size)
+        _check_ids("prompt_ids", requests.prompt_ids, vocab_size)
+        _check_ids("drafts.token_ids", drafts.token_ids, head_size)
+        if requests.history is not None:
+            _check_ids("history.token_ids", requests.history.token_ids, head_size)
+        _check_ids("stop_token_ids", torch.tensor(sampling.stop_token_ids), head_size)
         prompt_lens = np.diff(requests.cu_prompt_lens.numpy())
         rooms = np.full(requests.batch, sampling.max_tokens, dtype=np.int64)
         if max_model_len is not None:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+
+from spec_rollout.engines.transformers.unwrap import is_adapter, merged_name, plain_name
 
 
 def copy_weights(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copies tensors into the parameters and buffers of the same names.
 
-    Names are those of `model.state_dict()`; not all need be given. A tensor that is the parameter
-    itself (a trainer sharing the model) is not copied. Other dtypes and devices are converted.
+    Names are those of `model.state_dict()`, or of the same model wrapped (torch.compile,
+    DataParallel, peft); not all need be given. A tensor that is the parameter itself (a trainer
+    sharing the model) is not copied. Other dtypes and devices are converted. A model with peft's
+    layers takes the names of its adapter; one without takes peft's names of merged weights.
 
     Raises:
-        ValueError: naming the first tensor with an unknown or repeated name or another shape;
-            nothing is written then.
+        ValueError: naming the first tensor with an unknown or repeated name or another shape, or
+            an adapter's where there is none (or none's where there is one); nothing is written
+            then.
     """
     targets = model.state_dict(keep_vars=True)
     updates: dict[str, torch.Tensor] = {}
-    for name, tensor in named_tensors:
-        target = targets.get(name)
-        if not isinstance(target, torch.Tensor):
-            raise ValueError(
-                f"named_tensors: expected names of the model's state dict, got {name!r}"
-            )
+    for given, tensor in named_tensors:
+        name = _target_name(given, targets)
+        target = targets[name]
         if name in updates:
-            raise ValueError(f"named_tensors: expected each name once, got {name!r} again")
+            raise ValueError(f"named_tensors: expected each name once, got {given!r} again")
         if tensor.shape != target.shape:
             raise ValueError(
-                f"named_tensors: expected {name!r} of shape {list(target.shape)}, got "
+                f"named_tensors: expected {given!r} of shape {list(target.shape)}, got "
                 f"{list(tensor.shape)}"
             )
         updates[name] = tensor
@@ -38,6 +41,26 @@ def copy_weights(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torc
             target = targets[name]
             if not _is_same(tensor, target):
                 target.copy_(tensor)
+
+
+def _target_name(given: str, targets: Mapping[str, Any]) -> str:
+    """The model's own name of a weight."""
+    name = plain_name(given)
+    for candidate in (given, name, merged_name(name)):
+        if isinstance(targets.get(candidate), torch.Tensor):
+            return candidate
+    if is_adapter(name):
+        raise ValueError(
+            "named_tensors: expected merged weights, as the engine's model has no such adapter, "
+            f"got {given!r} (with peft: merge_adapter(), then all names without lora_)"
+        )
+    stem, _, leaf = name.rpartition(".")
+    if isinstance(targets.get(f"{stem}.base_layer.{leaf}"), torch.Tensor):
+        raise ValueError(
+            "named_tensors: expected the names of a model with an adapter, as the engine's has "
+            f"one (the base weight is {stem}.base_layer.{leaf!s}), got {given!r}"
+        )
+    raise ValueError(f"named_tensors: expected names of the model's state dict, got {given!r}")
 
 
 def _is_same(tensor: torch.Tensor, target: torch.Tensor) -> bool:
