@@ -2,4 +2,6 @@
 # documented where they are called.
 from typing import Any
 
+class MatchShares: ...
+
 def __getattr__(name: str) -> Any: ...

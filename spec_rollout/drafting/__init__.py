@@ -1,4 +1,4 @@
-"""Where proposals come from after a draft is spent, and how many are worth computing."""
+"""History drafting: proposes tokens from earlier rollouts, and decides how many are worth it."""
 
 from spec_rollout.drafting.history import HistoryDrafter, MatchShares, Proposals
 from spec_rollout.drafting.payoff import Payoff

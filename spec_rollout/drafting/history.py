@@ -1,4 +1,4 @@
-"""Proposals from what was said before, by a prompt's own rollouts and by all."""
+"""Proposes tokens from earlier rollouts: those of the same prompt first, then those of all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from spec_rollout._native import _C, num_threads
 from spec_rollout.types import History
 
-# How proposed tokens fared, by context and by chance; opaque, and kept by engines between calls.
+# How many proposed tokens passed, by the kind of match and the estimate. Nothing but the extension
+# looks into it. An engine keeps one and gives it to the drafter of every call.
 MatchShares = _C.MatchShares
 
 
@@ -20,10 +21,10 @@ class Proposals:
     """Tokens to test, for some requests.
 
     Attributes:
-        token_ids: [num_tokens], int32.
-        lens: [count], int64.
-        own_lens: Of these, the first ones, those that are the request's own draft (`follow`).
-            [count], int64.
+        token_ids: Request after request. [num_tokens], int32.
+        lens: Tokens of each request. [count], int64.
+        own_lens: How many of them, from the first on, come from the request's own draft
+            (`follow`). [count], int64.
     """
 
     token_ids: np.ndarray
@@ -34,21 +35,24 @@ class Proposals:
 class HistoryDrafter:
     """Proposes for the live requests of one rollout call, and learns which proposals pass.
 
-    Every group of requests (the samples of one prompt) has a suffix index over its earlier rollouts
-    and over what its live requests have generated so far; an n-gram table knows what all groups say
-    after a few tokens. Of what followed the same words there, the token is proposed that the
-    request's noise is likeliest to pick: the noise is known ahead, and the log-probs that tokens
-    were drawn with are an estimate of the present ones. A proposal goes on as long as its tokens
-    are likely enough to pass, judged by that comparison and by how such proposals fared lately, for
-    all requests and for this one (docs/acceptance.md).
+    Each group of requests (the samples of one prompt) has a suffix index. It holds the group's
+    earlier rollouts and what its live requests have generated so far. An n-gram table holds what
+    all groups said after the same few tokens.
+
+    A lookup gives the tokens that followed the same text. The drafter proposes the one that the
+    request's noise is likeliest to pick. It can tell, because the noise is known ahead. The
+    log-probs that those tokens were drawn with serve as an estimate of the present ones. A proposal
+    goes on while its tokens are likely enough to pass. That is estimated from the same comparison
+    and from how many such proposals passed lately, of all requests and of this one
+    (docs/acceptance.md).
 
     A proposal changes no token: it is tested against the token that sampling gives anyway.
 
     Args:
         history: Earlier rollouts, and the group of each request.
-        stop_token_ids: Never proposed, nor what followed them.
-        shares: What is known of how proposals fare; an engine hands its own to the drafter of every
-            call. None is new ones.
+        stop_token_ids: These are never proposed, and nothing after them is.
+        shares: How many proposals passed so far. An engine gives its own to the drafter of every
+            call. None starts from nothing.
     """
 
     def __init__(
@@ -72,12 +76,11 @@ class HistoryDrafter:
         )
 
     def follow(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Gives a request its own earlier rollout to go by: one drawn with the same noise
-        (`Coupled`).
+        """Gives a request its own earlier rollout, which was drawn with the same noise (`Coupled`).
 
-        As long as what it generates is the same, the draft's next token competes with what the
-        history says. What the log-probs and the noise say of how near another token came decides
-        how far it is believed.
+        While the request generates the same tokens, the draft's next token competes with those of
+        the history. It is trusted less where another token came near to being drawn, as the
+        log-probs and the noise tell.
 
         Args:
             request: Before its first `extend`.
@@ -99,7 +102,7 @@ class HistoryDrafter:
             requests: [count], int64.
             token_ids: Row after row. [num_tokens], int32.
             lens: [count], int64.
-            logprobs: Of the tokens; NaN, or None for all, where they are not known. [num_tokens],
+            logprobs: Of the tokens; NaN where one is not known, None where none is. [num_tokens],
                 float32.
         """
         cu_lens = np.zeros(lens.size + 1, np.int64)
@@ -121,15 +124,17 @@ class HistoryDrafter:
         keys: np.ndarray | None = None,
         positions: np.ndarray | None = None,
     ) -> Proposals:
-        """Proposes for each request the tokens that pass with at least this estimated probability.
+        """Proposes for each request the tokens that are likely enough to pass.
 
         Args:
-            requests: Requests that `extend` has seen. [count], int64.
+            requests: A request that `extend` has not seen gets nothing. [count], int64.
             limits: Most tokens for each. [count], int64.
-            min_probability: Of a token and all before it in its proposal passing.
-            max_total: Most tokens for all; where there are more, the longest proposals are cut.
-            keys, positions: Noise key of each request and noise position of its next token
-                (`sample_tokens`); None where tokens are not drawn with keyed noise. [count], int64
+            min_probability: A token is proposed if it and all before it in its proposal pass with
+                at least this estimated probability.
+            max_total: Most tokens for all together. Where there would be more, the longest
+                proposals are cut. None is no such limit.
+            keys, positions: Noise key of each request, and noise position of its next token
+                (`sample_tokens`). None where tokens are not drawn with keyed noise. [count], int64
                 both.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)

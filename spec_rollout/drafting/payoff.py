@@ -4,12 +4,14 @@ from __future__ import annotations
 
 
 class Payoff:
-    """Whether steps with proposals give more tokens per second than steps without, by batch size
-    (powers of two).
+    """Whether steps with proposals give more tokens per second than steps without.
 
-    `StepCost` prices a proposed token; this also sees what a step with proposals costs whatever
-    their number, and bounds what useless proposals can lose: now and then a step does the opposite
-    of what has paid so far, the more seldom the clearer it paid.
+    Each batch size (to a power of two) is judged by its own steps. `StepCost` prices one proposed
+    token. This also sees what any step with proposals costs beyond its tokens, so it bounds what
+    useless proposals can lose. Now and then a step does the opposite of what has paid so far. The
+    clearer it paid, the more seldom that is.
+
+    It reads no clock: the engine says what each step took.
     """
 
     # (how many times as many tokens per second, one step in so many does the opposite)
@@ -21,7 +23,7 @@ class Payoff:
         self._asked: dict[int, int] = {}
 
     def observe(self, rows: int, has_proposals: bool, tokens: int, seconds: float) -> None:
-        """A step of decoding that gave `tokens` tokens to `rows` requests."""
+        """Adds a step of decoding that gave `tokens` tokens to `rows` >= 1 requests."""
         key = (rows.bit_length(), has_proposals)
         old_tokens, old_seconds = self._rates.get(key, (0.0, 0.0))
         self._rates[key] = (
@@ -30,7 +32,7 @@ class Payoff:
         )
 
     def pays(self, rows: int) -> bool:
-        """Whether the next step should have proposals."""
+        """Whether the next step, of `rows` requests, should have proposals."""
         size = rows.bit_length()
         self._asked[size] = asked = self._asked.get(size, 0) + 1
         tokens, seconds = self._rates.get((size, True), (0.0, 0.0))

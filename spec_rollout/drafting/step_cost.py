@@ -1,4 +1,4 @@
-"""What a decoding step costs: a running fit that decides how unlikely a proposed token may be."""
+"""What a decoding step costs, and so how unlikely a proposed token may be."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ class _Size:
 
 
 class StepCost:
-    """Fits `seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens` to the
-    steps seen.
+    """Fits the seconds of a step to its rows and proposed tokens, over the steps seen.
 
-    A proposed token costs `per_proposal` for certain and gives a token with the probability that it
-    passes. A token that is not given now has to be given later, and what that costs is measured:
-    the seconds of steps with proposals over the tokens they gave, for all batches of at most this
-    size, since batches only shrink. So a proposed token pays if its probability is at least
+        seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens
+
+    A proposed token costs `per_proposal` for certain. It gives a token with the probability that it
+    passes. A token that is not given now has to be given later, and the cost of that is measured:
+    the seconds of steps with proposals, divided by the tokens they gave. Batches only shrink, so
+    this is taken over all batches of at most the present size. So a proposed token pays if its
+    probability is at least
 
         threshold = per_proposal / (seconds per token from here on)
 
-    Few rows share the fixed part among them, so in the tail of a batch unlikelier tokens are worth
-    trying than when the batch is full.
+    Where few rows share the fixed part, a token costs more. So unlikelier tokens are worth trying
+    in the tail of a batch than in a full one.
 
-    The fit is by least squares of relative errors with exponential forgetting, and lives as long as
-    the engine. Batch sizes (powers of two) have fixed parts of their own: what a step costs is no
-    straight line from one row to hundreds, and steps of the tail would otherwise bend the line for
-    full batches. It is asked in every step, hence plain numbers.
+    The fit is by least squares of relative errors, with exponential forgetting. It lives as long as
+    the engine. Each batch size (to a power of two) has a fixed part of its own, because the cost of
+    a step is no straight line from one row to hundreds. Otherwise steps of the tail would bend the
+    line for full batches. Every step asks it, so it computes with plain numbers.
+
+    It reads no clock: the engine says what each step took.
     """
 
     def __init__(self) -> None:
@@ -51,9 +55,13 @@ class StepCost:
     def observe(
         self, rows: int, proposed: int, seconds: float, accepted: int | None = None
     ) -> None:
-        """Adds a step of `rows` rows and `proposed` further tokens, of which `accepted` were kept.
+        """Adds a step.
 
-        `accepted` is None where the further tokens were not (all) proposals.
+        Args:
+            rows: Requests in the batch, >= 1.
+            proposed: Tokens computed beyond one per row.
+            seconds: What the step took.
+            accepted: How many of `proposed` were kept; None where they were not all proposals.
         """
         size = self._sizes.setdefault(rows.bit_length(), _Size())
         # Relative errors count: long steps are not measured better than short ones.
@@ -73,14 +81,14 @@ class StepCost:
             size.given += rows + accepted
 
     def begin(self) -> None:
-        """A rollout call begins."""
+        """A rollout call begins: seconds and tokens of earlier calls count half."""
         for size in self._sizes.values():
             size.spent *= _FORGET_CALL
             size.given *= _FORGET_CALL
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """Seconds per row and per proposed token; zeros before anything was seen to vary."""
+        """Seconds per row and per proposed token; 0 for what has not varied yet."""
         rr = rp = rs = pp = ps = 0.0
         for size in self._sizes.values():  # around the means of each size
             r, p, s = size.sums
