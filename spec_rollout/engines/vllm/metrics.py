@@ -115,9 +115,10 @@ class ReuseMetrics:
         return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
 
     def as_row(self) -> dict[str, float]:
-        """What `RolloutStats` does not say, for a trainer's log: `vllm_*` counts, and
-        `vllm_acceptance_A_B`, the share accepted of the draft tokens tested at positions A to B
-        (1-based); left out where none was tested.
+        """What `RolloutStats` does not say, for a trainer's log.
+
+        `vllm_*` counts, and `vllm_acceptance_A_B`: the share accepted of the draft tokens tested at
+        positions A to B (1-based), left out where none was tested.
         """
         names = ("num_tested_tokens", "num_wasted_tokens", "num_placeholder_tokens")
         row: dict[str, float] = {f"vllm_{name}": getattr(self, name) for name in names}

@@ -76,8 +76,7 @@ MakeEngine = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_engine(model_dir: Path) -> Iterator[MakeEngine]:
-    """`make_engine(num_speculative_tokens=64, strategy="inflight", **llm_args)`; equal arguments
-    share an engine."""
+    """`make_engine(num_speculative_tokens=64, **llm_args)`; equal arguments share an engine."""
     from vllm_samples import LLM_ARGS
 
     from spec_rollout.engines.vllm import VLLMEngine

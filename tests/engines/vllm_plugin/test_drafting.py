@@ -238,8 +238,7 @@ def test_model_length(engine: Any) -> None:
 def test_the_noise_in_view_is_that_of_the_token(
     engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The drafter is told each request's key, and the position after all the tokens it has been
-    given."""
+    """The drafter is told each request's key, and the position after all its tokens."""
     drafts = pack_drafts(mixed_drafts(rows_of(plain)), logprobs=-1.5)
     requests = make_requests(PROMPTS, drafts)
     past = replace(history_of(rows_of(plain), GROUPS), logprobs=plain.logprobs)

@@ -1,5 +1,7 @@
-"""The plugin for people who run vLLM themselves: stock requests untouched, parameters honoured,
-errors that stay alone."""
+"""The plugin for people who run vLLM themselves.
+
+Stock requests stay untouched, parameters are honoured, errors stay alone.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The engine core in a process of its own, with nothing of ours imported there but what vLLM loads
-itself."""
+"""The engine core in a process of its own, with what vLLM loads itself and nothing else of ours."""
 
 from __future__ import annotations
 
@@ -125,8 +124,7 @@ if __name__ == "__main__":
 
 
 def test_async_engine_serves_the_others(vllm_installed: None, tmp_path: Path) -> None:
-    """Drafts, aborts and a malformed request at the same time, through the engine that `vllm serve`
-    runs."""
+    """Drafts, aborts and a malformed request at the same time, in the engine of `vllm serve`."""
     make_model(tmp_path / "old", seed=0)
     found = _run(tmp_path, "1", _ASYNC_SCRIPT)
     assert all(len(ids) > 0 for ids in found["plain"])

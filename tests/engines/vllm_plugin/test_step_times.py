@@ -68,8 +68,7 @@ def taught(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_how_much_is_proposed_depends_on_what_steps_take(
     plain: Rollouts, with_history: RolloutRequests, taught: Any
 ) -> None:
-    """Where every token takes as long, a proposal gives at most what it takes; where only the step
-    does, it is for nothing."""
+    """Where tokens take the time, proposals do not pay; where steps do, they cost nothing."""
     calls: dict[str, RolloutStats] = {}
     for name, per_step, per_token in (("tokens", 0.0, 1.0), ("steps", 1.0, 0.0)):
         found = taught(with_history, per_step, per_token)
@@ -81,8 +80,7 @@ def test_how_much_is_proposed_depends_on_what_steps_take(
 
 
 def test_the_tail_takes_what_its_steps_take(taught: Any) -> None:
-    """Of `max_num_seqs` 16 running requests, the tail begins with fewer than a tenth of the call's
-    36."""
+    """The tail of 36 requests begins with fewer than 3.6 of them running."""
     stats = taught(make_requests(PROMPTS), 1.0, 0.0).stats
     assert stats.num_tail_steps > 0
     assert stats.tail_seconds == stats.num_tail_steps

@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("even_steps")]
 
 @pytest.fixture(autouse=True)
 def one_thread(vllm_installed: None) -> Iterator[None]:
-    """With several, sums depend on the batch, and the runs that are compared drift apart by
-    rounding."""
+    """With several threads, sums depend on the batch, and runs drift apart by rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,8 +30,7 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
-    """A run of the demo's model on a few of its prompts; sections are updated by keyword
-    arguments."""
+    """A run of the demo's model on a few of its prompts; keyword arguments update sections."""
     from spec_rollout.config.toml import from_dict
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems, write_jsonl
@@ -202,11 +200,13 @@ def test_rollout_command(tmp_path: Path) -> None:
 
 
 def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from spec_rollout.commands.demo import RUNS, SHORT, demo, table
+    from spec_rollout.demo.preset import FULL_RUNS, SHORT
+    from spec_rollout.demo.run import demo, result_text
 
-    content = demo(tmp_path / "vllm", list(RUNS), SHORT, 0, ["demo"], "vllm")
+    content = demo(tmp_path / "vllm", FULL_RUNS, SHORT, 0, ["demo"], "vllm")
     saved = json.loads((tmp_path / "vllm" / "summary.json").read_text())
-    embedded = demo(tmp_path / "embedded", ["vanilla"], SHORT, 0, ["demo"])
+    vanilla = {"vanilla": FULL_RUNS["vanilla"]}
+    embedded = demo(tmp_path / "embedded", vanilla, SHORT, 0, ["demo"])
     assert saved.keys() - embedded.keys() == {"coupled_equals_off", "both_equals_off"}
     for run in saved["runs"].values():
         assert run.keys() == embedded["runs"]["vanilla"].keys()
@@ -216,4 +216,4 @@ def test_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert same["identical"] == same["total"] > 0
     assert saved["runs"]["both"]["accepted_proposals"] > 0
     assert (tmp_path / "vllm" / "report.html").stat().st_size > 10_000
-    assert "identical, token for token" in table(content)
+    assert "identical, token for token" in result_text(content, FULL_RUNS)

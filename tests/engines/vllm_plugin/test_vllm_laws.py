@@ -1,5 +1,4 @@
-"""The laws of acceptance rules, through the engine, on real samples: chi-square against their
-closed forms."""
+"""The laws of acceptance rules, on real samples of the engine, against their closed forms."""
 
 from __future__ import annotations
 
@@ -37,8 +36,10 @@ def target_probs(model: Any, context: list[int], sampling: SamplingParams) -> np
 
 
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:
-    """p-value; cells expecting fewer than 8 are pooled. No count may lie where the law has no
-    mass."""
+    """p-value; cells expecting fewer than 8 are pooled.
+
+    No count may lie where the law has no mass.
+    """
     assert counts[probs == 0].sum() == 0
     expected = probs * counts.sum()
     small = expected < 8
@@ -65,10 +66,10 @@ def sample_at(
     draft_logprobs: np.ndarray,
     seed: int,
 ) -> np.ndarray:
-    """Counts of the response's token at position len(prefix), whose drafts are `drafted`; the
-    prefix is accepted for sure.
+    """Counts of the response's token at position len(prefix), whose drafts are `drafted`. [VOCAB].
 
-    Lenient: the prefix claims to have been next to impossible when it was drawn. [VOCAB].
+    The prefix is accepted for sure: under `Lenient` it claims to have been next to impossible when
+    it was drawn.
     """
     n = len(prefix)
     tokens = np.concatenate(
@@ -157,8 +158,7 @@ def test_lenient_law(law_engine: Any, hf_model: Any, place: str, sampling: str) 
 
 
 def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lenient's law at the draft's token, and the target's behind it, where history proposes what
-    is likeliest."""
+    """Lenient's law at the draft's token, and the target's behind it, with likely proposals."""
     # As much as there is, whatever it costs.
     monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
     monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
@@ -233,8 +233,7 @@ def test_one_hot_law_is_the_targets(law_engine: Any, hf_model: Any, sampling: st
 
 @pytest.mark.parametrize("k", [1, 64])
 def test_one_hot_law_inside_a_draft(law_engine: Any, hf_model: Any, k: int) -> None:
-    """Drafts of three tokens; position 2 given that the first two were accepted, and the overall
-    law of position 1."""
+    """Drafts of three tokens: position 2 where the first two passed, and position 1 of all."""
     params = SamplingParams(max_tokens=3)
     context = list(PROMPT)
     draft = []

@@ -1,5 +1,4 @@
-"""Weight updates: the engine then samples from the new policy, and drafts of the old one are tested
-against it."""
+"""Weight updates: the new policy is sampled from, and drafts of the old one are tested by it."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ LLM_ARGS: dict[str, Any] = {
 
 
 def make_model(folder: Path, *, seed: int = 0, **shape: int) -> Any:
-    """A random float32 Qwen3 with visible preferences, neither uniform nor certain, saved to
-    `folder`."""
+    """A random float32 Qwen3, saved to `folder`; its preferences are visible, and no certainties."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
@@ -142,8 +141,10 @@ def corrupted(rows: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:
 
 
 def mixed_drafts(rows: Sequence[Sequence[int]], seed: int = 0) -> list[list[int]]:
-    """Drafts of every kind for responses `rows`: right, wrong somewhere, cut, empty, one token, EOS
-    inside, too long."""
+    """Drafts of every kind for responses `rows`.
+
+    Right, wrong somewhere, cut, empty, one token, EOS inside, too long.
+    """
     rng = np.random.default_rng(seed)
     wrong = corrupted(rows, seed)
     kinds = (
