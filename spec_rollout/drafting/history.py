@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from spec_rollout._native import _C, num_threads
+from spec_rollout.drafting.groups import split_large_groups
 from spec_rollout.types import History
 
 # How many proposed tokens passed, by the kind of match and the estimate. Nothing but the extension
@@ -61,17 +62,16 @@ class HistoryDrafter:
         stop_token_ids: Sequence[int] = (),
         shares: MatchShares | None = None,
     ) -> None:
-        rows = [history.row_groups, history.request_groups]
+        row_groups, request_groups = split_large_groups(history.row_groups, history.request_groups)
+        rows = [row_groups, request_groups]
         num_groups = 1 + max((int(groups.max()) for groups in rows if groups.numel()), default=-1)
         shares = MatchShares() if shares is None else shares
-        self._native = _C.HistoryDrafter(
-            num_groups, history.request_groups, list(stop_token_ids), shares
-        )
+        self._native = _C.HistoryDrafter(num_groups, request_groups, list(stop_token_ids), shares)
         self._native.add_history(
             history.token_ids,
             history.logprobs,
             history.cu_lens,
-            history.row_groups,
+            row_groups,
             num_threads(),
         )
 
