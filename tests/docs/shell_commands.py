@@ -19,7 +19,6 @@ from spec_rollout.config.toml import from_dict, load_config
 _SYSTEM = ("cd", "source", "git")
 _EXTERNAL = {"vllm": "vllm", "docker": "network", "cibuildwheel": "network", "nvidia-smi": "gpu"}
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
-_PLACEHOLDER = "DIR"
 
 
 def check(command: str, needs: frozenset[str] = frozenset()) -> None:
