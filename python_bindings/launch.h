@@ -48,9 +48,8 @@ void launch(const ArgReader& reader, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   cuda(stream);
 #else
   throw std::runtime_error(
-      "spec_rollout was built without CUDA; install it on a machine with the CUDA toolkit (nvcc), "
-      "or "
-      "set SPEC_ROLLOUT_CUDA=ON to make the build fail where it is missing");
+      "spec_rollout was built without CUDA: install it where an NVIDIA GPU and nvcc are found, or "
+      "with SPEC_ROLLOUT_CUDA=ON (spec-rollout doctor says why it has none)");
 #endif
 }
 
