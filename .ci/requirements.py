@@ -1,5 +1,5 @@
-"""Prints the requirements of pyproject.toml for some purposes, one per line: `requirements.py
-build|EXTRA ...`."""
+"""Prints the requirements of pyproject.toml for some purposes, one per line:
+`requirements.py build|core|EXTRA ...` (core: what the package itself depends on)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ wanted = []
 for purpose in sys.argv[1:]:
     if purpose == "build":
         wanted += project["build-system"]["requires"]
+    elif purpose == "core":
+        wanted += project["project"]["dependencies"]
     else:
         wanted += project["project"]["optional-dependencies"][purpose]
 print("\n".join(wanted))
