@@ -110,9 +110,10 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
     native = env["native"] or {}
     archs = list(native.get("cuda_archs") or [])
     if not native.get("cuda"):
-        fix = REBUILD
+        # A build finds the GPU that is here; without one it has to be told.
+        fix = REBUILD if env["gpus"] else f"SPEC_ROLLOUT_CUDA=ON {REBUILD}"
         if shutil.which("nvcc") is None:
-            fix = f"install the CUDA toolkit (nvcc on PATH), then: {REBUILD}"
+            fix = f"install the CUDA toolkit (nvcc on PATH), then: {fix}"
         missing.append(Missing("the extension has no CUDA objects", "GPU", fix))
     if env["packages"]["torch"] is not None:
         import torch
@@ -198,11 +199,9 @@ def render(diagnosis: Diagnosis) -> str:
     else:
         rows.append(("extension", f"version {native.get('version')}, {native.get('compiler')}"))
         rows.append(("built for cpu", ", ".join(native.get("isa_levels") or []) or "-"))
-        cuda = "no"
-        if native.get("cuda"):
-            archs = ", ".join(str(arch) for arch in native.get("cuda_archs") or [])
-            cuda = f"yes, CUDA {native.get('cuda_version')}, {archs}"
-        rows.append(("built for cuda", cuda))
+        cuda = f"yes, CUDA {native.get('cuda_version')}" if native.get("cuda") else "no"
+        # What was chosen and why; the architectures are part of it.
+        rows.append(("built for cuda", f"{cuda}; {native.get('cuda_reason')}"))
     rows += [(f"self-test {device}", text) for device, text in diagnosis.self_test.items()]
     lines = [f"{name:<15} {value}" for name, value in rows]
     if diagnosis.missing:

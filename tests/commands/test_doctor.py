@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +104,49 @@ def test_gpu_with_objects_of_another_architecture_is_told_what_to_build() -> Non
     missing = doctor._missing_gpu(env, {"cuda": "ok"})
     assert [item.what for item in missing] == ["A is sm_80; CUDA objects are for 90-real"]
     assert missing[0].fix == f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=80 {doctor.REBUILD}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fix"),
+    [
+        ([{"name": "A", "arch": "sm_80"}], doctor.REBUILD),  # a build finds it
+        ([], f"SPEC_ROLLOUT_CUDA=ON {doctor.REBUILD}"),
+    ],
+)
+def test_without_cuda_kernels_the_fix_builds_them(
+    gpus: list[dict[str, str]],
+    fix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    env = {"native": {"cuda": False}, "packages": {"torch": None}, "gpus": gpus}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._missing_gpu(env, {})[0].fix == fix
+    compiler.unlink()
+    assert doctor._missing_gpu(env, {})[0].fix == (
+        f"install the CUDA toolkit (nvcc on PATH), then: {fix}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("native", "line"),
+    [
+        (
+            {"cuda": False, "cuda_reason": "CPU kernels only: no NVIDIA GPU found"},
+            "built for cuda  no; CPU kernels only: no NVIDIA GPU found",
+        ),
+        (
+            {"cuda": True, "cuda_version": "13.0", "cuda_reason": "CUDA kernels for 90: why"},
+            "built for cuda  yes, CUDA 13.0; CUDA kernels for 90: why",
+        ),
+    ],
+)
+def test_text_says_why_these_kernels_were_built(native: dict[str, object], line: str) -> None:
+    env = doctor.environment() | {"native": native}
+    assert line in doctor.render(Diagnosis(env, {"cpu": "ok"})).splitlines()
 
 
 def test_text_lists_every_missing_thing_with_its_fix() -> None:
