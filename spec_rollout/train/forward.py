@@ -6,6 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spec_rollout.engines.transformers.lengths import windows
+from spec_rollout.engines.transformers.row_check import (
+    RowGap,
+    compare,
+    plain_logits,
+    random_rows,
+    row_lens,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -46,3 +55,38 @@ def response_logits(
             f"got {list(logits.shape)}"
         )
     return logits[0]
+
+
+def padded_gap(model: PreTrainedModel, longest: int | None) -> RowGap:
+    """How far `response_logits` of padded rows are from a plain forward of each row alone.
+
+    Args:
+        model: Hugging Face causal language model.
+        longest: Most tokens of a row; None is no limit.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    lens = row_lens(windows(model.config.get_text_config(decoder=True)), longest)
+    rows = random_rows(embeddings.weight.shape[0], lens, device)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    starts = [row * padded.shape[1] for row in range(len(rows))]
+    positions = torch.cat(
+        [torch.arange(start, start + n) for start, n in zip(starts, lens, strict=True)]
+    )
+    with torch.no_grad():
+        logits = response_logits(model, padded, positions.to(device))
+    return compare(logits.split(lens), [plain_logits(model, row) for row in rows], rows)
+
+
+def check_padded_rows(model: PreTrainedModel, longest: int | None) -> None:
+    """Refuses a model whose rows depend on what they are padded to.
+
+    Raises:
+        ValueError: saying by how much.
+    """
+    gap = padded_gap(model, longest)
+    if not gap.is_rounding:
+        raise ValueError(
+            "model: expected a forward in which no row depends on the others, "
+            f"{type(model).__name__} gives {gap} when rows are padded for training"
+        )

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 _MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Where configs say how far a token of some layer sees.
-_WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")
 
 
 class ModelForward:
@@ -40,7 +38,6 @@ class ModelForward:
     Attributes:
         vocab_size: Rows of the embedding: ids that a prompt may have.
         head_size: Rows of the output head: ids that can be drawn. At most `vocab_size`.
-        windows: How far tokens see in layers that do not see all.
 
     Raises:
         ValueError: naming what the model has that this engine cannot work with.
@@ -63,11 +60,6 @@ class ModelForward:
                 f"model: expected a causal LM, {type(model).__name__} has no output layer"
             )
         self.vocab_size, self.head_size = _vocabulary(model, self._head)
-        self.windows = [
-            window
-            for name in _WINDOWS
-            if isinstance(window := getattr(self.config, name, None), int) and window > 0
-        ]
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
         self.min_rows = MIN_ROWS if self.batch_invariant else 1

@@ -12,6 +12,8 @@ import torch
 _BY_LONGEST_ROW = ("dynamic", "longrope")
 
 
+# Where configs say how far a token of some layer sees.
+_WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")
 _CONFIGURED = "the model's max_position_embeddings"
 
 
@@ -66,6 +68,16 @@ def row_limit(model: torch.nn.Module, config: Any) -> RowLimit:
             most = max(most or 0, int(positions * factor))
             reason = "the length that the model's rotary embedding is scaled to"
     return RowLimit(usual, most, reason)
+
+
+def windows(config: Any) -> list[int]:
+    """How far tokens see in layers that do not see all.
+
+    Args:
+        config: A model's text config.
+    """
+    found = (getattr(config, name, None) for name in _WINDOWS)
+    return [window for window in found if isinstance(window, int) and window > 0]
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:

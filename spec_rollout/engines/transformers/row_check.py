@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from spec_rollout.engines.transformers.forward import ModelForward
+from spec_rollout.engines.transformers.lengths import windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,12 @@ class RowGap:
     def is_rounding(self) -> bool:
         return self.mean <= self.tolerance
 
+    def __str__(self) -> str:
+        return (
+            f"log-probs that differ by {self.mean:.2g} nats on average, {self.largest:.2g} at "
+            f"most, from those of each row alone (worst in a row of {self.row_len} tokens)"
+        )
+
 
 def checked_forward(
     model: PreTrainedModel, batch_invariant: bool | None, max_model_len: int | None
@@ -86,7 +93,7 @@ def checked_forward(
 
 def _way_out(forward: ModelForward) -> str:
     """Whether shorter rows would do, for the message."""
-    for window in sorted(forward.windows, reverse=True):
+    for window in sorted(windows(forward.config), reverse=True):
         if window < (forward.max_model_len or math.inf):
             shorter = ModelForward(forward.model, forward.batch_invariant, window)
             if _problem(shorter) is None:
@@ -118,10 +125,7 @@ def _try(forward: ModelForward) -> str | None:
         return f"raised {type(error).__name__}: {text}"
     if gap.is_rounding:
         return None
-    return (
-        f"gives log-probs that differ by {gap.mean:.2g} nats on average, {gap.largest:.2g} at "
-        f"most, from those of each row alone (worst in a row of {gap.row_len} tokens)"
-    )
+    return f"gives {gap}"
 
 
 def row_gap(forward: ModelForward, *, seed: int = 0) -> RowGap:
@@ -130,42 +134,63 @@ def row_gap(forward: ModelForward, *, seed: int = 0) -> RowGap:
     Args:
         forward: Of the model; outside its session.
     """
-    lens = _row_lens(forward)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        torch.randint(forward.vocab_size, (n,), generator=generator).to(forward.device)
-        for n in lens
-    ]
-    with torch.inference_mode():
-        expected = [_alone(forward, row) for row in rows]
+    lens = row_lens(windows(forward.config), forward.max_model_len)
+    rows = random_rows(forward.vocab_size, lens, forward.device, seed)
+    expected = [plain_logits(forward.model, row) for row in rows]
     with forward.session():
         actual = _together(forward, rows)
+    return compare(actual, expected, rows)
+
+
+def random_rows(
+    vocab_size: int, lens: Sequence[int], device: torch.device, seed: int = 0
+) -> list[torch.Tensor]:
+    """Rows of random token ids. Each [len], int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).to(device) for n in lens]
+
+
+def row_lens(windows: Sequence[int], longest: int | None) -> list[int]:
+    """Lengths worth trying: a few short ones, and one past every window that is not too long.
+
+    Args:
+        windows: How far tokens see in some layers.
+        longest: Most tokens of a row; None is no limit.
+    """
+    limit = min(_LONGEST, longest or _LONGEST)
+    past = [w + _PAST_WINDOW for w in windows if w + _PAST_WINDOW <= limit]
+    return sorted({min(n, limit) for n in (*_LENS, *past)})
+
+
+def plain_logits(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
+    """Logits of a plain forward of one row, as anybody would call the model. [tokens, vocab]."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return model(input_ids=row[None], use_cache=False, return_dict=True).logits[0]
+    finally:
+        for module in training:
+            module.training = True
+
+
+def compare(
+    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+) -> RowGap:
+    """Differences of log-probs, of the likeliest tokens and of those that follow.
+
+    Args:
+        actual, expected: Logits of each row. Each [tokens, vocab].
+        rows: Token ids of each row. Each [tokens].
+    """
     gaps = [_gaps(a, b, row) for a, b, row in zip(actual, expected, rows, strict=True)]
     every = torch.cat(gaps)
     every = every[every.isfinite()]  # a model may forbid tokens
     if not every.numel():
         return RowGap(0.0, 0.0, 0, math.inf)
     worst = max(range(len(gaps)), key=lambda r: float(gaps[r].nan_to_num().max()))
-    tolerance = _TOLERANCE.get(forward.dtype, _TOLERANCE_16_BIT)
-    return RowGap(float(every.mean()), float(every.max()), lens[worst], tolerance)
-
-
-def _row_lens(forward: ModelForward) -> list[int]:
-    """Lengths of the rows: a few short ones, and one past every window that is not too long."""
-    limit = min(_LONGEST, forward.max_model_len or _LONGEST)
-    past = [w + _PAST_WINDOW for w in forward.windows if w + _PAST_WINDOW <= limit]
-    return sorted({min(n, limit) for n in (*_LENS, *past)})
-
-
-def _alone(forward: ModelForward, row: torch.Tensor) -> torch.Tensor:
-    """Logits of a plain forward of one row, as anybody would call the model. [tokens, vocab]."""
-    training = [module for module in forward.model.modules() if module.training]
-    forward.model.eval()
-    try:
-        return forward.model(input_ids=row[None], use_cache=False, return_dict=True).logits[0]
-    finally:
-        for module in training:
-            module.training = True
+    tolerance = _TOLERANCE.get(expected[0].dtype, _TOLERANCE_16_BIT)
+    return RowGap(float(every.mean()), float(every.max()), len(rows[worst]), tolerance)
 
 
 def _together(forward: ModelForward, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
