@@ -69,7 +69,7 @@ def test_every_results_file_says_where_it_comes_from() -> None:
     for path in paths:
         content = json.loads(path.read_text())
         assert content["name"] == path.stem
-        assert content["command"].startswith("python ")
+        assert content["command"].startswith(("python ", "spec-rollout "))
         assert len(content["environment"]["commit"]) == 40, path.name
         assert content["environment"]["cpu"]
         assert content["environment"]["packages"]["torch"]
