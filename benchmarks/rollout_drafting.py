@@ -81,19 +81,24 @@ def _policies(quick: bool) -> tuple[Mapping[str, torch.Tensor], Mapping[str, tor
     """The demo's weights one epoch of training apart."""
     from safetensors.torch import load_file
 
-    from spec_rollout.commands.demo import SHORT, DemoSize, demo_config, prepare
     from spec_rollout.config.sections import CheckpointConfig
+    from spec_rollout.demo.preset import FULL, FULL_RUNS, SHORT, demo_grid, prepare
     from spec_rollout.train.trainer import run as train
 
-    size = replace(SHORT if quick else DemoSize(), epochs=2)
+    size = replace(SHORT if quick else FULL, epochs=2)
     per_epoch = size.num_prompts // size.prompts_per_step
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         prepare(out, ["vanilla"], size)
-        config = demo_config("vanilla", out, size, seed=0, evaluate_first=False)
+        runs = {"vanilla": FULL_RUNS["vanilla"]}
+        config = demo_grid(runs, out, size, seed=0).configs()["vanilla"]
         checkpoint = CheckpointConfig(every_steps=per_epoch, keep_last=2)
         train(
-            replace(config, eval=replace(config.eval, at_end=False), checkpoint=checkpoint),
+            replace(
+                config,
+                eval=replace(config.eval, at_start=False, at_end=False),
+                checkpoint=checkpoint,
+            ),
         )
         old, new = sorted((out / "vanilla" / "checkpoints").glob("*/model/model.safetensors"))
         return load_file(old), load_file(new)

@@ -26,8 +26,7 @@ class ResponseLog:
         self._steps.append(np.full(rollouts.batch, step, dtype=np.int32))
 
     def save(self, path: Path) -> None:
-        """Writes `ids` (all tokens), `lens` and `steps` (one per rollout), int32, packed in
-        order."""
+        """Writes `ids` (all tokens), `lens` and `steps` (one per rollout): int32, in order."""
         empty = [np.empty(0, dtype=np.int32)]
         np.savez_compressed(
             path,

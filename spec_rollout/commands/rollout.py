@@ -1,5 +1,4 @@
-"""`spec-rollout rollout`: one rollout pass over a file of prompts, with drafts from an earlier
-pass."""
+"""`spec-rollout rollout`: one pass over a file of prompts, with the drafts of an earlier one."""
 
 from __future__ import annotations
 
@@ -9,28 +8,76 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from spec_rollout.cache import RolloutCache
+from spec_rollout.config import options
 from spec_rollout.config.sections import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
-from spec_rollout.loading.data import PromptRow, load_prompts, read_records
-from spec_rollout.loading.engines import check_engine, make_engine, without_weights
-from spec_rollout.loading.policy import Policy, load_policy
-from spec_rollout.rollout import RolloutSession
-from spec_rollout.types import FinishReason, Rollouts, RolloutStats
 
+if TYPE_CHECKING:
+    from spec_rollout.loading.data import PromptRow
+    from spec_rollout.loading.policy import Policy
+    from spec_rollout.types import Rollouts
+
+HELP = "one rollout pass over a file of prompts"
 _PORTION_SLOTS = 16  # times the engine's slots: rollouts between two updates of the progress bar
 
+# Keys of `RolloutConfig` that are options of this command, by group.
+_REUSE = ("rule", "log_lenience", "scale", "min_target_prob", "reuse_prob")
+_SAMPLING = ("num_samples", "max_tokens", "temperature", "top_k", "top_p")
+_ENGINE = ("engine", "num_slots")
 
-def rollout(args: argparse.Namespace) -> int:
-    """Runs the command; `args` as `spec_rollout.cli` defines them.
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face causal LM folder"
+    )
+    files.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    files.add_argument("--prompt-column", default="prompt", metavar="NAME")
+    files.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.jsonl", help="one row per rollout"
+    )
+    files.add_argument(
+        "--stats", type=Path, metavar="FILE.json", help="default: OUT with .stats.json"
+    )
+    files.add_argument("--cache-in", type=Path, metavar="FILE", help="rollouts of an earlier pass")
+    files.add_argument(
+        "--cache-out", type=Path, metavar="FILE", help="these rollouts, for the next pass"
+    )
+    reuse = parser.add_argument_group("reuse")
+    options.add_options(reuse, RolloutConfig, *_REUSE)
+    reuse.add_argument(
+        "--pass",
+        dest="pass_index",
+        type=int,
+        default=0,
+        metavar="N",
+        help="0-based number of this pass; rules other than coupled draw new noise each pass",
+    )
+    sampling = parser.add_argument_group("sampling")
+    options.add_options(sampling, RolloutConfig, *_SAMPLING, defaults={"num_samples": 1})
+    sampling.add_argument("--seed", type=int, default=0)
+    engine = parser.add_argument_group("engine")
+    options.add_options(engine, RolloutConfig, *_ENGINE)
+    options.add_options(engine, ModelConfig, "dtype", "device")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
 
     Raises:
         ValueError: naming the option or file, before anything is written.
     """
     config = _config(args)
+    from tqdm import tqdm
+
+    from spec_rollout.cache import RolloutCache
+    from spec_rollout.loading.data import load_prompts, read_records
+    from spec_rollout.loading.engines import check_engine, make_engine, without_weights
+    from spec_rollout.loading.policy import load_policy
+    from spec_rollout.rollout import RolloutSession
+    from spec_rollout.types import RolloutStats
+
     stats_path = args.stats or args.out.with_suffix(".stats.json")
     for option, path in (
         ("--out", args.out),
@@ -112,29 +159,17 @@ def _config(args: argparse.Namespace) -> RolloutConfig:
     if args.pass_index < 0:
         raise ValueError(f"--pass: expected >= 0, got {args.pass_index}")
     try:
-        return RolloutConfig(
-            num_samples=args.num_samples,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            max_tokens=args.max_tokens,
-            engine=args.engine,
-            num_slots=args.num_slots,
-            rule=args.rule,
-            log_lenience=args.log_lenience,
-            scale=args.scale,
-            min_target_prob=args.min_target_prob,
-            reuse_prob=args.reuse_prob,
-        )
+        return RolloutConfig(**options.values(args, *_REUSE, *_SAMPLING, *_ENGINE))
     except ConfigError as error:
-        key, _, rest = str(error).removeprefix("rollout.").partition(":")
-        raise ValueError(f"--{key.replace('_', '-')}:{rest}") from None
+        raise options.named(error) from None
 
 
 def _rows(
     rollouts: Rollouts, prompts: Sequence[PromptRow], start: int, policy: Policy, num_samples: int
 ) -> Iterator[dict[str, Any]]:
     """One output row per rollout; `start` is the index of the first prompt in its file."""
+    from spec_rollout.types import FinishReason
+
     cu = rollouts.cu_response_lens.tolist()
     ids, logprobs = rollouts.response_ids.tolist(), rollouts.logprobs.tolist()
     accepted, finish = rollouts.accepted_lens.tolist(), rollouts.finish_reasons.tolist()

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+HELP = "train a policy"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="TOML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the config; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="RUNDIR",
+        help="continue the run in RUNDIR (or in the run_dir of CONFIG.toml) from its last "
+        "checkpoint, with the config saved there",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        ValueError: naming file and key, before anything is written.
+    """
+    return train(args.config, args.overrides, args.resume)
 
 
 def train(
     config_path: Path | None, overrides: Sequence[str], resume_dir: Path | bool | None
 ) -> int:
-    """Runs the command.
+    """Trains, or continues a run, and writes its report.
 
     Args:
         config_path: TOML file.
@@ -25,9 +58,8 @@ def train(
             raise ValueError("train: expected CONFIG.toml or --resume RUNDIR, got neither")
     elif config_path is not None:
         raise ValueError(
-            f"train: expected CONFIG.toml or --resume RUNDIR, got both ({config_path}, "
-            f"{resume_dir}); "
-            "a resumed run has its own config, --set overrides it"
+            "train: expected CONFIG.toml or --resume RUNDIR, got both "
+            f"({config_path}, {resume_dir}); a resumed run has its own config, --set overrides it"
         )
     from spec_rollout.config.toml import dump_config, load_config
 
@@ -35,16 +67,17 @@ def train(
     config = None if config_path is None else load_config(config_path, overrides)
 
     from spec_rollout.report import load_run, write_report
-    from spec_rollout.train.trainer import resume, run
+    from spec_rollout.train.trainer import resume
+    from spec_rollout.train.trainer import run as train_run
 
     if resume_dir is None:
         assert config is not None
         print(dump_config(config), flush=True)
-        summary = run(config)
+        summary = train_run(config)
     else:
-        if config is not None:
-            resume_dir = Path(config.log.run_dir)
-        summary = resume(resume_dir, overrides)
+        folder = Path(config.log.run_dir) if config is not None else resume_dir
+        assert isinstance(folder, Path)
+        summary = resume(folder, overrides)
     run_dir = Path(summary.run_dir)
     report = write_report([load_run(run_dir)], run_dir / "report.html")
     print(

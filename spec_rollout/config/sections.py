@@ -1,6 +1,6 @@
 """What a training run is made of: one frozen dataclass per component, validated on construction.
 
-`config_io` reads and writes them as TOML. Unset is `None` ("none" in a file). Relative paths are
+`config.toml` reads and writes them. Unset is `None` ("none" in a file). Relative paths are
 relative to the working directory.
 """
 
@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
 
-from spec_rollout.acceptance import (
-    AcceptanceRule,
-    Coupled,
-    Lenient,
-    NoReuse,
-    OneHot,
-    RandomCut,
-    RandomReuse,
-    Schedule,
-)
-from spec_rollout.types import SamplingParams
+if TYPE_CHECKING:  # torch comes with these; a command line is read without it
+    from spec_rollout.acceptance import AcceptanceRule, Schedule
+    from spec_rollout.types import SamplingParams
 
 
 class ConfigError(ValueError):
@@ -67,12 +60,19 @@ class DataConfig:
 
     Attributes:
         path: .jsonl or .parquet file; one row per prompt.
-        prompt_column: Text, token ids or chat messages.
-        answer_column: Handed to the rewards as `answer`; None if there is none.
+        prompt_column: Text, token ids or chat messages. "a.b" is the key b of the column a.
+        answer_column: Handed to the rewards as `answer`; None if there is none. "a.b" as above.
         max_rows: Take only the first rows.
         max_prompt_tokens: Longer prompts are treated as `long_prompts` says.
         long_prompts: "error", or "drop" (counted in the summary).
         shuffle: New order each epoch, from the seed.
+        chat_template: Put text prompts through the tokenizer's chat template; None does so where
+            there is one. False leaves texts as they are and takes no chat messages.
+        system_prompt: First message of each chat that does not begin with one of its own.
+        continue_final_message: Where the last message is the assistant's, responses continue it.
+            Otherwise such a row is an error.
+        template_time: What the chat template sees as the time now, ISO 8601; None is the time when
+            the run starts, which its config.toml keeps if the template asks for it.
     """
 
     path: str
@@ -82,9 +82,27 @@ class DataConfig:
     max_prompt_tokens: int | None = None
     long_prompts: Literal["error", "drop"] = "error"
     shuffle: bool = True
+    chat_template: bool | None = None
+    system_prompt: str | None = None
+    continue_final_message: bool = False
+    template_time: str | None = None
 
     def __post_init__(self) -> None:
         _at_least(1, "data", self, "max_rows", "max_prompt_tokens")
+        _require(
+            self.system_prompt is None or self.chat_template is not False,
+            "data.system_prompt",
+            "to be left out with data.chat_template = false",
+            self.system_prompt,
+        )
+        if self.template_time is not None:
+            try:
+                datetime.fromisoformat(self.template_time)
+            except ValueError:
+                raise ConfigError(
+                    "data.template_time: expected a time like 2026-01-31T09:00:00, got "
+                    f"{self.template_time!r}"
+                ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +110,13 @@ class RolloutConfig:
     """How responses are generated and what of the previous ones is reused.
 
     Attributes:
-        engine: "transformers" (embedded, shares the policy's weights) or "vllm" (an engine in this
-            process that gets the weights after every update; section `vllm`).
+        engine: "transformers" (embedded, with the policy's own weights) or "vllm" (in this process,
+            with a copy of them; section `vllm`).
         num_samples: Responses per prompt (the group).
-        temperature, top_k, top_p, max_tokens: See `SamplingParams`.
+        temperature: Of sampling, positive.
+        top_k: Sample from the k likeliest tokens; 0 is off.
+        top_p: Then from the likeliest that reach this probability together; 1 is off.
+        max_tokens: Longest response, reused tokens included.
         stop_tokens: Token strings that end a response; None takes the model's end-of-sequence
             tokens.
         num_slots: Rollouts generated at once.
@@ -104,7 +125,7 @@ class RolloutConfig:
         reuse: False turns drafts off (the rule still decides which noise is used).
         drafting: Propose from the prompt's other rollouts where there is no draft to follow
             (`RolloutSession`): fewer decoding steps, the same tokens.
-        rule: Acceptance rule (`spec_rollout.acceptance`).
+        rule: Acceptance rule (classes of `spec_rollout.acceptance`).
         log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
         scale, min_target_prob: Of the rule lenient.
         reuse_prob: Of the rule random_reuse.
@@ -174,6 +195,15 @@ class RolloutConfig:
 
     def acceptance(self) -> AcceptanceRule:
         """The rule, before any schedule."""
+        from spec_rollout.acceptance import (
+            Coupled,
+            Lenient,
+            NoReuse,
+            OneHot,
+            RandomCut,
+            RandomReuse,
+        )
+
         match self.rule:
             case "lenient":
                 lenience = 0.5 if self.log_lenience is None else self.log_lenience
@@ -190,10 +220,14 @@ class RolloutConfig:
 
     def schedule(self) -> Schedule:
         """The rule over training steps."""
+        from spec_rollout.acceptance import Schedule
+
         return Schedule(self.acceptance(), self.start_log_lenience, self.schedule_steps)
 
     def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
         """Sampling parameters of training rollouts."""
+        from spec_rollout.types import SamplingParams
+
         return SamplingParams(
             self.temperature, self.top_k, self.top_p, self.max_tokens, stop_token_ids
         )
@@ -240,10 +274,16 @@ class RewardConfig:
     Attributes:
         functions: "package.module:function" each, or a built-in name (`rewards.BUILTIN`).
         weights: One per function; None weighs all 1.
+        keep_special_tokens: Special tokens are part of the response that the functions get, but for
+            the stop token at its end.
+        folder: Where modules of `functions` are looked for first. The command `train` takes the
+            folder of its config file.
     """
 
     functions: tuple[str, ...] = ("exact_match",)
     weights: tuple[float, ...] | None = None
+    keep_special_tokens: bool = False
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.functions) >= 1, "reward.functions", "at least one", self.functions)
@@ -251,6 +291,12 @@ class RewardConfig:
             self.weights is None or len(self.weights) == len(self.functions),
             "reward.weights",
             f"one per function ({len(self.functions)})",
+            self.weights,
+        )
+        _require(
+            all(math.isfinite(weight) for weight in self.weights or ()),
+            "reward.weights",
+            "finite numbers",
             self.weights,
         )
 

@@ -138,22 +138,46 @@ def test_train_writes_a_report_and_resumes(
     assert json.loads((run_dir / "summary.json").read_text())["seed"] == 5
 
 
+def short_demo(folder: Path, *options: str) -> int:
+    argv = ["demo", "--short", "--out", str(folder), "--seed", "3", "--threads", "1"]
+    return cli.main([*argv, *options])
+
+
 @pytest.mark.slow
-def test_the_short_demo_reports_every_run(
+@pytest.mark.usefixtures("even_steps")  # what is proposed depends on what steps take
+def test_the_short_demo_compares_three_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["demo", "--short", "--out", str(tmp_path / "demo"), "--seed", "3", "--threads", "1"]
-    assert cli.main(argv) == 0
+    assert short_demo(tmp_path / "demo") == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert str(tmp_path) not in summary["command"]
+    assert summary["command"] == "spec-rollout demo --short --out demo --seed 3 --threads 1"
+    runs = summary["runs"]
+    assert list(runs) == ["vanilla", "lenient", "both"]
+    assert runs["vanilla"]["reused_fraction"] == runs["vanilla"]["accepted_proposals"] == 0
+    assert runs["lenient"]["reused_fraction"] > 0
+    assert runs["both"]["reused_fraction"] > 0
+    assert runs["both"]["accepted_proposals"] > 0
+    assert summary["both_equals_off"] == {"total": 32, "identical": 32, "first_difference": None}
+    out = capsys.readouterr().out
+    assert "epoch 1 of 2: rollout seconds vanilla" in out
+    assert "both and vanilla: 32 of 32 rollouts identical, token for token" in out
+    assert out.endswith("make demo-full\n")
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert 'class="reused"' in page
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("even_steps")
+def test_the_full_demo_reports_every_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert short_demo(tmp_path / "demo", "--full") == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert list(summary["runs"]) == ["vanilla", "lenient", "coupled", "both", "coupled_off"]
     for name, run in summary["runs"].items():
         assert run["seed"] == 3
         assert run["steps"] == 4
-        assert 0 < run["verification_seconds"] < run["rollout_seconds"] or name in (
-            "vanilla",
-            "coupled_off",
-        )
+        assert (run["verification_seconds"] > 0) == (name not in ("vanilla", "coupled_off"))
         assert 0 < run["generated_tokens"] <= run["response_tokens"]
         assert run["accuracy_before"] == summary["runs"]["vanilla"]["accuracy_before"]
         evaluated = set() if name in ("both", "coupled_off") else {"train", "heldout"}
@@ -166,20 +190,31 @@ def test_the_short_demo_reports_every_run(
     assert set(runs["vanilla"]["accuracy_before"]) == {"train", "heldout"}
     assert runs["both"]["reused_fraction"] == runs["coupled"]["reused_fraction"]
     assert runs["both"]["accepted_proposals"] > runs["coupled"]["accepted_proposals"] == 0
-    for name in ("coupled_equals_off", "both_equals_off"):
-        assert summary[name] == {"total": 32, "identical": 32, "first_difference": None}
-    page = (tmp_path / "demo" / "report.html").read_text()
-    assert 'class="reused"' in page
-    assert "vanilla" in capsys.readouterr().out
-    # again into the same folder: the earlier runs are replaced, other files are refused
+    for name in ("coupled", "both"):
+        same = summary[f"{name}_equals_off"]
+        assert same == {"total": 32, "identical": 32, "first_difference": None}
+    out = capsys.readouterr().out
+    assert "coupled and the same with the cache off: 32 of 32 rollouts identical" in out
+    assert "make demo-full" not in out
+
+
+@pytest.mark.slow
+def test_seeds_have_folders_and_earlier_demos_are_replaced(tmp_path: Path) -> None:
     results = tmp_path / "results" / "demo_seeds.json"
-    argv = [*argv, "--runs", "vanilla", "--seeds", "4,5", "--results", str(results)]
-    assert cli.main(argv) == 0
-    assert cli.main(argv) == 0
+    options = ["--runs", "vanilla", "--seeds", "4,5", "--results", str(results)]
+    for _ in range(2):
+        assert short_demo(tmp_path / "demo", *options) == 0
     content = json.loads(results.read_text())
     assert content["name"] == "demo_seeds"
     assert [summary["seed"] for summary in content["summaries"]] == [4, 5]
-    (tmp_path / "other" / "vanilla").mkdir(parents=True)
-    (tmp_path / "other" / "vanilla" / "mine.txt").touch()
-    assert cli.main(["demo", "--short", "--out", str(tmp_path / "other")]) == 2
-    assert (tmp_path / "other" / "vanilla" / "mine.txt").exists()
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"seed-4", "seed-5"}
+
+
+def test_a_folder_with_other_files_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vanilla").mkdir()
+    (tmp_path / "vanilla" / "mine.txt").touch()
+    assert short_demo(tmp_path) == 2
+    assert "--out: expected a new folder or an earlier demo" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*")] == ["vanilla", "mine.txt"]

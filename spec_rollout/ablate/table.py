@@ -1,0 +1,99 @@
+"""What several runs came to, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from spec_rollout.runs.summary import RunSummary
+
+Facts = Mapping[str, Any]
+
+
+def run_facts(
+    summary: RunSummary, baseline: RunSummary | None, num_eval_samples: int
+) -> dict[str, Any]:
+    """What the summary of several runs says about one of them.
+
+    Args:
+        baseline: The run that the speed-up is over; None leaves it open.
+        num_eval_samples: Fresh samples per evaluated prompt.
+    """
+    totals, later = summary.totals, summary.after_first_epoch
+    speedup = None
+    if baseline is not None and later.rollout_seconds > 0:
+        speedup = baseline.after_first_epoch.rollout_seconds / later.rollout_seconds
+    return {
+        "seed": summary.seed,
+        "rule": summary.rule,
+        "reuse": summary.reuse,
+        "drafting": summary.drafting,
+        "steps": totals.steps,
+        "epochs": summary.epochs,
+        "rollout_seconds": totals.rollout_seconds,
+        "verification_seconds": totals.verification_seconds,
+        "decode_seconds": totals.decode_seconds,
+        "train_seconds": totals.train_seconds,
+        "rollout_seconds_after_first_epoch": later.rollout_seconds,
+        "effective_speedup": speedup,
+        "generated_tokens": totals.num_generated_tokens,
+        "response_tokens": totals.num_response_tokens,
+        "reused_fraction": totals.reused_fraction,
+        "fully_reused_fraction": totals.fully_reused_fraction,
+        "reused_fraction_after_first_epoch": later.reused_fraction,
+        "accepted_proposals": totals.num_accepted_proposals,
+        "proposed_tokens": totals.num_proposed_tokens,
+        "decode_steps_after_first_epoch": later.num_decode_steps,
+        "longest_rollout_steps_after_first_epoch": later.max_row_steps,
+        "tail_seconds_after_first_epoch": later.tail_seconds,
+        "accuracy_before": summary.accuracy_before,
+        "accuracy_after": summary.accuracy_after,
+        "reward_last_step": summary.reward_last,
+        "num_eval_samples": num_eval_samples,
+    }
+
+
+def _accuracy(run: Facts, split: str) -> str:
+    before, after = run["accuracy_before"].get(split), run["accuracy_after"].get(split)
+    return "-" if before is None or after is None else f"{before:.1%} -> {after:.1%}"
+
+
+def _speedup(run: Facts) -> str:
+    return "-" if run["effective_speedup"] is None else f"{run['effective_speedup']:.2f}x"
+
+
+_LINES: Sequence[tuple[str, Callable[[Facts], str]]] = (
+    ("rollout seconds, everything counted", lambda r: f"{r['rollout_seconds']:.1f}"),
+    ("  of these verification", lambda r: f"{r['verification_seconds']:.1f}"),
+    ("effective speed-up from epoch 2 on", _speedup),
+    ("response tokens", lambda r: f"{r['response_tokens']:,}"),
+    ("generated tokens", lambda r: f"{r['generated_tokens']:,}"),
+    ("reused tokens", lambda r: f"{r['reused_fraction']:.1%}"),
+    ("fully reused rollouts", lambda r: f"{r['fully_reused_fraction']:.1%}"),
+    ("accepted proposals", lambda r: f"{r['accepted_proposals']:,}"),
+    ("decoding steps from epoch 2 on", lambda r: f"{r['decode_steps_after_first_epoch']:,}"),
+    ("accuracy, training prompts", lambda r: _accuracy(r, "train")),
+    ("accuracy, held-out prompts", lambda r: _accuracy(r, "heldout")),
+)
+
+
+def table(runs: Mapping[str, Facts]) -> str:
+    """The facts of each run as text, one column per run."""
+    rows = [["", *runs], *([label, *map(cell, runs.values())] for label, cell in _LINES)]
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join(
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    )
+
+
+def comparison_line(one: str, other: str, same: Mapping[str, Any]) -> str:
+    """What `compare_responses` found, in words."""
+    text = (
+        f"{one} and {other}: {same['identical']:,} of {same['total']:,} rollouts identical, "
+        "token for token"
+    )
+    if same["first_difference"] is not None:
+        text += f"\nfirst difference: {same['first_difference']}"
+    return text

@@ -1,0 +1,34 @@
+"""`spec-rollout report`: one page about a run, or about several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write report.html of runs"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dirs",
+        type=Path,
+        nargs="+",
+        metavar="RUNDIR",
+        help="a run, or a folder of runs; several are compared on one page",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: report.html in the first RUNDIR)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the page and prints where it is.
+
+    Raises:
+        ValueError: if there is no run in a folder.
+    """
+    from spec_rollout.report import find_runs, load_run, write_report
+
+    runs = [load_run(path) for directory in args.run_dirs for path in find_runs(directory)]
+    print(write_report(runs, args.out or args.run_dirs[0] / "report.html"))
+    return 0
