@@ -19,6 +19,7 @@ from tiny_models import (
     with_drafts,
 )
 
+from spec_rollout import ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot
 from spec_rollout.drafting import Payoff
 from spec_rollout.engines import TransformersEngine
@@ -31,21 +32,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=(STOP,))
 
 
 pytestmark = pytest.mark.usefixtures("even_steps")
-
-
-class ModelClock:
-    """A clock that only the model moves: by `per_step` seconds a forward and `per_token` a token."""
-
-    def __init__(self, model: torch.nn.Module, per_step: float, per_token: float) -> None:
-        self.now = 0.0
-        self.per_step, self.per_token = per_step, per_token
-        model.register_forward_pre_hook(self._forward, with_kwargs=True)
-
-    def __call__(self) -> float:
-        return self.now
-
-    def _forward(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        self.now += self.per_step + self.per_token * kwargs["input_ids"].numel()
 
 
 def history_of(rows: list[list[int]], groups: torch.Tensor) -> History:
@@ -101,23 +87,36 @@ def test_nothing_is_proposed_where_it_does_not_pay(old, new_model, monkeypatch) 
     assert actual.stats.num_decode_steps == expected.stats.num_decode_steps
 
 
-def test_how_much_is_proposed_depends_on_what_steps_take(old) -> None:
-    """Where every token takes as long, a proposal gives at most what it takes; where only the step
-    does, it is for nothing."""
+def test_steps_have_proposals_where_the_clock_says_that_it_pays(
+    old, new_model, monkeypatch
+) -> None:
     requests, rollouts = old
     requests = replace(requests, history=history_of(responses(rollouts), GROUPS))
-    calls = {}
-    for name, per_step, per_token in (("tokens", 0.0, 1.0), ("steps", 1.0, 0.0)):
-        model = perturbed(build("qwen3"), 0.01)
-        engine = TransformersEngine(model)
-        engine.clock = ModelClock(model, per_step, per_token)
-        engine.rollout(requests, SAMPLING, NoReuse())  # learns
-        calls[name] = engine.rollout(requests, SAMPLING, NoReuse())
-    assert_same(calls["tokens"], calls["steps"])
-    tokens, steps = (calls[name].stats for name in ("tokens", "steps"))
-    assert 2 * tokens.num_proposed_tokens < steps.num_proposed_tokens
-    assert tokens.num_decode_steps > steps.num_decode_steps
-    assert steps.decode_seconds == steps.num_engine_steps
+    verify_prefix, now, test_seconds, num_tests = ops.verify_prefix, 0.0, 0.0, 0
+
+    def verify(*args, **kwargs) -> ops.VerifyResult:
+        nonlocal now, num_tests
+        now += test_seconds
+        num_tests += 1
+        return verify_prefix(*args, **kwargs)
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0  # what a step takes beside the test of its proposals
+        return now
+
+    monkeypatch.setattr(ops, "verify_prefix", verify)
+    calls, tests = [], []
+    for test_seconds in (0.0, 30.0):
+        engine = TransformersEngine(new_model)
+        engine.clock = clock
+        for _ in range(5):  # learns
+            num_tests = 0
+            call = engine.rollout(requests, SAMPLING, NoReuse())
+        calls.append(call)
+        tests.append(num_tests)
+    assert_same(*calls)
+    assert 2 * tests[1] < tests[0]
 
 
 @pytest.mark.parametrize(
