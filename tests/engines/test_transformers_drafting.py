@@ -107,7 +107,8 @@ def test_steps_have_proposals_where_the_clock_says_that_it_pays(
 
     monkeypatch.setattr(ops, "verify_prefix", verify)
     calls, tests = [], []
-    for test_seconds in (0.0, 30.0):
+    for seconds in (0.0, 30.0):
+        test_seconds = seconds
         engine = TransformersEngine(new_model)
         engine.clock = clock
         for _ in range(5):  # learns
