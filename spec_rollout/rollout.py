@@ -92,7 +92,7 @@ class RolloutSession:
         *,
         step: int,
         epoch: int,
-        user_keys: Sequence[str] | None = None,
+        user_keys: Sequence[str | bytes] | None = None,
     ) -> Rollouts:
         """Generates `num_samples` responses per prompt and keeps them as the next drafts.
 
@@ -106,7 +106,9 @@ class RolloutSession:
                 contains a stop token ends there.
             step: Training step, 0-based.
             epoch: Pass over the data, 0-based.
-            user_keys: Namespace of each prompt (`prompt_key`).
+            user_keys: Namespace of each prompt (`prompt_key`). Bytes are the key itself, at least
+                8 of them: of a row whose text may change (a chat template with today's date), while
+                its rollouts stay of use.
 
         Returns:
             Rollouts of prompt 0's samples, then prompt 1's, and so on: batch = len(prompts) *
@@ -128,7 +130,7 @@ class RolloutSession:
         *,
         step: int,
         epoch: int,
-        user_keys: Sequence[str] | None = None,
+        user_keys: Sequence[str | bytes] | None = None,
     ) -> Rollouts:
         """Generates one response per row, for trainers whose batches are rows.
 
@@ -141,7 +143,7 @@ class RolloutSession:
             sample_ids: Index of each row within its prompt's group. [batch], integer, >= 0. No two
                 rows have the same prompt, user key and sample id: they would draw the same tokens.
             sampling, step, epoch: As in `rollout`.
-            user_keys: Namespace of each row's prompt (`prompt_key`). Length batch.
+            user_keys: As in `rollout`, of each row's prompt. Length batch.
 
         Returns:
             Rollouts in the order of the rows.
@@ -213,7 +215,7 @@ class RolloutSession:
         sampling: SamplingParams,
         *,
         step: int,
-        user_keys: Sequence[str] | None = None,
+        user_keys: Sequence[str | bytes] | None = None,
     ) -> Rollouts:
         """Plain samples of the current weights, for judging them: no cache, no drafts.
 
@@ -277,7 +279,7 @@ class _Batch:
 
     @classmethod
     def of_prompts(
-        cls, prompts: Sequence[TokenIds], num_samples: int, user_keys: Sequence[str] | None
+        cls, prompts: Sequence[TokenIds], num_samples: int, user_keys: Sequence[str | bytes] | None
     ) -> _Batch:
         """Every prompt `num_samples` times in a row."""
         if num_samples < 1:
@@ -302,7 +304,7 @@ class _Batch:
         cls,
         prompts: Sequence[TokenIds],
         sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
-        user_keys: Sequence[str] | None,
+        user_keys: Sequence[str | bytes] | None,
     ) -> _Batch:
         """Rows as they come."""
         samples = np.asarray(sample_ids)
@@ -331,7 +333,7 @@ class _Batch:
 
 
 def _identify(
-    prompts: Sequence[TokenIds], user_keys: Sequence[str] | None
+    prompts: Sequence[TokenIds], user_keys: Sequence[str | bytes] | None
 ) -> tuple[list[np.ndarray], list[bytes]]:
     """Each prompt's ids as int32, and its `prompt_key`.
 
@@ -347,17 +349,18 @@ def _identify(
     arrays, keys = [], []
     # The rows of a prompt often are one and the same list: hashed once. The list is kept with its
     # key, so that no other can take its place in memory.
-    known: dict[tuple[int, str], tuple[TokenIds, np.ndarray, bytes]] = {}
+    known: dict[tuple[int, str | bytes], tuple[TokenIds, np.ndarray, bytes]] = {}
     for index, prompt in enumerate(prompts):
         user_key = "" if user_keys is None else user_keys[index]
         found = known.get((id(prompt), user_key))
         if found is None:
             try:
-                key = prompt_key(prompt, user_key)
+                ids_key = prompt_key(prompt, user_key if isinstance(user_key, str) else "")
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
             if len(prompt) == 0:
                 raise ValueError(f"prompts[{index}]: expected at least one token, got none")
+            key = user_key if isinstance(user_key, bytes) else ids_key
             found = (prompt, np.asarray(prompt, dtype=np.int32), key)
             known[id(prompt), user_key] = found
         arrays.append(found[1])

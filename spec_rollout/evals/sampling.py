@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -10,18 +11,55 @@ from typing import Any
 import torch
 
 from spec_rollout.loading.data import PromptRow
-from spec_rollout.rewards.rewards import Rewards
+from spec_rollout.rewards import Rewards, Sample
 from spec_rollout.rollout import RolloutSession
-from spec_rollout.types import Rollouts, SamplingParams
+from spec_rollout.types import FinishReason, Rollouts, SamplingParams
 
 
-def decode_responses(tokenizer: Any, rollouts: Rollouts) -> list[str]:
-    """Text of each response, special tokens left out."""
+def decode_responses(
+    tokenizer: Any, rollouts: Rollouts, *, keep_special_tokens: bool = False
+) -> list[str]:
+    """Text of each response.
+
+    Args:
+        keep_special_tokens: Special tokens are part of the text, but for the stop token that ends
+            the response: it says where the text ends, not what it says. Otherwise all are left
+            out.
+    """
+    rows = _responses(rollouts)
+    if keep_special_tokens:
+        finish = rollouts.finish_reasons.tolist()
+        rows = [
+            row[:-1] if reason == FinishReason.STOP else row
+            for row, reason in zip(rows, finish, strict=True)
+        ]
+    texts: list[str] = tokenizer.batch_decode(
+        rows, skip_special_tokens=not keep_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return texts
+
+
+def _responses(rollouts: Rollouts) -> list[list[int]]:
     ids = rollouts.response_ids.tolist()
-    cu = rollouts.cu_response_lens.tolist()
-    rows = [ids[start:end] for start, end in pairwise(cu)]
-    decode = tokenizer.batch_decode
-    return decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [ids[start:end] for start, end in pairwise(rollouts.cu_response_lens.tolist())]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Rewards of responses; NaN where a response was left out.
+
+    Attributes:
+        total: Weighted sum. [num_prompts, num_samples], float64.
+        by_function: What each function gave, unweighted, by its label. As `total`, each.
+    """
+
+    total: torch.Tensor
+    by_function: Mapping[str, torch.Tensor]
+
+    def means(self) -> dict[str, float]:
+        """Mean of each function over the responses that it judged, as `reward_LABEL`; NaN if there
+        are none."""
+        return {f"reward_{k}": float(v.nanmean()) for k, v in self.by_function.items()}
 
 
 def score(
@@ -30,15 +68,26 @@ def score(
     rollouts: Rollouts,
     rows: Sequence[PromptRow],
     num_samples: int,
-) -> torch.Tensor:
-    """Rewards of all responses. [len(rows), num_samples], float64; NaN where the rewards skip a
-    response."""
-    values: list[float] = []
-    for index, response in enumerate(decode_responses(tokenizer, rollouts)):
+    *,
+    keep_special_tokens: bool = False,
+) -> Scores:
+    """Rewards of all responses: those of rows[0] first, `num_samples` of each row."""
+    texts = decode_responses(tokenizer, rollouts, keep_special_tokens=keep_special_tokens)
+    samples = []
+    for index, (text, ids) in enumerate(zip(texts, _responses(rollouts), strict=True)):
         row = rows[index // num_samples]
-        value = rewards(row.prompt, response, row.answer, row.columns, row.source)
-        values.append(float("nan") if value is None else value)
-    return torch.tensor(values, dtype=torch.float64).view(len(rows), num_samples)
+        samples.append(
+            Sample(row.prompt, text, row.answer, row.columns, row.source, ids, row.messages)
+        )
+    judged = rewards.judge(samples)
+
+    def tensor(values: Sequence[float | None]) -> torch.Tensor:
+        filled = [math.nan if value is None else value for value in values]
+        return torch.tensor(filled, dtype=torch.float64).view(len(rows), num_samples)
+
+    return Scores(
+        tensor(judged.totals), {name: tensor(v) for name, v in judged.by_function.items()}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +116,14 @@ def evaluate(
     *,
     step: int,
     correct_at: float,
+    keep_special_tokens: bool = False,
 ) -> EvalResult:
     """Samples every prompt afresh (no cache, noise of its own that changes with `step`) and scores
     the responses."""
     rollouts = session.evaluate([row.prompt_ids for row in rows], num_samples, sampling, step=step)
-    values = score(rewards, tokenizer, rollouts, rows, num_samples)
+    values = score(
+        rewards, tokenizer, rollouts, rows, num_samples, keep_special_tokens=keep_special_tokens
+    ).total
     given = values[~torch.isnan(values)]
     accuracy = float((given >= correct_at).double().mean()) if given.numel() else 0.0
     reward = float(given.mean()) if given.numel() else 0.0

@@ -1,24 +1,56 @@
-"""Prompts: rows from a file, checked and tokenized, and the order in which training sees them."""
+"""Prompts: rows from a file, checked, rendered and tokenized."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-_RESERVED = ("prompt", "response", "answer")
+from spec_rollout.loading.order import PromptOrder
+from spec_rollout.loading.prompts import Message, PromptRenderer, RenderedPrompt
+from spec_rollout.loading.records import DataError, Record, canonical, read_records, value_at
+from spec_rollout.rewards.rewards import Rewards
+
+__all__ = [
+    "DataError",
+    "PromptData",
+    "PromptOrder",
+    "PromptRow",
+    "SourceRow",
+    "check_rows",
+    "load_prompts",
+    "read_records",
+    "read_rows",
+    "render_rows",
+]
+
+# What these names mean to a reward is fixed.
+_FIXED = ("prompt", "response", "answer")
 
 
-class DataError(ValueError):
-    """A row or file is not usable; the message names file and line."""
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row as the file has it.
+
+    Attributes:
+        record: All of it.
+        prompt: Of the prompt column.
+        answer: Of the answer column; None if there is none.
+        columns: For the rewards: all columns but those named prompt, response and answer.
+        source: "file:line", for messages.
+    """
+
+    record: Record
+    prompt: Any
+    answer: Any
+    columns: Mapping[str, Any]
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +59,25 @@ class PromptRow:
 
     Attributes:
         prompt_ids: Token ids, at least one. [num_prompt_tokens], int32.
-        prompt: Text handed to the rewards (decoded if the row held token ids).
+        prompt: Text handed to the rewards: that of the file; of chat messages the rendered text, of
+            token ids what they stand for.
+        rendered: Text that the model continues.
         answer: The row's answer column; None if there is none.
-        columns: All other columns.
-        user_key: Tells rows of equal prompts apart, so that each keeps its own cached rollouts and
-            noise.
+        columns: See `SourceRow`.
+        user_key: What the rollout session identifies the row by (`RolloutSession.rollout`). Rows of
+            equal prompts have their own, so that each keeps its own cached rollouts and noise.
         source: "file:line", for messages.
+        messages: What the row held as its prompt, where these were chat messages.
     """
 
     prompt_ids: np.ndarray
     prompt: str
+    rendered: str
     answer: Any
     columns: Mapping[str, Any]
-    user_key: str
+    user_key: str | bytes
     source: str
+    messages: list[Message] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,81 +87,129 @@ class PromptData:
     Attributes:
         rows: In file order.
         num_dropped: Rows left out because their prompt was too long.
-        fingerprint: Hash of all prompts; the same data gives the same.
+        fingerprint: Hash of the rows as the file has them, and of the settings that say what is
+            made of them; the same data gives the same, whatever chat template and tokenizer are.
+        rendering: Hash of the token ids of all prompts.
+        template_time: What the chat template saw as the time, ISO 8601; None if it did not ask.
+        notes: What the user should know, a line each.
     """
 
     rows: tuple[PromptRow, ...]
     num_dropped: int
     fingerprint: str
+    rendering: str = ""
+    template_time: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def read_records(
-    path: str | os.PathLike[str], max_rows: int | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a .jsonl or .parquet file, with "file:line" (for Parquet "file:row", 1-based too).
+def read_rows(
+    path: str | os.PathLike[str],
+    *,
+    prompt_column: str = "prompt",
+    answer_column: str | None = "answer",
+    max_rows: int | None = None,
+) -> list[SourceRow]:
+    """Reads a file of prompts; nothing of the model is needed.
+
+    Args:
+        path: See `read_records`.
+        prompt_column, answer_column, max_rows: See `DataConfig`.
 
     Raises:
-        DataError: if the file is missing, of another kind, or a line is not a JSON object.
+        DataError: naming file and line; also if there is no row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"data: expected a .jsonl or .parquet file, found {_found(path)} at {str(path)!r}"
-        )
-    if path.suffix == ".parquet":
-        records: Iterator[tuple[str, dict[str, Any]]] = _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        records = _read_jsonl(path)
-    else:
-        raise DataError(f"data: expected a .jsonl or .parquet file, got {str(path)!r}")
-    yield from itertools.islice(records, max_rows)
+    rows = []
+    for source, record in read_records(path, max_rows):
+        prompt = value_at(record, prompt_column, source)
+        answer = None if answer_column is None else value_at(record, answer_column, source)
+        columns = {k: v for k, v in record.items() if k not in _FIXED}
+        rows.append(SourceRow(record, prompt, answer, columns, source))
+    if not rows:
+        raise DataError(f"data: expected at least one row in {str(path)!r}, got none")
+    return rows
 
 
-def _found(path: Path) -> str:
-    return "a folder" if path.is_dir() else "nothing"
+def check_rows(rows: Iterable[SourceRow], rewards: Rewards) -> None:
+    """Raises DataError for the first row whose answer or columns the rewards cannot use."""
+    for row in rows:
+        problem = rewards.problem_of(row.answer, row.columns)
+        if problem is not None:
+            raise DataError(f"{row.source}: {problem}")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            source = f"{path}:{number}"
-            if not line.strip():
+def render_rows(
+    rows: Sequence[SourceRow],
+    renderer: PromptRenderer,
+    path: str | os.PathLike[str],
+    *,
+    prompt_column: str = "prompt",
+    answer_column: str | None = "answer",
+    max_prompt_tokens: int | None = None,
+    long_prompts: str = "error",
+) -> PromptData:
+    """Renders and tokenizes rows.
+
+    Args:
+        rows: Of `read_rows`.
+        renderer: Says how.
+        path: The file, for messages.
+        prompt_column, answer_column: As for `read_rows`.
+        max_prompt_tokens: Longer prompts raise, or are dropped and counted if `long_prompts` is
+            "drop".
+
+    Raises:
+        DataError: naming file and line.
+    """
+    kept: list[PromptRow] = []
+    dropped = 0
+    fingerprint = hashlib.blake2b(
+        canonical([prompt_column, answer_column, renderer.settings]), digest_size=16
+    )
+    rendering = hashlib.blake2b(digest_size=16)
+    seen: Counter[bytes] = Counter()
+    for row in rows:
+        where = f"{row.source}: {prompt_column}"
+        rendered = renderer.render(row.prompt, row.record, where)
+        num_tokens = len(rendered.ids)
+        if max_prompt_tokens is not None and num_tokens > max_prompt_tokens:
+            if long_prompts == "drop":
+                dropped += 1
                 continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{source}: expected a JSON object, got {_short(line)}: {error}"
-                ) from None
-            if not isinstance(record, dict):
-                raise DataError(f"{source}: expected a JSON object, got {_short(line)}")
-            yield source, record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
+            raise DataError(
+                f"{where}: expected at most {max_prompt_tokens} tokens, got {num_tokens} "
+                '(data.long_prompts = "drop" leaves such rows out)'
+            )
+        content = canonical(row.record)
+        fingerprint.update(len(content).to_bytes(8, "little") + content)
+        rendering.update(num_tokens.to_bytes(8, "little") + rendered.ids.tobytes())
+        kept.append(
+            PromptRow(
+                prompt_ids=rendered.ids,
+                prompt=rendered.prompt,
+                rendered=rendered.rendered,
+                answer=row.answer,
+                columns=row.columns,
+                user_key=_user_key(rendered, seen),
+                source=row.source,
+                messages=rendered.messages,
+            )
+        )
+    if not kept:
         raise DataError(
-            f"data: reading {str(path)!r} needs pyarrow (pip install 'spec-rollout[parquet]')"
-        ) from None
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:
-        raise DataError(f"data: {str(path)!r} is not a readable Parquet file: {error}") from None
-    number = 0
-    for batch in file.iter_batches():
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}:{number}", record
-
-
-def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+            f"data: expected at least one row in {str(path)!r}, got none, {dropped} dropped as too "
+            "long"
+        )
+    return PromptData(
+        tuple(kept),
+        dropped,
+        fingerprint.hexdigest(),
+        rendering.hexdigest(),
+        renderer.now.isoformat() if renderer.asked_for_time else None,
+        tuple(f"{path}: {note}" for note in renderer.notes()),
+    )
 
 
 def load_prompts(
@@ -137,142 +222,48 @@ def load_prompts(
     max_rows: int | None = None,
     max_prompt_tokens: int | None = None,
     long_prompts: str = "error",
+    chat_template: bool | None = None,
+    system_prompt: str | None = None,
+    continue_final_message: bool = False,
+    template_time: str | None = None,
 ) -> PromptData:
-    """Reads, checks and tokenizes a file of prompts.
-
-    A prompt is text (tokenized as it is, with the tokenizer's special tokens), a list of token ids,
-    or a list of chat messages {"role", "content"} (through the tokenizer's chat template,
-    generation prompt added).
+    """Reads, checks, renders and tokenizes a file of prompts: `read_rows` and `render_rows`.
 
     Args:
         path: See `read_records`.
         tokenizer: A transformers tokenizer.
-        vocab_size: Token ids given in rows must be below it.
-        prompt_column, answer_column, max_rows: See `DataConfig`.
-        max_prompt_tokens: Longer prompts raise, or are dropped and counted if `long_prompts` is
-            "drop".
+        vocab_size: Token ids must be below it.
+        max_prompt_tokens, long_prompts: See `render_rows`.
+        prompt_column, answer_column, max_rows, chat_template, system_prompt,
+            continue_final_message, template_time: See `DataConfig`.
 
     Raises:
+        ConfigError: if a chat template is asked for and the tokenizer has none.
         DataError: naming file and line.
     """
-    rows: list[PromptRow] = []
-    digest = hashlib.blake2b(digest_size=16)
-    dropped = 0
-    seen: Counter[bytes] = Counter()
-    for source, record in read_records(path, max_rows):
-        for column in (prompt_column, answer_column):
-            if column is not None and column not in record:
-                have = ", ".join(map(repr, record)) or "none"
-                raise DataError(f"{source}: expected a column {column!r}, got columns {have}")
-        value = record[prompt_column]
-        text, ids = _tokenize(value, tokenizer, vocab_size, f"{source}: {prompt_column}")
-        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            if long_prompts == "drop":
-                dropped += 1
-                continue
-            raise DataError(
-                f"{source}: {prompt_column}: expected at most {max_prompt_tokens} tokens, got "
-                f"{len(ids)} "
-                '(data.long_prompts = "drop" leaves such rows out)'
-            )
-        answer = None if answer_column is None else record[answer_column]
-        columns = {k: v for k, v in record.items() if k not in (prompt_column, answer_column)}
-        for name in _RESERVED:
-            if name in columns:
-                raise DataError(
-                    f"{source}: column {name!r} is reserved (it names an argument of the rewards)"
-                )
-        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        occurrence = seen[ids.tobytes()]
-        seen[ids.tobytes()] += 1
-        rows.append(
-            PromptRow(ids, text, answer, columns, str(occurrence) if occurrence else "", source)
-        )
-    if not rows:
-        dropped_text = f", {dropped} dropped as too long" if dropped else ""
-        raise DataError(f"data: expected at least one row in {str(path)!r}, got none{dropped_text}")
-    return PromptData(tuple(rows), dropped, digest.hexdigest())
-
-
-def _tokenize(value: Any, tokenizer: Any, vocab_size: int, where: str) -> tuple[str, np.ndarray]:
-    if isinstance(value, str):
-        text, ids = value, tokenizer(value)["input_ids"]
-    elif isinstance(value, list) and value and all(_is_message(item) for item in value):
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise DataError(
-                f"{where}: expected text, as the tokenizer has no chat template, got chat messages"
-            )
-        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif isinstance(value, list) and all(
-        isinstance(i, int) and not isinstance(i, bool) for i in value
-    ):
-        for i in value:
-            if not 0 <= i < vocab_size:
-                raise DataError(f"{where}: expected token ids from 0 to {vocab_size - 1}, got {i}")
-        text, ids = tokenizer.decode(value), value
-    else:
-        raise DataError(
-            f"{where}: expected text, a list of token ids or a list of chat messages (role, "
-            "content), "
-            f"got {_short(value)}"
-        )
-    if len(ids) == 0:
-        raise DataError(f"{where}: expected at least one token, got none from {_short(value)}")
-    if max(ids) >= vocab_size:
-        raise DataError(
-            f"{where}: expected token ids below the model's {vocab_size}, the tokenizer gave "
-            f"{max(ids)}"
-        )
-    return text, np.asarray(ids, dtype=np.int32)
-
-
-def _is_message(item: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and isinstance(item.get("role"), str)
-        and isinstance(item.get("content"), str)
+    columns: dict[str, Any] = {"prompt_column": prompt_column, "answer_column": answer_column}
+    rows = read_rows(path, **columns, max_rows=max_rows)
+    renderer = PromptRenderer(
+        tokenizer,
+        vocab_size=vocab_size,
+        chat_template=chat_template,
+        system_prompt=system_prompt,
+        continue_final_message=continue_final_message,
+        now=None if template_time is None else datetime.fromisoformat(template_time),
     )
+    lengths: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "long_prompts": long_prompts}
+    return render_rows(rows, renderer, path, **columns, **lengths)
 
 
-class PromptOrder:
-    """Which rows a step sees: a pure function of (seed, step), so a resumed run needs no stored
-    position.
+def _user_key(rendered: RenderedPrompt, seen: Counter[bytes]) -> str | bytes:
+    """Of the ids where they say it all, else of what the chat template was given.
 
-    Every row comes once per epoch; the last step of an epoch takes what is left.
-
-    Args:
-        num_rows: Rows of the data.
-        prompts_per_step: Rows per step.
-        seed: Of the shuffles.
-        shuffle: New order each epoch; otherwise file order.
+    So a template with today's date does not make other rows of the same data.
     """
-
-    def __init__(
-        self, num_rows: int, prompts_per_step: int, *, seed: int, shuffle: bool = True
-    ) -> None:
-        if num_rows < 1 or prompts_per_step < 1:
-            raise ValueError(
-                f"num_rows, prompts_per_step: expected at least 1, got {num_rows}, "
-                f"{prompts_per_step}"
-            )
-        self._num_rows = num_rows
-        self._per_step = prompts_per_step
-        self._seed = seed % 2**63
-        self._shuffle = shuffle
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-self._num_rows // self._per_step)
-
-    def epoch_of(self, step: int) -> int:
-        """Epoch (0-based) of a step (0-based)."""
-        return step // self.steps_per_epoch
-
-    def rows_of(self, step: int) -> Sequence[int]:
-        """Row indices of a step (0-based)."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.arange(self._num_rows)
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, epoch)).permutation(self._num_rows)
-        return order[index * self._per_step : (index + 1) * self._per_step].tolist()
+    content = rendered.identity or rendered.ids.tobytes()
+    occurrence = seen[content]
+    seen[content] += 1
+    number = str(occurrence) if occurrence else ""
+    if rendered.identity is None:
+        return number
+    return hashlib.blake2b(content, digest_size=16, salt=number.encode()[:16]).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from spec_rollout.rewards.rewards import RewardError, Rewards
+from spec_rollout.rewards.rewards import Judgement, RewardError, Rewards
+from spec_rollout.rewards.signature import Sample
 
-__all__ = ["RewardError", "Rewards"]
+__all__ = ["Judgement", "RewardError", "Rewards", "Sample"]

@@ -1,22 +1,20 @@
-"""Rewards: plain callables `f(prompt, response, answer, **columns) -> float | None`; None leaves
-the response out."""
+"""The weighted sum of a run's reward functions."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
+import numbers
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spec_rollout.config.sections import ConfigError, RewardConfig
-
-RewardFunction = Callable[..., "float | None"]
-
-# Digits in groups of any size, so that "1,2000" is one number as written rather than two.
-_NUMBER = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?")
+from spec_rollout.rewards.builtin import ANSWER_CHECKS, RewardFunction
+from spec_rollout.rewards.guard import process_kept
+from spec_rollout.rewards.resolve import resolve
+from spec_rollout.rewards.signature import Sample, Signature, SignatureError, signature_of
 
 
 class RewardError(RuntimeError):
@@ -24,118 +22,175 @@ class RewardError(RuntimeError):
     function and row."""
 
 
-def exact_match(prompt: str, response: str, answer: Any) -> float:
-    """1 if the response, stripped, is the answer, else 0."""
-    return float(response.strip() == str(answer).strip())
-
-
-def last_number(prompt: str, response: str, answer: Any) -> float:
-    """1 if the last numbers of response and answer are equal, else 0 (so an answer may be a worked
-    solution)."""
-    numbers = _NUMBER.findall(response), _NUMBER.findall(str(answer))
-    if not all(numbers):
-        return 0.0
-    given, expected = (float(found[-1].replace(",", "")) for found in numbers)
-    return float(given == expected)
-
-
-BUILTIN: Mapping[str, RewardFunction] = {"exact_match": exact_match, "last_number": last_number}
-
-
-def resolve(name: str) -> RewardFunction:
-    """The function behind a built-in name or "package.module:function".
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if name in BUILTIN:
-        return BUILTIN[name]
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
-        raise ConfigError(
-            f"reward.functions: expected 'package.module:function' or one of {', '.join(BUILTIN)}, "
-            f"got {name!r}"
-        )
-    try:
-        function: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward.functions: cannot load {name!r}: {error}") from error
-    if not callable(function):
-        raise ConfigError(
-            f"reward.functions: expected a callable, got {type(function).__name__} at {name!r}"
-        )
-    return function
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     name: str
+    label: str
     function: RewardFunction
     weight: float
-    takes: frozenset[str] | None  # names of the columns it takes; None: all
+    signature: Signature
+    answer_check: Callable[[Any], str | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the rewards say about some responses.
+
+    Attributes:
+        totals: Weighted sum of each response; None where no function judged it.
+        by_function: What each function gave, unweighted, by its label.
+    """
+
+    totals: list[float | None]
+    by_function: dict[str, list[float | None]]
 
 
 class Rewards:
-    """The weighted sum of a run's reward functions.
+    """A run's reward functions and their weights.
 
-    Columns of the data are passed to the functions that name them (or take `**columns`).
+    Args:
+        config: Names the functions.
+        columns: Columns of the data, for a check of what the functions take; None checks nothing.
+
+    Raises:
+        ConfigError: if a function cannot be loaded, or takes what there is not.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, columns: Collection[str] | None = None) -> None:
         weights = config.weights or (1.0,) * len(config.functions)
+        labels = _labels(config.functions)
         self._entries = [
-            _entry(name, weight) for name, weight in zip(config.functions, weights, strict=True)
+            _entry(name, label, weight, config.folder, columns)
+            for name, label, weight in zip(config.functions, labels, weights, strict=True)
         ]
 
-    def __call__(
-        self, prompt: str, response: str, answer: Any, columns: Mapping[str, Any], source: str = "?"
-    ) -> float | None:
-        """Reward of one response: sum over functions, those that return None left out; None if all
-        do.
+    @property
+    def labels(self) -> list[str]:
+        """A short name of each function, for logs."""
+        return [entry.label for entry in self._entries]
 
-        Args:
-            source: Where the prompt comes from, for messages.
+    def problem_of(self, answer: Any, columns: Mapping[str, Any]) -> str | None:
+        """What keeps a row from being judged; None if nothing."""
+        for entry in self._entries:
+            missing = sorted(entry.signature.required - set(columns))
+            if missing:
+                return f"expected a column {missing[0]!r}, which reward {entry.name} takes"
+            problem = None if entry.answer_check is None else entry.answer_check(answer)
+            if problem is not None:
+                return f"reward {entry.name}: {problem}"
+        return None
+
+    def judge(self, samples: Sequence[Sample]) -> Judgement:
+        """Judges responses.
+
+        A function that returns None leaves the response out; the sum is over the others.
 
         Raises:
-            RewardError: if a function raises or returns something else than a finite number or
-                None.
+            RewardError: if a function raises, exits, or returns something else than a finite number
+                or None.
         """
-        total: float | None = None
+        totals: list[float | None] = [None] * len(samples)
+        by_function: dict[str, list[float | None]] = {}
         for entry in self._entries:
-            extra = columns
-            if entry.takes is not None:
-                extra = {k: columns[k] for k in entry.takes if k in columns}
-            try:
-                value = entry.function(prompt, response, answer, **extra)
-            except Exception as error:
-                raise RewardError(
-                    f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of "
-                    f"{source})"
-                ) from error
-            if value is None:
-                continue
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise RewardError(
-                    f"reward {entry.name}: expected a finite number or None, got {value!r} (prompt "
-                    f"of {source})"
-                )
-            total = (total or 0.0) + entry.weight * number
-        return total
+            values = _values(entry, samples)
+            by_function[entry.label] = values
+            for index, value in enumerate(values):
+                if value is None:
+                    continue
+                total = (totals[index] or 0.0) + entry.weight * value
+                if not math.isfinite(total):
+                    raise RewardError(
+                        f"reward {entry.name}: expected a finite sum of the rewards, got {total} "
+                        f"(prompt of {samples[index].source})"
+                    )
+                totals[index] = total
+        return Judgement(totals, by_function)
 
 
-def _entry(name: str, weight: float) -> _Entry:
-    function = resolve(name)
+def _values(entry: _Entry, samples: Sequence[Sample]) -> list[float | None]:
+    """What a function gives each response."""
+    if not entry.signature.batched:
+        return [
+            _number(entry, _called(entry, [sample], sample.source), sample.source)
+            for sample in samples
+        ]
+    if not samples:
+        return []
+    source = f"{samples[0].source} to {samples[-1].source}"
+    result = _called(entry, samples, source)
+    if hasattr(result, "tolist"):  # arrays and tensors
+        result = result.tolist()
+    if not isinstance(result, list | tuple) or len(result) != len(samples):
+        got = f"{len(result)}" if isinstance(result, list | tuple) else f"{result!r:.80}"
+        raise RewardError(
+            f"reward {entry.name}: expected a list of {len(samples)} numbers, got {got} (prompts "
+            f"of {source})"
+        )
+    return [
+        _number(entry, value, sample.source) for value, sample in zip(result, samples, strict=True)
+    ]
+
+
+def _called(entry: _Entry, samples: Sequence[Sample], source: str) -> Any:
     try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # built-in callables may have no signature
-        return _Entry(name, function, weight, None)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return _Entry(name, function, weight, None)
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return _Entry(name, function, weight, frozenset(named - {"prompt", "response", "answer"}))
+        with process_kept():
+            return entry.signature.call(entry.function, samples)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: the run must not end as if all were well
+        raise RewardError(
+            f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of {source})"
+        ) from error
+
+
+def _number(entry: _Entry, value: Any, source: str) -> float | None:
+    if entry.signature.scores and isinstance(value, Mapping) and "score" in value:
+        value = value["score"]
+    if value is None:
+        return None
+    number = math.nan
+    if isinstance(value, numbers.Number) or hasattr(value, "item"):
+        try:
+            number = float(value)  # type: ignore[arg-type]  # one number, or it raises
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(
+            f"reward {entry.name}: expected a finite number or None, got {value!r:.200} (prompt of "
+            f"{source})"
+        )
+    return number
+
+
+def _entry(
+    name: str,
+    label: str,
+    weight: float,
+    folder: str | None,
+    columns: Collection[str] | None,
+) -> _Entry:
+    function = resolve(name, folder)
+    try:
+        signature = signature_of(function, columns)
+    except SignatureError as error:
+        raise ConfigError(f"reward.functions: {name!r}: {error}") from None
+    return _Entry(name, label, function, weight, signature, ANSWER_CHECKS.get(name))
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The name of each function, with its module where two have the same."""
+    # `reward_std` and `reward_seconds` are other figures.
+    short = [re.sub(r"\W", "_", name.rpartition(":")[2]) for name in names]
+    counts = Counter(short)
+    whole = [re.sub(r"\W", "_", name) for name in names]
+    labels = [
+        s if counts[s] == 1 and s not in ("std", "seconds") else w
+        for s, w in zip(short, whole, strict=True)
+    ]
+    # One function twice, with two weights.
+    seen: Counter[str] = Counter()
+    numbered = []
+    for label in labels:
+        seen[label] += 1
+        numbered.append(label if seen[label] == 1 else f"{label}_{seen[label]}")
+    return numbered

@@ -19,7 +19,7 @@ import torch
 from spec_rollout.cache import RolloutCache
 from spec_rollout.loading.policy import no_progress_bars
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d{8})(-unevaluated)?")
 
 
@@ -36,11 +36,13 @@ class TrainState:
         step: Updates done. The next step's prompts follow from it.
         data_fingerprint: Of the training prompts.
         pending_row: Metrics of the last step when its evaluation was still to come, else None.
+        data_rendering: Of the prompts' token ids.
     """
 
     step: int
     data_fingerprint: str
     pending_row: dict[str, Any] | None = None
+    data_rendering: str = ""
 
     @property
     def num_recorded(self) -> int:
@@ -115,7 +117,12 @@ def load_state(folder: Path) -> TrainState:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
-        state = TrainState(content["step"], content["data_fingerprint"], content["pending_row"])
+        state = TrainState(
+            content["step"],
+            content["data_fingerprint"],
+            content["pending_row"],
+            content.get("data_rendering", ""),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: expected the state of a checkpoint, cannot read it: {error!r}"

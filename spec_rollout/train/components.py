@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +15,19 @@ import torch
 from spec_rollout.cache import RolloutCache
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.engines.base import RolloutEngine
-from spec_rollout.loading.data import DataError, PromptData, PromptOrder, PromptRow, load_prompts
+from spec_rollout.loading.data import (
+    DataError,
+    PromptData,
+    PromptOrder,
+    PromptRow,
+    SourceRow,
+    check_rows,
+    read_rows,
+    render_rows,
+)
 from spec_rollout.loading.engines import check_engine, make_engine
 from spec_rollout.loading.policy import Policy, load_model, load_policy
+from spec_rollout.loading.prompts import PromptRenderer
 from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train import algorithms
@@ -28,11 +41,14 @@ class Components:
     """The parts of a run.
 
     Attributes:
+        config: As given, with what was settled at the start of the run.
         eval_rows: Rows to evaluate under "train" and "heldout"; a key without rows is left out.
         state: Where the run stands: the beginning, or a checkpoint.
         total_steps: Steps of the whole run.
+        notes: What the user should know, a line each.
     """
 
+    config: RunConfig
     policy: Policy
     data: PromptData
     eval_rows: dict[str, tuple[PromptRow, ...]]
@@ -48,6 +64,7 @@ class Components:
     eval_sampling: SamplingParams
     state: TrainState
     total_steps: int
+    notes: tuple[str, ...]
 
 
 def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
@@ -64,7 +81,11 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     check_engine(config.rollout)
     algorithm = algorithms.make(config.train)
     state = None if checkpoint is None else load_state(checkpoint)
-    rewards = Rewards(config.reward)
+    # Before the model, which takes longer: a mistake in data or rewards shows at once.
+    sources = _read_data(config)
+    rewards = Rewards(config.reward, sources["train"][0].columns)
+    for rows in sources.values():
+        check_rows(rows, rewards)
     model_config = config.model
     if checkpoint is not None:
         model_config = replace(config.model, path=str(checkpoint / "model"))
@@ -73,13 +94,20 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     policy = load_policy(model_config)
-    data, eval_rows = _load_data(config, policy)
+    data, eval_rows = _render_data(config, sources, policy)
+    notes = data.notes
+    if config.data.template_time is None and data.template_time is not None:
+        config = replace(config, data=replace(config.data, template_time=data.template_time))
     if state is not None and state.data_fingerprint != data.fingerprint:
         raise CheckpointError(
             f"data.path: expected the prompts that the checkpoint {str(checkpoint)!r} was trained "
-            "on "
-            f"(fingerprint {state.data_fingerprint}), got others in {config.data.path!r} "
-            f"({data.fingerprint})"
+            f"on, with their answers (fingerprint {state.data_fingerprint}), got others in "
+            f"{config.data.path!r} ({data.fingerprint})"
+        )
+    if state is not None and state.data_rendering != data.rendering:
+        notes += (
+            f"{config.data.path}: the rows are the same, but their token ids are not those of the "
+            "run's start (another version of the tokenizer, or data.template_time)",
         )
     train = config.train
     order = PromptOrder(
@@ -118,6 +146,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     )
     by_epochs = None if train.epochs is None else train.epochs * order.steps_per_epoch
     return Components(
+        config=config,
         policy=policy,
         data=data,
         eval_rows=eval_rows,
@@ -138,8 +167,9 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         ),
         sampling=sampling,
         eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),
-        state=state or TrainState(0, data.fingerprint),
+        state=state or TrainState(0, data.fingerprint, data_rendering=data.rendering),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
+        notes=notes,
     )
 
 
@@ -168,25 +198,51 @@ def _load_cache(config: RunConfig, *, fresh: bool) -> RolloutCache:
     return cache
 
 
-def _load_data(
-    config: RunConfig, policy: Policy
+def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
+    """Rows for training and, where there are some, for evaluation only ("train", "heldout")."""
+    data = config.data
+    columns: dict[str, Any] = {
+        "prompt_column": data.prompt_column,
+        "answer_column": data.answer_column,
+    }
+    sources = {"train": read_rows(data.path, **columns, max_rows=data.max_rows)}
+    if config.eval.path is not None:
+        sources["heldout"] = read_rows(
+            config.eval.path, **columns, max_rows=config.eval.num_heldout_prompts
+        )
+    return sources
+
+
+def _render_data(
+    config: RunConfig, sources: Mapping[str, Sequence[SourceRow]], policy: Policy
 ) -> tuple[PromptData, dict[str, tuple[PromptRow, ...]]]:
-    def load(path: str, max_rows: int | None) -> PromptData:
-        return load_prompts(
-            path,
+    at = config.data.template_time
+    now = None if at is None else datetime.fromisoformat(at)
+    rendered = {}
+    for name, rows in sources.items():
+        renderer = PromptRenderer(
             policy.tokenizer,
             vocab_size=policy.vocab_size,
+            chat_template=config.data.chat_template,
+            system_prompt=config.data.system_prompt,
+            continue_final_message=config.data.continue_final_message,
+            now=now,
+        )
+        now = renderer.now
+        path = config.data.path if name == "train" else config.eval.path
+        rendered[name] = render_rows(
+            rows,
+            renderer,
+            str(path),
             prompt_column=config.data.prompt_column,
             answer_column=config.data.answer_column,
-            max_rows=max_rows,
             max_prompt_tokens=config.data.max_prompt_tokens,
             long_prompts=config.data.long_prompts,
         )
-
-    data = load(config.data.path, config.data.max_rows)
+    data = rendered["train"]
     parts = {"train": data.rows[: config.eval.num_train_prompts], "heldout": ()}
-    if config.eval.path is not None:
-        parts["heldout"] = load(config.eval.path, config.eval.num_heldout_prompts).rows
+    if "heldout" in rendered:
+        parts["heldout"] = rendered["heldout"].rows
     for row in (*data.rows, *parts["heldout"]):
         length = len(row.prompt_ids) + config.rollout.max_tokens
         if policy.max_length is not None and length > policy.max_length:

@@ -106,13 +106,19 @@ def run_together(jobs: Sequence[Job]) -> list[RunSummary]:
     for job in jobs:
         check_new_run_dir(Path(job.config.log.run_dir))
     parts = [build(job.config) for job in jobs]
+    _print_notes(parts)
     runs = []
     for job, components in zip(jobs, parts, strict=True):
         run_dir = Path(job.config.log.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.toml", dump_config(job.config))
-        runs.append(_Run(job.config, components, run_dir, job.on_step, job.on_rollouts))
+        write_atomically(run_dir / "config.toml", dump_config(components.config))
+        runs.append(_Run(components.config, components, run_dir, job.on_step, job.on_rollouts))
     return _fit(runs)
+
+
+def _print_notes(parts: Sequence[Components]) -> None:
+    for note in dict.fromkeys(note for components in parts for note in components.notes):
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def resume(
@@ -147,8 +153,9 @@ def resume(
         run_dir / "config.toml", [*overrides, f"log.run_dir={json.dumps(str(run_dir))}"]
     )
     parts = build(config, found[-1])
-    write_atomically(run_dir / "config.toml", dump_config(config))
-    return _fit([_Run(config, parts, run_dir, on_step, on_rollouts)])[0]
+    _print_notes([parts])
+    write_atomically(run_dir / "config.toml", dump_config(parts.config))
+    return _fit([_Run(parts.config, parts, run_dir, on_step, on_rollouts)])[0]
 
 
 def _fit(runs: Sequence[_Run]) -> list[RunSummary]:
@@ -259,7 +266,15 @@ class _Run:
         if self._on_rollouts is not None:
             self._on_rollouts(self._step + 1, rollouts)
         reward_start = time.perf_counter()
-        rewards = score(parts.rewards, parts.policy.tokenizer, rollouts, rows, num_samples)
+        scores = score(
+            parts.rewards,
+            parts.policy.tokenizer,
+            rollouts,
+            rows,
+            num_samples,
+            keep_special_tokens=config.reward.keep_special_tokens,
+        )
+        rewards = scores.total
         trained = parts.algorithm.advantages(
             AdvantageInputs(
                 rewards,
@@ -284,6 +299,7 @@ class _Run:
             "epoch": epoch,
             "reward": float(given.mean()) if given.numel() else 0.0,
             "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
+            **scores.means(),
             "num_skipped_rewards": rewards.numel() - given.numel(),
             **trained.metrics,
             "response_len": float(rollouts.response_lens.double().mean()),
@@ -342,6 +358,7 @@ class _Run:
                 parts.eval_sampling,
                 step=self._step,
                 correct_at=config.correct_at,
+                keep_special_tokens=self._config.reward.keep_special_tokens,
             )
             row[f"accuracy_{name}"] = result.accuracy
             row[f"eval_reward_{name}"] = result.reward
@@ -360,7 +377,7 @@ class _Run:
             self._samples.write(
                 {
                     "step": self._step + 1,
-                    "prompt": row.prompt,
+                    "prompt": row.rendered,
                     "tokens": [tokenizer.decode([i]) for i in rollouts.response_ids[span].tolist()],
                     "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
                     "accepted_tokens": int(rollouts.accepted_lens[r]),
@@ -373,7 +390,7 @@ class _Run:
         parts = self._parts
         return save_checkpoint(
             self._run_dir / "checkpoints",
-            TrainState(self._step, parts.data.fingerprint, self._pending),
+            TrainState(self._step, parts.data.fingerprint, self._pending, parts.data.rendering),
             model=parts.policy.model,
             tokenizer=parts.policy.tokenizer,
             optimizer=parts.optimizer,
