@@ -373,15 +373,20 @@ def test_aborted_rollouts_are_returned_but_are_no_drafts() -> None:
 
 
 def test_a_schedule_moves_the_rule_with_the_step() -> None:
-    def reused(step: int) -> float:
+    def reused(rule: AcceptanceRule | Schedule, step: int) -> int:
         engine = MarkovEngine(policy(3))
-        schedule = Schedule(Lenient(4.0), start_log_lenience=-4.0, num_steps=10)
-        session = RolloutSession(engine, schedule, seed=1)
+        session = RolloutSession(engine, rule, seed=1)
         session.rollout([[0], [1]], 200, SAMPLING, step=100, epoch=0)
         engine.update_weights([("logits", policy(3, drift=0.8))])
-        return session.rollout([[0], [1]], 200, SAMPLING, step=step, epoch=1).stats.reused_fraction
+        return session.rollout(
+            [[0], [1]], 200, SAMPLING, step=step, epoch=1
+        ).stats.num_reused_tokens
 
-    assert reused(0) < 0.05 < 0.3 < reused(5) < 0.9 < reused(10)
+    schedule = Schedule(Lenient(4.0), start_log_lenience=-4.0, num_steps=10)
+    there = {step: reused(schedule, step) for step in (0, 5, 10, 11)}
+    rules = {0: Lenient(-4.0), 5: Lenient(0.0), 10: Lenient(4.0), 11: Lenient(4.0)}
+    assert there == {step: reused(rule, step) for step, rule in rules.items()}
+    assert there[0] < there[5] < there[10]
 
 
 def test_the_stats_count_the_batch() -> None:
