@@ -40,7 +40,7 @@ BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
 
-venv: $(VENV)/.installed ## Install into .venv what the demo needs, the package in place; CUDA=AUTO|ON|OFF
+venv: $(VENV)/.installed ## Install into .venv what the demo needs, the package in place; CUDA=AUTO, ON or OFF
 
 # The build requirements are installed once instead of into a fresh isolated environment per build. pip's --no-compile,
 # here and below: Python compiles the few modules that are used when it first imports them.
@@ -62,12 +62,12 @@ $(VENV)/.packages: pyproject.toml | $(VENV)/.created
 BUILD_ENV = PATH="$(abspath $(BIN)):$$PATH" SPEC_ROLLOUT_CUDA=$(CUDA) SPEC_ROLLOUT_BUILD_LOG="$(abspath $(BUILD_LOG))"
 extension: | $(VENV)/.created
 	@$(BUILD_ENV) $(BIN)/python build_tools/cuda_choice.py
-	@echo "compiling: on two processors half a minute for the CPU kernels, and four for CUDA's of three architectures"
+	@echo "compiling what changed: at most a minute on two processors, and four more for CUDA of three architectures"
 	@$(BUILD_ENV) $(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/compile.log 2>&1 \
 	  || { cat $(VENV)/compile.log >&2; exit 1; }
 
 $(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
-	@$(MAKE) --no-print-directory -j2 $(VENV)/.packages extension
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j2) CUDA=$(CUDA) $(VENV)/.packages extension
 	$(BUILD_ENV) $(PIP) --no-build-isolation --no-deps -e .
 	@echo $(or $(CUDA),AUTO) > $(VENV)/.cuda
 	touch $@
@@ -95,6 +95,7 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/.packages
 	$(PIP) --no-compile -r $(VENV)/lint-requirements.txt
 	touch $@
 
+demo-full: OUT = runs/demo-full
 ifeq ($(ENGINE),transformers)
 demo: venv ## Train a tiny model by GRPO: plain, with lenient and with lossless reuse (about 7 minutes)
 	$(BIN)/spec-rollout demo --out $(OUT) --seed $(SEED)
@@ -159,7 +160,7 @@ lint: $(VENV)/.lint ## ruff, clang-format, the layers of imports (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED_CPP)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 format: $(VENV)/.lint ## Apply ruff and clang-format
