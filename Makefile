@@ -111,8 +111,8 @@ demo demo-full:
 	@echo "error: ENGINE: expected transformers or vllm, got $(ENGINE)" >&2; exit 2
 endif
 
-demo-seeds: venv ## The demo with three seeds; writes benchmarks/results/demo_seeds.json
-	$(BIN)/spec-rollout demo --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
+demo-seeds: venv ## Runs of demo-full with three seeds; writes benchmarks/results/demo_seeds.json
+	$(BIN)/spec-rollout demo --full --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
 
 # Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
