@@ -16,6 +16,7 @@ from spec_rollout.engines.transformers.attention import (
     span_mask,
 )
 from spec_rollout.engines.transformers.layer_parts import LayerParts
+from spec_rollout.engines.transformers.lengths import declared
 from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ def _mask_kinds(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
             f"model: expected only layers with a standard KV cache, {name} has "
             f"{sorted(layer_types - _KNOWN_LAYERS) or 'recurrent layers'}"
         )
-    window = getattr(config, "sliding_window", None)
+    window = declared(config, "sliding_window")
     if "sliding_attention" in layer_types:
         # Such models look their mask up by layer type, so both are given even if one is unused.
         return {"full_attention": None, "sliding_attention": window}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,13 +71,27 @@ def row_limit(model: torch.nn.Module, config: Any) -> RowLimit:
     return RowLimit(usual, most, reason)
 
 
+def declared(config: Any, name: str) -> Any:
+    """A config's value, or None where its class knows no such key.
+
+    transformers keeps whatever a config.json holds: a Llama that came from a Mistral may still
+    name a window, which its layers do not have.
+    """
+    known = hasattr(type(config), name) or any(
+        name in vars(cls).get("__annotations__", {}) for cls in type(config).__mro__
+    )
+    if not known:  # configs were plain classes before transformers 5
+        known = name in inspect.signature(type(config).__init__).parameters
+    return getattr(config, name, None) if known else None
+
+
 def windows(config: Any) -> list[int]:
     """How far tokens see in layers that do not see all.
 
     Args:
         config: A model's text config.
     """
-    found = (getattr(config, name, None) for name in _WINDOWS)
+    found = (declared(config, name) for name in _WINDOWS)
     return [window for window in found if isinstance(window, int) and window > 0]
 
 
