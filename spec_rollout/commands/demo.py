@@ -58,7 +58,13 @@ def run(args: argparse.Namespace) -> int:
     if args.epochs is not None:
         size = replace(size, epochs=args.epochs)
     print("loading torch and the model", flush=True)
-    from spec_rollout.demo.run import demo, is_lossless, result_text, write_json
+    from spec_rollout.demo.run import (
+        busy_note,
+        demo,
+        is_lossless,
+        result_text,
+        write_json,
+    )
 
     size = replace(size, threads=_threads(args))
     contents = []
@@ -71,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
             f"\n{result_text(content, runs)}\n\n"
             f"summary: {out / 'summary.json'}, report: {out / 'report.html'}"
         )
+        note = busy_note()
+        if note is not None:
+            print(f"note: {note}")
     if args.results is not None:
         content = contents[0]
         if args.seeds is not None:

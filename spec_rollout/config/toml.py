@@ -52,8 +52,10 @@ def from_dict(table: Mapping[str, Any]) -> RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain tables, resolved. TOML has no `None`: it is left out, or "none" where it is not
-    the default."""
+    """Nested plain tables, resolved.
+
+    TOML has no `None`: it is left out, or "none" where it is not the default.
+    """
     tables: dict[str, Any] = {}
     for section in fields(config):
         component = getattr(config, section.name)

@@ -1,5 +1,4 @@
-"""Makes the demo's checkpoint: trains a small Llama from scratch on the imperfect teacher's
-responses.
+"""Makes the demo's checkpoint: a small Llama, trained from scratch on the teacher's responses.
 
     python -m spec_rollout.demo.checkpoint --out DIR            # the shipped checkpoint, about 20
     minutes python -m spec_rollout.demo.checkpoint --out DIR --short    # the same path in under a
@@ -106,8 +105,10 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> L
 def corpus_batches(
     config: PretrainConfig, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (input_ids, labels), each [batch, length] int64, right-padded; only responses have
-    labels."""
+    """Endless (input_ids, labels), each [batch, length] int64, right-padded.
+
+    Only responses have labels.
+    """
     rng = random.Random(f"corpus:{config.seed}")
     while True:
         rows = []
@@ -134,8 +135,11 @@ def corpus_batches(
 def pretrain(
     config: PretrainConfig, *, log_every: int = 100
 ) -> tuple[LlamaForCausalLM, list[float]]:
-    """Trains from scratch; returns the model and the loss of every step (nats per response
-    token)."""
+    """Trains from scratch.
+
+    Returns:
+        The model, and the loss of every step in nats per response token.
+    """
     tokenizer = build_tokenizer()
     model = build_model(config, tokenizer).train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -187,8 +191,10 @@ def sampled_accuracy(
     seed: int = 0,
     batch_size: int = 256,
 ) -> float:
-    """Mean reward of one plain sample (temperature 1) per problem, by `model.generate`; seeds
-    torch."""
+    """Mean reward of one plain sample (temperature 1) per problem, by `model.generate`.
+
+    Seeds torch.
+    """
     torch.manual_seed(seed)
     total = 0.0
     for first in range(0, len(rows), batch_size):

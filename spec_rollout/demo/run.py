@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -98,6 +99,20 @@ def result_text(content: Mapping[str, Any], runs: Runs) -> str:
             other = off if off == "vanilla" else "the same with the cache off"
             text += f"\n\n{comparison_line(name, str(other), same)}"
     return text
+
+
+def busy_note() -> str | None:
+    """A line about other processes' use of the processors; None if there is little."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], num_cores()
+    # The demo itself is one or two of it.
+    if load <= cores + 1.0:
+        return None
+    return (
+        f"the machine was busy with other work (load {load:.0f} on {cores} cores): seconds and "
+        "speed-ups are less certain than on a quiet one, all else is the same"
+    )
 
 
 def is_lossless(content: Mapping[str, Any], runs: Runs) -> bool:

@@ -70,8 +70,10 @@ def format_prompt(start: int, terms: Iterable[int]) -> str:
 
 
 def _draw(rng: random.Random) -> tuple[int, list[int]]:
-    """A start in 30..69 and 4 or 5 different terms of size 2..9; running totals stay in 13..99 in
-    any order."""
+    """A start in 30..69 and 4 or 5 different terms of size 2..9.
+
+    Running totals stay in 13..99 in any order.
+    """
     start = rng.randint(30, 69)
     sizes = rng.sample(range(2, 10), rng.choice((4, 5)))
     num_minus = rng.choice((1, 2))
@@ -113,13 +115,12 @@ def problems(split: str, num: int, seed: int = 0) -> list[Problem]:
 
 
 def training_problems(num: int = 256, seed: int = 0) -> list[Problem]:
-    """Problems to train on; disjoint from `heldout_problems` and from the pre-training corpus."""
+    """Problems to train on; none is held out or in the pre-training corpus."""
     return problems("train", num, seed)
 
 
 def heldout_problems(num: int = 256, seed: int = 0) -> list[Problem]:
-    """Problems to evaluate on; disjoint from `training_problems` and from the pre-training
-    corpus."""
+    """Problems to evaluate on; none is a training problem or in the pre-training corpus."""
     return problems("heldout", num, seed)
 
 
@@ -145,7 +146,6 @@ def reward(prompt: str, response: str, answer: str) -> float:
 
 
 # ---- the teacher
-# ----------------------------------------------------------------------------------------------
 
 _OPENINGS = ("start {}", "from {}", "begin at {}", "we have {}", "{} first")
 _CONNECTIVES = ("then ", "now ", "next ", "so ", "also ", "")

@@ -14,8 +14,10 @@ CHARACTERS = "\n 0123456789abcdefghijklmnopqrstuvwxyz+-=.,;:?()!"
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; ids 0, 1, 2 are padding, end of sequence and unknown. Adds no token
-    by itself."""
+    """One token per character; it adds none by itself.
+
+    Ids 0, 1, 2 are padding, end of sequence and unknown.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

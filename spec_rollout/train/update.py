@@ -98,6 +98,11 @@ class PolicyUpdater:
         temperature: float,
         reference: PreTrainedModel | None = None,
     ) -> None:
+        if algorithm.needs.values:
+            raise ValueError(
+                f"algorithm: expected one without a value head, which this trainer does not have, "
+                f"got {type(algorithm).__name__}"
+            )
         if algorithm.needs.reference and reference is None:
             raise ValueError(
                 f"reference: expected a model, which {type(algorithm).__name__} needs, got None"

@@ -1,5 +1,4 @@
-"""The shipped checkpoint loads, speaks the task and is right about half of the time; its script
-trains."""
+"""The shipped checkpoint speaks the task and is right about half of the time; its script trains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The demo task: deterministic problems, disjoint splits, and a reward that grades the final answer
-only."""
+"""Deterministic problems, disjoint splits, and a reward that grades the final answer only."""
 
 from __future__ import annotations
 

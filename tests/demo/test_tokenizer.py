@@ -1,5 +1,4 @@
-"""The character tokenizer: one token per character, lossless on everything the demo writes,
-reloadable."""
+"""A token per character, lossless on everything the demo writes, and reloadable."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Signals: noted first, fatal the second time, handlers restored, aborts between forward passes
-only."""
+"""Signals: noted first, fatal the second time, handlers restored, aborts between steps only."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def test_first_signal_is_noted(signum):
 
 @pytest.fixture
 def usual_sigint():
-    """Python's handler: a process started in the background by a shell ignores the signal
-    instead."""
+    """Python's handler; a process that a shell started in the background ignores the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

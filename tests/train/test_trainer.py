@@ -1,5 +1,7 @@
-"""Whole runs with the real engine and cache: learning, files, errors before writing, interruption
-and resumption."""
+"""Whole runs with the real engine and cache.
+
+Learning, files, errors before anything is written, interruption and resumption.
+"""
 
 from __future__ import annotations
 
@@ -272,7 +274,6 @@ def test_skipped_rewards(make_config, name):
 
 
 # ---- interruption
-# ---------------------------------------------------------------------------------------------
 
 
 class SignalAtForward:
@@ -472,7 +473,6 @@ def test_a_signal_from_outside(make_config, tmp_path, signum):
 
 
 # ---- bad input: one error, nothing written
-# --------------------------------------------------------------------
 
 
 def truncated_cache(tmp_path):

@@ -21,8 +21,8 @@ class Needs:
         reference: `LossInputs.ref_logprobs`, from a frozen model.
         recomputed_logprobs: `LossInputs.old_logprobs` from a forward pass of the trainer before the
             first optimizer step, instead of the engine's own.
-        values: `AdvantageInputs.values` and `LossInputs.values`, from a value head on the policy,
-            which is trained with it.
+        values: `AdvantageInputs.values` and `LossInputs.values`, from a value head that is trained
+            with the policy. The trainer has none yet, and refuses such an algorithm.
     """
 
     reference: bool = False

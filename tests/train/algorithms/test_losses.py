@@ -1,5 +1,7 @@
-"""The policy loss against numbers worked out by hand, its gradient against closed form and finite
-differences."""
+"""The policy loss against numbers worked out by hand.
+
+Its gradient against closed form and finite differences.
+"""
 
 from __future__ import annotations
 
