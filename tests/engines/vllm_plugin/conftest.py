@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import importlib.util
 import itertools
 import os
@@ -29,21 +29,17 @@ def vllm_installed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def llms_kept(vllm_installed: None) -> Iterator[None]:
-    """No `LLM` is collected before the end: that tears down every engine of the process."""
-    from vllm import LLM
+def engines_stand_alone(vllm_installed: None) -> Iterator[None]:
+    """An `LLM` that is closed or collected leaves the other engines of this process running.
 
-    kept = []
-    original = LLM.__init__
+    vLLM's takes its process groups with it, which all of them share.
+    """
+    from vllm.v1.engine import core
 
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kw: Any) -> None:
-        kept.append(self)
-        original(self, *args, **kw)
-
-    LLM.__init__ = init
+    original = core.cleanup_dist_env_and_memory
+    core.cleanup_dist_env_and_memory = gc.collect
     yield
-    LLM.__init__ = original
+    core.cleanup_dist_env_and_memory = original
 
 
 @pytest.fixture
