@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spec_rollout.config import options
-from spec_rollout.config.sections import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
+from spec_rollout.config.sections import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    VLLMConfig,
+)
 
 if TYPE_CHECKING:
     from spec_rollout.loading.data import PromptRow
@@ -34,6 +40,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
     files.add_argument("--prompt-column", default="prompt", metavar="NAME")
+    files.add_argument(
+        "--raw-prompts",
+        action="store_true",
+        help="no chat template: text prompts go to the model as they are",
+    )
+    options.add_options(files, DataConfig, "system_prompt")
+    files.add_argument(
+        "--continue-final-message",
+        action="store_true",
+        help="where the last message of a prompt is the assistant's, responses continue it",
+    )
     files.add_argument(
         "--out", type=Path, required=True, metavar="FILE.jsonl", help="one row per rollout"
     )
@@ -72,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from spec_rollout.cache import RolloutCache
-    from spec_rollout.loading.data import load_prompts, read_records
+    from spec_rollout.loading.data import load_prompts
     from spec_rollout.loading.engines import check_engine, make_engine, without_weights
     from spec_rollout.loading.policy import load_policy
     from spec_rollout.rollout import RolloutSession
@@ -94,15 +111,21 @@ def run(args: argparse.Namespace) -> int:
     device = "cpu" if config.engine == "vllm" else args.device
     model_config = ModelConfig(args.model, dtype=args.dtype, device=device)
     policy = load_policy(model_config)
-    # An answer column is taken as such, so that training data can be used as it is.
-    _, first = next(read_records(args.prompts, 1), ("", {}))
-    data = load_prompts(
-        args.prompts,
-        policy.tokenizer,
-        vocab_size=policy.vocab_size,
-        prompt_column=args.prompt_column,
-        answer_column="answer" if "answer" in first else None,
-    )
+    try:
+        data = load_prompts(
+            args.prompts,
+            policy.tokenizer,
+            vocab_size=policy.vocab_size,
+            prompt_column=args.prompt_column,
+            answer_column=None,
+            chat_template=False if args.raw_prompts else None,
+            system_prompt=args.system_prompt,
+            continue_final_message=args.continue_final_message,
+        )
+    except ValueError as error:
+        raise type(error)(_with_options(str(error))) from None
+    for note in data.notes:
+        print(f"note: {_with_options(note)}", file=sys.stderr, flush=True)
     if config.engine == "vllm":
         policy = without_weights(policy)
     engine = make_engine(
@@ -164,6 +187,18 @@ def _config(args: argparse.Namespace) -> RolloutConfig:
         raise options.named(error) from None
 
 
+def _with_options(message: str) -> str:
+    """A message about prompts that names this command's options instead of keys of a config."""
+    for key, option in (
+        ("data.chat_template = false", "--raw-prompts"),
+        ("data.chat_template is false", "--raw-prompts is given"),
+        ("data.continue_final_message = true", "--continue-final-message"),
+        ("data.system_prompt", "--system-prompt"),
+    ):
+        message = message.replace(key, option)
+    return message
+
+
 def _rows(
     rollouts: Rollouts, prompts: Sequence[PromptRow], start: int, policy: Policy, num_samples: int
 ) -> Iterator[dict[str, Any]]:
@@ -179,7 +214,7 @@ def _rows(
         yield {
             "prompt_index": start + index,
             "sample": sample,
-            "prompt": prompts[index].prompt,
+            "prompt": prompts[index].rendered,
             "response": policy.tokenizer.decode(response, skip_special_tokens=True),
             "response_ids": response,
             "logprobs": [round(value, 6) for value in logprobs[cu[row] : cu[row + 1]]],

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spec_rollout.config.sections import RunConfig
 
 HELP = "train a policy"
 
@@ -64,7 +69,9 @@ def train(
     from spec_rollout.config.toml import dump_config, load_config
 
     # The config is read before torch is loaded: mistakes in it show at once.
-    config = None if config_path is None else load_config(config_path, overrides)
+    config = None
+    if config_path is not None:
+        config = _finding_modules_beside(config_path, load_config(config_path, overrides))
 
     from spec_rollout.report import load_run, write_report
     from spec_rollout.train.trainer import resume
@@ -86,3 +93,11 @@ def train(
         file=sys.stderr,
     )
     return 0
+
+
+def _finding_modules_beside(config_path: Path, config: RunConfig) -> RunConfig:
+    """Modules of reward functions are looked for in the config file's folder, on resume too."""
+    reward = config.reward
+    if reward.folder is not None or not any(":" in name for name in reward.functions):
+        return config
+    return replace(config, reward=replace(reward, folder=str(config_path.resolve().parent)))
