@@ -17,6 +17,17 @@ def minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def _before(row: Row) -> str:
+    """The evaluation before training, in words."""
+    names = {"train": "training prompts", "heldout": "held-out prompts"}
+    found = [
+        f"{row[f'accuracy_{part}']:.1%} on {name}"
+        for part, name in names.items()
+        if f"accuracy_{part}" in row
+    ]
+    return f"accuracy before training: {', '.join(found)}"
+
+
 class Progress:
     """Says what is going on: figures after every epoch, and a sign of life in between.
 
@@ -87,12 +98,12 @@ class Progress:
         with self._lock:
             self._eval_seconds = row.get("eval_seconds", self._eval_seconds)
             if row["step"] == 0:
-                return
-            self._rows[name].append(row)
-            if self._bar is not None:
-                self._bar.update(1)
-            if self._epoch_done(name):
-                self._say(self._epoch_line(name, row["epoch"]))
+                self._say(_before(row))
+            else:
+                self._rows[name].append(row)
+                if self._bar is not None:
+                    self._bar.update(1)
+                self._say_figures(name, row["epoch"])
             self._show()
 
     def left(self) -> float | None:
@@ -123,16 +134,18 @@ class Progress:
         rest = "the first step tells how long" if left is None else f"about {minutes(left)} left"
         return f"{gone} gone, {rest}: {name}, step {step} of {self._num_steps}"
 
-    def _epoch_done(self, name: str) -> bool:
-        """Whether this step ended an epoch of all the runs that train together."""
+    def _say_figures(self, name: str, epoch: int) -> None:
+        """Once all runs that train together have done a step: after the first, and every epoch."""
         together = next(names for names in self._turns if name in names)
         done = len(self._rows[name])
-        return all(len(self._rows[n]) == done for n in together) and (
-            done * self._num_epochs % self._num_steps == 0
-        )
+        if any(len(self._rows[n]) != done for n in together):
+            return
+        if done * self._num_epochs % self._num_steps == 0:
+            self._say(self._figures(together, epoch, f"epoch {epoch + 1} of {self._num_epochs}"))
+        elif done == 1:
+            self._say(self._figures(together, epoch, f"step 1 of {self._num_steps}"))
 
-    def _epoch_line(self, name: str, epoch: int) -> str:
-        together = next(names for names in self._turns if name in names)
+    def _figures(self, together: Sequence[str], epoch: int, what: str) -> str:
         rows = {n: [row for row in self._rows[n] if row["epoch"] == epoch] for n in together}
         seconds = {n: sum(row["rollout_seconds"] for row in rows[n]) for n in together}
         figures = []
@@ -145,7 +158,7 @@ class Progress:
         note = "" if epoch else " (nothing to reuse yet)"
         left = self.left() or 0.0
         return (
-            f"epoch {epoch + 1} of {self._num_epochs}: rollout seconds {', '.join(figures)}{note}; "
+            f"{what}: rollout seconds {', '.join(figures)}{note}; "
             f"{minutes(self._clock() - self._begin)} gone, about {minutes(left)} left"
         )
 

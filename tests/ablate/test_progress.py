@@ -46,9 +46,11 @@ def test_figures_come_after_every_epoch_of_all_runs() -> None:
     for step in (1, 2):
         clock.now += 15
         shown.on_step("a", row(step, 10.0))
-        assert out.getvalue() == ""
+        assert len(out.getvalue().splitlines()) == step - 1
         shown.on_step("b", row(step, 5.0))
     assert out.getvalue() == (
+        "step 1 of 4: rollout seconds a 5.0, b 2.5 (nothing to reuse yet); "
+        "0:15 gone, about 0:45 left\n"
         "epoch 1 of 2: rollout seconds a 10.0, b 5.0 (nothing to reuse yet); "
         "0:30 gone, about 0:30 left\n"
     )
@@ -56,10 +58,20 @@ def test_figures_come_after_every_epoch_of_all_runs() -> None:
         clock.now += 12
         shown.on_step("a", row(step, 10.0))
         shown.on_step("b", row(step, 2.0, reused=60))
-    assert out.getvalue().splitlines()[1:] == [
+    assert out.getvalue().splitlines()[2:] == [
         "epoch 2 of 2: rollout seconds a 10.0, b 2.0 (5.00x, 60% reused); "
         "0:54 gone, about 0:00 left"
     ]
+
+
+def test_the_evaluation_before_training_is_the_first_figure() -> None:
+    out = io.StringIO()
+    shown = progress(out, Clock())
+    accuracies = {"accuracy_train": 0.40625, "accuracy_heldout": 0.5}
+    shown.on_step("a", {"step": 0, "epoch": 0, "eval_seconds": 7.0, **accuracies})
+    assert out.getvalue() == (
+        "accuracy before training: 40.6% on training prompts, 50.0% on held-out prompts\n"
+    )
 
 
 def test_the_estimate_is_what_was_measured_last() -> None:
@@ -94,7 +106,8 @@ def test_runs_one_after_the_other_have_lines_of_their_own() -> None:
     for name in ("a", "b"):
         for step in range(1, 5):
             shown.on_step(name, row(step, 10.0))
-    figures = [line.partition(";")[0] for line in out.getvalue().splitlines()]
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("epoch")]
+    figures = [line.partition(";")[0] for line in lines]
     assert figures == [
         "epoch 1 of 2: rollout seconds a 10.0 (nothing to reuse yet)",
         "epoch 2 of 2: rollout seconds a 10.0",
