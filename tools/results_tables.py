@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md and docs/results.md from benchmarks/results.
+"""Writes the tables of README.md, docs/results.md and docs/models.md from benchmarks/results.
 
 Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of
 benchmarks/results/NAME.json, between those of `gpu_NAME` the kernel table of
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from renderers.kernels import benchmark_table, gpu_summary_table, gpu_table
+from renderers.models import families_table
 from renderers.rollouts import drafting_table, rollout_drafting_table, rollout_table
 from renderers.text import provenance
 from renderers.training import demo_seeds_table, demo_summary_table, demo_table
@@ -24,7 +25,7 @@ from renderers.training import demo_seeds_table, demo_summary_table, demo_table
 __all__ = ["benchmark_table", "main", "render"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/models.md"))
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
 _SUMMARY = "_summary"
 
@@ -33,6 +34,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
     "drafting": drafting_table,
+    "model_families": families_table,
     "rollout_vllm": rollout_table,
     "rollout_vllm_small": rollout_table,
     "rollout_vllm_tiny": rollout_table,
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--page",
         type=Path,
         action="append",
-        help="page to write; may be repeated (default: README.md and docs/results.md)",
+        help="page to write; may be repeated (default: all pages with tables)",
     )
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = options.parse_args(argv)

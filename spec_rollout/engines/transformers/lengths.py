@@ -14,7 +14,13 @@ _BY_LONGEST_ROW = ("dynamic", "longrope")
 
 
 # Where configs say how far a token of some layer sees.
-_WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")
+_WINDOWS = (
+    "sliding_window",
+    "window_size",
+    "attention_window",
+    "attention_chunk_size",
+    "keep_window_size",
+)
 _CONFIGURED = "the model's max_position_embeddings"
 
 
