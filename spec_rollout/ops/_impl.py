@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from spec_rollout.ops._faults import shown
+
 
 def implementation(table: Mapping[str, Callable[..., Any]], impl: str) -> Callable[..., Any]:
     """The entry of `table` named `impl`.
@@ -17,7 +19,7 @@ def implementation(table: Mapping[str, Callable[..., Any]], impl: str) -> Callab
     try:
         return table[impl]
     except (KeyError, TypeError):
-        raise ValueError(f"impl: expected one of {', '.join(table)}, got {impl!r}") from None
+        raise ValueError(f"impl: expected one of {', '.join(table)}, got {shown(impl)}") from None
 
 
 def triton_module(name: str) -> ModuleType:

@@ -17,13 +17,6 @@ _is_profiled = torch.autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
-def expect_tensors(**arguments: Any) -> None:
-    """Raises ValueError, naming it, for an argument that is neither a tensor nor None."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
 def register_op(
     schema: str, *, fake: Callable[..., Any], direct: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -55,15 +48,7 @@ def register_op(
         def call(*args: Any) -> Any:
             if _is_compiling() or _num_modes() or _is_profiled() or not _C.all_plain(args):
                 return op(*args)
-            try:
-                return undispatched(*args)
-            except AttributeError:
-                # Nothing has an attribute that tensors have where a tensor is wanted: said without
-                # a check at each call.
-                kinds = ("Tensor", "Optional[Tensor]")
-                given = zip(op._schema.arguments, args, strict=False)
-                expect_tensors(**{a.name: v for a, v in given if str(a.type) in kinds})
-                raise
+            return undispatched(*args)
 
         return call
 

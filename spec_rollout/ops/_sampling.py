@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from spec_rollout.ops._faults import integer, real
+
 
 def split_temperature(
     value: float | torch.Tensor,
@@ -13,27 +15,30 @@ def split_temperature(
     """(per-row tensor or None, number for all rows)."""
     if isinstance(value, torch.Tensor):
         return value, 1.0
-    if not 0.0 <= value < math.inf:
+    number = value if type(value) is float else real("temperature", value)
+    if not 0.0 <= number < math.inf:
         raise ValueError(f"temperature: expected 0 <= value < inf, got {value}")
-    return None, float(value)
+    return None, number
 
 
 def split_top_k(value: int | torch.Tensor) -> tuple[torch.Tensor | None, int]:
     """(per-row tensor or None, number for all rows)."""
     if isinstance(value, torch.Tensor):
         return value, 0
-    if value < 0:
+    number = integer("top_k", value)
+    if number < 0:
         raise ValueError(f"top_k: expected 0 (off) or more, got {value}")
-    return None, int(value)
+    return None, number
 
 
 def split_top_p(value: float | torch.Tensor) -> tuple[torch.Tensor | None, float]:
     """(per-row tensor or None, number for all rows)."""
     if isinstance(value, torch.Tensor):
         return value, 1.0
-    if not 0.0 < value <= 1.0:
+    number = real("top_p", value)
+    if not 0.0 < number <= 1.0:
         raise ValueError(f"top_p: expected 0 < value <= 1, got {value}")
-    return None, float(value)
+    return None, number
 
 
 def split_sampling(

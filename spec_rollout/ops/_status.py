@@ -46,12 +46,15 @@ def check_status(device: torch.device | str | None = None) -> None:
         device: A CUDA device; None checks all that have run an op. Synchronises with it.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the argument; or if there is no such device.
     """
     if device is None:
         indices = list(_words)
     else:
-        given = torch.device(device)
+        try:
+            given = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device: expected a CPU or CUDA device, got {device!r}") from None
         if given.type == "cpu":
             indices = [-1]
         else:

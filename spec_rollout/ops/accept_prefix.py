@@ -6,6 +6,7 @@ import torch
 
 from spec_rollout._native import _C, num_threads
 from spec_rollout.acceptance import AcceptanceRule, RuleKind
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
@@ -49,28 +50,37 @@ def accept_prefix(
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    if rule.kind is RuleKind.COUPLED:
-        raise ValueError(
-            "rule: expected a rule that tests log-probabilities, got Coupled (use verify_prefix)"
+    try:
+        if rule.kind is RuleKind.COUPLED:
+            raise ValueError(
+                "rule: expected a rule that tests log-probabilities, got Coupled "
+                "(use verify_prefix)"
+            )
+        if (cu_draft_lens is None) == (draft_lens is None):
+            given = "neither" if cu_draft_lens is None else "both"
+            raise ValueError(
+                f"cu_draft_lens, draft_lens: expected exactly one of them, got {given}"
+            )
+        if rule.needs_draft_logprobs and draft_logprobs is None:
+            raise ValueError(
+                f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None"
+            )
+        kind, log_lenience, scale, min_target_prob = rule.kernel_params
+        return _accept_prefix(
+            draft_logprobs if rule.needs_draft_logprobs else None,
+            target_logprobs,
+            draft_lens,
+            cu_draft_lens,
+            keys,
+            positions,
+            kind,
+            log_lenience,
+            scale,
+            min_target_prob,
         )
-    if (cu_draft_lens is None) == (draft_lens is None):
-        given = "neither" if cu_draft_lens is None else "both"
-        raise ValueError(f"cu_draft_lens, draft_lens: expected exactly one of them, got {given}")
-    if rule.needs_draft_logprobs and draft_logprobs is None:
-        raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
-    kind, log_lenience, scale, min_target_prob = rule.kernel_params
-    return _accept_prefix(
-        draft_logprobs if rule.needs_draft_logprobs else None,
-        target_logprobs,
-        draft_lens,
-        cu_draft_lens,
-        keys,
-        positions,
-        kind,
-        log_lenience,
-        scale,
-        min_target_prob,
-    )
+    except Exception as error:
+        refuse(error, accept_prefix, locals())
+        raise
 
 
 def _accept_prefix_fake(

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from spec_rollout._native import _C, num_threads
-from spec_rollout.ops._registry import expect_tensors, register_op
+from spec_rollout.ops._faults import integer, refuse, shown
+from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
 Layout = Literal["packed", "right", "left", "split"]
@@ -108,86 +109,95 @@ def assemble(
     from the device, which synchronises. With both limits nothing is read back, and rows that do not
     fit, or offsets out of range, become padding and are reported by `check_status`.
     """
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
-    if (continuation_ids is None) != (cu_continuation_lens is None):
-        missing = "continuation_ids" if continuation_ids is None else "cu_continuation_lens"
-        raise ValueError(f"{missing}: expected a tensor with its counterpart given, got None")
-    if prefix_logprobs is None and continuation_logprobs is not None:
-        raise ValueError(
-            "prefix_logprobs: expected a tensor with continuation_logprobs given, got None"
-        )
-    if max_prompt_len is not None and max_prompt_len < 0:
-        raise ValueError(f"max_prompt_len: expected >= 0, got {max_prompt_len}")
-    if max_response_len is not None and max_response_len < 0:
-        raise ValueError(f"max_response_len: expected >= 0, got {max_response_len}")
-    if out is not None:
-        if layout == "packed" or max_prompt_len is None or max_response_len is None:
+    try:
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {shown(layout)}")
+        if type(pad_token_id) is not int:
+            pad_token_id = integer("pad_token_id", pad_token_id)
+        if (continuation_ids is None) != (cu_continuation_lens is None):
+            missing = "continuation_ids" if continuation_ids is None else "cu_continuation_lens"
+            raise ValueError(f"{missing}: expected a tensor with its counterpart given, got None")
+        if prefix_logprobs is None and continuation_logprobs is not None:
             raise ValueError(
-                "out: expected None unless the layout is padded and both limits are given, "
-                f'got a result with layout="{layout}", max_prompt_len={max_prompt_len}, '
-                f"max_response_len={max_response_len}"
+                "prefix_logprobs: expected a tensor with continuation_logprobs given, got None"
             )
-        expect_tensors(accepted_lens=accepted_lens)
-        _check_out(out, (accepted_lens.numel(), max_prompt_len + max_response_len), prefix_logprobs)
-    cu_lens: torch.Tensor | None = None
-    prompt_width = -1
-    if layout != "packed" and max_prompt_len is not None and max_response_len is not None:
-        prompt_width, width = max_prompt_len, max_prompt_len + max_response_len
-    else:
-        expect_tensors(
-            prompt_ids=prompt_ids,
-            cu_prompt_lens=cu_prompt_lens,
-            prefix_ids=prefix_ids,
-            continuation_ids=continuation_ids,
-        )
-        sizes, cu_lens = _sizes(
+        if max_prompt_len is not None:
+            max_prompt_len = _limit("max_prompt_len", max_prompt_len)
+        if max_response_len is not None:
+            max_response_len = _limit("max_response_len", max_response_len)
+        if out is not None:
+            if layout == "packed" or max_prompt_len is None or max_response_len is None:
+                raise ValueError(
+                    "out: expected None unless the layout is padded and both limits are given, "
+                    f'got a result with layout="{layout}", max_prompt_len={max_prompt_len}, '
+                    f"max_response_len={max_response_len}"
+                )
+            _check_out(
+                out, (accepted_lens.numel(), max_prompt_len + max_response_len), prefix_logprobs
+            )
+        cu_lens: torch.Tensor | None = None
+        prompt_width = -1
+        if layout != "packed" and max_prompt_len is not None and max_response_len is not None:
+            prompt_width, width = max_prompt_len, max_prompt_len + max_response_len
+        else:
+            sizes, cu_lens = _sizes(
+                cu_prompt_lens,
+                cu_prefix_lens,
+                accepted_lens,
+                cu_continuation_lens,
+                prompt_ids.numel(),
+                prefix_ids.numel(),
+                0 if continuation_ids is None else continuation_ids.numel(),
+                -1 if max_prompt_len is None else max_prompt_len,
+                -1 if max_response_len is None else max_response_len,
+            )
+            longest_prompt, longest_response, longest_row, width = sizes
+            if layout == "split":
+                prompt_width = longest_prompt if max_prompt_len is None else max_prompt_len
+                width = prompt_width + (
+                    longest_response if max_response_len is None else max_response_len
+                )
+            elif layout != "packed":
+                width = longest_row
+        arguments = (
+            prompt_ids,
             cu_prompt_lens,
+            prefix_ids,
             cu_prefix_lens,
             accepted_lens,
+            continuation_ids,
             cu_continuation_lens,
-            prompt_ids.numel(),
-            prefix_ids.numel(),
-            0 if continuation_ids is None else continuation_ids.numel(),
-            -1 if max_prompt_len is None else max_prompt_len,
-            -1 if max_response_len is None else max_response_len,
+            prefix_logprobs,
+            continuation_logprobs,
+            cu_lens if layout == "packed" else None,
+            _LAYOUTS[layout],
+            prompt_width,
+            width,
+            pad_token_id,
         )
-        longest_prompt, longest_response, longest_row, width = sizes
-        if layout == "split":
-            prompt_width = longest_prompt if max_prompt_len is None else max_prompt_len
-            width = prompt_width + (
-                longest_response if max_response_len is None else max_response_len
-            )
-        elif layout != "packed":
-            width = longest_row
-    arguments = (
-        prompt_ids,
-        cu_prompt_lens,
-        prefix_ids,
-        cu_prefix_lens,
-        accepted_lens,
-        continuation_ids,
-        cu_continuation_lens,
-        prefix_logprobs,
-        continuation_logprobs,
-        cu_lens if layout == "packed" else None,
-        _LAYOUTS[layout],
-        prompt_width,
-        width,
-        pad_token_id,
-    )
-    if out is not None:
-        _write((out.input_ids, out.attention_mask, *out[2:5]), *arguments)
-        return out
-    input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(*arguments)
-    return Assembled(
-        input_ids,
-        None if layout == "packed" else attention_mask,
-        position_ids,
-        response_mask,
-        None if prefix_logprobs is None else logprobs,
-        cu_lens if layout == "packed" else None,
-    )
+        if out is not None:
+            _write((out.input_ids, out.attention_mask, *out[2:5]), *arguments)
+            return out
+        input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(*arguments)
+        return Assembled(
+            input_ids,
+            None if layout == "packed" else attention_mask,
+            position_ids,
+            response_mask,
+            None if prefix_logprobs is None else logprobs,
+            cu_lens if layout == "packed" else None,
+        )
+    except Exception as error:
+        refuse(error, assemble, locals())
+        raise
+
+
+def _limit(name: str, value: int) -> int:
+    if type(value) is not int:
+        value = integer(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: expected >= 0, got {value}")
+    return value
 
 
 def _sizes(

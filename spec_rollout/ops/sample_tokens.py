@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from spec_rollout._native import _C, num_threads
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_sampling
 from spec_rollout.ops._status import after_launch, status_word
@@ -63,14 +64,18 @@ def sample_tokens(
             devices, parameters out of range, and, on CPU (on CUDA: by `check_status`), NaN or +inf
             logits, rows without a finite logit.
     """
-    return SampleResult(
-        *_sample_tokens(
-            logits,
-            keys,
-            positions,
-            *split_sampling(temperature, top_k, top_p),
+    try:
+        return SampleResult(
+            *_sample_tokens(
+                logits,
+                keys,
+                positions,
+                *split_sampling(temperature, top_k, top_p),
+            )
         )
-    )
+    except Exception as error:
+        refuse(error, sample_tokens, locals())
+        raise
 
 
 def _sample_tokens_fake(logits, keys, *args):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from spec_rollout._native import _C, num_threads
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 
@@ -65,20 +66,27 @@ def splice_kv(
     so that later calls with it are one launch and can be captured in a CUDA graph. The 256 latest
     lists are kept.
     """
-    dtypes = {cache.dtype for cache in (*src, *dst)}
-    if len(dtypes) > 1:
-        raise ValueError(f"src, dst: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}")
-    _splice_kv(
-        list(src),
-        list(dst),
-        src_rows,
-        src_starts,
-        dst_rows,
-        dst_starts,
-        lens,
-        src_block_table,
-        dst_block_table,
-    )
+    try:
+        src_caches, dst_caches = list(src), list(dst)  # an iterator is read once
+        dtypes = {cache.dtype for cache in (*src_caches, *dst_caches)}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"src, dst: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}"
+            )
+        _splice_kv(
+            src_caches,
+            dst_caches,
+            src_rows,
+            src_starts,
+            dst_rows,
+            dst_starts,
+            lens,
+            src_block_table,
+            dst_block_table,
+        )
+    except Exception as error:
+        refuse(error, splice_kv, locals())
+        raise
 
 
 _MAX_VIEW_TABLES = 256

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from spec_rollout._native import _C, num_threads
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._impl import implementation, triton_module
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_temperature
@@ -43,8 +44,12 @@ def token_logprobs(
             +inf logits, rows without a finite logit.
         ImportError: if impl is "triton" and triton is not installed.
     """
-    op = implementation(_IMPLEMENTATIONS, impl)
-    return op(logits, token_ids, *split_temperature(temperature))
+    try:
+        op = implementation(_IMPLEMENTATIONS, impl)
+        return op(logits, token_ids, *split_temperature(temperature))
+    except Exception as error:
+        refuse(error, token_logprobs, locals())
+        raise
 
 
 def _token_logprobs_fake(logits, token_ids, temperatures, temperature):

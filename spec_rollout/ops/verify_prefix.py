@@ -8,6 +8,7 @@ import torch
 
 from spec_rollout._native import _C, num_threads
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._impl import implementation, triton_module
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._sampling import split_sampling
@@ -102,27 +103,33 @@ def verify_prefix(
             are read), NaN log-probs.
         ImportError: if impl is "triton" and triton is not installed.
     """
-    op = _verify_prefix if impl == "native" else implementation(_IMPLEMENTATIONS, impl)
-    needs_draft_logprobs = rule.needs_draft_logprobs
-    if needs_draft_logprobs and draft_logprobs is None:
-        raise ValueError(f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None")
-    kind, log_lenience, scale, min_target_prob = rule.kernel_params
-    return VerifyResult._make(
-        op(
-            logits,
-            draft_ids,
-            cu_draft_lens,
-            draft_logprobs if needs_draft_logprobs else None,
-            cu_logits_lens,
-            keys,
-            positions,
-            *split_sampling(temperature, top_k, top_p),
-            kind,
-            log_lenience,
-            scale,
-            min_target_prob,
+    try:
+        op = _verify_prefix if impl == "native" else implementation(_IMPLEMENTATIONS, impl)
+        needs_draft_logprobs = rule.needs_draft_logprobs
+        if needs_draft_logprobs and draft_logprobs is None:
+            raise ValueError(
+                f"draft_logprobs: expected a tensor for {type(rule).__name__}, got None"
+            )
+        kind, log_lenience, scale, min_target_prob = rule.kernel_params
+        return VerifyResult._make(
+            op(
+                logits,
+                draft_ids,
+                cu_draft_lens,
+                draft_logprobs if needs_draft_logprobs else None,
+                cu_logits_lens,
+                keys,
+                positions,
+                *split_sampling(temperature, top_k, top_p),
+                kind,
+                log_lenience,
+                scale,
+                min_target_prob,
+            )
         )
-    )
+    except Exception as error:
+        refuse(error, verify_prefix, locals())
+        raise
 
 
 _INT32 = torch.empty(0, dtype=torch.int32)
