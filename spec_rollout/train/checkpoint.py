@@ -24,8 +24,7 @@ _NAME = re.compile(r"step-(\d{8})(-unevaluated)?")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not usable; the message names the file, what was expected and what was
-    found."""
+    """A checkpoint is not usable; the message names the file, and what was expected and found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +58,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     cache: RolloutCache,
     keep_last: int,
+    value_head: torch.nn.Module | None = None,
 ) -> Path:
-    """Writes `root`/step-XXXXXXXX, unless it is there already, and removes all but the newest
-    `keep_last`.
+    """Writes `root`/step-XXXXXXXX, unless it is there already; keeps the newest `keep_last`.
 
-    Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer and random states),
-    cache.bin, state.json. Everything is written under a temporary name, synced, and renamed.
+    Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer, value head, random
+    states), cache.bin, state.json. Everything is written under a temporary name, synced, and
+    renamed.
 
     Returns:
         The checkpoint's folder.
@@ -81,7 +81,10 @@ def save_checkpoint(
         with no_progress_bars():
             model.save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
-        torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state()}, part / "trainer.pt")
+        tensors: dict[str, Any] = {"optimizer": optimizer.state_dict(), "rng": _rng_state()}
+        if value_head is not None:
+            tensors["value_head"] = value_head.state_dict()
+        torch.save(tensors, part / "trainer.pt")
         cache.save(part / "cache.bin")
         content = {"format_version": FORMAT_VERSION, **asdict(state)}
         (part / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -132,9 +135,15 @@ def load_state(folder: Path) -> TrainState:
     return state
 
 
-def load_tensors(folder: Path, optimizer: torch.optim.Optimizer, cache: RolloutCache) -> None:
-    """Restores optimizer, random states and cache; the model is loaded from `folder`/model
-    beforehand.
+def load_tensors(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    cache: RolloutCache,
+    value_head: torch.nn.Module | None = None,
+) -> None:
+    """Restores optimizer, value head, random states and cache.
+
+    The model is loaded from `folder`/model beforehand.
 
     Raises:
         CheckpointError: if trainer.pt is damaged or of another model.
@@ -147,6 +156,8 @@ def load_tensors(folder: Path, optimizer: torch.optim.Optimizer, cache: RolloutC
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         optimizer.load_state_dict(content["optimizer"])
+        if value_head is not None:
+            value_head.load_state_dict(content["value_head"])
         _set_rng_state(content["rng"])
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]

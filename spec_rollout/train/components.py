@@ -33,6 +33,7 @@ from spec_rollout.rollout import RolloutSession
 from spec_rollout.train import algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
+from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import SamplingParams
 
 
@@ -59,6 +60,7 @@ class Components:
     session: RolloutSession
     optimizer: torch.optim.Optimizer
     algorithm: algorithms.Algorithm
+    value_head: ValueHead | None
     updater: PolicyUpdater
     sampling: SamplingParams
     eval_sampling: SamplingParams
@@ -117,9 +119,10 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     eval_temperature = config.eval.temperature
     if eval_temperature is None:
         eval_temperature = sampling.temperature
-    optimizer = make_optimizer(policy.model, train)
+    value_head = ValueHead(policy.model) if algorithm.needs.values else None
+    optimizer = make_optimizer(policy.model, train, value_head)
     if checkpoint is not None:
-        load_tensors(checkpoint, optimizer, cache)
+        load_tensors(checkpoint, optimizer, cache, value_head)
     reference = None
     if algorithm.needs.reference:
         path, key = config.model.path, "model.path"
@@ -164,7 +167,9 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             algorithm,
             temperature=sampling.temperature,
             reference=reference,
+            value_head=value_head,
         ),
+        value_head=value_head,
         sampling=sampling,
         eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),
         state=state or TrainState(0, data.fingerprint, data_rendering=data.rendering),

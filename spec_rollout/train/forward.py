@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 def response_logits(
     model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
+    """`response_outputs` without the hidden states."""
+    return response_outputs(model, input_ids, positions)[0]
+
+
+def response_outputs(
+    model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at some positions of right-padded rows; the output head runs on these alone.
 
     Causal attention never looks right, so right padding needs no mask, which keeps the fast
@@ -33,15 +40,18 @@ def response_logits(
         positions: Flat positions row * length + column. [num_positions], int64.
 
     Returns:
-        [num_positions, vocab], the model's dtype.
+        Logits [num_positions, vocab], and the hidden states that the output head was given
+        [num_positions, hidden_size]; the model's dtype.
     """
+    chosen: list[torch.Tensor] = []
     head = model.get_output_embeddings()
 
     def select(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         # On the head's input rather than after the base model: scaling or capping of logits stays
         # in force.
         hidden = args[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1]).index_select(1, positions), *args[1:])
+        chosen.append(hidden.reshape(1, -1, hidden.shape[-1]).index_select(1, positions))
+        return (chosen[0], *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -51,10 +61,9 @@ def response_logits(
     if logits.shape[:2] != (1, positions.numel()):
         raise RuntimeError(
             f"model: expected logits of shape [1, {positions.numel()}, vocab] from "
-            f"{type(model).__name__}, "
-            f"got {list(logits.shape)}"
+            f"{type(model).__name__}, got {list(logits.shape)}"
         )
-    return logits[0]
+    return logits[0], chosen[0][0]
 
 
 def padded_gap(model: PreTrainedModel, longest: int | None) -> RowGap:

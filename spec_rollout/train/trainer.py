@@ -1,5 +1,4 @@
-"""The training loop: prompts -> rollouts -> rewards -> advantages -> update -> weights to the
-engine.
+"""The training loop: prompts, rollouts, rewards, advantages, update, weights to the engine.
 
 One row per step goes to metrics.jsonl: `step` (updates done), `epoch` (0-based), `reward` and the
 like, all fields and ratios of `RolloutStats`, the fields of `UpdateResult`, `*_seconds`, with the
@@ -246,8 +245,10 @@ class _Run:
                 self._checkpoint()
 
     def _train_step(self, stop: StopRequest, bar: Any) -> Row:
-        """One step up to and with the weight update; a stop request is heeded only before rollouts
-        are stored."""
+        """One step up to and with the weight update.
+
+        A stop request is heeded only before rollouts are stored.
+        """
         parts, config = self._parts, self._config
         start = time.perf_counter()
         epoch = parts.order.epoch_of(self._step)
@@ -275,21 +276,24 @@ class _Run:
             keep_special_tokens=config.reward.keep_special_tokens,
         )
         rewards = scores.total
+        values = parts.updater.values(rollouts)
         trained = parts.algorithm.advantages(
             AdvantageInputs(
                 rewards,
                 rollouts.response_lens,
                 rollouts.finish_reasons == FinishReason.LENGTH,
                 parts.sampling.max_tokens,
+                values,
             )
         )
         train_start = time.perf_counter()
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
         update = parts.updater.update(
             rollouts,
-            trained.advantages,
+            trained,
             _trainable_rows(rollouts, rewards),
             step=self._step,
+            values=values,
         )
         parts.engine.update_weights(parts.policy.model.named_parameters())
         end = time.perf_counter()
@@ -395,6 +399,7 @@ class _Run:
             tokenizer=parts.policy.tokenizer,
             optimizer=parts.optimizer,
             cache=parts.cache,
+            value_head=parts.value_head,
             keep_last=self._config.checkpoint.keep_last,
         )
 
@@ -430,8 +435,11 @@ def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]
 
 
 def thinned(running: torch.Tensor, most: int = 200) -> dict[str, list[float]]:
-    """`Rollouts.running` with about `most` points, the last one kept: {"seconds": ..., "running":
-    ...}."""
+    """`Rollouts.running` with about `most` points, the last one kept.
+
+    Returns:
+        {"seconds": ..., "running": ...}, of equal length.
+    """
     every = -(-running.shape[0] // most) if running.shape[0] else 1
     points = running.flip(0)[::every].flip(0)
     return {

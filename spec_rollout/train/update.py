@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from spec_rollout.config.sections import TrainConfig
-from spec_rollout.train.algorithms.base import Algorithm, LossInputs
+from spec_rollout.train.algorithms.base import Advantages, Algorithm, LossInputs
 from spec_rollout.train.algorithms.losses import logprobs_and_entropy
 from spec_rollout.train.batching import MicroBatch, micro_batches
-from spec_rollout.train.forward import response_logits
+from spec_rollout.train.forward import response_outputs
+from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import Rollouts
 
 if TYPE_CHECKING:
@@ -50,9 +51,12 @@ class UpdateResult:
         return {**own, **self.means}
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    model: torch.nn.Module, config: TrainConfig, value_head: ValueHead | None = None
+) -> torch.optim.AdamW:
     """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    modules = [model] if value_head is None else [model, value_head]
+    trainable = [p for m in modules for p in m.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
@@ -83,6 +87,7 @@ class PolicyUpdater:
         algorithm: Gives the loss.
         temperature: Of the sampling distribution that the rollouts' log-probs are of.
         reference: Frozen model; None unless the algorithm needs one.
+        value_head: Its parameters are the optimizer's, too; None unless the algorithm needs one.
 
     Raises:
         ValueError: if the algorithm needs what is not there.
@@ -97,50 +102,56 @@ class PolicyUpdater:
         *,
         temperature: float,
         reference: PreTrainedModel | None = None,
+        value_head: ValueHead | None = None,
     ) -> None:
-        if algorithm.needs.values:
-            raise ValueError(
-                f"algorithm: expected one without a value head, which this trainer does not have, "
-                f"got {type(algorithm).__name__}"
-            )
-        if algorithm.needs.reference and reference is None:
-            raise ValueError(
-                f"reference: expected a model, which {type(algorithm).__name__} needs, got None"
-            )
+        for name, needed, given in (
+            ("reference", algorithm.needs.reference, reference),
+            ("value_head", algorithm.needs.values, value_head),
+        ):
+            if needed and given is None:
+                raise ValueError(
+                    f"{name}: expected a model, which {type(algorithm).__name__} needs, got None"
+                )
         self._model = model
         self._optimizer = optimizer
         self._config = config
         self._algorithm = algorithm
         self._temperature = temperature
         self._reference = reference
+        self._value_head = value_head
+        modules = [model] if value_head is None else [model, value_head]
+        self._parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self._device = next(model.parameters()).device
 
     def update(
         self,
         rollouts: Rollouts,
-        advantages: torch.Tensor,
+        trained: Advantages,
         groups: Sequence[Sequence[int]],
         *,
         step: int,
+        values: torch.Tensor | None = None,
     ) -> UpdateResult:
         """One pass over a batch.
 
         Args:
             rollouts: With the engine's log-probs.
-            advantages: One per response token. [num_response_tokens], float32.
+            trained: What the algorithm made of the rewards.
             groups: Rows of each prompt that count (rewarded ones, with a response); a minibatch
                 takes whole groups.
             step: 0-based, for the learning rate.
+            values: What `values` gave; None without a value head.
 
         Raises:
             ValueError: if there is not one advantage per token, or a log-prob of these rows is not
                 finite.
         """
-        if advantages.shape != rollouts.logprobs.shape:
-            raise ValueError(
-                f"advantages: expected shape {list(rollouts.logprobs.shape)} (one per response "
-                f"token), got {list(advantages.shape)}"
-            )
+        for name, tensor in (("advantages", trained.advantages), ("returns", trained.returns)):
+            if tensor is not None and tensor.shape != rollouts.logprobs.shape:
+                raise ValueError(
+                    f"{name}: expected shape {list(rollouts.logprobs.shape)} (one per response "
+                    f"token), got {list(tensor.shape)}"
+                )
         config = self._config
         lr = learning_rate(config, step)
         for group in self._optimizer.param_groups:
@@ -161,11 +172,13 @@ class PolicyUpdater:
             if not rows:
                 continue
             losses.append(
-                self._accumulate(rollouts, old_logprobs, advantages, rows, sums, first=start == 0)
+                self._accumulate(
+                    rollouts, old_logprobs, trained, values, rows, sums, first=start == 0
+                )
             )
             norm = float(
                 torch.nn.utils.clip_grad_norm_(
-                    self._model.parameters(),
+                    self._parameters,
                     math.inf if config.grad_clip is None else config.grad_clip,
                 )
             )
@@ -177,11 +190,28 @@ class PolicyUpdater:
         self._optimizer.zero_grad(set_to_none=True)
         return sums.result(losses, norms, lr, skipped)
 
+    @torch.no_grad()
+    def values(self, rollouts: Rollouts) -> torch.Tensor | None:
+        """What the value head says before each response token is drawn.
+
+        Returns:
+            [num_response_tokens], float32, on the CPU; None without a value head.
+        """
+        if self._value_head is None:
+            return None
+        result = torch.zeros_like(rollouts.logprobs)
+        rows = (rollouts.response_lens > 0).nonzero().flatten().tolist()
+        for batch in self._batches(rollouts, rows):
+            _, hidden = response_outputs(self._model, batch.input_ids, batch.positions)
+            result[batch.token_index] = self._value_head(hidden).cpu()
+        return result
+
     def _accumulate(
         self,
         rollouts: Rollouts,
         old_logprobs: torch.Tensor,
-        advantages: torch.Tensor,
+        trained: Advantages,
+        values: torch.Tensor | None,
         rows: list[int],
         sums: _Sums,
         *,
@@ -192,24 +222,32 @@ class PolicyUpdater:
         weights[rows] = self._algorithm.token_weights(rollouts.response_lens[rows])
         if self._config.skip_zero_advantage:
             cu = rollouts.cu_response_lens
-            rows = [row for row in rows if bool(advantages[cu[row] : cu[row + 1]].any())]
+            rows = [row for row in rows if bool(trained.advantages[cu[row] : cu[row + 1]].any())]
         # Zeros, not None: without any gradient AdamW must still decay its moments.
-        for parameter in self._model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
         loss_sum = torch.zeros((), device=self._device)
         for batch in self._batches(rollouts, rows):
-            logprobs, entropy = self._logprobs(self._model, batch)
+            logprobs, entropy, hidden = self._forward(self._model, batch)
             ref_logprobs = None
             if self._reference is not None:
                 with torch.no_grad():
-                    ref_logprobs, _ = self._logprobs(self._reference, batch)
+                    ref_logprobs, _, _ = self._forward(self._reference, batch)
+
+            def of_batch(
+                per_token: torch.Tensor | None, batch: MicroBatch = batch
+            ) -> torch.Tensor | None:
+                return None if per_token is None else per_token[batch.token_index].to(self._device)
+
             inputs = LossInputs(
                 logprobs,
                 old_logprobs[batch.token_index].to(self._device),
-                advantages[batch.token_index].to(self._device),
+                trained.advantages[batch.token_index].to(self._device),
                 weights[batch.token_rows].to(self._device),
                 ref_logprobs,
+                values=None if self._value_head is None else self._value_head(hidden),
+                old_values=of_batch(values),
+                returns=of_batch(trained.returns),
             )
             out = self._algorithm.loss(inputs)
             out.loss.backward()
@@ -224,17 +262,18 @@ class PolicyUpdater:
         for batch in micro_batches(rollouts, rows, self._config.micro_batch_tokens):
             yield batch.to(self._device)
 
-    def _logprobs(
+    def _forward(
         self, model: PreTrainedModel, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = response_logits(model, batch.input_ids, batch.positions)
-        return logprobs_and_entropy(logits, batch.token_ids, self._temperature)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probs and entropy of the response tokens, and what the output head read there."""
+        logits, hidden = response_outputs(model, batch.input_ids, batch.positions)
+        return *logprobs_and_entropy(logits, batch.token_ids, self._temperature), hidden
 
     @torch.no_grad()
     def _recompute(self, rollouts: Rollouts, rows: list[int]) -> torch.Tensor:
         result = rollouts.logprobs.clone()
         for batch in self._batches(rollouts, rows):
-            result[batch.token_index] = self._logprobs(self._model, batch)[0].cpu()
+            result[batch.token_index] = self._forward(self._model, batch)[0].cpu()
         return result
 
 

@@ -16,6 +16,7 @@ from spec_rollout.keys import prompt_key
 from spec_rollout.loading.policy import load_policy
 from spec_rollout.train import checkpoint as module
 from spec_rollout.train.checkpoint import (
+    FORMAT_VERSION,
     CheckpointError,
     TrainState,
     list_checkpoints,
@@ -154,8 +155,10 @@ def test_damage_is_refused_by_name(model_dir, tmp_path, name, damage):
 def test_another_version_is_refused(model_dir, tmp_path):
     folder = Parts(model_dir).save(tmp_path)
     path = folder / "state.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match=r"state\.json: expected format_version 1, got 2"):
+    path.write_text(
+        path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
+    )
+    with pytest.raises(CheckpointError, match=r"state\.json: expected format_version \d, got 99"):
         load_state(folder)
 
 

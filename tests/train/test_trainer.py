@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,54 @@ class Reinforce:
     def loss(self, inputs):
         loss = -(inputs.weights * inputs.advantages * inputs.logprobs).sum()
         return LossOutputs(loss, {"mean_advantage": inputs.advantages.sum()})
+
+
+class ActorCritic:
+    """A critic: advantages are the reward minus the value, and the head learns the reward."""
+
+    needs = Needs(values=True)
+    sum_names = ("value_error",)
+
+    def __init__(self, config):
+        pass
+
+    def advantages(self, inputs):
+        returns = per_token(inputs.rewards.float().flatten(), inputs.response_lens)
+        assert inputs.values.shape == returns.shape
+        return Advantages(returns - inputs.values, returns)
+
+    def token_weights(self, response_lens):
+        return torch.full((response_lens.numel(),), 1.0 / float(response_lens.sum()))
+
+    def loss(self, inputs):
+        error = (inputs.values - inputs.returns).square()
+        policy = -inputs.advantages * (inputs.logprobs - inputs.old_logprobs).exp()
+        # Before the first optimizer step the head says what it said before the advantages.
+        torch.testing.assert_close(inputs.values.detach(), inputs.old_values, rtol=1e-3, atol=1e-4)
+        loss = (inputs.weights * (policy + error)).sum()
+        return LossOutputs(loss, {"value_error": error.detach().sum()})
+
+
+def test_a_value_head_learns_and_is_resumed(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(algorithms, "_ALGORITHMS", {"actor_critic": ActorCritic})
+    rows = []
+    for name in ("whole", "resumed"):
+        config = make_config(
+            train={"algorithm": "actor_critic", "lr": 3e-3, "epochs": 4},
+            log={"run_dir": str(tmp_path / name)},
+        )
+        if name == "resumed":
+            run(replace(config, train=replace(config.train, max_steps=3)))
+            resume(config.log.run_dir, ["train.max_steps=none"])
+        else:
+            run(config)
+        rows.append(without_seconds(read_rows(config.log.run_dir)))
+    errors = [row["value_error"] for row in rows[0][1:]]
+    assert errors[-1] < 0.7 * errors[0]
+    # The evaluation after step 3 is of the run that ended there.
+    plain = [[{k: v for k, v in r.items() if "eval" not in k and "accuracy" not in k} for r in run_]
+             for run_ in rows]  # fmt: skip
+    assert plain[0] == plain[1]
 
 
 def test_an_algorithm_of_ones_own_trains(make_config, monkeypatch):

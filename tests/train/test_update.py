@@ -80,7 +80,7 @@ def near_old(model, rollouts, spread=0.3):
 
 
 def token_advantages(rollouts, advantages=ADVANTAGES):
-    return per_token(advantages, rollouts.response_lens)
+    return algorithms.Advantages(per_token(advantages, rollouts.response_lens))
 
 
 def make_updater(model, optimizer, config, reference=None):
@@ -120,7 +120,7 @@ def test_three_updates_give_the_numbers_that_they_always_gave(policy, model, rol
     rewards = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.25, 1.0]], dtype=torch.float64)
     truncated = torch.zeros(6, dtype=torch.bool)
     inputs = algorithms.AdvantageInputs(rewards, rollouts.response_lens, truncated, 12)
-    advantages = algorithms.make(config).advantages(inputs).advantages
+    trained = algorithms.make(config).advantages(inputs)
     updater = make_updater(model, make_optimizer(model, config), config, policy.model)
     names = ("loss", "grad_norm", "entropy", "approx_kl", "clip_fraction", "kl")
     expected = [
@@ -129,7 +129,7 @@ def test_three_updates_give_the_numbers_that_they_always_gave(policy, model, rol
         (0.1759946, 2.658060, 3.308370, 0.01640598, 1 / 9, 3.307825),
     ]
     for step, values in enumerate(expected):
-        row = updater.update(rollouts, advantages, [[0, 1, 2], [3, 4, 5]], step=step).as_row()
+        row = updater.update(rollouts, trained, [[0, 1, 2], [3, 4, 5]], step=step).as_row()
         assert [row[name] for name in names] == pytest.approx(values, rel=2e-3), step
 
 
@@ -139,14 +139,14 @@ def test_what_an_algorithm_needs_must_be_there(model):
         make_updater(model, optimizer, sgd_config(kl_coef=0.1))
     config = sgd_config()
     with_values = SimpleNamespace(needs=algorithms.Needs(values=True))
-    with pytest.raises(ValueError, match="algorithm: expected one without a value head"):
+    with pytest.raises(ValueError, match="value_head: expected a model, which SimpleNamespace"):
         PolicyUpdater(model, optimizer, config, with_values, temperature=1.0)
 
 
 def test_there_must_be_an_advantage_for_every_token(model, rollouts):
     updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config())
     with pytest.raises(ValueError, match=r"advantages: expected shape \[27\] .* got \[6\]"):
-        updater.update(rollouts, ADVANTAGES, GROUPS, step=0)
+        updater.update(rollouts, algorithms.Advantages(ADVANTAGES), GROUPS, step=0)
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
@@ -241,7 +241,9 @@ def test_gradient_clipping(policy, rollouts):
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(policy, rollouts):
     model = copy.deepcopy(policy.model)
     updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config())
-    result = updater.update(rollouts, torch.full((27,), 3e38), GROUPS, step=0)
+    result = updater.update(
+        rollouts, algorithms.Advantages(torch.full((27,), 3e38)), GROUPS, step=0
+    )
     assert result.num_skipped_updates == 1
     for a, b in zip(model.parameters(), policy.model.parameters(), strict=True):
         assert torch.equal(a, b)

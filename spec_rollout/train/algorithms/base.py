@@ -22,7 +22,7 @@ class Needs:
         recomputed_logprobs: `LossInputs.old_logprobs` from a forward pass of the trainer before the
             first optimizer step, instead of the engine's own.
         values: `AdvantageInputs.values` and `LossInputs.values`, from a value head that is trained
-            with the policy. The trainer has none yet, and refuses such an algorithm.
+            with the policy.
     """
 
     reference: bool = False
