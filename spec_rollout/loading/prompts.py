@@ -276,9 +276,10 @@ def _message(item: Mapping[str, Any], where: str) -> Message:
     message = without_nulls(item)
     content = message.get("content")
     if isinstance(content, list):
-        parts = [p for p in content if isinstance(p, dict) and isinstance(p.get("text"), str)]
-        if len(parts) == len(content):
-            message["content"] = content = "".join(part["text"] for part in parts)
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                raise DataError(f"{where}: expected messages of text, got the part {short(part)}")
+        message["content"] = content = "".join(part["text"] for part in content)
     # An assistant that only calls tools says nothing.
     ok = isinstance(content, str) or (content is None and message.get("tool_calls"))
     if not ok or not isinstance(message.get("role"), str):

@@ -135,7 +135,8 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         names & {"response", "solution_str"}
     )
     known = _known(names, batched)
-    by_place = _takes_places(parameters, known)
+    verl = "solution_str" in names
+    by_place = not verl and _takes_places(parameters, known)
     positional: list[Getter] = []
     named: dict[str, Getter] = {}
     taken: dict[str, bool] = {}  # whether it has no default
@@ -172,7 +173,7 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         taken[name] = not has_default
     return Signature(
         batched,
-        "solution_str" in names,
+        verl,
         tuple(positional),
         named,
         frozenset(taken),

@@ -20,31 +20,24 @@ def load(path, tokenizer, **options):
     return load_prompts(path, tokenizer, vocab_size=50, **options)
 
 
-def test_text_ids_and_chat_rows(write_rows, tokenizer):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}so: {% endif %}"
-    )
+def test_text_and_ids(write_rows, tokenizer):
     path = write_rows(
         [
             {"prompt": "1 +2", "answer": "3", "level": 4},
             "",
             {"prompt": [3, 4, 5], "answer": None},
-            {"prompt": [{"role": "user", "content": "1 +1?"}], "answer": 2},
         ]
     )
     data = load(path, tokenizer)
-    text, ids, chat = data.rows
-    assert tokenizer.decode(text.prompt_ids) == text.prompt == "1 +2"
+    text, ids = data.rows
+    assert tokenizer.decode(text.prompt_ids) == text.prompt == text.rendered == "1 +2"
     assert text.prompt_ids.dtype == np.int32
     assert (text.answer, text.columns, text.source) == ("3", {"level": 4}, f"{path}:1")
     assert ids.prompt_ids.tolist() == [3, 4, 5]
-    assert ids.prompt == tokenizer.decode([3, 4, 5])
+    assert ids.prompt == ids.rendered == tokenizer.decode([3, 4, 5])
+    assert ids.answer is None
     assert ids.source == f"{path}:3"  # the empty line counts
-    assert chat.prompt == "user: 1 +1?\nso: "
-    assert tokenizer.decode(chat.prompt_ids) == chat.prompt
-    assert chat.answer == 2
+    assert (text.messages, data.notes, data.template_time) == (None, (), None)
 
 
 @pytest.mark.parametrize(
@@ -64,14 +57,22 @@ def test_text_ids_and_chat_rows(write_rows, tokenizer):
         ('{"prompt": [1, 50], "answer": 1}', "prompt: expected token ids from 0 to 49, got 50"),
         ('{"prompt": [true], "answer": 1}', "prompt: expected text, a list of token ids"),
         (
-            '{"prompt": [{"role": "user"}], "answer": 1}',
+            '{"prompt": [{"role": "user"}, 3], "answer": 1}',
             "prompt: expected text, a list of token ids",
         ),
         (
             '{"prompt": [{"role": "user", "content": "x"}], "answer": 1}',
             "expected text, as the tokenizer has no chat template",
         ),
-        ('{"prompt": "x", "answer": 1, "response": 2}', "column 'response' is reserved"),
+        (
+            '{"prompt": "\\ud800", "answer": 1}',
+            "prompt: expected text that the tokenizer takes, got",
+        ),
+        ('{"prompt": ' + 9999 * "[" + "}", "expected a JSON object, got .* recursion"),
+        (
+            '{"prompt": "x", "answer": 1, "tools": [{"name": "f"}]}',
+            "column 'tools' is for the chat template, which the tokenizer does not have",
+        ),
         ('{"prompt": "123456", "answer": 1}', "prompt: expected at most 5 tokens, got 6"),
     ],
 )
@@ -131,24 +132,60 @@ def test_rows_and_columns_as_configured(write_rows, tokenizer):
     path = write_rows([{"q": "1", "a": 1}, {"q": "2", "a": 2}, "broken, but past max_rows"])
     data = load(path, tokenizer, prompt_column="q", answer_column=None, max_rows=2)
     assert [row.answer for row in data.rows] == [None, None]
-    assert [row.columns for row in data.rows] == [{"a": 1}, {"a": 2}]
+    assert [row.columns for row in data.rows] == [{"q": "1", "a": 1}, {"q": "2", "a": 2}]
+
+
+def test_a_name_with_a_dot_reaches_into_a_column(write_rows, tokenizer):
+    row = {
+        "data_source": "gsm8k",
+        "prompt": {"text": "1 +2"},
+        "reward_model": {"ground_truth": "3", "style": "rule"},
+        "extra.index": 7,
+    }
+    path = write_rows([row])
+    columns = {"prompt_column": "prompt.text", "answer_column": "reward_model.ground_truth"}
+    (loaded,) = load(path, tokenizer, **columns).rows
+    assert (loaded.prompt, loaded.answer) == ("1 +2", "3")
+    assert loaded.columns == {
+        "data_source": "gsm8k",
+        "reward_model": {"ground_truth": "3", "style": "rule"},
+        "extra.index": 7,
+    }
+    # A column that has this very name is meant.
+    (loaded,) = load(path, tokenizer, prompt_column="prompt.text", answer_column="extra.index").rows
+    assert loaded.answer == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("reward.truth", "expected a column 'reward.truth', got columns 'prompt', 'reward_model'"),
+        ("reward_model.truth", "got 'reward_model' with 'ground_truth', 'style'"),
+        ("reward_model.style.x", "got 'reward_model.style' with 'rule'"),
+    ],
+)
+def test_a_name_with_a_dot_that_leads_nowhere(name, message, write_rows, tokenizer):
+    path = write_rows(
+        [{"prompt": "1", "reward_model": {"ground_truth": "3", "style": "rule"}}], "r.jsonl"
+    )
+    with pytest.raises(DataError, match=rf"r\.jsonl:1: .*{message}"):
+        load(path, tokenizer, answer_column=name)
+
+
+def test_columns_that_rewards_have_other_names_for(write_rows, tokenizer):
+    path = write_rows([{"prompt": "1", "answer": "a", "solution": "s", "response": "r", "n": 1}])
+    (row,) = load(path, tokenizer, answer_column="solution").rows
+    assert row.answer == "s"
+    assert row.columns == {"solution": "s", "n": 1}
+    (row,) = load(path, tokenizer).rows
+    assert row.answer == "a"
+    assert row.columns == {"solution": "s", "n": 1}
 
 
 def test_equal_prompts_get_keys_of_their_own(write_rows, tokenizer):
     prompts = ["1", "2", "1", "1"]
     data = load(write_rows([{"prompt": p, "answer": 0} for p in prompts]), tokenizer)
     assert [row.user_key for row in data.rows] == ["", "", "1", "2"]
-
-
-def test_fingerprint_tells_data_apart(write_rows, tokenizer):
-    def fingerprint(prompts):
-        return load(
-            write_rows([{"prompt": p, "answer": 0} for p in prompts]), tokenizer
-        ).fingerprint
-
-    assert fingerprint(["12", "3"]) == fingerprint(["12", "3"])
-    # Same tokens, other borders; other order.
-    assert len({fingerprint(p) for p in (["12", "3"], ["1", "23"], ["3", "12"])}) == 3
 
 
 def test_each_row_once_per_epoch_in_another_order():

@@ -1,14 +1,19 @@
-"""Rewards: built-in ones, dotted paths, columns, skipping, and errors that name function and
-row."""
+"""Rewards: sums, skipping, figures per function, and errors that name function and row."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
+import tempfile
 
+import numpy as np
 import pytest
+import torch
 
 from spec_rollout.config.sections import ConfigError, RewardConfig
-from spec_rollout.rewards.rewards import RewardError, Rewards, exact_match, last_number, resolve
+from spec_rollout.rewards import RewardError, Rewards, Sample
 
 HERE = __name__
 
@@ -21,10 +26,6 @@ def scaled(prompt, response, answer, level, scale=10):
     return level * scale
 
 
-def everything(prompt, response, answer, **columns):
-    return sum(columns.values())
-
-
 def skip(prompt, response, answer):
     return None
 
@@ -33,71 +34,206 @@ def skip_empty(prompt, response, answer):
     return 1 if response else None
 
 
+def std(prompt, response, answer):
+    return 0
+
+
+def batched(responses, level):
+    return [len(r) + x if r else None for r, x in zip(responses, level, strict=True)]
+
+
+def as_array(responses):
+    return np.array([len(r) for r in responses])
+
+
+def as_tensor(responses):
+    return torch.tensor([len(r) for r in responses])
+
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth), "acc": True}
+
+
 def broken(prompt, response, answer):
     raise KeyError("unit")
 
 
+def exits(prompt, response, answer):
+    sys.exit(0)
+
+
+def interrupted(prompt, response, answer):
+    raise KeyboardInterrupt
+
+
 def not_a_number(prompt, response, answer):
-    return "good" if response == "text" else math.nan
+    return {"text": "1.0", "table": {"score": 1.0}, "huge": 10**400}.get(response, math.nan)
+
+
+def huge(prompt, response, answer):
+    return 1e308
+
+
+def short_list(responses):
+    return [1.0]
+
+
+def no_list(responses):
+    return 1.0
+
+
+def word(responses):
+    return [1.0, "good"]
+
+
+def broken_batch(responses):
+    raise ValueError("no")
 
 
 def rewards(*names, weights=None):
     return Rewards(RewardConfig(tuple(f"{HERE}:{n}" for n in names), weights))
 
 
-def test_builtin():
-    assert exact_match("p", " 42\n", 42) == 1.0
-    assert exact_match("p", "42.", "42") == 0.0
-    assert last_number("p", "3 apples cost 1,200.50 in all", "1200.5") == 1.0
-    assert last_number("p", "from 7 to -3", -3) == 1.0
-    assert last_number("p", "7 then 8", 7) == 0.0
-    assert last_number("p", "no digits", 0) == 0.0
-    assert last_number("p", "7", "seven") == 0.0
-    assert last_number("p", "so it is 72.", "48 / 2 = 24, 48 + 24 = 72\n#### 72") == 1.0
-    assert last_number("p", "it is 1,", 1.0) == 1.0
+def sample(response="abc", answer=None, columns=None, line=7):
+    columns = {"level": 2, "data_source": "d"} if columns is None else columns
+    return Sample("p", response, answer, columns, f"d.jsonl:{line}")
+
+
+def total(names, response="abc", weights=None, answer=None):
+    (value,) = rewards(*names, weights=weights).judge([sample(response, answer)]).totals
+    return value
 
 
 def test_weighted_sum_and_columns():
-    columns = {"level": 2, "other": 5}
-    assert rewards("length")("p", "abc", None, columns) == 3.0
-    assert rewards("scaled")("p", "abc", None, columns) == 20.0
-    assert rewards("everything")("p", "abc", None, columns) == 7.0
-    total = rewards("length", "scaled", weights=(0.5, -1.0))
-    assert total("p", "abc", None, columns) == 1.5 - 20.0
+    assert total(["length"]) == 3.0
+    assert total(["scaled"]) == 20.0
+    assert total(["length", "scaled"], weights=(0.5, -1.0)) == 1.5 - 20.0
+    assert total(["verl"], answer="abc") == 1.0
 
 
 def test_none_is_left_out():
-    assert rewards("skip")("p", "abc", None, {}) is None
-    assert rewards("skip", "length")("p", "abc", None, {}) == 3.0
-    assert rewards("skip_empty")("p", "", None, {}) is None
+    assert total(["skip"]) is None
+    assert total(["skip", "length"]) == 3.0
+    assert total(["skip_empty"], "") is None
+
+
+def test_each_functions_values_are_kept():
+    judged = rewards("length", "skip_empty", "batched", weights=(2.0, 1.0, 1.0)).judge(
+        [sample("abc"), sample("")]
+    )
+    assert judged.by_function == {
+        "length": [3.0, 0.0],
+        "skip_empty": [1.0, None],
+        "batched": [5.0, None],
+    }
+    assert judged.totals == [12.0, 0.0]
+    assert rewards("length").judge([]).by_function == {"length": []}
+
+
+def test_lists_may_be_arrays():
+    for name in ("as_array", "as_tensor"):
+        assert rewards(name).judge([sample("abc"), sample("")]).totals == [3.0, 0.0]
+
+
+def test_labels_tell_functions_and_figures_apart():
+    # There is a figure `reward_std` already.
+    assert rewards("length", "std").labels == ["length", f"{HERE}_std"]
+    assert rewards("length", "length").labels == [f"{HERE}_length", f"{HERE}_length_2"]
+    assert Rewards(RewardConfig(("exact_match", "last_number"))).labels == [
+        "exact_match",
+        "last_number",
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "response", "message"),
     [
         ("broken", "x", r"reward .*:broken: raised KeyError: 'unit' \(prompt of d\.jsonl:7\)"),
+        ("exits", "x", r"reward .*:exits: raised SystemExit: 0 \(prompt of d\.jsonl:7\)"),
         ("not_a_number", "x", r"expected a finite number or None, got nan .*d\.jsonl:7"),
-        ("not_a_number", "text", r"expected a finite number or None, got 'good'"),
+        ("not_a_number", "text", r"expected a finite number or None, got '1\.0'"),
+        ("not_a_number", "table", r"expected a finite number or None, got \{'score': 1\.0\}"),
+        ("not_a_number", "huge", r"expected a finite number or None, got 10000"),
         ("scaled", "x", r"reward .*:scaled: raised TypeError: .*'level'"),
+        (
+            "short_list",
+            "x",
+            r"expected a list of 2 numbers, got 1 \(prompts of d\.jsonl:7 to d\.js",
+        ),
+        ("no_list", "x", r"expected a list of 2 numbers, got 1\.0"),
+        ("word", "x", r"expected a finite number or None, got 'good' \(prompt of d\.jsonl:8\)"),
+        ("broken_batch", "x", r"raised ValueError: no \(prompt of d\.jsonl:7 to d\.jsonl:8\)"),
     ],
 )
 def test_errors_name_function_and_row(name, response, message):
+    samples = [sample(response, columns={}), sample(response, columns={}, line=8)]
     with pytest.raises(RewardError, match=message):
-        rewards(name)("p", response, None, {}, "d.jsonl:7")
+        rewards(name).judge(samples)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "exact",
-            "expected 'package.module:function' or one of exact_match, last_number, got 'exact'",
-        ),
-        ("no_such_module_:f", "cannot load 'no_such_module_:f': No module named"),
-        (f"{HERE}:absent", "cannot load .*has no attribute 'absent'"),
-        (f"{HERE}:HERE", "expected a callable, got str"),
-    ],
-)
-def test_bad_names(name, message):
-    with pytest.raises(ConfigError, match=f"reward.functions: {message}"):
-        resolve(name)
+def test_a_sum_that_is_no_number_is_named():
+    with pytest.raises(RewardError, match="expected a finite sum of the rewards, got inf"):
+        total(["huge", "huge"])
+    with pytest.raises(ConfigError, match=r"reward\.weights: expected finite numbers"):
+        RewardConfig(("exact_match",), (math.inf,))
+
+
+def test_an_interrupt_stays_one():
+    with pytest.raises(KeyboardInterrupt):
+        total(["interrupted"])
+
+
+def test_functions_are_checked_against_the_columns():
+    config = RewardConfig((f"{HERE}:scaled",))
+    Rewards(config, ["level"])
+    with pytest.raises(
+        ConfigError,
+        match=r"reward\.functions: '.*:scaled': expected .* columns of the data \('n'\), got 'level'",
+    ):
+        Rewards(config, ["n"])
+
+
+def test_rows_are_checked_before_they_are_judged():
+    judges = Rewards(RewardConfig((f"{HERE}:scaled", "exact_match")))
+    assert judges.problem_of("a", {"level": 1}) is None
+    assert "expected a column 'level', which reward" in judges.problem_of("a", {"n": 1})
+    assert judges.problem_of(None, {"level": 1}).startswith(
+        "reward exact_match: expected an answer"
+    )
+    # What a function of one's own makes of an answer is its own business.
+    assert rewards("length").problem_of(None, {}) is None
+
+
+def moves(prompt, response, answer):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+    return 1.0
+
+
+def changes_torch(prompt, response, answer):
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_grad_enabled(False)
+    torch.set_default_device("meta")
+    return 1.0
+
+
+def leaves_an_alarm(prompt, response, answer):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.alarm(60)
+    raise ValueError("no")
+
+
+def test_the_process_is_as_it_was_afterwards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert rewards("moves", "changes_torch").judge([sample(), sample()]).totals == [2.0, 2.0]
+    assert os.getcwd() == str(tmp_path)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
+    assert torch.ones(1).device.type == "cpu"
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(RewardError, match="raised ValueError: no"):
+            total(["leaves_an_alarm"])
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.signal(signal.SIGALRM, before)

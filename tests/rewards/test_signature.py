@@ -1,0 +1,200 @@
+"""What a function takes is read from the names of its parameters."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from spec_rollout.rewards.signature import Sample, SignatureError, signature_of
+
+COLUMNS = {"level": 3, "tests": ["t"], "solution": "4"}
+SAMPLE = Sample("P", "R", "A", COLUMNS, "d.jsonl:1", [1, 2])
+OTHER = Sample("p", "r", "a", {"level": 5, "tests": [], "solution": "5"}, "d.jsonl:2", [3])
+
+
+def called(function, *samples, columns=frozenset(COLUMNS)):
+    signature = signature_of(function, columns)
+    return signature.call(function, samples or [SAMPLE])
+
+
+def by_keyword(prompt, response, answer, **columns):
+    return prompt, response, answer, columns
+
+
+def by_place(question, output, gold):
+    return question, output, gold
+
+
+def in_another_order(answer, response):
+    return answer, response
+
+
+def with_columns(prompt, response, answer, level, scale=10):
+    return prompt, response, answer, level, scale
+
+
+def column_in_third_place(prompt, response, solution):
+    return prompt, response, solution
+
+
+def only_names(*, response, level):
+    return response, level
+
+
+def by_position_only(prompt, response, answer, /, level=None):
+    return prompt, response, answer, level
+
+
+def with_default(prompt, response, gold=None):
+    return prompt, response, gold
+
+
+def response_ids(response_ids, response):
+    return response_ids, response
+
+
+def star(*args):
+    return args
+
+
+class Method:
+    def reward(self, prompt, response, answer):
+        return prompt, response, answer
+
+    def __call__(self, response, level=0):
+        return response, level
+
+
+@pytest.mark.parametrize(
+    ("function", "result"),
+    [
+        (by_keyword, ("P", "R", "A", COLUMNS)),
+        (by_place, ("P", "R", "A")),
+        (in_another_order, ("A", "R")),
+        (with_columns, ("P", "R", "A", 3, 10)),
+        (column_in_third_place, ("P", "R", "4")),
+        (only_names, ("R", 3)),
+        (by_position_only, ("P", "R", "A", 3)),
+        (with_default, ("P", "R", "A")),
+        (response_ids, ([1, 2], "R")),
+        (star, ("P", "R", "A")),
+        (Method().reward, ("P", "R", "A")),
+        (Method(), ("R", 3)),
+        (functools.partial(with_columns, scale=2), ("P", "R", "A", 3, 2)),
+        (lambda a, b, c: (a, b, c), ("P", "R", "A")),
+    ],
+)
+def test_one_response_a_call(function, result):
+    assert called(function) == result
+
+
+def test_a_builtin_without_a_signature_gets_the_three():
+    assert called(min) == "A"
+
+
+def own(prompts, responses, answers, level, **columns):
+    return prompts, responses, answers, level, columns
+
+
+def trl(prompts, completions, completion_ids, solution, **kwargs):
+    return prompts, completions, completion_ids, solution, kwargs
+
+
+def trl_short(completions, **kwargs):
+    return completions, sorted(kwargs)
+
+
+def test_all_responses_at_once():
+    assert called(own, SAMPLE, OTHER) == (
+        ["P", "p"],
+        ["R", "r"],
+        ["A", "a"],
+        [3, 5],
+        {"tests": [["t"], []], "solution": ["4", "5"]},
+    )
+    assert called(own, SAMPLE)[3] == [3]
+
+
+def test_functions_for_trl():
+    prompts, completions, ids, solution, rest = called(trl, SAMPLE, OTHER)
+    assert (prompts, completions, ids) == (["P", "p"], ["R", "r"], [[1, 2], [3]])
+    assert solution == ["4", "5"]
+    assert rest == {"level": [3, 5], "tests": [["t"], []]}
+    assert called(trl_short, SAMPLE) == (["R"], ["level", "solution", "tests"])
+
+
+def test_functions_for_trl_get_messages_where_the_rows_hold_messages():
+    messages = [{"role": "user", "content": "2+2?"}]
+    sample = Sample("rendered", "R", "A", COLUMNS, "d:1", [1], messages)
+    prompts, completions, *_ = called(trl, sample, SAMPLE)
+    assert prompts == [messages, "P"]
+    assert completions == [[{"role": "assistant", "content": "R"}], "R"]
+    # Others get text.
+    assert called(own, sample)[:2] == (["rendered"], ["R"])
+    assert called(by_place, sample) == ("rendered", "R", "A")
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return data_source, solution_str, ground_truth, extra_info
+
+
+def test_functions_for_verl():
+    columns = {"data_source": "gsm8k", "ground_truth": "?"}
+    sample = Sample("P", "R", "A", columns)
+    assert called(compute_score, sample, columns=columns) == ("gsm8k", "R", "A", None)
+    sample = Sample("P", "R", "A", {**columns, "extra_info": {"index": 1}})
+    assert called(compute_score, sample, columns=sample.columns)[3] == {"index": 1}
+    assert signature_of(compute_score, columns).scores
+    with pytest.raises(SignatureError, match="got 'data_source'"):
+        called(compute_score)
+
+
+def needs_more(prompt, response, answer, tests, timeout):
+    pass
+
+
+def two_strangers(text, gold):
+    pass
+
+
+def response_and_stranger(response, gold):
+    pass
+
+
+def stranger_by_position(prompt, response, answer, gold, /):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (needs_more, "timeout"),
+        (two_strangers, "text"),
+        (response_and_stranger, "gold"),
+        (stranger_by_position, "gold"),
+    ],
+)
+def test_what_there_is_not_is_named(function, name):
+    with pytest.raises(
+        SignatureError,
+        match=rf"expected .* columns of the data \('level', 'solution', 'tests'\), got '{name}'",
+    ):
+        signature_of(function, COLUMNS)
+
+
+def test_columns_that_a_function_needs():
+    assert signature_of(with_columns, COLUMNS).required == {"level"}
+    assert signature_of(with_columns, None).required == {"level"}
+    assert signature_of(by_keyword, COLUMNS).required == set()
+
+
+def test_what_a_function_changes_is_its_own():
+    def pops(prompt, response, answer, tests):
+        answer.append(tests.pop())
+        return len(answer)
+
+    sample = Sample("P", "R", ["a"], {"tests": ["t"]})
+    signature = signature_of(pops, sample.columns)
+    assert [signature.call(pops, [sample]) for _ in range(3)] == [2, 2, 2]
+    assert (sample.answer, sample.columns) == (["a"], {"tests": ["t"]})
