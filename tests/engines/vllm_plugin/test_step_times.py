@@ -79,10 +79,14 @@ def test_how_much_is_proposed_depends_on_what_steps_take(
     assert tokens.num_engine_steps > steps.num_engine_steps
 
 
-def test_the_tail_takes_what_its_steps_take(taught: Any) -> None:
+def test_the_tail_takes_what_its_steps_take(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tail of 36 requests begins with fewer than 3.6 of them running."""
-    stats = taught(make_requests(PROMPTS), 1.0, 0.0).stats
-    assert stats.num_tail_steps > 0
+    sampler = proposer_in(engine).sampler
+    monkeypatch.setitem(vars(sampler.times), "clock", WorkClock(sampler.record, 1.0, 0.0))
+    limits = [5] * (len(PROMPTS) - 1) + [60]
+    sampling = SamplingParams(max_tokens=60)  # without stop tokens
+    stats = engine.rollout_with_limits(make_requests(PROMPTS), sampling, NoReuse(), limits).stats
+    assert 50 <= stats.num_tail_steps < 60
     assert stats.tail_seconds == stats.num_tail_steps
 
 
