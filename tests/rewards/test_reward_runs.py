@@ -1,0 +1,115 @@
+"""Whole runs: reward modules beside the config file, and rewards that do what they should not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from spec_rollout.cli import main
+from spec_rollout.config.toml import dump_config, load_config
+from spec_rollout.rewards import RewardError
+from spec_rollout.train.trainer import run
+
+HERE = __name__
+
+
+def exits(prompt, response, answer):
+    sys.exit(0)
+
+
+def moves(prompt, response, answer):
+    os.chdir(tempfile.mkdtemp(prefix="reward-"))
+    return float(len(response) % 3)
+
+
+def of_all(prompts, responses, answers):
+    return [float(len(response)) for response in responses]
+
+
+def needs_level(prompt, response, answer, level):
+    return float(level)
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_reward_that_exits_is_an_error(make_config, tmp_path, capsys):
+    config = make_config(reward={"functions": [f"{HERE}:exits"]}, eval={"num_train_prompts": 0})
+    with pytest.raises(RewardError, match=r":exits: raised SystemExit: 0 \(prompt of .*train\.js"):
+        run(config)
+    # The command line says so, and its status is not that of a run that went well.
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(config))
+    other = tmp_path / "other"
+    assert main(["train", str(path), "--set", f"log.run_dir={json.dumps(str(other))}"]) == 2
+    assert "raised SystemExit" in capsys.readouterr().err
+
+
+def test_a_reward_that_changes_the_folder_moves_no_files(make_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config(
+        reward={"functions": [f"{HERE}:moves"]},
+        train={"max_steps": 1},
+        eval={"num_train_prompts": 0},
+        log={"run_dir": "here"},
+    )
+    run(config)
+    assert Path.cwd() == tmp_path
+    assert (tmp_path / "here" / "checkpoints" / "step-00000001" / "model").is_dir()
+    assert (tmp_path / "here" / "summary.json").is_file()
+
+
+def test_means_of_each_function_are_logged(make_config):
+    config = make_config(
+        reward={"functions": [f"{HERE}:of_all", "exact_match"], "weights": [0.5, 4.0]},
+        train={"max_steps": 2},
+        eval={"num_train_prompts": 0},
+    )
+    run(config)
+    for row in rows_of(config.log.run_dir):
+        assert row["reward_of_all"] > 0
+        total = 0.5 * row["reward_of_all"] + 4.0 * row["reward_exact_match"]
+        assert row["reward"] == pytest.approx(total, rel=1e-12)
+
+
+def test_what_a_function_takes_is_checked_before_the_model_is_loaded(make_config):
+    config = make_config(
+        model={"path": "no-such-model"}, reward={"functions": [f"{HERE}:needs_level"]}
+    )
+    with pytest.raises(ValueError, match=r":needs_level': expected .*, got 'level'"):
+        run(config)
+
+
+def test_a_module_beside_the_config_file_is_found_and_on_resume_too(
+    make_config, tmp_path, monkeypatch
+):
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "rewards_beside.py").write_text(
+        "def digits(prompt, response, answer):\n"
+        "    return sum(c.isdigit() for c in response) / max(1, len(response))\n"
+    )
+    config = make_config(
+        reward={"functions": ["rewards_beside:digits"]},
+        train={"max_steps": 1},
+        eval={"num_train_prompts": 0},
+        log={"run_dir": str(tmp_path / "run")},
+    )
+    (folder / "run.toml").write_text(dump_config(config))
+    monkeypatch.chdir(elsewhere)
+    try:
+        assert main(["train", "../mine/run.toml"]) == 0
+        kept = load_config(tmp_path / "run" / "config.toml").reward.folder
+        assert kept == str(folder)
+        del sys.modules["rewards_beside"]
+        assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.max_steps=2"]) == 0
+    finally:
+        sys.modules.pop("rewards_beside", None)
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
