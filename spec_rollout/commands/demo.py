@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     contents = []
     for seed in seeds:
         out = args.out if args.seeds is None else args.out / f"seed-{seed}"
-        print(_announcement(runs, size, seed), flush=True)
+        print(_announcement(runs, size, seed) + _expected(args), flush=True)
         content = demo(out, runs, size, seed, _shown(args), args.engine)
         contents.append(content)
         print(
@@ -133,6 +133,13 @@ def _announcement(runs: Runs, size: DemoSize, seed: int) -> str:
         f"training (seed {seed}): {', '.join(runs)}; each {size.num_steps} steps in {size.epochs} "
         f"epochs of {rollouts:,} rollouts, taking turns"
     )
+
+
+def _expected(args: argparse.Namespace) -> str:
+    """How long it takes, for the sizes that were measured."""
+    if args.short or args.epochs is not None or args.runs is not None or args.engine == "vllm":
+        return ""
+    return f"; about {10 if args.full else 3} minutes on two quiet cores"
 
 
 def _shown(args: argparse.Namespace) -> list[str]:
