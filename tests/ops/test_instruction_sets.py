@@ -16,11 +16,11 @@ import torch
 from spec_rollout import ops
 
 TESTS = Path(__file__).resolve().parents[1]
-# What runs kernels that are compiled per level: the ops, and the embedded engine's own.
+# What runs kernels that are compiled per level: the ops, and the embedded engine's own. Laws are
+# left out: noise, acceptance and tokens are the same at every level.
 KERNEL_TESTS = [
     "ops",
     "engines/test_transformers.py",
-    "engines/test_transformers_laws.py",
     "engines/test_transformers_layer_parts.py",
     "engines/test_transformers_model.py",
 ]
@@ -112,7 +112,7 @@ def test_kernels_pass_their_tests_at(level: str) -> None:
     ran = _run(
         level,
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu"),
-        *("-k", f"not triton and not {Path(__file__).stem}"),
+        *("-k", f"not triton and not law and not {Path(__file__).stem}"),
         *(str(TESTS / name) for name in KERNEL_TESTS),
     )
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
