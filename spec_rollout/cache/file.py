@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import struct
-import uuid
 import zlib
-from pathlib import Path
 from typing import BinaryIO
 
 from spec_rollout.cache.entry import DESCRIPTION, Entry, arrays_present, checksum_of, describe
 from spec_rollout.cache.store import Groups
+from spec_rollout.files import replacing
 from spec_rollout.types import FinishReason
 
 MAGIC = b"SPECROLL"
@@ -38,22 +37,8 @@ def write(path: str | os.PathLike[str], groups: Groups) -> None:
         path: A link is followed.
         groups: From the least to the most recently used; read once, one group at a time.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as out:
-            _write_groups(out, groups)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # makes the rename itself survive a power cut
-    finally:
-        os.close(directory)
+    with replacing(path, seekable=True) as out:
+        _write_groups(out, groups)
 
 
 def _write_groups(out: BinaryIO, groups: Groups) -> None:

@@ -25,10 +25,13 @@ def run(args: argparse.Namespace) -> int:
     """Writes the page and prints where it is.
 
     Raises:
-        ValueError: if there is no run in a folder.
+        ValueError: if there is no run in a folder, or the page cannot be written.
     """
     from spec_rollout.report import find_runs, load_run, write_report
+    from spec_rollout.runs.outputs import check_outputs
 
-    runs = [load_run(path) for directory in args.run_dirs for path in find_runs(directory)]
-    print(write_report(runs, args.out or args.run_dirs[0] / "report.html"))
+    folders = [path for directory in args.run_dirs for path in find_runs(directory)]
+    out = args.out or args.run_dirs[0] / "report.html"
+    check_outputs({"--out": out})
+    print(write_report([load_run(folder) for folder in folders], out))
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,7 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="FILE.jsonl", help="one row per rollout"
     )
     files.add_argument(
-        "--stats", type=Path, metavar="FILE.json", help="default: OUT with .stats.json"
+        "--stats",
+        type=Path,
+        metavar="FILE.json",
+        help="default: OUT with .stats.json, if OUT is a file",
     )
     files.add_argument("--cache-in", type=Path, metavar="FILE", help="rollouts of an earlier pass")
     files.add_argument(
@@ -93,16 +95,15 @@ def run(args: argparse.Namespace) -> int:
     from spec_rollout.loading.engines import check_engine, make_engine, without_weights
     from spec_rollout.loading.policy import load_policy
     from spec_rollout.rollout import RolloutSession
+    from spec_rollout.runs.outputs import check_outputs
     from spec_rollout.types import RolloutStats
 
-    stats_path = args.stats or args.out.with_suffix(".stats.json")
-    for option, path in (
-        ("--out", args.out),
-        ("--stats", stats_path),
-        ("--cache-out", args.cache_out),
-    ):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{option}: expected a file in an existing folder, got {path}")
+    stats_path = args.stats or _default_stats(args.out)
+    check_outputs(
+        {"--out": args.out, "--stats": stats_path, "--cache-out": args.cache_out},
+        inputs={"--prompts": args.prompts, "--cache-in": args.cache_in},
+        updates=[("--cache-in", "--cache-out")],
+    )
     cache = RolloutCache()
     if args.cache_in is not None:
         cache.load(args.cache_in)
@@ -164,7 +165,8 @@ def run(args: argparse.Namespace) -> int:
 
     _write_lines(args.out, rows())
     stats = total.as_row()
-    _write_lines(stats_path, [stats])
+    if stats_path is not None:
+        _write_lines(stats_path, [stats])
     if args.cache_out is not None:
         cache.save(args.cache_out)
     print(
@@ -223,10 +225,21 @@ def _rows(
         }
 
 
+def _default_stats(out: Path) -> Path | None:
+    """Beside the rollouts; None where these go to a pipe or a device, which have no place beside
+    them."""
+    from spec_rollout.runs.outputs import is_stream
+
+    if not out.name or out.is_dir() or is_stream(out):
+        return None
+    return out.with_suffix(".stats.json")
+
+
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line; the file appears complete or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
+    """One JSON object per line; the file appears complete or not at all, a pipe gets the
+    rows as they come."""
+    from spec_rollout.runs.outputs import writing
+
+    with writing(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(part, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +20,7 @@ from spec_rollout.report.plots import (
 from spec_rollout.report.style import CSS
 from spec_rollout.report.tokens import samples_html
 from spec_rollout.runs.load import Run, number
+from spec_rollout.runs.outputs import write_text
 
 _FRESH = "Plain sampling of the current weights with fresh noise, no reuse."
 
@@ -288,7 +288,5 @@ def write_report(runs: Sequence[Run], path: Path, title: str = "spec_rollout rep
     """Writes the page to `path`; an older report stays until the new one is complete."""
     text = render_page(runs, title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, text)
     return path

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from spec_rollout.config.sections import ConfigError
+from spec_rollout.runs.outputs import write_text
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -20,12 +20,7 @@ SUMMARY = "summary.json"
 
 def write_atomically(path: Path, text: str) -> None:
     """The file appears complete or not at all; an older one stays until then."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_text(path, text)
 
 
 def check_new_run_dir(run_dir: Path) -> None:
