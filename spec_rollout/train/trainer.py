@@ -36,6 +36,7 @@ from spec_rollout.runs.files import (
     check_steps,
     write_atomically,
 )
+from spec_rollout.runs.pieces import pieces
 from spec_rollout.runs.summary import RunSummary, summarize
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.checkpoint import (
@@ -382,7 +383,7 @@ class _Run:
                 {
                     "step": self._step + 1,
                     "prompt": row.rendered,
-                    "tokens": [tokenizer.decode([i]) for i in rollouts.response_ids[span].tolist()],
+                    "tokens": pieces(rollouts.response_ids[span].tolist(), tokenizer.decode),
                     "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
                     "accepted_tokens": int(rollouts.accepted_lens[r]),
                     "finish_reason": FinishReason(int(rollouts.finish_reasons[r])).name.lower(),
