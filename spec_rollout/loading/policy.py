@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spec_rollout.config.sections import ConfigError, ModelConfig
+from spec_rollout.engines.transformers.lengths import row_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +70,43 @@ def load_policy(config: ModelConfig) -> Policy:
     device = resolve_device(config.device)
     model = load_model(config.path, config, device, "model.path")
     tokenizer = _load_tokenizer(Path(config.path))
-    eos: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        eos.update([value] if isinstance(value, int) else value or [])
     head = model.get_output_embeddings()
     if head is None:
         raise ConfigError(
             f"model.path: expected a model with an output head, got {type(model).__name__}"
         )
-    text_config = model.config.get_text_config()
+    vocab_size = head.weight.shape[0]
     return Policy(
         model=model,
         tokenizer=tokenizer,
-        eos_token_ids=tuple(sorted(eos)),
-        vocab_size=head.weight.shape[0],
-        max_length=getattr(text_config, "max_position_embeddings", None),
+        eos_token_ids=_eos_token_ids(model, tokenizer, vocab_size),
+        vocab_size=vocab_size,
+        max_length=row_limit(model, model.config.get_text_config(decoder=True)).usual,
     )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence tokens that model and tokenizer name, ascending.
+
+    Raises:
+        ConfigError: for what is no id of the model's vocabulary: no response would ever end.
+    """
+    found: set[int] = set()
+    places = {
+        "generation config": getattr(model.generation_config, "eos_token_id", None),
+        "tokenizer": tokenizer.eos_token_id,
+    }
+    for place, value in places.items():
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"model.path: expected an end-of-sequence id from 0 to {vocab_size - 1} in the "
+                    f"model's {place}, got {token!r}"
+                )
+            found.add(token)
+    return tuple(sorted(found))
 
 
 def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -> PreTrainedModel:
@@ -103,7 +127,10 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
     expected = f"{key}: expected a folder with config.json, weights (*.safetensors) and tokenizer"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise ConfigError(f"{expected}, found {found} at {path!r}")
+        hint = ""
+        if not folder.exists() and _HUB_ID.fullmatch(path):
+            hint = f"; a model of the Hub is downloaded first: hf download {path} --local-dir DIR"
+        raise ConfigError(f"{expected}, found {found} at {path!r}{hint}")
     have = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{expected}, found no config.json in {path!r} (it holds {have})")

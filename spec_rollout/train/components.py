@@ -32,6 +32,7 @@ from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train import algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
+from spec_rollout.train.forward import check_padded_rows
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import SamplingParams
@@ -96,6 +97,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     policy = load_policy(model_config)
+    _check_forward(policy)
     data, eval_rows = _render_data(config, sources, policy)
     notes = data.notes
     if config.data.template_time is None and data.template_time is not None:
@@ -130,6 +132,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             path, key = config.model.reference, "model.reference"
         device = next(policy.model.parameters()).device
         reference = load_model(path, config.model, device, key).requires_grad_(False)
+        _check_reference(reference, policy, key)
     prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
     engine = make_engine(
         config.rollout,
@@ -176,6 +179,24 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,
     )
+
+
+def _check_forward(policy: Policy) -> None:
+    """Raises ConfigError if rows that are padded to each other depend on each other."""
+    try:
+        check_padded_rows(policy.model, policy.max_length)
+    except ValueError as error:
+        raise ConfigError(f"model.path: {str(error).removeprefix('model: ')}") from error
+
+
+def _check_reference(reference: Any, policy: Policy, key: str) -> None:
+    """Raises ConfigError if the KL would compare probabilities of different tokens."""
+    size = reference.get_output_embeddings().weight.shape[0]
+    if size != policy.vocab_size:
+        raise ConfigError(
+            f"{key}: expected a reference with the policy's vocabulary of {policy.vocab_size} "
+            f"tokens, got one of {size}"
+        )
 
 
 def _seed_everything(seed: int) -> None:

@@ -103,3 +103,25 @@ def test_devices():
         resolve_device("gpu")
     with pytest.raises(ConfigError, match=r"model\.device: expected a device of this machine"):
         resolve_device("cuda:99")
+
+
+@pytest.mark.parametrize("value", [40_000, -1, "</s>", [1, "</s>"]], ids=str)
+def test_an_end_of_sequence_that_is_no_id_of_the_vocabulary_is_refused(folder, value):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
+    with pytest.raises(ConfigError, match=r"model\.path: expected .*(end-of-sequence id|config)"):
+        load(folder)
+
+
+def test_an_id_of_the_hub_comes_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"hf download no-body/no-model --local-dir DIR"):
+        load("no-body/no-model")
+
+
+def test_the_longest_row_is_as_the_rotary_embedding_has_it(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    config["rope_parameters"] = {**config["rope_parameters"], **rope}
+    path.write_text(json.dumps(config))
+    assert load(folder).max_length == 512

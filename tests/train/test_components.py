@@ -1,0 +1,65 @@
+"""What a run is made of is checked before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build as tiny_model
+from tiny_runs import save_tiny_model
+
+from spec_rollout.config.sections import ConfigError
+from spec_rollout.train.components import build
+from spec_rollout.train.forward import check_padded_rows, padded_gap
+
+
+def test_a_reference_with_another_vocabulary_is_refused(make_config, model_dir, tmp_path) -> None:
+    other = shutil.copytree(model_dir, tmp_path / "other")
+    path = other / "config.json"
+    config = json.loads(path.read_text())
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.resize_token_embeddings(config["vocab_size"] + 3)
+    model.save_pretrained(other)
+    run = make_config(model={"reference": str(other)}, train={"kl_coef": 0.1})
+    size = config["vocab_size"]
+    with pytest.raises(
+        ConfigError,
+        match=rf"model\.reference: expected .* vocabulary of {size} tokens, got one of {size + 3}",
+    ):
+        build(run)
+    assert not Path(run.log.run_dir).exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_sliding", "mistral_sliding", "gpt2"])
+def test_padded_rows_of_sound_models_are_those_alone(name: str) -> None:
+    assert padded_gap(tiny_model(name), 128).largest < 1e-4
+
+
+def test_a_model_whose_padding_reaches_its_rows_is_refused() -> None:
+    model = tiny_model("llama")
+    original = model.model.forward
+
+    def shifted(*args, **kw):
+        output = original(*args, **kw)
+        # What no causal model does: every token sees the mean of its row, padding included.
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden + hidden.mean(1, keepdim=True)
+        return output
+
+    model.model.forward = shifted
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM gives log-probs that differ by \d"):
+        check_padded_rows(model, 128)
+
+
+def test_the_tiny_model_of_the_tests_passes(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path)).eval()
+    assert padded_gap(model, 128).is_rounding
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.is_grad_enabled()
