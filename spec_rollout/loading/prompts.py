@@ -91,6 +91,8 @@ class PromptRenderer:
         self._pinned = now is not None
         self.now = (now or datetime.now()).replace(microsecond=0)
         self._suffix = _appended(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._special_tokens = sorted(token.content for token in added if token.special)
         # The first prompts of their kinds, for `notes` and `asked_for_time`.
         self._first_chat: _Chat | None = None
         self._first_text: str | None = None
@@ -152,9 +154,12 @@ class PromptRenderer:
 
     def _text(self, value: str, record: Mapping[str, Any], where: str) -> RenderedPrompt:
         if self.uses_template:
+            if not value:
+                raise DataError(f"{where}: expected at least one token, got none from ''")
             chat = self._chat([{"role": "user", "content": value}], record, where)
             ids, rendered = self._rendered(chat, where)
             self._first_text = self._first_text or rendered
+            self._not_rendered_yet(value, rendered, where)
             return RenderedPrompt(ids, rendered, value, identity=_identity(chat))
         self._no_template_columns(record, where)
         ids = self._tokenized(value, where)
@@ -162,6 +167,19 @@ class PromptRenderer:
             ids = ids[: -len(self._suffix)]
             self._cut_suffix = True
         return RenderedPrompt(ids, value, value)
+
+    def _not_rendered_yet(self, value: str, rendered: str, where: str) -> None:
+        """Raises DataError if a text seems to have the chat template in it already."""
+        if self._choice is not None or not any(token in value for token in self._special_tokens):
+            return
+        around = rendered.replace(value, "")
+        for token in self._special_tokens:
+            if token in value and token in around:
+                raise DataError(
+                    f"{where}: expected text without the {token!r} of the chat template, got "
+                    f"{short(value)} (data.chat_template = false takes texts as they are, true "
+                    "puts them through the template all the same)"
+                )
 
     def _messages(
         self, value: Sequence[Any], record: Mapping[str, Any], where: str

@@ -1,4 +1,4 @@
-"""What a reward function changes in the process is put back when it returns."""
+"""What a reward function changes in the process is put back after it."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ class Rewards:
         totals: list[float | None] = [None] * len(samples)
         by_function: dict[str, list[float | None]] = {}
         for entry in self._entries:
-            values = _values(entry, samples)
+            with process_kept():
+                values = _values(entry, samples)
             by_function[entry.label] = values
             for index, value in enumerate(values):
                 if value is None:
@@ -133,8 +134,7 @@ def _values(entry: _Entry, samples: Sequence[Sample]) -> list[float | None]:
 
 def _called(entry: _Entry, samples: Sequence[Sample], source: str) -> Any:
     try:
-        with process_kept():
-            return entry.signature.call(entry.function, samples)
+        return entry.signature.call(entry.function, samples)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, too: the run must not end as if all were well

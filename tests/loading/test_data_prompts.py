@@ -62,6 +62,25 @@ def test_the_template_can_be_asked_for_or_turned_off(load):
         load("1+1?", tokenizer=byte_tokenizer(), chat_template=True)
 
 
+def test_a_text_with_the_template_in_it_is_not_put_through_it_again(load):
+    text = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(
+        DataError,
+        match=r":2: prompt: expected text without the '<\|im_end\|>' of the chat template",
+    ):
+        load("1+1?", text)
+    assert rendered(load(text, chat_template=False)) == [text]
+    assert rendered(load(text, chat_template=True))[0].count("<|im_start|>user") == 2
+    # A special token that is not the template's is the text's own.
+    assert "<think>" in rendered(load("Think in <think>?"))[0]
+
+
+def test_an_empty_text_asks_for_nothing(load):
+    for options in ({}, {"chat_template": False}):
+        with pytest.raises(DataError, match=":1: prompt: expected at least one token, got none"):
+            load("", **options)
+
+
 def test_messages_are_rendered_and_handed_to_rewards_as_text(load):
     data = load([USER], [{"role": "system", "content": "Add."}, USER])
     first, second = rendered(data)
