@@ -326,7 +326,10 @@ def test_skipped_rewards(make_config, name):
 
 
 class SignalAtForward:
-    """Sends a signal to this process just before the n-th forward pass of a language model."""
+    """Sends a signal to this process just before the n-th forward pass of a run.
+
+    Not counted are those that check the model while the run is put together: nobody listens yet.
+    """
 
     def __init__(self, n: int, signum: int) -> None:
         self.n, self.signum, self.count = n, signum, 0
@@ -339,7 +342,8 @@ class SignalAtForward:
         self._handle.remove()
 
     def _hook(self, module, _args):
-        if type(module).__name__ == "Qwen3ForCausalLM":
+        listening = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        if listening and type(module).__name__ == "Qwen3ForCausalLM":
             self.count += 1
             if self.count == self.n:
                 os.kill(os.getpid(), self.signum)
