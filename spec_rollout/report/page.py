@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from spec_rollout import counters
+from spec_rollout.report.differences import difference_rows
 from spec_rollout.report.plots import (
     PART_COLOURS,
     Panel,
@@ -18,6 +19,7 @@ from spec_rollout.report.plots import (
     seconds_svg,
 )
 from spec_rollout.report.style import CSS
+from spec_rollout.report.texts import cut, fact_text, plain, visible
 from spec_rollout.report.tokens import samples_html
 from spec_rollout.runs.load import Run, number
 from spec_rollout.runs.outputs import write_text
@@ -58,6 +60,10 @@ PANELS = (
         smooth=True,
     ),
 )
+
+
+# Calls what makes a part of the page; where that fails, the page has no such part but says so.
+_Draw = Callable[[str, Callable[[], str | None]], str]
 
 
 def _swatch(background: str, text: str) -> str:
@@ -148,23 +154,33 @@ def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
     return [row for row in rows if any(cell != _NONE for cell in row[1:])]
 
 
-def _summary_table(runs: Sequence[Run]) -> str:
+def _table(title: str, runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ["", *(run.name for run in runs)])
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in summary_rows(runs)
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
-        '<section><h2>Summary</h2><div class="card scroll"><table>'
+        f'<section><h2>{title}</h2><div class="card scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 
 
-def _figures(runs: Sequence[Run]) -> str:
+def _differences(runs: Sequence[Run], problems: list[str]) -> str:
+    """A table of the keys whose values differ; nothing for one run, or where no two have one."""
+    if sum(run.config is not None for run in runs) < 2:
+        return ""
+    rows = difference_rows(runs, problems)
+    if rows:
+        return _table("What differs", runs, rows)
+    note = "Nothing in the configurations but the folders."
+    return f'<section><h2>What differs</h2><p class="soft">{note}</p></section>'
+
+
+def _figures(runs: Sequence[Run], draw: _Draw) -> str:
     cards = []
     for index, panel in enumerate(PANELS):
-        svg = panel_svg(panel, runs, salt=f"p{index}")
-        if svg is not None:
+        svg = draw(panel.title, partial(panel_svg, panel, runs, salt=f"p{index}"))
+        if svg:
             caption = f"<h3>{escape(panel.title)}</h3><p>{escape(panel.note)}</p>"
             cards.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
     parts = []
@@ -174,16 +190,16 @@ def _figures(runs: Sequence[Run]) -> str:
             f'<section><h2>Against the training step</h2>{_legend(runs)}<p class="soft">{note}</p>'
             f'<div class="grid">{"".join(cards)}</div></section>'
         )
-    seconds = seconds_svg(runs, salt="seconds")
-    if seconds is not None:
+    seconds = draw("rollout seconds", lambda: seconds_svg(runs, salt="seconds"))
+    if seconds:
         legend = "".join(_swatch(shade, name) for name, shade in PART_COLOURS.items())
         parts.append(
             "<section><h2>Where the rollout seconds go</h2><figure><figcaption><p>Seconds per step "
             "(stacked); other is lookup, assembly, storing and all between.</p></figcaption>"
             f'<ul class="legend">{legend}</ul>{seconds}</figure></section>'
         )
-    running = running_svg(runs, salt="running")
-    if running is not None:
+    running = draw("requests running", lambda: running_svg(runs, salt="running"))
+    if running:
         parts.append(
             "<section><h2>Requests running within a step</h2><figure><figcaption><p>In "
             "verification or decoding, during "
@@ -194,8 +210,12 @@ def _figures(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
-def _samples(runs: Sequence[Run]) -> str:
-    shown = [(run.name, html) for run in runs if (html := samples_html(run))]
+def _samples(runs: Sequence[Run], draw: _Draw) -> str:
+    shown = []
+    for run in runs:
+        html = draw(f"samples of {run.name}", partial(samples_html, run))
+        if html:
+            shown.append((run.name, html))
     # The first run with something to see is unfolded.
     unfolded = next((name for name, html in shown if "<mark" in html), None)
     parts = [
@@ -209,12 +229,8 @@ def _samples(runs: Sequence[Run]) -> str:
     return f'<section><h2>Sample rollouts</h2><p class="soft">{note}</p>{"".join(parts)}</section>'
 
 
-def _fact_text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_fact_text(v)}" for key, v in value.items() if v is not None)
-    if isinstance(value, list):
-        return "; ".join(_fact_text(v) for v in value) or "none"
-    return "unknown" if value is None else str(value)
+def _rows_of(facts: Mapping[Any, Any]) -> list[tuple[str, str]]:
+    return [(cut(plain(key), 200), fact_text(value)) for key, value in facts.items()]
 
 
 def _environments(runs: Sequence[Run]) -> str:
@@ -223,12 +239,12 @@ def _environments(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.environment is not None:
             facts = {key: value for key, value in run.environment.items() if key != "date"}
-            groups.setdefault(json.dumps(facts, sort_keys=True), (facts, []))[1].append(run.name)
+            groups.setdefault(repr(_rows_of(facts)), (facts, []))[1].append(run.name)
     tables = []
     for facts, names in groups.values():
         rows = "".join(
-            f"<tr><td>{escape(str(key))}</td><td>{escape(_fact_text(value))}</td></tr>"
-            for key, value in facts.items()
+            f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>"
+            for key, value in _rows_of(facts)
         )
         tables.append(
             f'<p class="soft">{escape(", ".join(names))}</p>'
@@ -242,22 +258,21 @@ def _environments(runs: Sequence[Run]) -> str:
 def _configs(runs: Sequence[Run]) -> str:
     parts = [
         f"<details><summary>{escape(run.name)}</summary>"
-        f'<div class="card"><pre>{escape(run.config)}</pre></div></details>'
+        f'<div class="card"><pre>{escape(cut(run.config))}</pre></div></details>'
         for run in runs
         if run.config is not None
     ]
     return f"<section><h2>Resolved configuration</h2>{''.join(parts)}</section>" if parts else ""
 
 
-def _problems(runs: Sequence[Run]) -> str:
-    items = "".join(
-        f"<li>{escape(run.name)}: {escape(text)}</li>" for run in runs for text in run.problems
-    )
+def _problems(problems: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(cut(text, 500))}</li>" for text in problems)
     return f'<div class="problems">Incomplete:<ul>{items}</ul></div>' if items else ""
 
 
 def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
-    """The whole page as HTML.
+    """The whole page as HTML. What a run holds that cannot be shown is named at the top; the rest
+    is there.
 
     Raises:
         ValueError: if `runs` is empty.
@@ -267,16 +282,26 @@ def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
     intro = (
         "Speculative reuse of the previous epoch's rollouts in on-policy reinforcement learning."
     )
-    body = (
-        f'<h1>{escape(title)}</h1><p class="soft">{intro}</p>'
-        + _problems(runs)
-        + _summary_table(runs)
-        + _figures(runs)
-        + _samples(runs)
-        + _environments(runs)
-        + _configs(runs)
-    )
-    return (
+    problems = [f"{run.name}: {text}" for run in runs for text in run.problems]
+
+    def draw(what: str, make: Callable[[], str | None]) -> str:
+        try:
+            return make() or ""
+        except Exception as error:
+            problems.append(f"{what}: not shown ({type(error).__name__}: {error})")
+            return ""
+
+    parts = [
+        draw("summary", lambda: _table("Summary", runs, summary_rows(runs))),
+        draw("what differs", lambda: _differences(runs, problems)),
+        _figures(runs, draw),
+        _samples(runs, draw),
+        draw("hardware and versions", lambda: _environments(runs)),
+        draw("configuration", lambda: _configs(runs)),
+    ]
+    heading = f'<h1>{escape(title)}</h1><p class="soft">{intro}</p>'
+    body = heading + _problems(problems) + "".join(parts)
+    return visible(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head>"

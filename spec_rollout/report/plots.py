@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from spec_rollout.report.texts import cut, visible
 from spec_rollout.runs.load import Run, number
 
 # Okabe and Ito's colours: told apart with any colour vision. Runs beyond the eighth share colours.
@@ -201,7 +202,13 @@ def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
             )
             axes.set_ylim(bottom=0)
             # A run's name is the user's text: never parsed as a formula.
-            axes.set_title(run.name, loc="left", fontsize=9, color="#3b4048", parse_math=False)
+            axes.set_title(
+                cut(visible(run.name), 60),
+                loc="left",
+                fontsize=9,
+                color="#3b4048",
+                parse_math=False,
+            )
             _finish(axes, percent=False)
         return _svg(figure, salt)
 

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from spec_rollout.report.texts import cut, plain
 from spec_rollout.runs.load import Run, number
 
 MAX_SAMPLES = 12
+MAX_TOKENS = 20_000  # shown one by one, of a sample
 
 
 def pick_samples(
@@ -37,13 +39,16 @@ def response_html(sample: dict[str, Any]) -> str:
         logprobs = logprobs if isinstance(logprobs, list) else []
         accepted = _count(sample.get("accepted_tokens"))
         pieces = []
-        for index, token in enumerate(tokens):
+        for index, token in enumerate(tokens[:MAX_TOKENS]):
             logprob = number(logprobs[index]) if index < len(logprobs) else None
             title = f"token {index}" + ("" if logprob is None else f", log-prob {logprob:.3f}")
-            pieces.append(f'<span title="{title}">{escape(str(token))}</span>')
+            pieces.append(f'<span title="{title}">{escape(cut(plain(token)))}</span>')
+        if len(tokens) > MAX_TOKENS:
+            more = len(tokens) - MAX_TOKENS
+            pieces.append(f"<span>\N{HORIZONTAL ELLIPSIS} ({more:,} more tokens)</span>")
         reused, fresh = "".join(pieces[:accepted]), "".join(pieces[accepted:])
     else:
-        text = str(sample.get("response", ""))
+        text = cut(plain(sample.get("response", "")))
         accepted = _count(sample.get("accepted_chars"))
         reused, fresh = escape(text[:accepted]), escape(text[accepted:])
     return (f'<mark class="reused">{reused}</mark>' if reused else "") + fresh
@@ -66,7 +71,7 @@ def samples_html(run: Run) -> str:
     """All chosen samples of a run; empty if it recorded none."""
     return "".join(
         f'<article class="sample"><p class="facts">{escape(_facts(sample))}</p>'
-        f'<pre class="prompt">{escape(str(sample.get("prompt", "")))}</pre>'
+        f'<pre class="prompt">{escape(cut(plain(sample.get("prompt", ""))))}</pre>'
         f'<pre class="response">{response_html(sample)}</pre></article>'
         for sample in pick_samples(run.samples)
     )

@@ -11,6 +11,9 @@ from typing import Any
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RUNNING = "running.jsonl"
+LARGEST = 1e100
+_INFINITE = (math.inf, -math.inf)  # as a mean over nothing is; left out silently, like NaN
+_MOST_PROBLEMS = 20  # told one by one, of a file
 
 
 @dataclass(slots=True)
@@ -52,22 +55,21 @@ class Run:
 
 
 def number(value: object) -> float | None:
-    """`value` as a float if it is a finite number (bool is not one), else None."""
+    """`value` as a float if it is a number (bool is not one) that can be summed and drawn: of at
+    most `LARGEST`; else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if -LARGEST <= value <= LARGEST else None
 
 
 def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; any other line (cut off by a crash, say) goes to `problems`."""
     rows: list[dict[str, Any]] = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    data = _bytes_of(path, problems)
+    if data is None:
         return rows
-    except OSError as error:
-        problems.append(f"{path.name}: {error.strerror or error}")
-        return rows
+    lines = data.split(b"\n")
+    found: list[str] = []
     last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
     for index, line in enumerate(lines):
         if not line.strip():
@@ -76,22 +78,52 @@ def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             what = "is cut off" if index == last else "is not JSON"
-            problems.append(f"{path.name}: line {index + 1} {what}; left out")
+            found.append(f"{path.name}: line {index + 1} {what}; left out")
             continue
         if isinstance(row, dict):
             rows.append(row)
         else:
             kind = type(row).__name__
-            problems.append(f"{path.name}: line {index + 1} is a {kind}, not an object; left out")
+            found.append(f"{path.name}: line {index + 1} is a {kind}, not an object; left out")
+    problems.extend(found[:_MOST_PROBLEMS])
+    if len(found) > _MOST_PROBLEMS:
+        problems.append(f"{path.name}: {len(found) - _MOST_PROBLEMS} more lines left out")
     return rows
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+def _bytes_of(path: Path, problems: list[str]) -> bytes | None:
+    """A file's content; None if there is none to be had, which `problems` say unless it is just
+    absent."""
     try:
-        value = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            problems.append(f"{path.name}: expected a file, got something else; left out")
+            return None
+        return path.read_bytes()
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path.name}: {error.strerror or error}")
+        return None
+
+
+def _too_large(rows: list[dict[str, Any]], problems: list[str]) -> None:
+    """Names the numbers of metrics that `number` leaves out."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, int | float) and abs(value) > LARGEST and value not in _INFINITE:
+                counts[key] = counts.get(key, 0) + 1
+    for key, count in list(counts.items())[:_MOST_PROBLEMS]:
+        problems.append(f"{METRICS}: {key} of {count} rows is beyond {LARGEST:g}; left out")
+
+
+def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
+    data = _bytes_of(path, problems)
+    if data is None:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path.name}: not readable ({type(error).__name__}); left out")
         return {}
     if not isinstance(value, dict):
@@ -113,9 +145,10 @@ def load_run(directory: Path, name: str | None = None) -> Run:
     run.summary = _read_json(directory / "summary.json", run.problems)
     run.samples = read_jsonl(directory / SAMPLES, run.problems)
     run.running = read_jsonl(directory / RUNNING, run.problems)
-    config = directory / "config.toml"
-    if config.is_file():
-        run.config = config.read_text(encoding="utf-8", errors="replace")
+    _too_large(run.metrics, run.problems)
+    config = _bytes_of(directory / "config.toml", run.problems)
+    if config is not None:
+        run.config = config.decode("utf-8", errors="replace")
     environment = run.summary.get("environment") or _read_json(
         directory / "environment.json", run.problems
     )
