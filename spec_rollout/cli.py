@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NoReturn
 
 # Modules of `spec_rollout.commands` with HELP, add_options(parser) and run(args); they import what
@@ -76,11 +77,25 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
-        return f"{error.name} is not installed: pip install 'spec-rollout[train]'"
+        return f"{_missing_packages(error.name)} not installed: pip install 'spec-rollout[train]'"
     foreseen = isinstance(error, UsageError | ValueError | OSError)
     if foreseen and text:
         return text
     return f"{type(error).__name__}: {text} (SPEC_ROLLOUT_DEBUG=1 shows where)"
+
+
+def _missing_packages(first: str) -> str:
+    """As in "a is" or "a, b are": all packages of the extra that are missing, not only the first
+    that an import met."""
+    missing = [name for name in _TRAIN_PACKAGES if name == first or not _is_installed(name)]
+    return f"{missing[0]} is" if len(missing) == 1 else f"{', '.join(missing)} are"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # kept from being imported
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
