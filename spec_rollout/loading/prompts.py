@@ -90,13 +90,13 @@ class PromptRenderer:
         self._continue = continue_final_message
         self._pinned = now is not None
         self.now = (now or datetime.now()).replace(microsecond=0)
-        self._suffix = _appended(tokenizer)
+        self._prefix, self._suffix = _put_around(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._special_tokens = sorted(token.content for token in added if token.special)
         # The first prompts of their kinds, for `notes` and `asked_for_time`.
         self._first_chat: _Chat | None = None
         self._first_text: str | None = None
-        self._cut_suffix = False
+        self._cut_suffix = self._cut_prefix = False
         self.asked_for_time = False
 
     @property
@@ -140,6 +140,9 @@ class PromptRenderer:
                 "text prompts go through the tokenizer's chat template (data.chat_template = false "
                 f"leaves them as they are); the first reads {short(self._first_text, 400)}"
             )
+        if self._cut_prefix:
+            tokens = "".join(self._tokenizer.convert_ids_to_tokens(self._prefix))
+            notes.append(f"texts that begin with {tokens!r} are not given another one")
         if self._cut_suffix:
             tokens = "".join(self._tokenizer.convert_ids_to_tokens(self._suffix))
             notes.append(f"the tokenizer ends a text with {tokens!r}; prompts are used without it")
@@ -166,6 +169,9 @@ class PromptRenderer:
         if self._suffix and ids[-len(self._suffix) :].tolist() == self._suffix:
             ids = ids[: -len(self._suffix)]
             self._cut_suffix = True
+        if self._prefix and ids[: 2 * len(self._prefix)].tolist() == 2 * self._prefix:
+            ids = ids[len(self._prefix) :]
+            self._cut_prefix = True
         return RenderedPrompt(ids, value, value)
 
     def _not_rendered_yet(self, value: str, rendered: str, where: str) -> None:
@@ -279,14 +285,14 @@ class PromptRenderer:
             ) from error
 
 
-def _appended(tokenizer: Any) -> list[int]:
-    """Tokens that the tokenizer puts after every text; an end-of-sequence token, say."""
+def _put_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that the tokenizer puts before and after every text; an end-of-sequence token, say."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(plain), -1, -1):
         if plain and whole[start : start + len(plain)] == plain:
-            return whole[start + len(plain) :]
-    return []
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
 
 
 def _message(item: Mapping[str, Any], where: str) -> Message:

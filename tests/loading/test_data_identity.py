@@ -37,6 +37,8 @@ def test_the_fingerprint_tells_data_apart(load):
     fingerprints = [load(rows).fingerprint for rows in different]
     assert len(set(fingerprints)) == len(different)
     assert load(different[0]).fingerprint == fingerprints[0]
+    in_another_order = [{"answer": "0", "prompt": "12"}, {"answer": "0", "prompt": "3"}]
+    assert load(in_another_order).fingerprint == fingerprints[0]
 
 
 def test_a_null_is_as_good_as_no_column(load):

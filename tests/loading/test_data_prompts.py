@@ -193,6 +193,15 @@ def test_tokens_that_the_tokenizer_puts_after_a_text_end_no_prompt(load):
     assert [row.prompt_ids.tolist() for row in two.rows] == [[97, 98]]
 
 
+def test_a_text_that_begins_with_the_first_token_gets_no_second(load):
+    around = byte_tokenizer(around="<bos> $A")
+    data = load("<bos>ab", "ab", tokenizer=around)
+    assert [row.prompt_ids.tolist() for row in data.rows] == 2 * [[BOS, 97, 98]]
+    assert data.notes == (
+        f"{data.rows[0].source[:-2]}: texts that begin with '<bos>' are not given another one",
+    )
+
+
 # With what Llama 3 has in its template, and a format that has it all.
 DATED = (
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_tokenizer import CHATML, EOS, PAD, VOCAB_SIZE, byte_tokenizer
 
+from spec_rollout.cli import main
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.config.toml import load_config
 from spec_rollout.loading.data import DataError
@@ -171,3 +172,25 @@ def test_mistakes_in_the_data_show_before_the_model_is_loaded(
         base[name] = {**base.get(name, {}), **values}
     with pytest.raises(error, match=message):
         run(make_config(**base))
+
+
+def test_the_rollout_command_renders_prompts_as_training_does(
+    dated_model, write_rows, tmp_path, capsys
+):
+    def prompts(rows, *options):
+        out = tmp_path / "out.jsonl"
+        path = write_rows(rows, "prompts.jsonl")
+        files = ["--model", str(dated_model), "--prompts", str(path), "--out", str(out)]
+        sizes = ["--max-tokens", "2", "--device", "cpu"]
+        assert main(["rollout", *files, *sizes, *options]) in (0, 2)
+        error = capsys.readouterr().err
+        return [row["prompt"] for row in rows_of(tmp_path, "out.jsonl")], error
+
+    text = [{"prompt": "1+1?", "answer": "2"}]
+    shown, err = prompts(text, "--system-prompt", "Add.")
+    assert "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+1?" in shown[0]
+    assert "(--raw-prompts leaves them as they are)" in err
+    assert prompts(text, "--raw-prompts")[0] == ["1+1?"]
+    chat = [{"prompt": [{"role": "assistant", "content": "It is"}]}]
+    assert "--continue-final-message" in prompts(chat)[1]
+    assert prompts(chat, "--continue-final-message")[0][0].endswith("<|im_start|>assistant\nIt is")
