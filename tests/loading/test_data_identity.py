@@ -76,19 +76,22 @@ def test_tomorrows_data_is_todays(load):
 
 
 def test_rows_that_the_template_is_given_other_things_for_are_other_rows(load):
-    def keys(*rows, **options):
-        loaded = load(rows, tokenizer=byte_tokenizer(CHATML), **options).rows
-        return [r.user_key for r in loaded]
+    def key(row, **options):
+        return load([row], tokenizer=byte_tokenizer(CHATML), **options).rows[0].user_key
 
-    plain, tools, variables = keys(
-        row("1"),
-        row("1", tools=[{"name": "f"}]),
-        row("1", chat_template_kwargs={"enable_thinking": False}),
-    )
-    assert len({plain, tools, variables}) == 3
-    assert keys(row("1"), system_prompt="Add.") != [plain]
+    user = {"role": "user", "content": "1"}
+    others = [
+        key(row("1")),
+        key(row("2")),
+        key(row("1", tools=[{"name": "f"}])),
+        key(row("1", chat_template_kwargs={"enable_thinking": False})),
+        key(row("1"), system_prompt="Add."),
+        key(row([user, {**user, "role": "assistant"}]), continue_final_message=True),
+    ]
+    assert len(set(others)) == len(others)
     # What the template does not see is not part of the prompt: its rollouts stay of use.
-    assert keys(row("1", answer="7", level=3)) == [plain]
+    assert key(row("1", answer="7", level=3)) == others[0]
+    assert key(row([user])) == others[0]
 
 
 def test_raw_prompts_are_identified_by_their_tokens(load):

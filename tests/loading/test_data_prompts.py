@@ -193,6 +193,12 @@ def test_tokens_that_the_tokenizer_puts_after_a_text_end_no_prompt(load):
     assert [row.prompt_ids.tolist() for row in two.rows] == [[97, 98]]
 
 
+def test_nothing_is_put_around_what_the_template_renders(load):
+    data = load("ab", [USER], tokenizer=byte_tokenizer("<bos>" + CHATML, "<bos> $A <eos>"))
+    assert [list(row.prompt_ids).count(BOS) for row in data.rows] == [1, 1]
+    assert not any(EOS in row.prompt_ids for row in data.rows)
+
+
 def test_a_text_that_begins_with_the_first_token_gets_no_second(load):
     around = byte_tokenizer(around="<bos> $A")
     data = load("<bos>ab", "ab", tokenizer=around)
