@@ -196,6 +196,7 @@ def _with_options(message: str) -> str:
         ("data.chat_template is false", "--raw-prompts is given"),
         ("data.continue_final_message = true", "--continue-final-message"),
         ("data.system_prompt", "--system-prompt"),
+        ("chat_template is false", "--raw-prompts is given"),
     ):
         message = message.replace(key, option)
     return message

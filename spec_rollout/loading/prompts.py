@@ -76,13 +76,13 @@ class PromptRenderer:
         now: datetime | None = None,
     ) -> None:
         has_template = getattr(tokenizer, "chat_template", None) is not None
-        for key, value in (("chat_template", chat_template), ("system_prompt", system_prompt)):
-            if value and not has_template:
-                raise ConfigError(
-                    f"data.{key}: expected to be left out, as the tokenizer has no chat template, "
-                    f"got {short(value)}"
-                )
+        reason = "chat_template is false" if has_template else "the tokenizer has no chat template"
         self.uses_template = has_template and chat_template is not False
+        for key, value in (("chat_template", chat_template), ("system_prompt", system_prompt)):
+            if value and not self.uses_template:
+                raise ConfigError(
+                    f"data.{key}: expected to be left out, as {reason}, got {short(value)}"
+                )
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._choice = chat_template

@@ -154,6 +154,12 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         getter = known.get(name)
         is_column = columns is not None and name in columns
         if getter is None and not is_column and by_place and index < len(_PLACES):
+            if has_default:  # the answer, or a setting of the function?
+                meaning = ("prompt", "response", "answer")[index]
+                raise SignatureError(
+                    f"expected the name {meaning!r}, a column of the data or no default for "
+                    f"parameter {index + 1}, got '{parameter}' (a setting can be keyword-only)"
+                )
             getter = _PLACES[index]
         if getter is not None:
             if in_order and parameter.kind is not parameter.KEYWORD_ONLY:

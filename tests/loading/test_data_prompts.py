@@ -99,6 +99,8 @@ def test_a_system_prompt_comes_first_unless_the_row_has_one(load):
     assert with_own.startswith("<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\n1+1?")
     with pytest.raises(ConfigError, match=r"data\.system_prompt: .* no chat template"):
         load("1+1?", tokenizer=byte_tokenizer(), system_prompt="Be brief.")
+    with pytest.raises(ConfigError, match=r"data\.system_prompt: .* as chat_template is false"):
+        load("1+1?", chat_template=False, system_prompt="Be brief.")
     with pytest.raises(DataError, match=r":1: prompt: .*data\.system_prompt, got token ids"):
         load([1, 2], system_prompt="Be brief.")
     with pytest.raises(ConfigError, match=r"data\.system_prompt: expected to be left out"):

@@ -191,6 +191,8 @@ def test_the_rollout_command_renders_prompts_as_training_does(
     assert "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+1?" in shown[0]
     assert "(--raw-prompts leaves them as they are)" in err
     assert prompts(text, "--raw-prompts")[0] == ["1+1?"]
+    _, err = prompts(text, "--raw-prompts", "--system-prompt", "Add.")
+    assert "--system-prompt: expected to be left out, as --raw-prompts is given" in err
     chat = [{"prompt": [{"role": "assistant", "content": "It is"}]}]
     assert "--continue-final-message" in prompts(chat)[1]
     assert prompts(chat, "--continue-final-message")[0][0].endswith("<|im_start|>assistant\nIt is")

@@ -46,8 +46,12 @@ def by_position_only(prompt, response, answer, /, level=None):
     return prompt, response, answer, level
 
 
-def with_default(prompt, response, gold=None):
-    return prompt, response, gold
+def with_defaults(prompt, response=None, answer=None, level=1):
+    return prompt, response, answer, level
+
+
+def with_setting(prompt, response, *, threshold=0.5):
+    return prompt, response, threshold
 
 
 def response_ids(response_ids, response):
@@ -76,7 +80,8 @@ class Method:
         (column_in_third_place, ("P", "R", "4")),
         (only_names, ("R", 3)),
         (by_position_only, ("P", "R", "A", 3)),
-        (with_default, ("P", "R", "A")),
+        (with_defaults, ("P", "R", "A", 3)),
+        (with_setting, ("P", "R", 0.5)),
         (response_ids, ([1, 2], "R")),
         (star, ("P", "R", "A")),
         (Method().reward, ("P", "R", "A")),
@@ -181,6 +186,15 @@ def test_what_there_is_not_is_named(function, name):
         match=rf"expected .* columns of the data \('level', 'solution', 'tests'\), got '{name}'",
     ):
         signature_of(function, COLUMNS)
+
+
+def test_a_setting_is_not_taken_for_the_answer():
+    def by_length(prompt, response, longest=100):
+        return len(response) <= longest
+
+    with pytest.raises(SignatureError, match=r"'answer', .* parameter 3, got 'longest=100'"):
+        signature_of(by_length, COLUMNS)
+    assert called(by_length, Sample("P", "R", "A", {"longest": 0}), columns={"longest"}) is False
 
 
 def test_columns_that_a_function_needs():
