@@ -6,11 +6,13 @@ A link is followed and stays a link. What is no regular file (a pipe, a terminal
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 PathLike = str | os.PathLike[str]
+_PATIENCE_SECONDS = 10.0
 _OPEN_FILE = re.compile(r"/proc/[^/]+/(task/[^/]+/)?fd")
 
 
@@ -70,7 +73,7 @@ def replacing(path: PathLike, *, seekable: bool = False) -> Iterator[BinaryIO]:
     """
     kind, place = place_of(path)
     if kind == "folder":
-        raise IsADirectoryError(21, "expected a file, got a folder", os.fspath(path))
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", os.fspath(path))
     if kind == "stream":
         with _stream(place, seekable) as out:
             yield out
@@ -95,11 +98,30 @@ def replacing(path: PathLike, *, seekable: bool = False) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def _open_stream(place: Path) -> int:
+    """Opened for writing. A pipe without a reader would be waited for without end and without a
+    word; here for some seconds, as the reader may be starting."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            number = os.open(place, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                text = "expected a pipe that is read, got one without a reader"
+                raise OSError(errno.ENXIO, text, os.fspath(place)) from None
+            time.sleep(0.02)
+        else:
+            os.set_blocking(number, True)
+            return number
+
+
 @contextmanager
 def _stream(place: Path, seekable: bool) -> Iterator[BinaryIO]:
     number = descriptor_of(place)
     # Appending: an open file that is regular has its content already.
-    opened = os.open(place, os.O_WRONLY | os.O_APPEND) if number is None else os.dup(number)
+    opened = _open_stream(place) if number is None else os.dup(number)
     with open(opened, "wb") as stream:
         if not seekable:
             yield stream

@@ -75,6 +75,17 @@ def test_a_pipe_is_written_to(tmp_path: Path, seekable: bool) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
 
 
+def test_a_pipe_without_a_reader_is_an_error_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr("spec_rollout.files._PATIENCE_SECONDS", 0.05)
+    with pytest.raises(OSError, match="expected a pipe that is read"), replacing(pipe):
+        pytest.fail("the block was entered")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 _TO_STDOUT = """
 import sys
 from pathlib import Path
