@@ -61,7 +61,11 @@ def resolve(name: str, folder: str | os.PathLike[str] | None = None) -> RewardFu
 
 @contextmanager
 def _importable(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """While modules are imported, those of the folder come first."""
+    """While modules are imported, those of the folder come first; later ones, last.
+
+    The functions may import more when they are called, and processes that they start need the
+    modules, too.
+    """
     if folder is None:
         yield
         return
@@ -70,8 +74,10 @@ def _importable(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     importlib.invalidate_caches()  # the file may be newer than the last look into its folder
     try:
         yield
+        if sys.path.count(path) < 2:
+            sys.path.append(path)
     finally:
-        sys.path.remove(path)
+        sys.path.remove(path)  # the first one
 
 
 def _check_origin(module_name: str, module: Any, folder: str | os.PathLike[str] | None) -> None:

@@ -28,7 +28,9 @@ def module(tmp_path):
         written.append(name)
         return tmp_path
 
+    path = list(sys.path)
     yield write
+    sys.path[:] = path
     for name in written:
         if sys.modules.get(name) is not had.get(name):
             del sys.modules[name]
@@ -59,12 +61,21 @@ def test_bad_names(name, message):
 
 
 def test_a_module_beside_the_config_file_is_found(module):
-    folder = module("beside_it", "def one(prompt, response, answer):\n    return 1.0\n")
+    module("helper_beside_it", "ONE = 1.0\n")
+    folder = module(
+        "beside_it",
+        "def one(prompt, response, answer):\n"
+        "    import helper_beside_it\n"
+        "    return helper_beside_it.ONE\n",
+    )
     with pytest.raises(ConfigError, match="cannot load 'beside_it:one': No module named"):
         resolve("beside_it:one")
     before = list(sys.path)
-    assert resolve("beside_it:one", folder)("p", "r", "a") == 1.0
-    assert sys.path == before
+    for _ in range(2):
+        function = resolve("beside_it:one", folder)
+        # Nothing that is installed is hidden, and what the function imports is found.
+        assert sys.path == [*before, str(folder)]
+    assert function("p", "r", "a") == 1.0
     with pytest.raises(ConfigError, match=rf"No module named .*also looked for in '{folder}'"):
         resolve("not_beside_it:one", folder)
 

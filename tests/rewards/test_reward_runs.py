@@ -104,6 +104,7 @@ def test_a_module_beside_the_config_file_is_found_and_on_resume_too(
     )
     (folder / "run.toml").write_text(dump_config(config))
     monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     try:
         assert main(["train", "../mine/run.toml"]) == 0
         kept = load_config(tmp_path / "run" / "config.toml").reward.folder
