@@ -167,6 +167,10 @@ def response_and_stranger(response, gold):
     pass
 
 
+def response_in_another_place(level, text, gold, response):
+    pass
+
+
 def stranger_by_position(prompt, response, answer, gold, /):
     pass
 
@@ -177,6 +181,7 @@ def stranger_by_position(prompt, response, answer, gold, /):
         (needs_more, "timeout"),
         (two_strangers, "text"),
         (response_and_stranger, "gold"),
+        (response_in_another_place, "text"),
         (stranger_by_position, "gold"),
     ],
 )
