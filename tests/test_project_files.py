@@ -104,7 +104,9 @@ def _code(page: str) -> str:
     return "\n".join(re.findall(r"`[^`\n]+`", (ROOT / page).read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("script", [".ci/run", ".ci/cuda-check", ".ci/sanitize", ".ci/vllm-venv"])
+@pytest.mark.parametrize(
+    "script", [".ci/run", ".ci/cuda-toolkit", ".ci/cuda-check", ".ci/sanitize", ".ci/vllm-venv"]
+)
 def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
