@@ -223,7 +223,9 @@ class Responses:
         """Counts; the seconds are left to the caller."""
         num_reused = int(self.accepted_lens.sum())
         whole = (self.accepted_lens == drafts.lens) & drafts.finished
-        return RolloutStats(
+        # The worker counts the rest under the same names.
+        return RolloutStats.from_counts(
+            metrics,
             num_rollouts=self.accepted_lens.numel(),
             num_drafts=int((drafts.lens > 0).sum()),
             num_draft_tokens=drafts.token_ids.numel(),
@@ -231,16 +233,6 @@ class Responses:
             num_fully_reused=int(whole.sum()),
             num_response_tokens=self.ids.numel(),
             num_generated_tokens=self.ids.numel() - num_reused,
-            num_verified_tokens=metrics.num_verified_tokens,
-            num_computed_tokens=metrics.num_computed_tokens,
-            num_padding_tokens=0,
-            num_engine_steps=metrics.num_engine_steps,
-            num_decode_steps=metrics.num_decode_steps,
-            num_tail_steps=metrics.num_tail_steps,
-            tail_seconds=metrics.tail_seconds,
-            num_proposed_tokens=metrics.num_proposed_tokens,
-            num_accepted_proposals=metrics.num_accepted_proposals,
-            max_row_steps=metrics.max_row_steps,
         )
 
 
