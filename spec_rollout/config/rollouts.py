@@ -1,0 +1,174 @@
+"""How responses are generated: sampling, reuse, engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from spec_rollout.config.checks import ConfigError, at_least, require
+
+if TYPE_CHECKING:  # torch comes with these; a command line is read without it
+    from spec_rollout.acceptance import AcceptanceRule, Schedule
+    from spec_rollout.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How responses are generated and what of the previous ones is reused.
+
+    Attributes:
+        engine: "transformers" (embedded, with the policy's own weights) or "vllm" (in this process,
+            with a copy of them; section `vllm`).
+        num_samples: Responses per prompt (the group).
+        temperature: Of sampling, positive.
+        top_k: Sample from the k likeliest tokens; 0 is off.
+        top_p: Then from the likeliest that reach this probability together; 1 is off.
+        max_tokens: Longest response, reused tokens included.
+        stop_tokens: Token strings that end a response; None takes the model's end-of-sequence
+            tokens.
+        num_slots: Rollouts generated at once.
+        max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm
+            has none of them.
+        reuse: False turns drafts off (the rule still decides which noise is used).
+        drafting: Propose from the prompt's other rollouts where there is no draft to follow
+            (`RolloutSession`): fewer decoding steps, the same tokens.
+        rule: Acceptance rule (classes of `spec_rollout.acceptance`).
+        log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
+        scale, min_target_prob: Of the rule lenient.
+        reuse_prob: Of the rule random_reuse.
+        start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over
+            this many steps.
+        refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
+        cache_max_bytes: Bound of the rollout cache; None is unbounded.
+        cache_path: Cache file of an earlier run to start from.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    num_samples: int = 8
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_tokens: tuple[str, ...] | None = None
+    num_slots: int = 64
+    max_verify_tokens: int = 2048
+    verify_chunk: int = 32
+    batch_invariant: bool | None = None
+    reuse: bool = True
+    drafting: bool = False
+    rule: Literal["lenient", "coupled", "one_hot", "random_reuse", "random_cut", "none"] = "coupled"
+    log_lenience: float | None = None
+    scale: float = 1.0
+    min_target_prob: float = 0.0
+    reuse_prob: float = 0.5
+    start_log_lenience: float | None = None
+    schedule_steps: int = 0
+    refresh_epochs: int | None = None
+    cache_max_bytes: int | None = None
+    cache_path: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            "rollout",
+            self,
+            *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
+            *("refresh_epochs", "cache_max_bytes"),
+        )
+        require(
+            self.temperature > 0,
+            "rollout.temperature",
+            "a positive number (greedy samples of a group are all equal)",
+            self.temperature,
+        )
+        if self.log_lenience is not None and self.rule not in ("lenient", "coupled"):
+            raise ConfigError(
+                f"rollout.log_lenience: expected to be left out with rule {self.rule!r} "
+                f"(only lenient and coupled have one), got {self.log_lenience!r}"
+            )
+        require(
+            self.engine != "vllm" or not self.batch_invariant,
+            "rollout.batch_invariant",
+            "to be left out with the engine vllm",
+            self.batch_invariant,
+        )
+        try:
+            self.schedule()
+            self.sampling()
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"rollout.{error}") from None
+
+    def acceptance(self) -> AcceptanceRule:
+        """The rule, before any schedule."""
+        from spec_rollout.acceptance import (
+            Coupled,
+            Lenient,
+            NoReuse,
+            OneHot,
+            RandomCut,
+            RandomReuse,
+        )
+
+        match self.rule:
+            case "lenient":
+                lenience = 0.5 if self.log_lenience is None else self.log_lenience
+                return Lenient(lenience, self.scale, self.min_target_prob)
+            case "coupled":
+                return Coupled(self.log_lenience or 0.0)
+            case "one_hot":
+                return OneHot()
+            case "random_reuse":
+                return RandomReuse(self.reuse_prob)
+            case "random_cut":
+                return RandomCut()
+        return NoReuse()
+
+    def schedule(self) -> Schedule:
+        """The rule over training steps."""
+        from spec_rollout.acceptance import Schedule
+
+        return Schedule(self.acceptance(), self.start_log_lenience, self.schedule_steps)
+
+    def sampling(self, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+        """Sampling parameters of training rollouts."""
+        from spec_rollout.types import SamplingParams
+
+        return SamplingParams(
+            self.temperature, self.top_k, self.top_p, self.max_tokens, stop_token_ids
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMConfig:
+    """The engine vllm; without meaning for the engine transformers.
+
+    Attributes:
+        strategy: "inflight", or "two_pass", the published design (rule lenient at temperature 1).
+        num_speculative_tokens, first_chunk: See `spec_rollout.engines.vllm.engine_args`.
+        max_num_batched_tokens: Tokens computed per engine step; None is vLLM's choice.
+        enforce_eager: No CUDA graphs; None is true on a CPU.
+        gpu_memory_utilization: Share of the device's memory for vLLM; the trainer needs the rest.
+        kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU
+            what `num_slots` rollouts need, at most 4.
+    """
+
+    strategy: Literal["inflight", "two_pass"] = "inflight"
+    num_speculative_tokens: int = 64
+    first_chunk: int | None = None
+    max_num_batched_tokens: int | None = None
+    enforce_eager: bool | None = None
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            "vllm",
+            self,
+            *("num_speculative_tokens", "first_chunk", "max_num_batched_tokens"),
+        )
+        for key in ("gpu_memory_utilization", "kv_cache_gib"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"vllm.{key}", "a positive number", value)

@@ -1,0 +1,160 @@
+"""How a run trains, and what it evaluates, keeps and writes on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from spec_rollout.config.checks import at_least, require
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """The policy update.
+
+    Attributes:
+        algorithm: Name of the algorithm (`spec_rollout.train.algorithms`), which has its settings
+            from this section.
+        seed: Of data order, noise and everything else.
+        prompts_per_step: Prompts (groups) per step.
+        epochs: Passes over the data; None is bounded by `max_steps` only.
+        max_steps: Stop after this many steps.
+        minibatches: Optimizer steps a batch of rollouts is split into, group by group.
+        micro_batch_tokens: Tokens (padding included) of one forward and backward pass; gradients
+            accumulate.
+        lr, betas, eps, weight_decay: Of AdamW; weight decay spares vectors (norms, biases).
+        warmup_steps: Steps of linear warm-up.
+        grad_clip: Largest gradient norm; None does not clip.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+        kl_coef: Weight of the KL to the reference; 0 needs no reference.
+        loss_aggregation: "token_mean" over all tokens of a minibatch, or "seq_mean": over responses
+            of their means.
+        normalize_advantages: Divide by the group's standard deviation.
+        recompute_logprobs: Take old log-probs from a forward pass of the trainer instead of the
+            engine's own pass.
+        skip_zero_advantage: Leave responses without advantage out of the forward pass. Same
+            gradient (needs kl_coef = 0), but entropy, KL and clip fraction are then of the rest
+            only.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    algorithm: str = "grpo"
+    seed: int = 0
+    prompts_per_step: int = 32
+    epochs: int | None = 1
+    max_steps: int | None = None
+    minibatches: int = 1
+    micro_batch_tokens: int = 4096
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    grad_clip: float | None = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    loss_aggregation: Literal["token_mean", "seq_mean"] = "token_mean"
+    normalize_advantages: bool = True
+    recompute_logprobs: bool = False
+    skip_zero_advantage: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            "train",
+            self,
+            *("prompts_per_step", "minibatches", "micro_batch_tokens"),
+            *("epochs", "max_steps", "threads"),
+        )
+        require(
+            self.epochs is not None or self.max_steps is not None,
+            "train.epochs",
+            "a number, since train.max_steps is left out",
+            None,
+        )
+        require(0 <= self.lr < math.inf, "train.lr", "a finite number >= 0", self.lr)
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", "0 <= value < 1", self.betas)
+        require(self.eps > 0, "train.eps", "a positive number", self.eps)
+        at_least(0, "train", self, "weight_decay", "warmup_steps", "kl_coef")
+        grad_clip_ok = self.grad_clip is None or self.grad_clip > 0
+        require(grad_clip_ok, "train.grad_clip", "a positive number", self.grad_clip)
+        require(0 < self.clip_low <= 1, "train.clip_low", "0 < value <= 1", self.clip_low)
+        require(self.clip_high > 0, "train.clip_high", "a positive number", self.clip_high)
+        require(
+            not (self.skip_zero_advantage and self.kl_coef > 0),
+            "train.skip_zero_advantage",
+            "false when train.kl_coef > 0 (such responses then have a gradient)",
+            True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Evaluation by fresh plain sampling of the current weights; cached rollouts play no part.
+
+    Attributes:
+        path: Held-out rows, same columns as the training data; None evaluates training prompts
+            only.
+        num_train_prompts: Training prompts evaluated (the first rows); 0 is none.
+        num_heldout_prompts: Held-out prompts evaluated; None is all.
+        num_samples: Responses per prompt.
+        temperature: 0 is greedy; None is the rollouts' temperature.
+        correct_at: A response counts as correct from this reward on.
+        at_start, at_end: Evaluate before the first and after the last update.
+        every_steps: Also evaluate after every so many steps.
+    """
+
+    path: str | None = None
+    num_train_prompts: int = 64
+    num_heldout_prompts: int | None = None
+    num_samples: int = 4
+    temperature: float | None = None
+    correct_at: float = 1.0
+    at_start: bool = True
+    at_end: bool = True
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, "eval", self, "num_train_prompts", "temperature")
+        at_least(1, "eval", self, "num_heldout_prompts", "num_samples", "every_steps")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """Resumable checkpoints, written whole or not at all.
+
+    Attributes:
+        every_steps: None writes one at the end and when interrupted only.
+        keep_last: Older ones are removed.
+        at_end: Write one after the last step (its folder `model` loads with `from_pretrained`).
+    """
+
+    every_steps: int | None = None
+    keep_last: int = 2
+    at_end: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(1, "checkpoint", self, "every_steps", "keep_last")
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What a run writes.
+
+    Attributes:
+        run_dir: New or empty folder for config.toml, metrics.jsonl, samples.jsonl, summary.json,
+            checkpoints.
+        progress: Progress bar: "auto" shows it on a terminal only.
+        samples_per_step: Rollouts of each step written to samples.jsonl.
+    """
+
+    run_dir: str = "runs/train"
+    progress: Literal["auto", "on", "off"] = "auto"
+    samples_per_step: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.run_dir != "", "log.run_dir", "a folder", self.run_dir)
+        at_least(0, "log", self, "samples_per_step")
