@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from laws import assert_law
+from opchecks import opcheck
 
 from spec_rollout import _C, ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut, RandomReuse
@@ -267,8 +268,7 @@ def test_errors_name_the_argument(generator) -> None:
 
 def test_opcheck(device, generator) -> None:
     keys, lens, draft, target, positions = (t.to(device) for t in _case(6, 20, generator))
-    op = torch.ops.spec_rollout.accept_prefix.default
-    torch.library.opcheck(op, (draft, target, lens, None, keys, positions, 0, 0.5, 1.0, 0.0))
+    opcheck(("accept_prefix", (draft, target, lens, None, keys, positions, 0, 0.5, 1.0, 0.0)))
 
 
 def test_compiles_without_graph_break(generator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from opchecks import opcheck
 
 from spec_rollout import ops
 from spec_rollout.ops.reference.assemble import assemble as reference
@@ -246,11 +247,11 @@ def test_cuda_reports_what_does_not_fit() -> None:
 def test_opcheck(device, layout) -> None:
     case = on(device, HAND)
     cu_lens = tensor(0, 4, 8).to(device) if layout == "packed" else None
-    op = torch.ops.spec_rollout.assemble.default
     prompt_width = {"split": 2, "right": -1, "left": -1, "packed": -1}[layout]
     width = {"split": 6, "right": 5, "left": 5, "packed": 8}[layout]
     tensors = [case[name] for name in list(HAND)]
-    torch.library.opcheck(op, (*tensors, cu_lens, LAYOUTS.index(layout), prompt_width, width, 99))
+    args = (*tensors, cu_lens, LAYOUTS.index(layout), prompt_width, width, 99)
+    opcheck(("assemble", args))
 
 
 def test_compiles_without_graph_break_when_the_size_is_given() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from laws import assert_law
+from opchecks import opcheck
 
 from spec_rollout import ops
 from spec_rollout._native import _C
@@ -301,7 +302,8 @@ def test_errors_name_the_argument(device, raises_value_error, change, match) -> 
 
 def test_opcheck(device, generator) -> None:
     logits, keys, positions = (t.to(device) for t in _case(3, 20, torch.float32, generator))
-    op = torch.ops.spec_rollout.sample_tokens.default
-    torch.library.opcheck(op, (logits, keys, positions, None, 1.0, None, 0, None, 1.0))
     ones = torch.ones(3, device=device)
-    torch.library.opcheck(op, (logits, keys, positions, ones, 1.0, ones.int(), 0, ones, 1.0))
+    opcheck(
+        ("sample_tokens", (logits, keys, positions, None, 1.0, None, 0, None, 1.0)),
+        ("sample_tokens", (logits, keys, positions, ones, 1.0, ones.int(), 0, ones, 1.0)),
+    )

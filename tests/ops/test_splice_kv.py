@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from opchecks import opcheck
 
 from spec_rollout import ops
 from spec_rollout.ops.reference.kv import splice_kv as reference
@@ -418,9 +419,7 @@ def test_cuda_reports_what_it_skips(generator) -> None:
 def test_opcheck(device, generator) -> None:
     src, dst = Caches("contiguous", generator, device), Caches("paged", generator, device)
     args = ranges((0, 0, 1, 0, 5), (2, 3, 0, 7, 4), device=device)
-    op = torch.ops.spec_rollout.splice_kv.default
-    tensors = (src.storage, dst.storage, *args.values(), None, dst.table)
-    torch.library.opcheck(op, tensors)
+    opcheck(("splice_kv", (src.storage, dst.storage, *args.values(), None, dst.table)))
 
 
 def test_compiles_without_graph_break(generator) -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from opchecks import opcheck
 
 from spec_rollout import ops
 from spec_rollout.ops.reference import logits as reference
@@ -210,6 +211,9 @@ def test_errors_name_the_argument(
 def test_opcheck(device, impl, generator) -> None:
     logits, ids = _case(3, 20, torch.bfloat16, generator)
     name = {"native": "token_logprobs", "triton": "token_logprobs_triton"}[impl]
-    op = getattr(torch.ops.spec_rollout, name).default
-    for temperatures in (None, torch.ones(3, device=device)):
-        torch.library.opcheck(op, (logits.to(device), ids.to(device), temperatures, 0.7))
+    opcheck(
+        *(
+            (name, (logits.to(device), ids.to(device), temperatures, 0.7))
+            for temperatures in (None, torch.ones(3, device=device))
+        )
+    )

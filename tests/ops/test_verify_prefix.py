@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from laws import assert_rate
+from opchecks import opcheck
 
 from spec_rollout import ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut
@@ -504,16 +505,18 @@ def test_errors_name_the_argument(device, verify_prefix, raises_value_error, cha
 def test_opcheck(device, impl, interpreted, generator) -> None:
     case = _to(_case([3, 0, 2], 20, torch.float32, generator), device)
     name = {"native": "verify_prefix", "triton": "verify_prefix_triton"}[impl]
-    op = getattr(torch.ops.spec_rollout, name).default
     names = ("logits", "draft_ids", "cu_draft_lens", "draft_logprobs", "cu_logits_lens", "keys")
     inputs = [case[name] for name in names]
     rule = (0, 0.1, 1.0, 0.0)
+    ones = torch.ones(3, device=device)
+    checks = [
+        (
+            name,
+            (*inputs, case["positions"], ones, 1.0, ones.int(), 0, ones, 1.0, *rule),
+            {"test_utils": ("test_schema", "test_faketensor")},
+        )
+    ]
     # NaN marks rows without a decision, which opcheck cannot compare: full reuse leaves none.
     if not interpreted:  # it makes a dozen calls
-        torch.library.opcheck(op, (*inputs, None, None, 1.0, None, 0, None, 1.0, 0, INF, 1.0, 0.0))
-    ones = torch.ones(3, device=device)
-    torch.library.opcheck(
-        op,
-        (*inputs, case["positions"], ones, 1.0, ones.int(), 0, ones, 1.0, *rule),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+        checks.append((name, (*inputs, None, None, 1.0, None, 0, None, 1.0, 0, INF, 1.0, 0.0), {}))
+    opcheck(*checks)
