@@ -27,7 +27,8 @@ from spec_rollout.train.algorithms.advantages import per_token
 from spec_rollout.train.algorithms.base import Advantages, LossOutputs, Needs
 from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
 from spec_rollout.train.interrupt import RunInterrupted
-from spec_rollout.train.trainer import Job, resume, run, run_together, thinned
+from spec_rollout.train.rows import thinned
+from spec_rollout.train.trainer import Job, resume, run, run_together
 from spec_rollout.types import RolloutStats
 
 

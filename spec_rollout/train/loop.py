@@ -1,0 +1,272 @@
+"""One run's steps: rollouts, rewards, advantages, update, weights to the engine, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spec_rollout.config.sections import RunConfig
+from spec_rollout.evals.sampling import evaluate, score
+from spec_rollout.runs.environment import environment
+from spec_rollout.runs.files import (
+    METRICS,
+    RUNNING,
+    SAMPLES,
+    SUMMARY,
+    JsonLines,
+    write_atomically,
+)
+from spec_rollout.runs.summary import RunSummary, summarize
+from spec_rollout.train.algorithms.base import AdvantageInputs
+from spec_rollout.train.checkpoint import TrainState, save_checkpoint
+from spec_rollout.train.components import Components
+from spec_rollout.train.interrupt import RunInterrupted, StopRequest
+from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
+from spec_rollout.types import FinishReason, Rollouts
+
+
+class TrainingRun:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: Components,
+        run_dir: Path,
+        on_step: Callable[[Row], None] | None,
+        on_rollouts: Callable[[int, Rollouts], None] | None,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._run_dir = run_dir
+        self._on_step = on_step
+        self._on_rollouts = on_rollouts
+        self._step = parts.state.step
+        # The row of the last step while its evaluation is still to come.
+        self._pending: Row | None = parts.state.pending_row
+        if self._step == 0:
+            self._pending = {"step": 0, "epoch": 0}
+        kept = parts.state.num_recorded if self._step > 0 else -1
+        self._metrics = JsonLines(run_dir / METRICS, keep_through=kept)
+        self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
+        self._running = JsonLines(run_dir / RUNNING, keep_through=self._step)
+        (run_dir / SUMMARY).unlink(missing_ok=True)  # of the run before it was prolonged
+        self._environment = environment()
+        write_atomically(
+            run_dir / "environment.json", json.dumps(self._environment, indent=2) + "\n"
+        )
+
+    def close(self) -> None:
+        """Closes the files of the run."""
+        self._metrics.close()
+        self._samples.close()
+        self._running.close()
+
+    def summary(self) -> RunSummary:
+        """Of a run that has ended; written to summary.json."""
+        summary = summarize(
+            self._metrics.rows,
+            run_dir=str(self._run_dir),
+            rule=self._config.rollout.rule,
+            reuse=self._config.rollout.reuse,
+            drafting=self._config.rollout.drafting,
+            seed=self._config.train.seed,
+            num_prompts=len(self._parts.data),
+            num_dropped_prompts=self._parts.data.num_dropped,
+            environment=self._environment,
+        )
+        write_atomically(self._run_dir / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
+        return summary
+
+    def steps(self, stop: StopRequest) -> Iterator[int]:
+        """All remaining steps and the last checkpoint; gives the number of each step done."""
+        with self._progress() as bar:
+            if self._pending is not None:
+                self._finish_step(self._pending, stop, bar)
+            while self._step < self._parts.total_steps:
+                row = self._train_step(stop, bar)
+                self._step += 1
+                self._finish_step(row, stop, bar)
+                bar.update(1)
+                bar.set_postfix(
+                    reward=f"{row['reward']:.3f}", reused=f"{row['reused_fraction']:.0%}"
+                )
+                yield self._step
+            if self._config.checkpoint.at_end:
+                self._checkpoint()
+
+    def _train_step(self, stop: StopRequest, bar: Any) -> Row:
+        """One step up to and with the weight update.
+
+        A stop request is heeded only before rollouts are stored.
+        """
+        parts, config = self._parts, self._config
+        start = time.perf_counter()
+        epoch = parts.order.epoch_of(self._step)
+        rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
+        num_samples = config.rollout.num_samples
+        bar.set_description(f"{self._run_dir.name}: epoch {epoch} rollout")
+        with stop.aborting(parts.engine):
+            rollouts = parts.session.rollout(
+                [row.prompt_ids for row in rows],
+                num_samples,
+                parts.sampling,
+                step=self._step,
+                epoch=epoch,
+                user_keys=[row.user_key for row in rows],
+            )
+        if self._on_rollouts is not None:
+            self._on_rollouts(self._step + 1, rollouts)
+        reward_start = time.perf_counter()
+        scores = score(
+            parts.rewards,
+            parts.policy.tokenizer,
+            rollouts,
+            rows,
+            num_samples,
+            keep_special_tokens=config.reward.keep_special_tokens,
+        )
+        rewards = scores.total
+        values = parts.updater.values(rollouts)
+        trained = parts.algorithm.advantages(
+            AdvantageInputs(
+                rewards,
+                rollouts.response_lens,
+                rollouts.finish_reasons == FinishReason.LENGTH,
+                parts.sampling.max_tokens,
+                values,
+            )
+        )
+        train_start = time.perf_counter()
+        bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
+        update = parts.updater.update(
+            rollouts,
+            trained,
+            _trainable_rows(rollouts, rewards),
+            step=self._step,
+            values=values,
+        )
+        parts.engine.update_weights(parts.policy.model.named_parameters())
+        end = time.perf_counter()
+        row: Row = {
+            **step_row(
+                self._step + 1,
+                epoch,
+                rollouts,
+                scores,
+                trained,
+                update,
+                parts.engine.last_counters,
+            ),
+            "reward_seconds": train_start - reward_start,
+            "train_seconds": end - train_start,
+            "step_seconds": end - start,
+        }
+        for sample in sample_rows(
+            self._step + 1,
+            rollouts,
+            rewards,
+            rows[: config.log.samples_per_step],
+            parts.policy.tokenizer.decode,
+        ):
+            self._samples.write(sample)
+        if rollouts.running is not None:
+            self._running.write({"step": self._step + 1, **thinned(rollouts.running)})
+        return row
+
+    def _finish_step(self, row: Row, stop: StopRequest, bar: Any) -> None:
+        """Evaluation if one is due, the metrics row, a checkpoint if one is due."""
+        self._pending = row
+        if self._evaluation_due():
+            bar.set_description(f"{self._run_dir.name}: epoch {row['epoch']} evaluation")
+            with stop.aborting(self._parts.engine):
+                row.update(self._evaluate())
+        self._pending = None
+        if len(row) > 2:
+            self._metrics.write(row)
+            if self._on_step is not None:
+                self._on_step(row)
+        every = self._config.checkpoint.every_steps
+        if every is not None and self._step > 0 and self._step % every == 0:
+            self._checkpoint()
+
+    def _evaluation_due(self) -> bool:
+        config = self._config.eval
+        if not self._parts.eval_rows:
+            return False
+        if self._step == 0:
+            return config.at_start
+        if self._step == self._parts.total_steps and config.at_end:
+            return True
+        return config.every_steps is not None and self._step % config.every_steps == 0
+
+    def _evaluate(self) -> Row:
+        parts, config = self._parts, self._config.eval
+        row: Row = {}
+        seconds = 0.0
+        for name, rows in parts.eval_rows.items():
+            result = evaluate(
+                parts.session,
+                parts.rewards,
+                parts.policy.tokenizer,
+                rows,
+                config.num_samples,
+                parts.eval_sampling,
+                step=self._step,
+                correct_at=config.correct_at,
+                keep_special_tokens=self._config.reward.keep_special_tokens,
+            )
+            row[f"accuracy_{name}"] = result.accuracy
+            row[f"eval_reward_{name}"] = result.reward
+            seconds += result.seconds
+        return {**row, "eval_seconds": seconds}
+
+    def _checkpoint(self) -> Path:
+        parts = self._parts
+        return save_checkpoint(
+            self._run_dir / "checkpoints",
+            TrainState(self._step, parts.data.fingerprint, self._pending, parts.data.rendering),
+            model=parts.policy.model,
+            tokenizer=parts.policy.tokenizer,
+            optimizer=parts.optimizer,
+            cache=parts.cache,
+            value_head=parts.value_head,
+            keep_last=self._config.checkpoint.keep_last,
+        )
+
+    def interrupted(self, signum: int) -> RunInterrupted:
+        self._checkpoint()
+        if self._pending is not None and len(self._pending) > 2:
+            self._metrics.write(self._pending)  # replaced on resume by the row with its evaluation
+        message = (
+            f"interrupted by {signal.Signals(signum).name} after step {self._step} of "
+            f"{self._parts.total_steps}; "
+            f"continue with: spec-rollout train --resume {self._run_dir}"
+        )
+        print(message, file=sys.stderr, flush=True)
+        return RunInterrupted(signum, message)
+
+    def _progress(self) -> Any:
+        from tqdm import tqdm
+
+        disable = {"auto": None, "on": False, "off": True}[self._config.log.progress]
+        total, initial = self._parts.total_steps, self._step
+        return tqdm(total=total, initial=initial, unit="step", disable=disable, dynamic_ncols=True)
+
+
+def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]]:
+    """Rows of each group that have a reward and a finished response of at least one token."""
+    usable = ~torch.isnan(rewards.flatten()) & (rollouts.response_lens > 0)
+    usable &= rollouts.finish_reasons != FinishReason.ABORT
+    size = rewards.shape[1]
+    return [
+        [row for row in range(start, start + size) if usable[row]]
+        for start in range(0, rollouts.batch, size)
+    ]

@@ -1,0 +1,96 @@
+"""What a run notes of a step: its row of metrics.jsonl, its samples, its running requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spec_rollout.evals.sampling import Scores
+from spec_rollout.loading.data import PromptRow
+from spec_rollout.runs.pieces import pieces
+from spec_rollout.train.algorithms.base import Advantages
+from spec_rollout.train.update import UpdateResult
+from spec_rollout.types import FinishReason, Rollouts
+
+Row = dict[str, Any]
+
+
+def step_row(
+    step: int,
+    epoch: int,
+    rollouts: Rollouts,
+    scores: Scores,
+    trained: Advantages,
+    update: UpdateResult,
+    engine_counters: Mapping[str, float],
+) -> Row:
+    """The row of a training step, without the times of its parts.
+
+    Args:
+        step: Updates done with this one.
+        epoch: 0-based.
+    """
+    rewards = scores.total
+    given = rewards[~torch.isnan(rewards)]
+    truncated = rollouts.finish_reasons == FinishReason.LENGTH
+    return {
+        "step": step,
+        "epoch": epoch,
+        "reward": float(given.mean()) if given.numel() else 0.0,
+        "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
+        **scores.means(),
+        "num_skipped_rewards": rewards.numel() - given.numel(),
+        **trained.metrics,
+        "response_len": float(rollouts.response_lens.double().mean()),
+        "truncated_fraction": float(truncated.double().mean()),
+        **rollouts.stats.as_row(),
+        **engine_counters,
+        **update.as_row(),
+    }
+
+
+def sample_rows(
+    step: int,
+    rollouts: Rollouts,
+    rewards: torch.Tensor,
+    rows: Sequence[PromptRow],
+    decode: Callable[[list[int]], str],
+) -> Iterator[Row]:
+    """The first response of each prompt, token by token, for the report's viewer.
+
+    Args:
+        step: Updates done with this one.
+        rollouts: Of all prompts of the step.
+        rewards: Of the same. [num_prompts, num_samples].
+        rows: The first prompts of the step.
+        decode: The tokenizer's.
+    """
+    for index, row in enumerate(rows):
+        r = index * rewards.shape[1]
+        span = slice(int(rollouts.cu_response_lens[r]), int(rollouts.cu_response_lens[r + 1]))
+        reward = float(rewards[index, 0])
+        yield {
+            "step": step,
+            "prompt": row.rendered,
+            "tokens": pieces(rollouts.response_ids[span].tolist(), decode),
+            "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
+            "accepted_tokens": int(rollouts.accepted_lens[r]),
+            "finish_reason": FinishReason(int(rollouts.finish_reasons[r])).name.lower(),
+            "reward": None if reward != reward else reward,
+        }
+
+
+def thinned(running: torch.Tensor, most: int = 200) -> dict[str, list[float]]:
+    """`Rollouts.running` with about `most` points, the last one kept.
+
+    Returns:
+        {"seconds": ..., "running": ...}, of equal length.
+    """
+    every = -(-running.shape[0] // most) if running.shape[0] else 1
+    points = running.flip(0)[::every].flip(0)
+    return {
+        "seconds": [round(value, 4) for value in points[:, 0].tolist()],
+        "running": points[:, 1].long().tolist(),
+    }
