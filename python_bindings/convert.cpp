@@ -1,6 +1,7 @@
 #include "convert.h"
 
 #include "dlpack.h"
+#include "lazy_views.h"
 
 namespace spec_rollout::python {
 namespace {
@@ -17,6 +18,7 @@ struct Torch {
   PyObject *s_dtype, *s_shape, *s_stride, *s_data_ptr, *s_is_cuda, *s_is_cpu, *s_get_device,
       *s_element_size, *s_device, *s_new_empty, *s_split, *s_view;
   const dlpack::ExchangeApi* exchange = nullptr;
+  LazyViews lazy_views{py::module_::import("torch").attr("Tensor")};
 
   Torch() {
     py::module_ torch = py::module_::import("torch");
@@ -169,8 +171,15 @@ DType dtype_of(const dlpack::Tensor& tensor) {
   }
 }
 
-// False where the exchange interface has no answer; the tensor's attributes have one, or an error
-// that names the argument.
+// Under functionalisation tensors are wrapped in ones without memory. Their address is their
+// offset, and no other tensor's address is as low.
+bool has_memory(const TensorView& view) {
+  constexpr uintptr_t kLowestAddress = 4096;
+  return reinterpret_cast<uintptr_t>(view.data) >= kLowestAddress || view.numel() == 0;
+}
+
+// False where the exchange interface has no answer, or one that is not all of it; the tensor's
+// attributes have one, or an error that names the argument.
 bool describe_by_exchange(py::handle value, const dlpack::ExchangeApi& exchange, TensorView& view) {
   dlpack::Tensor tensor;
   if (exchange.view(value.ptr(), &tensor) != 0) {
@@ -193,7 +202,8 @@ bool describe_by_exchange(py::handle value, const dlpack::ExchangeApi& exchange,
     view.strides[d] = tensor.strides[d];
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return true;
+  return has_memory(view) &&
+         torch().lazy_views.operation(value, view.dtype == DType::kOther) == nullptr;
 }
 
 bool is_plain(PyObject* value, PyObject* tensor_type) {
@@ -290,6 +300,12 @@ TensorView describe(py::handle value, const char* name) {
   const py::object pointer = call(value, t.s_data_ptr);
   view.data = PyLong_AsVoidPtr(pointer.ptr());
   if (view.data == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  const char* operation = t.lazy_views.operation(value, view.dtype == DType::kOther);
+  if (operation != nullptr) {
+    fail(name, ": expected a tensor whose values are those in its memory, got a view that torch ",
+         "reads through ", operation, "; resolve_", operation, "() gives one");
+  }
+  if (!has_memory(view)) fail(name, ": expected a tensor with memory of its own, got one without");
   return view;
 }
 

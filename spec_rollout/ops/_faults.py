@@ -26,6 +26,10 @@ _INTEGER_VECTORS = frozenset({
 })  # fmt: skip
 
 
+class NoDerivativeError(ValueError):
+    """The call, and no argument of it, is where it cannot be."""
+
+
 def integer(name: str, value: Any) -> int:
     """`value` as an int, if it is one (of any library; a truth value is none) and int64 holds it.
 
@@ -79,6 +83,8 @@ def refuse(error: Exception, op: Callable[..., Any], arguments: Mapping[str, Any
         op: The public op; its annotations say what is expected.
         arguments: Of the call, by name.
     """
+    if isinstance(error, NoDerivativeError):
+        return
     given = {name: arguments[name] for name in op.__annotations__ if name in arguments}
     named = str(error).partition(":")[0].split(", ") if isinstance(error, ValueError) else []
     for name, value in given.items():

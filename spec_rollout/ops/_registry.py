@@ -9,12 +9,31 @@ from typing import Any
 import torch
 
 from spec_rollout._native import _C
+from spec_rollout.ops._faults import NoDerivativeError
 
 _LIBRARY = torch.library.Library("spec_rollout", "DEF")
 
 _num_modes = torch._C._len_torch_dispatch_stack
 _is_profiled = torch.autograd._profiler_enabled
 _is_compiling = torch.compiler.is_compiling
+_transform = torch._C._functorch.peek_interpreter_stack
+_transforms = torch._C._functorch.get_interpreter_stack
+_Transform = torch._C._functorch.TransformType
+
+
+def _is_transformed(name: str) -> bool:
+    """Whether a transform of torch.func is active, so that arguments may stand for other tensors,
+    which the dispatcher finds.
+
+    Raises:
+        NoDerivativeError: if it differentiates. The dispatcher would give a derivative of zero.
+    """
+    kinds = {transform.key() for transform in _transforms() or ()}
+    if kinds & {_Transform.Grad, _Transform.Jvp}:
+        raise NoDerivativeError(
+            f"torch.func: expected no derivative (grad, jvp) around {name}, which has none, got one"
+        )
+    return True
 
 
 def register_op(
@@ -23,8 +42,9 @@ def register_op(
     """Decorator that registers an implementation for CPU and CUDA and returns what to call.
 
     A call goes through torch's dispatcher where that has anything to add: while compiling or
-    exporting, under a dispatch mode or the profiler, and for subclasses of Tensor. Anywhere else it
-    would only cost what a whole call costs, and the implementation is called at once.
+    exporting, under a dispatch mode, a transform of torch.func or the profiler, and for subclasses
+    of Tensor. Anywhere else it would only cost what a whole call costs, and the implementation is
+    called at once.
 
     Args:
         schema: `name(arguments) -> results`, in torch's schema language.
@@ -46,7 +66,13 @@ def register_op(
 
         @functools.wraps(implementation)
         def call(*args: Any) -> Any:
-            if _is_compiling() or _num_modes() or _is_profiled() or not _C.all_plain(args):
+            if (
+                _is_compiling()
+                or _num_modes()
+                or (_transform() is not None and _is_transformed(name))
+                or _is_profiled()
+                or not _C.all_plain(args)
+            ):
                 return op(*args)
             return undispatched(*args)
 
