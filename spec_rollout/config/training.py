@@ -126,18 +126,30 @@ class EvalConfig:
 class CheckpointConfig:
     """Resumable checkpoints, written whole or not at all.
 
+    One is also written whenever a run ends early, by a signal or an error.
+
     Attributes:
-        every_steps: None writes one at the end and when interrupted only.
+        every_steps: After every so many steps; None does not count steps.
+        every_minutes: After the step that ends so many minutes after the last one; later where
+            writing would take more than a twentieth of the time. None does not look at the time.
         keep_last: Older ones are removed.
         at_end: Write one after the last step (its folder `model` loads with `from_pretrained`).
     """
 
     every_steps: int | None = None
+    every_minutes: float | None = 10.0
     keep_last: int = 2
     at_end: bool = True
 
     def __post_init__(self) -> None:
         at_least(1, "checkpoint", self, "every_steps", "keep_last")
+        minutes = self.every_minutes
+        require(
+            minutes is None or 0 < minutes < math.inf,
+            "checkpoint.every_minutes",
+            "a positive number",
+            minutes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from spec_rollout.config.sections import ConfigError
+from spec_rollout.runs.lock import LOCK
 from spec_rollout.runs.outputs import write_text
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RUNNING = "running.jsonl"
 SUMMARY = "summary.json"
+CONFIG = "config.toml"
+CHECKPOINTS = "checkpoints"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -26,12 +31,14 @@ def write_atomically(path: Path, text: str) -> None:
 def check_new_run_dir(run_dir: Path) -> None:
     """Raises ConfigError unless `run_dir` is an empty or absent folder."""
     if run_dir.is_dir():
-        have = sorted(p.name for p in run_dir.iterdir())
+        have = sorted(p.name for p in run_dir.iterdir() if p.name != LOCK)
         if have:
+            hint = ""
+            if CONFIG in have:
+                hint = f" (--resume {shlex.quote(str(run_dir))} continues the run)"
             raise ConfigError(
                 f"log.run_dir: expected a new or empty folder, got {str(run_dir)!r} with "
-                f"{', '.join(have[:6])} "
-                f"(--resume {run_dir} continues a run)"
+                f"{', '.join(have[:6])}{hint}"
             )
     elif run_dir.exists():
         raise ConfigError(f"log.run_dir: expected a folder, got the file {str(run_dir)!r}")
@@ -40,7 +47,7 @@ def check_new_run_dir(run_dir: Path) -> None:
 def check_steps(path: Path, num_steps: int) -> None:
     """Raises ConfigError unless a metrics file has the rows of steps 1 to `num_steps` in order."""
     steps = [row["step"] for row in _read(path) if 0 < row["step"] <= num_steps]
-    if steps != list(range(1, num_steps + 1)):
+    if len(steps) != num_steps or steps != list(range(1, num_steps + 1)):
         raise ConfigError(
             f"{path}: expected the rows of steps 1 to {num_steps}, which the checkpoint follows, "
             f"got {len(steps)} rows"
@@ -67,7 +74,13 @@ class JsonLines:
         self._file.flush()
         self.rows.append(dict(row))
 
+    def sync(self) -> None:
+        """On return all rows are on the disk, whatever happens to the machine."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 

@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import random
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from spec_rollout.cache import RolloutCache
 from spec_rollout.loading.policy import no_progress_bars
+from spec_rollout.train.finite import nonfinite
+from spec_rollout.train.manifest import check_complete, write_manifest
+from spec_rollout.train.state import STATE, CheckpointError, TrainState, age_of, load_state
+from spec_rollout.train.tensors import TENSORS, moments_of, restore_tensors, rng_state, save_tensors
 
-FORMAT_VERSION = 2
-_NAME = re.compile(r"step-(\d{8})(-unevaluated)?")
+__all__ = [
+    "CheckpointError",
+    "TrainState",
+    "list_checkpoints",
+    "load_state",
+    "load_tensors",
+    "save_checkpoint",
+]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is not usable; the message names the file, and what was expected and found."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """What a checkpoint holds besides tensors.
-
-    Attributes:
-        step: Updates done. The next step's prompts follow from it.
-        data_fingerprint: Of the training prompts.
-        pending_row: Metrics of the last step when its evaluation was still to come, else None.
-        data_rendering: Of the prompts' token ids.
-    """
-
-    step: int
-    data_fingerprint: str
-    pending_row: dict[str, Any] | None = None
-    data_rendering: str = ""
-
-    @property
-    def num_recorded(self) -> int:
-        """Steps whose metrics row was complete."""
-        return max(0, self.step - 1) if self.pending_row else self.step
+CACHE = "cache.bin"
+MODEL = "model"
+_PART = ".tmp-"
 
 
 def save_checkpoint(
@@ -57,82 +40,76 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     cache: RolloutCache,
-    keep_last: int,
+    keep_last: int | None,
     value_head: torch.nn.Module | None = None,
+    rng: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `root`/step-XXXXXXXX, unless it is there already; keeps the newest `keep_last`.
 
     Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer, value head, random
-    states), cache.bin, state.json. Everything is written under a temporary name, synced, and
-    renamed.
+    states), cache.bin, state.json, SHA256SUMS (of all the others). Everything is written under a
+    temporary name, synced, and renamed.
+
+    Args:
+        keep_last: None removes none.
+        rng: What `rng_state` gave; None takes the states of now.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: if weights or the optimizer's moments are not finite; nothing is written
+            then.
     """
-    final = root / (f"step-{state.step:08d}" + ("-unevaluated" if state.pending_row else ""))
-    if final.exists():  # resumed and stopped again before anything happened
+    final = root / state.folder_name
+    if _is_complete(final):  # resumed and stopped again before anything happened
         return final
+    problem = nonfinite(model.named_parameters()) or nonfinite(moments_of(optimizer))
+    if problem is None and value_head is not None:
+        problem = nonfinite(value_head.named_parameters())
+    if problem is not None:
+        raise CheckpointError(
+            f"checkpoint {str(final)!r}: expected finite weights and moments, got {problem}; it is "
+            "not written"
+        )
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".tmp-*"):  # of a process that was killed while it wrote
+    for left in root.glob(f"{_PART}*"):  # of a process that was killed while it wrote or removed
         shutil.rmtree(left, ignore_errors=True)
-    part = root / f".tmp-{final.name}"
+    part = root / f"{_PART}{final.name}"
     part.mkdir()
     try:
         with no_progress_bars():
-            model.save_pretrained(part / "model")
-        tokenizer.save_pretrained(part / "model")
-        tensors: dict[str, Any] = {"optimizer": optimizer.state_dict(), "rng": _rng_state()}
-        if value_head is not None:
-            tensors["value_head"] = value_head.state_dict()
-        torch.save(tensors, part / "trainer.pt")
-        cache.save(part / "cache.bin")
-        content = {"format_version": FORMAT_VERSION, **asdict(state)}
-        (part / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            model.save_pretrained(part / MODEL)
+        tokenizer.save_pretrained(part / MODEL)
+        save_tensors(part / TENSORS, optimizer, value_head, rng or rng_state())
+        cache.save(part / CACHE)
+        (part / STATE).write_text(state.to_json(), encoding="utf-8")
+        write_manifest(part)
         _sync(part)
+        if final.exists():
+            _remove(final)  # what was left of it: it is not complete
         os.replace(part, final)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     _sync_folder(root)
-    for old in list_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(old)
+    if keep_last is not None:
+        for old in list_checkpoints(root)[:-keep_last]:
+            _remove(old)
     return final
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
+def all_checkpoints(root: Path) -> list[Path]:
+    """Folders that are called like checkpoints, whatever is in them, oldest first."""
     if not root.is_dir():
         return []
-    matches = [(_NAME.fullmatch(p.name), p) for p in root.iterdir() if p.is_dir()]
-    return [p for _, _, p in sorted((int(m[1]), m[2] is None, p) for m, p in matches if m)]
+    ages = {path: age_of(path) for path in root.iterdir() if path.is_dir()}
+    return [p for _, p in sorted((age, path) for path, age in ages.items() if age is not None)]
 
 
-def load_state(folder: Path) -> TrainState:
-    """The state of a checkpoint.
-
-    Raises:
-        CheckpointError: if a file is missing or not as written.
-    """
-    for name in ("model", "trainer.pt", "cache.bin", "state.json"):
-        if not (folder / name).exists():
-            raise CheckpointError(f"checkpoint {str(folder)!r}: expected {name} in it, found none")
-    path = folder / "state.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
-        state = TrainState(
-            content["step"],
-            content["data_fingerprint"],
-            content["pending_row"],
-            content.get("data_rendering", ""),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: expected the state of a checkpoint, cannot read it: {error!r}"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")
-    return state
+def list_checkpoints(root: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first; their content is not checked."""
+    return [path for path in all_checkpoints(root) if _is_complete(path)]
 
 
 def load_tensors(
@@ -149,49 +126,23 @@ def load_tensors(
         CheckpointError: if trainer.pt is damaged or of another model.
         ValueError: if the cache file is damaged, naming the offset.
     """
-    cache.load(folder / "cache.bin")
-    path = folder / "trainer.pt"
-    device = optimizer.param_groups[0]["params"][0].device
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    cache.load(folder / CACHE)
+    restore_tensors(folder / TENSORS, optimizer, value_head)
+
+
+def _is_complete(folder: Path) -> bool:
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        optimizer.load_state_dict(content["optimizer"])
-        if value_head is not None:
-            value_head.load_state_dict(content["value_head"])
-        _set_rng_state(content["rng"])
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{path}: expected optimizer and random states of this model, cannot restore them: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-    # Learning rate, betas and so on are the config's, which may have been overridden.
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+        check_complete(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
-def _rng_state() -> dict[str, Any]:
-    # Rewards may use NumPy's global generator.
-    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002
-    name, keys, position, has_gauss, cached = legacy
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    keys = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state((name, keys, *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+def _remove(folder: Path) -> None:
+    """First under another name: half removed it would look like a checkpoint."""
+    part = folder.with_name(f"{_PART}removed-{folder.name}")
+    os.replace(folder, part)
+    shutil.rmtree(part)
 
 
 def _sync(folder: Path) -> None:

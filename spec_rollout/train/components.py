@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spec_rollout.cache import RolloutCache
+from spec_rollout.cache import MemoryStore, RolloutCache
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.loading.data import (
@@ -32,7 +32,17 @@ from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.train import algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
-from spec_rollout.train.forward import check_padded_rows
+from spec_rollout.train.checks import (
+    check_finite,
+    check_forward,
+    check_group_size,
+    check_order,
+    check_reference,
+    order_settings,
+)
+from spec_rollout.train.continued import ContinuedEngine
+from spec_rollout.train.drafts import load_cache, without_logprobs
+from spec_rollout.train.step_store import StepStore
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import SamplingParams
@@ -44,6 +54,7 @@ class Components:
 
     Attributes:
         config: As given, with what was settled at the start of the run.
+        store: What holds the cached rollouts.
         eval_rows: Rows to evaluate under "train" and "heldout"; a key without rows is left out.
         state: Where the run stands: the beginning, or a checkpoint.
         total_steps: Steps of the whole run.
@@ -65,6 +76,7 @@ class Components:
     updater: PolicyUpdater
     sampling: SamplingParams
     eval_sampling: SamplingParams
+    store: StepStore
     state: TrainState
     total_steps: int
     notes: tuple[str, ...]
@@ -83,7 +95,11 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     """
     check_engine(config.rollout)
     algorithm = algorithms.make(config.train)
+    check_group_size(config, algorithm)
     state = None if checkpoint is None else load_state(checkpoint)
+    settings = order_settings(config)
+    if state is not None:
+        check_order(settings, state)
     # Before the model, which takes longer: a mistake in data or rewards shows at once.
     sources = _read_data(config)
     rewards = Rewards(config.reward, sources["train"][0].columns)
@@ -92,13 +108,15 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     model_config = config.model
     if checkpoint is not None:
         model_config = replace(config.model, path=str(checkpoint / "model"))
-    cache = _load_cache(config, fresh=checkpoint is None)
+    store = StepStore(MemoryStore())
+    cache = load_cache(config, store, fresh=checkpoint is None)
     _seed_everything(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     policy = load_policy(model_config)
-    _check_forward(policy)
-    data, eval_rows = _render_data(config, sources, policy)
+    check_finite(policy.model, model_config.path, "model.path")
+    check_forward(policy)
+    data, eval_rows, heldout_fingerprint = _render_data(config, sources, policy)
     notes = data.notes
     if config.data.template_time is None and data.template_time is not None:
         config = replace(config, data=replace(config.data, template_time=data.template_time))
@@ -113,6 +131,11 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             f"{config.data.path}: the rows are the same, but their token ids are not those of the "
             "run's start (another version of the tokenizer, or data.template_time)",
         )
+    if state is not None and state.heldout_fingerprint != heldout_fingerprint:
+        notes += (
+            f"eval.path: {config.eval.path!r} has other held-out prompts than the run had so far; "
+            "its accuracies are not comparable with the earlier ones",
+        )
     train = config.train
     order = PromptOrder(
         len(data), train.prompts_per_step, seed=train.seed, shuffle=config.data.shuffle
@@ -125,6 +148,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     optimizer = make_optimizer(policy.model, train, value_head)
     if checkpoint is not None:
         load_tensors(checkpoint, optimizer, cache, value_head)
+        notes += without_logprobs(config, store)
     reference = None
     if algorithm.needs.reference:
         path, key = config.model.path, "model.path"
@@ -132,15 +156,18 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             path, key = config.model.reference, "model.reference"
         device = next(policy.model.parameters()).device
         reference = load_model(path, config.model, device, key).requires_grad_(False)
-        _check_reference(reference, policy, key)
+        check_finite(reference, path, key)
+        check_reference(reference, policy, key)
     prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
-    engine = make_engine(
+    engine: RolloutEngine = make_engine(
         config.rollout,
         config.vllm,
         model_config,
         policy,
         longest_prompt=max(map(len, prompts)),
     )
+    if state is not None:
+        engine = ContinuedEngine(engine, state.step)
     session = RolloutSession(
         engine,
         config.rollout.schedule(),
@@ -175,28 +202,18 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         value_head=value_head,
         sampling=sampling,
         eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),
-        state=state or TrainState(0, data.fingerprint, data_rendering=data.rendering),
+        store=store,
+        state=TrainState(
+            0 if state is None else state.step,
+            data.fingerprint,
+            None if state is None else state.pending_row,
+            data.rendering,
+            heldout_fingerprint,
+            settings,
+        ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,
     )
-
-
-def _check_forward(policy: Policy) -> None:
-    """Raises ConfigError if rows that are padded to each other depend on each other."""
-    try:
-        check_padded_rows(policy.model, policy.max_length)
-    except ValueError as error:
-        raise ConfigError(f"model.path: {str(error).removeprefix('model: ')}") from error
-
-
-def _check_reference(reference: Any, policy: Policy, key: str) -> None:
-    """Raises ConfigError if the KL would compare probabilities of different tokens."""
-    size = reference.get_output_embeddings().weight.shape[0]
-    if size != policy.vocab_size:
-        raise ConfigError(
-            f"{key}: expected a reference with the policy's vocabulary of {policy.vocab_size} "
-            f"tokens, got one of {size}"
-        )
 
 
 def _seed_everything(seed: int) -> None:
@@ -204,24 +221,6 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (rewards may use it)
     torch.manual_seed(seed % 2**63)
-
-
-def _load_cache(config: RunConfig, *, fresh: bool) -> RolloutCache:
-    rollout = config.rollout
-    keep_logprobs = rollout.acceptance().needs_draft_logprobs
-    cache = RolloutCache(rollout.cache_max_bytes, keep_logprobs=keep_logprobs)
-    if fresh and rollout.cache_path is not None:
-        path = Path(rollout.cache_path)
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "nothing"
-            raise ConfigError(
-                f"rollout.cache_path: expected a cache file, found {found} at {str(path)!r}"
-            )
-        try:
-            cache.load(path)
-        except ValueError as error:
-            raise ConfigError(f"rollout.cache_path: {error}") from error
-    return cache
 
 
 def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
@@ -241,7 +240,8 @@ def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
 
 def _render_data(
     config: RunConfig, sources: Mapping[str, Sequence[SourceRow]], policy: Policy
-) -> tuple[PromptData, dict[str, tuple[PromptRow, ...]]]:
+) -> tuple[PromptData, dict[str, tuple[PromptRow, ...]], str]:
+    """Training data, rows to evaluate, and the fingerprint of held-out ones (empty without)."""
     at = config.data.template_time
     now = None if at is None else datetime.fromisoformat(at)
     rendered = {}
@@ -278,7 +278,8 @@ def _render_data(
                 f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = "
                 f"{config.rollout.max_tokens}"
             )
-    return data, {name: rows for name, rows in parts.items() if rows}
+    heldout = rendered["heldout"].fingerprint if "heldout" in rendered else ""
+    return data, {name: rows for name, rows in parts.items() if rows}, heldout
 
 
 def _stop_token_ids(config: RunConfig, policy: Policy) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: stop at the next safe place, not wherever the signal happened to arrive."""
+"""Signals that ask to stop (Ctrl-C, SIGTERM, a terminal that goes away): heeded at the next safe
+place, not wherever the signal happened to arrive."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 from spec_rollout.engines.base import RolloutEngine
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Aborted(Exception):
@@ -21,7 +22,7 @@ class Aborted(Exception):
 class RunInterrupted(SystemExit):
     """A run ended by a signal, its checkpoint written.
 
-    `code` is 128 + the signal's number (130, 143).
+    `code` is 128 + the signal's number (130, 143, 129).
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -34,7 +35,8 @@ class RunInterrupted(SystemExit):
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM while active; a second one has its usual effect at once.
+    """Notes the first SIGINT, SIGTERM or SIGHUP while active; a second one has its usual effect at
+    once. A SIGHUP that is ignored (`nohup`) stays so.
 
     Outside the main thread, where Python delivers no signals, only `request` asks to stop.
     """
@@ -46,6 +48,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for signum in _SIGNALS:
+                if signum == signal.SIGHUP and signal.getsignal(signum) is signal.SIG_IGN:
+                    continue
                 self._previous[signum] = signal.signal(signum, self._on_signal)
         return self
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import signal
 import sys
 import time
@@ -16,6 +18,7 @@ from spec_rollout.config.sections import RunConfig
 from spec_rollout.evals.sampling import evaluate, score
 from spec_rollout.runs.environment import environment
 from spec_rollout.runs.files import (
+    CHECKPOINTS,
     METRICS,
     RUNNING,
     SAMPLES,
@@ -25,9 +28,9 @@ from spec_rollout.runs.files import (
 )
 from spec_rollout.runs.summary import RunSummary, summarize
 from spec_rollout.train.algorithms.base import AdvantageInputs
-from spec_rollout.train.checkpoint import TrainState, save_checkpoint
 from spec_rollout.train.components import Components
 from spec_rollout.train.interrupt import RunInterrupted, StopRequest
+from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
 from spec_rollout.types import FinishReason, Rollouts
 
@@ -48,6 +51,9 @@ class TrainingRun:
         self._run_dir = run_dir
         self._on_step = on_step
         self._on_rollouts = on_rollouts
+        self._keeper = CheckpointKeeper(config.checkpoint, run_dir / CHECKPOINTS, parts)
+        # Optimizer steps begun when weights and moments last were those of a whole step.
+        self._num_begun = parts.updater.num_begun
         self._step = parts.state.step
         # The row of the last step while its evaluation is still to come.
         self._pending: Row | None = parts.state.pending_row
@@ -88,11 +94,14 @@ class TrainingRun:
     def steps(self, stop: StopRequest) -> Iterator[int]:
         """All remaining steps and the last checkpoint; gives the number of each step done."""
         with self._progress() as bar:
+            self._keeper.mark()
             if self._pending is not None:
                 self._finish_step(self._pending, stop, bar)
             while self._step < self._parts.total_steps:
-                row = self._train_step(stop, bar)
-                self._step += 1
+                try:
+                    row = self._train_step(stop, bar)
+                finally:
+                    self._parts.store.drop()  # what a step that failed has put there
                 self._finish_step(row, stop, bar)
                 bar.update(1)
                 bar.set_postfix(
@@ -100,12 +109,12 @@ class TrainingRun:
                 )
                 yield self._step
             if self._config.checkpoint.at_end:
-                self._checkpoint()
+                self._save()
 
     def _train_step(self, stop: StopRequest, bar: Any) -> Row:
         """One step up to and with the weight update.
 
-        A stop request is heeded only before rollouts are stored.
+        A stop request is heeded only during rollouts.
         """
         parts, config = self._parts, self._config
         start = time.perf_counter()
@@ -153,8 +162,6 @@ class TrainingRun:
             step=self._step,
             values=values,
         )
-        parts.engine.update_weights(parts.policy.model.named_parameters())
-        end = time.perf_counter()
         row: Row = {
             **step_row(
                 self._step + 1,
@@ -166,11 +173,14 @@ class TrainingRun:
                 parts.engine.last_counters,
             ),
             "reward_seconds": train_start - reward_start,
-            "train_seconds": end - train_start,
-            "step_seconds": end - start,
         }
+        self._step_done(row)
+        parts.engine.update_weights(parts.policy.model.named_parameters())
+        end = time.perf_counter()
+        row["train_seconds"] = end - train_start
+        row["step_seconds"] = end - start
         for sample in sample_rows(
-            self._step + 1,
+            self._step,
             rollouts,
             rewards,
             rows[: config.log.samples_per_step],
@@ -178,24 +188,31 @@ class TrainingRun:
         ):
             self._samples.write(sample)
         if rollouts.running is not None:
-            self._running.write({"step": self._step + 1, **thinned(rollouts.running)})
+            self._running.write({"step": self._step, **thinned(rollouts.running)})
         return row
+
+    def _step_done(self, row: Row) -> None:
+        """From here on the step is not done again, whatever fails."""
+        self._step += 1
+        self._pending = row
+        self._num_begun = self._parts.updater.num_begun
+        self._parts.store.keep()
+        self._keeper.mark()
 
     def _finish_step(self, row: Row, stop: StopRequest, bar: Any) -> None:
         """Evaluation if one is due, the metrics row, a checkpoint if one is due."""
-        self._pending = row
         if self._evaluation_due():
             bar.set_description(f"{self._run_dir.name}: epoch {row['epoch']} evaluation")
             with stop.aborting(self._parts.engine):
                 row.update(self._evaluate())
-        self._pending = None
         if len(row) > 2:
             self._metrics.write(row)
-            if self._on_step is not None:
-                self._on_step(row)
-        every = self._config.checkpoint.every_steps
-        if every is not None and self._step > 0 and self._step % every == 0:
-            self._checkpoint()
+        self._pending = None
+        self._keeper.mark()
+        if len(row) > 2 and self._on_step is not None:
+            self._on_step(row)
+        if self._keeper.due(self._step):
+            self._save()
 
     def _evaluation_due(self) -> bool:
         config = self._config.eval
@@ -228,30 +245,52 @@ class TrainingRun:
             seconds += result.seconds
         return {**row, "eval_seconds": seconds}
 
-    def _checkpoint(self) -> Path:
-        parts = self._parts
-        return save_checkpoint(
-            self._run_dir / "checkpoints",
-            TrainState(self._step, parts.data.fingerprint, self._pending, parts.data.rendering),
-            model=parts.policy.model,
-            tokenizer=parts.policy.tokenizer,
-            optimizer=parts.optimizer,
-            cache=parts.cache,
-            value_head=parts.value_head,
-            keep_last=self._config.checkpoint.keep_last,
-        )
+    def _save(self) -> None:
+        self._metrics.sync()  # a checkpoint must not outlive the rows it follows
+        self._keeper.save(self._step, self._pending)
 
     def interrupted(self, signum: int) -> RunInterrupted:
-        self._checkpoint()
+        """What ends the run after a signal; its last whole step is kept."""
+        message = self.stopped(f"interrupted by {signal.Signals(signum).name}", failed=False)
+        return RunInterrupted(signum, message)
+
+    def stopped(self, why: str, *, failed: bool) -> str:
+        """Writes a checkpoint of the last whole step, and says on stderr how to go on.
+
+        Args:
+            why: The run ends.
+            failed: By an error.
+
+        Returns:
+            What was said.
+        """
+        of_all = f"of {self._parts.total_steps}"
+        place = f"{why} after step {self._step} {of_all}"
+        kept = False
+        if self._parts.updater.num_begun != self._num_begun:
+            place = f"{why} in step {self._step + 1} {of_all}, whose half-done update is not kept"
+        else:
+            try:
+                self._keep_last_step(prune=not failed)
+                kept = True
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                place += f", which could not be kept ({reason})"
+        command = f"spec-rollout train --resume {shlex.quote(str(self._run_dir))}"
+        newest = None if kept else self._keeper.newest()
+        how = "continue"
+        if not kept:
+            how = "begin again" if newest is None else f"continue after step {newest}"
+        message = f"{place}; {how} with: {command}"
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            print(message, file=sys.stderr, flush=True)
+        return message
+
+    def _keep_last_step(self, *, prune: bool) -> None:
         if self._pending is not None and len(self._pending) > 2:
             self._metrics.write(self._pending)  # replaced on resume by the row with its evaluation
-        message = (
-            f"interrupted by {signal.Signals(signum).name} after step {self._step} of "
-            f"{self._parts.total_steps}; "
-            f"continue with: spec-rollout train --resume {self._run_dir}"
-        )
-        print(message, file=sys.stderr, flush=True)
-        return RunInterrupted(signum, message)
+        self._metrics.sync()
+        self._keeper.save(self._step, self._pending, at_mark=True, prune=prune)
 
     def _progress(self) -> Any:
         from tqdm import tqdm

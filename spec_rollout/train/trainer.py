@@ -8,31 +8,23 @@ evaluated. Row 0 is the evaluation before the first update.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spec_rollout.config.sections import RunConfig
+from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.config.toml import dump_config, load_config
-from spec_rollout.runs.files import (
-    METRICS,
-    check_new_run_dir,
-    check_steps,
-    write_atomically,
-)
+from spec_rollout.runs.files import CONFIG, check_new_run_dir, write_atomically
+from spec_rollout.runs.lock import RunLock
 from spec_rollout.runs.summary import RunSummary
-from spec_rollout.train.checkpoint import (
-    CheckpointError,
-    list_checkpoints,
-    load_state,
-)
 from spec_rollout.train.components import Components, build
 from spec_rollout.train.interrupt import Aborted, StopRequest
+from spec_rollout.train.launch import check_one_process
 from spec_rollout.train.loop import TrainingRun
+from spec_rollout.train.resume_point import check_is_run, find_resume_point
 from spec_rollout.train.rows import Row
 from spec_rollout.types import Rollouts
 
@@ -61,8 +53,11 @@ def run(
     Raises:
         ConfigError, DataError, ValueError: naming what was expected and what was found; nothing is
             written then.
-        RunInterrupted: on SIGINT or SIGTERM, a `SystemExit` with code 130 or 143; a checkpoint is
-            written first.
+        RunInUseError: if another process uses `log.run_dir`.
+        RunInterrupted: on SIGINT, SIGTERM or SIGHUP, a `SystemExit` with code 130, 143 or 129.
+
+    Whatever ends the run early, a checkpoint of its last whole step is written first, unless an
+    update was half done: then the newest checkpoint, or the beginning, is what is left.
     """
     return run_together([Job(config, on_step, on_rollouts)])[0]
 
@@ -87,23 +82,42 @@ def run_together(jobs: Sequence[Job]) -> list[RunSummary]:
         As `run`. An interruption leaves every run resumable; nothing is written if any config is
         refused.
     """
+    check_one_process(os.environ)
     for job in jobs:
         check_new_run_dir(Path(job.config.log.run_dir))
     parts = [build(job.config) for job in jobs]
-    _print_notes(parts)
-    runs = []
-    for job, components in zip(jobs, parts, strict=True):
-        run_dir = Path(job.config.log.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.toml", dump_config(components.config))
-        runs.append(
-            TrainingRun(components.config, components, run_dir, job.on_step, job.on_rollouts)
-        )
-    return _fit(runs)
+    with ExitStack() as held:
+        notes = [note for components in parts for note in components.notes]
+        for job in jobs:
+            run_dir = Path(job.config.log.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            notes += _lock(run_dir, "log.run_dir", held)
+            check_new_run_dir(run_dir)  # another may have been faster
+        _print_notes(notes)
+        runs = [
+            _start(components, Path(job.config.log.run_dir), job, held)
+            for job, components in zip(jobs, parts, strict=True)
+        ]
+        return _fit(runs)
 
 
-def _print_notes(parts: Sequence[Components]) -> None:
-    for note in dict.fromkeys(note for components in parts for note in components.notes):
+def _lock(run_dir: Path, key: str, held: ExitStack) -> list[str]:
+    """Locks a run until `held` is closed; notes for the user."""
+    lock = RunLock(run_dir, key)
+    held.callback(lock.release)
+    return [] if lock.note is None else [lock.note]
+
+
+def _start(parts: Components, run_dir: Path, job: Job, held: ExitStack) -> TrainingRun:
+    """A run whose files are open until `held` is closed."""
+    write_atomically(run_dir / CONFIG, dump_config(parts.config))
+    a_run = TrainingRun(parts.config, parts, run_dir, job.on_step, job.on_rollouts)
+    held.callback(a_run.close)
+    return a_run
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in dict.fromkeys(notes):
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
@@ -116,7 +130,9 @@ def resume(
 ) -> RunSummary:
     """Continues an interrupted run from its newest checkpoint, as if it had not been interrupted.
 
-    Metrics of steps after the checkpoint are dropped; those steps are done again.
+    Metrics of steps after the checkpoint are dropped; those steps are done again. A checkpoint that
+    is not whole, or whose metrics are lost, is passed over with a note. A run that was killed
+    before its first checkpoint begins again.
 
     Args:
         run_dir: Folder of the run; its config.toml applies.
@@ -124,38 +140,55 @@ def resume(
         on_step, on_rollouts: As in `run`.
 
     Raises:
-        ConfigError, DataError, CheckpointError, ValueError: as `run`; the run is left as it was.
+        ConfigError, DataError, CheckpointError, RunInUseError, ValueError: as `run`; the run is
+            left as it was.
     """
+    check_one_process(os.environ)
     run_dir = Path(run_dir)
-    found = list_checkpoints(run_dir / "checkpoints")
-    if not found:
-        what = "none" if run_dir.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"resume: expected a run with a checkpoint in {str(run_dir / 'checkpoints')!r}, got "
-            f"{what}"
+    check_is_run(run_dir)
+    with ExitStack() as held:
+        notes = _lock(run_dir, "resume", held)
+        point = find_resume_point(run_dir)
+        config = _resumed_config(run_dir, list(overrides))
+        parts = build(config, point.checkpoint)
+        _print_notes([*notes, *point.notes, *parts.notes])
+        point.set_aside()
+        return _fit([_start(parts, run_dir, Job(config, on_step, on_rollouts), held)])[0]
+
+
+def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
+    """The config of a run, which stays where it is."""
+    config = load_config(run_dir / CONFIG, overrides)
+    named = any(text.partition("=")[0].strip() == "log.run_dir" for text in overrides)
+    if named and Path(config.log.run_dir).resolve() != run_dir.resolve():
+        raise ConfigError(
+            f"log.run_dir: expected {str(run_dir)!r}, where the resumed run is, got "
+            f"{config.log.run_dir!r}"
         )
-    check_steps(run_dir / METRICS, load_state(found[-1]).num_recorded)
-    config = load_config(
-        run_dir / "config.toml", [*overrides, f"log.run_dir={json.dumps(str(run_dir))}"]
-    )
-    parts = build(config, found[-1])
-    _print_notes([parts])
-    write_atomically(run_dir / "config.toml", dump_config(parts.config))
-    return _fit([TrainingRun(parts.config, parts, run_dir, on_step, on_rollouts)])[0]
+    return replace(config, log=replace(config.log, run_dir=str(run_dir)))
 
 
 def _fit(runs: Sequence[TrainingRun]) -> list[RunSummary]:
-    """All remaining steps of the runs, one of each in turn, and their summaries."""
+    """All remaining steps of the runs, one of each in turn, and their summaries.
+
+    Whatever ends them early, their last whole steps are kept.
+    """
     stop = StopRequest()
-    with ExitStack() as files:
-        for a_run in runs:
-            files.callback(a_run.close)
-        try:
-            with stop:
+    try:
+        with stop:
+            try:
                 unfinished = [a_run.steps(stop) for a_run in runs]
                 while unfinished:
                     unfinished = [steps for steps in unfinished if next(steps, None) is not None]
-        except Aborted:
-            assert stop.signum is not None
-            raise [a_run.interrupted(stop.signum) for a_run in runs][-1] from None
+            except Aborted:
+                raise
+            except BaseException as error:
+                # Who asks a second time does not want to wait.
+                if not (isinstance(error, KeyboardInterrupt) and stop.signum is not None):
+                    for a_run in runs:
+                        a_run.stopped(f"stopped by {type(error).__name__}", failed=True)
+                raise
+    except Aborted:
+        assert stop.signum is not None
+        raise [a_run.interrupted(stop.signum) for a_run in runs][-1] from None
     return [a_run.summary() for a_run in runs]

@@ -13,6 +13,7 @@ from spec_rollout.config.sections import TrainConfig
 from spec_rollout.train.algorithms.base import Advantages, Algorithm, LossInputs
 from spec_rollout.train.algorithms.losses import logprobs_and_entropy
 from spec_rollout.train.batching import MicroBatch, micro_batches
+from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.forward import response_outputs
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import Rollouts
@@ -51,15 +52,21 @@ class UpdateResult:
         return {**own, **self.means}
 
 
+class DivergedError(ValueError):
+    """An update left weights that are not finite; the message says which."""
+
+
 def make_optimizer(
     model: torch.nn.Module, config: TrainConfig, value_head: ValueHead | None = None
 ) -> torch.optim.AdamW:
     """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
-    modules = [model] if value_head is None else [model, value_head]
-    trainable = [p for m in modules for p in m.parameters() if p.requires_grad]
+    trainable = _trainable(model, value_head)
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [(name, p) for name, p in trainable if p.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -68,6 +75,15 @@ def make_optimizer(
         eps=config.eps,
         fused=True,
     )
+
+
+def _trainable(
+    model: torch.nn.Module, value_head: ValueHead | None
+) -> list[tuple[str, torch.nn.Parameter]]:
+    named = [*model.named_parameters()]
+    if value_head is not None:
+        named += value_head.named_parameters(prefix="value_head")
+    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -88,6 +104,10 @@ class PolicyUpdater:
         temperature: Of the sampling distribution that the rollouts' log-probs are of.
         reference: Frozen model; None unless the algorithm needs one.
         value_head: Its parameters are the optimizer's, too; None unless the algorithm needs one.
+
+    Attributes:
+        num_begun: Optimizer steps begun so far. Whatever is raised before the first one of an
+            update leaves weights and moments as they were.
 
     Raises:
         ValueError: if the algorithm needs what is not there.
@@ -119,8 +139,9 @@ class PolicyUpdater:
         self._temperature = temperature
         self._reference = reference
         self._value_head = value_head
-        modules = [model] if value_head is None else [model, value_head]
-        self._parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self._named = _trainable(model, value_head)
+        self._parameters = [parameter for _, parameter in self._named]
+        self.num_begun = 0
         self._device = next(model.parameters()).device
 
     def update(
@@ -145,6 +166,7 @@ class PolicyUpdater:
         Raises:
             ValueError: if there is not one advantage per token, or a log-prob of these rows is not
                 finite.
+            DivergedError: if weights are not finite afterwards.
         """
         for name, tensor in (("advantages", trained.advantages), ("returns", trained.returns)):
             if tensor is not None and tensor.shape != rollouts.logprobs.shape:
@@ -183,11 +205,18 @@ class PolicyUpdater:
                 )
             )
             if math.isfinite(norm):
+                self.num_begun += 1
                 self._optimizer.step()
                 norms.append(norm)
             else:
                 skipped += 1
         self._optimizer.zero_grad(set_to_none=True)
+        problem = nonfinite(self._named)
+        if problem is not None:
+            raise DivergedError(
+                f"train: expected finite weights after the update of step {step + 1}, got "
+                f"{problem}; a smaller train.lr may help, or model.dtype = 'float32'"
+            )
         return sums.result(losses, norms, lr, skipped)
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ from spec_rollout.keys import prompt_key
 from spec_rollout.loading.policy import load_policy
 from spec_rollout.train import checkpoint as module
 from spec_rollout.train.checkpoint import (
-    FORMAT_VERSION,
     CheckpointError,
     TrainState,
     list_checkpoints,
@@ -24,6 +23,8 @@ from spec_rollout.train.checkpoint import (
     load_tensors,
     save_checkpoint,
 )
+from spec_rollout.train.manifest import check_complete, check_content
+from spec_rollout.train.state import FORMAT_VERSION
 from spec_rollout.train.update import make_optimizer
 
 
@@ -66,7 +67,7 @@ def test_training_goes_on_exactly(model_dir, tmp_path):
     torch.manual_seed(1)
     parts = Parts(model_dir, steps=3)
     parts.fill_cache()
-    folder = parts.save(tmp_path, step=3, pending={"step": 3, "reward": 0.5})
+    folder = parts.save(tmp_path, step=3, pending={"step": 3, "epoch": 0, "reward": 0.5})
     drawn = [random.random(), np.random.rand(), float(torch.rand(()))]  # noqa: NPY002
     parts.train()
 
@@ -74,7 +75,7 @@ def test_training_goes_on_exactly(model_dir, tmp_path):
     random.seed(99)
     np.random.seed(99)  # noqa: NPY002
     state = load_state(folder)
-    assert state == TrainState(3, "abc", {"step": 3, "reward": 0.5})
+    assert state == TrainState(3, "abc", {"step": 3, "epoch": 0, "reward": 0.5})
     other = Parts(folder / "model")
     load_tensors(folder, other.optimizer, other.cache)
     assert [random.random(), np.random.rand(), float(torch.rand(()))] == drawn  # noqa: NPY002
@@ -132,17 +133,34 @@ def test_leftovers_of_a_killed_writer_are_ignored_and_removed(model_dir, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-1-notes"]
 
 
-@pytest.mark.parametrize("name", ["trainer.pt", "cache.bin", "state.json"])
+@pytest.mark.parametrize("name", ["trainer.pt", "cache.bin", "state.json", "model/config.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damage_is_refused_by_name(model_dir, tmp_path, name, damage):
     parts = Parts(model_dir, steps=1)
     parts.fill_cache()
     folder = parts.save(tmp_path)
+    check_complete(folder)
+    check_content(folder)
     path = folder / name
     if damage == "missing":
         path.unlink()
+        assert list_checkpoints(tmp_path) == []
+        with pytest.raises(CheckpointError, match=f"expected {name} in it, found none"):
+            check_complete(folder)
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        check_complete(folder)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        check_content(folder)
+
+
+@pytest.mark.parametrize("name", ["trainer.pt", "cache.bin", "state.json"])
+def test_damage_without_checksums_is_refused_by_name(model_dir, tmp_path, name):
+    parts = Parts(model_dir, steps=1)
+    parts.fill_cache()
+    folder = parts.save(tmp_path)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
     def load():
         load_state(folder)

@@ -23,11 +23,13 @@ class Needs:
             first optimizer step, instead of the engine's own.
         values: `AdvantageInputs.values` and `LossInputs.values`, from a value head that is trained
             with the policy.
+        group_size: Responses per prompt; with fewer nothing would be learned.
     """
 
     reference: bool = False
     recomputed_logprobs: bool = False
     values: bool = False
+    group_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class GRPO:
         return Needs(
             reference=self._config.kl_coef > 0,
             recomputed_logprobs=self._config.recompute_logprobs,
+            group_size=2,
         )
 
     @property

@@ -23,9 +23,11 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 
 def test_what_grpo_needs_follows_from_its_settings() -> None:
-    assert GRPO(TrainConfig()).needs == Needs()
-    assert GRPO(TrainConfig(kl_coef=0.1)).needs == Needs(reference=True)
-    assert GRPO(TrainConfig(recompute_logprobs=True)).needs == Needs(recomputed_logprobs=True)
+    # A response alone is its own mean: its advantage is 0.
+    assert GRPO(TrainConfig()).needs == Needs(group_size=2)
+    assert GRPO(TrainConfig(kl_coef=0.1)).needs == Needs(reference=True, group_size=2)
+    recomputed = GRPO(TrainConfig(recompute_logprobs=True)).needs
+    assert recomputed == Needs(recomputed_logprobs=True, group_size=2)
 
 
 def test_grpo_spreads_group_advantages_over_tokens() -> None:

@@ -1,0 +1,71 @@
+"""What a run is made of, held against each other before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from spec_rollout.config.sections import ConfigError, RunConfig
+from spec_rollout.loading.policy import Policy
+from spec_rollout.train.algorithms.base import Algorithm
+from spec_rollout.train.finite import nonfinite
+from spec_rollout.train.forward import check_padded_rows
+from spec_rollout.train.state import CheckpointError, TrainState
+
+
+def check_group_size(config: RunConfig, algorithm: Algorithm) -> None:
+    """Raises ConfigError if the algorithm would learn nothing from so few responses."""
+    least = algorithm.needs.group_size
+    if config.rollout.num_samples < least:
+        raise ConfigError(
+            f"rollout.num_samples: expected at least {least} with train.algorithm = "
+            f"{config.train.algorithm!r} (it compares the responses of a prompt with each other; "
+            f"fewer have no advantage), got {config.rollout.num_samples}"
+        )
+
+
+def order_settings(config: RunConfig) -> dict[str, int | bool]:
+    """What says which rows a step sees, beside the data."""
+    return {
+        "train.seed": config.train.seed,
+        "train.prompts_per_step": config.train.prompts_per_step,
+        "data.shuffle": config.data.shuffle,
+    }
+
+
+def check_order(settings: Mapping[str, int | bool], state: TrainState) -> None:
+    """Raises CheckpointError if the steps so far saw their rows in another order."""
+    for key, value in settings.items():
+        before = state.order.get(key)
+        if value != before:
+            raise CheckpointError(
+                f"{key}: expected {before!r}, as in the run so far (in another order it would skip "
+                f"some rows of an epoch and repeat others), got {value!r}"
+            )
+
+
+def check_finite(model: torch.nn.Module, path: str, key: str) -> None:
+    """Raises ConfigError if a model was stored with weights that are no numbers."""
+    problem = nonfinite(model.named_parameters())
+    if problem is not None:
+        raise ConfigError(f"{key}: expected finite weights, got {problem} of {path!r}")
+
+
+def check_forward(policy: Policy) -> None:
+    """Raises ConfigError if rows that are padded to each other depend on each other."""
+    try:
+        check_padded_rows(policy.model, policy.max_length)
+    except ValueError as error:
+        raise ConfigError(f"model.path: {str(error).removeprefix('model: ')}") from error
+
+
+def check_reference(reference: Any, policy: Policy, key: str) -> None:
+    """Raises ConfigError if the KL would compare probabilities of different tokens."""
+    size = reference.get_output_embeddings().weight.shape[0]
+    if size != policy.vocab_size:
+        raise ConfigError(
+            f"{key}: expected a reference with the policy's vocabulary of {policy.vocab_size} "
+            f"tokens, got one of {size}"
+        )

@@ -1,0 +1,57 @@
+"""An engine in a run that went on in another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
+
+
+class ContinuedEngine:
+    """Another engine, whose `policy_version` counts on from the updates of the run before.
+
+    See `RolloutEngine`.
+    """
+
+    def __init__(self, engine: RolloutEngine, first_version: int) -> None:
+        """
+        Args:
+            engine: Does all the work.
+            first_version: Updates that its weights had seen when it was made.
+        """
+        self._engine = engine
+        self._first_version = first_version - engine.policy_version
+
+    @property
+    def before_step(self) -> Callable[[], None] | None:
+        return self._engine.before_step
+
+    @before_step.setter
+    def before_step(self, call: Callable[[], None] | None) -> None:
+        self._engine.before_step = call
+
+    @property
+    def policy_version(self) -> int:
+        return self._first_version + self._engine.policy_version
+
+    @property
+    def supports_history(self) -> bool:
+        return self._engine.supports_history
+
+    @property
+    def last_counters(self) -> Mapping[str, float]:
+        return self._engine.last_counters
+
+    def rollout(
+        self, requests: RolloutRequests, sampling: SamplingParams, acceptance: AcceptanceRule
+    ) -> Rollouts:
+        rollouts = self._engine.rollout(requests, sampling, acceptance)
+        return replace(rollouts, policy_version=self._first_version + rollouts.policy_version)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._engine.update_weights(named_tensors)

@@ -1,0 +1,108 @@
+"""What a checkpoint says about itself: its name and state.json, believed only as a whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 3
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})(-unevaluated)?")
+_LARGEST_STEP = 10**9
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not usable; the message names the file, and what was expected and found."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """What a checkpoint holds besides tensors.
+
+    Attributes:
+        step: Updates done. The next step's prompts follow from it.
+        data_fingerprint: Of the training prompts.
+        pending_row: Metrics of the last step when its evaluation was still to come, else None.
+        data_rendering: Of the prompts' token ids.
+        heldout_fingerprint: Of the held-out prompts; empty if there are none.
+        order: Settings that say which rows a step sees, by key of the config.
+    """
+
+    step: int
+    data_fingerprint: str
+    pending_row: dict[str, Any] | None = None
+    data_rendering: str = ""
+    heldout_fingerprint: str = ""
+    order: Mapping[str, int | bool] = field(default_factory=dict)
+
+    @property
+    def num_recorded(self) -> int:
+        """Steps whose metrics row was complete."""
+        return max(0, self.step - 1) if self.pending_row else self.step
+
+    @property
+    def folder_name(self) -> str:
+        """Of the checkpoint."""
+        return f"step-{self.step:08d}" + ("-unevaluated" if self.pending_row else "")
+
+    def to_json(self) -> str:
+        """Content of state.json."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+
+def age_of(folder: Path) -> tuple[int, bool] | None:
+    """What sorts checkpoints by age, from their folder's name; None if it is no checkpoint's.
+
+    Of a step the one before its evaluation is older.
+    """
+    match = _NAME.fullmatch(folder.name)
+    return None if match is None else (int(match[1]), match[2] is None)
+
+
+def load_state(folder: Path) -> TrainState:
+    """The state of a checkpoint.
+
+    Raises:
+        CheckpointError: if any of it is not as `TrainState` says, or it is that of another folder.
+    """
+    path = folder / STATE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: expected the state of a checkpoint, cannot read it: {error!r}"
+        ) from None
+
+    def require(ok: bool, expected: str, got: object) -> None:
+        if not ok:
+            raise CheckpointError(f"{path}: expected {expected}, got {got!r:.200}")
+
+    require(isinstance(content, dict), "an object", content)
+    version = content.pop("format_version", None)
+    require(version == FORMAT_VERSION, f"format_version {FORMAT_VERSION}", version)
+    names = [f.name for f in fields(TrainState)]
+    require(sorted(content) == sorted(names), f"the keys {', '.join(names)}", sorted(content))
+    step, row, order = content["step"], content["pending_row"], content["order"]
+    in_range = type(step) is int and 0 <= step <= _LARGEST_STEP
+    require(in_range, f"step: an integer from 0 to {_LARGEST_STEP}", step)
+    for name in ("data_fingerprint", "data_rendering", "heldout_fingerprint"):
+        require(isinstance(content[name], str), f"{name}: a string", content[name])
+    require(
+        isinstance(order, dict) and all(type(v) in (int, bool) for v in order.values()),
+        "order: integers and truth values by key",
+        order,
+    )
+    require(row is None or isinstance(row, dict), "pending_row: an object or null", row)
+    if row is not None:
+        require(row.get("step") == step, f"pending_row: of step {step}", row.get("step"))
+        epoch = row.get("epoch")
+        require(type(epoch) is int and epoch >= 0, "pending_row: an epoch from 0 on", epoch)
+    state = TrainState(**content)
+    require(
+        folder.name == state.folder_name, f"the state of {folder.name}", f"of {state.folder_name}"
+    )
+    return state
