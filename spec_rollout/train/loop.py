@@ -162,6 +162,7 @@ class TrainingRun:
             step=self._step,
             values=values,
         )
+        end = time.perf_counter()
         row: Row = {
             **step_row(
                 self._step + 1,
@@ -173,6 +174,8 @@ class TrainingRun:
                 parts.engine.last_counters,
             ),
             "reward_seconds": train_start - reward_start,
+            "train_seconds": end - train_start,
+            "step_seconds": end - start,
         }
         self._step_done(row)
         parts.engine.update_weights(parts.policy.model.named_parameters())

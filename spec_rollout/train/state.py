@@ -102,7 +102,8 @@ def load_state(folder: Path) -> TrainState:
         epoch = row.get("epoch")
         require(type(epoch) is int and epoch >= 0, "pending_row: an epoch from 0 on", epoch)
     state = TrainState(**content)
-    require(
-        folder.name == state.folder_name, f"the state of {folder.name}", f"of {state.folder_name}"
-    )
+    if folder.name != state.folder_name:
+        raise CheckpointError(
+            f"{path}: expected the state of {folder.name}, got that of {state.folder_name}"
+        )
     return state

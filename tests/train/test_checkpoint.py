@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import random
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from test_batching import make_rollouts
+from checkpoint_parts import Parts
 
 from spec_rollout.cache import RolloutCache
-from spec_rollout.config.sections import ModelConfig, TrainConfig
+from spec_rollout.config.sections import TrainConfig
 from spec_rollout.keys import prompt_key
-from spec_rollout.loading.policy import load_policy
 from spec_rollout.train import checkpoint as module
 from spec_rollout.train.checkpoint import (
     CheckpointError,
     TrainState,
+    all_checkpoints,
     list_checkpoints,
     load_state,
     load_tensors,
-    save_checkpoint,
 )
 from spec_rollout.train.manifest import check_complete, check_content
 from spec_rollout.train.state import FORMAT_VERSION
 from spec_rollout.train.update import make_optimizer
-
-
-class Parts:
-    """A model a few optimizer steps in, with a cache."""
-
-    def __init__(self, model_dir, *, steps: int = 0) -> None:
-        self.policy = load_policy(ModelConfig(str(model_dir), device="cpu"))
-        self.model = copy.deepcopy(self.policy.model)
-        self.optimizer = make_optimizer(self.model, TrainConfig(lr=0.01))
-        self.cache = RolloutCache()
-        for _ in range(steps):
-            self.train()
-
-    def train(self) -> torch.Tensor:
-        ids = torch.randint(3, 40, (2, 5))  # from torch's generator, which a checkpoint restores
-        loss = self.model(ids, labels=ids).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    def fill_cache(self) -> None:
-        keys = [prompt_key([1, 2]), prompt_key([3])]
-        self.cache.store(keys, [0, 0], make_rollouts([2, 1], [4, 6]))
-
-    def save(self, root, step=1, keep_last=2, pending=None):
-        return save_checkpoint(
-            root,
-            TrainState(step, "abc", pending),
-            model=self.model,
-            tokenizer=self.policy.tokenizer,
-            optimizer=self.optimizer,
-            cache=self.cache,
-            keep_last=keep_last,
-        )
 
 
 def test_training_goes_on_exactly(model_dir, tmp_path):
@@ -168,6 +134,95 @@ def test_damage_without_checksums_is_refused_by_name(model_dir, tmp_path, name):
 
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         load()
+
+
+def test_a_half_removed_checkpoint_is_none(model_dir, tmp_path, monkeypatch):
+    parts = Parts(model_dir)
+    parts.save(tmp_path, step=1)
+    seen = []
+
+    def killed(folder, *args, **kwargs):
+        (folder / "model" / "model.safetensors").unlink()
+        seen.append([path.name for path in list_checkpoints(tmp_path)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parts.save(tmp_path, step=2, keep_last=1)
+    monkeypatch.undo()
+    assert seen == [["step-00000002"]]
+    assert [path.name for path in all_checkpoints(tmp_path)] == ["step-00000002"]
+    parts.save(tmp_path, step=3, keep_last=1)  # removes what was left
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_what_is_left_of_a_checkpoint_is_replaced(model_dir, tmp_path):
+    parts = Parts(model_dir)
+    folder = parts.save(tmp_path)
+    (folder / "cache.bin").unlink()
+    assert parts.save(tmp_path) == folder
+    check_content(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    (folder / "notes").touch()
+    parts.save(tmp_path)  # complete: left as it is
+    assert (folder / "notes").exists()
+
+
+def test_incomplete_ones_do_not_count_among_those_kept(model_dir, tmp_path):
+    parts = Parts(model_dir)
+    for step in (1, 2, 3):
+        parts.save(tmp_path, step=step, keep_last=None)
+    (tmp_path / "step-00000003" / "trainer.pt").unlink()
+    parts.save(tmp_path, step=4, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+@pytest.mark.parametrize("place", ["weights", "moments"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_not_written(model_dir, tmp_path, place, value):
+    parts = Parts(model_dir, steps=1)
+    good = parts.save(tmp_path, step=1, keep_last=1)
+    name, parameter = list(parts.model.named_parameters())[3]
+    tensor = parameter if place == "weights" else parts.optimizer.state[parameter]["exp_avg_sq"]
+    tensor.data.view(-1)[-1] = value
+    what = "NaN" if value != value else "infinity"
+    named = name if place == "weights" else f"exp_avg_sq of {name}"
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step-00000002.*got {what} in {re.escape(named)} \(1 of {parameter.numel()} num",
+    ):
+        parts.save(tmp_path, step=2, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    check_content(good)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs the command sha256sum")
+def test_a_checkpoint_is_checked_by_the_usual_command(model_dir, tmp_path):
+    folder = Parts(model_dir, steps=1).save(tmp_path)
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert checked == files - {"SHA256SUMS"}
+    assert {"model/model.safetensors", "trainer.pt", "cache.bin", "state.json"} < checked
+
+
+def test_any_bit_that_flips_is_noticed(model_dir, tmp_path):
+    parts = Parts(model_dir, steps=1)
+    parts.fill_cache()
+    folder = parts.save(tmp_path)
+    bits = random.Random(0)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for _ in range(3):
+            damaged = bytearray(content)
+            damaged[bits.randrange(len(content))] ^= 1 << bits.randrange(8)
+            path.write_bytes(damaged)
+            name = "SHA256SUMS" if path.name == "SHA256SUMS" else re.escape(str(path))
+            with pytest.raises(CheckpointError, match=name):
+                check_content(folder)
+        path.write_bytes(content)
+        check_content(folder)
 
 
 def test_another_version_is_refused(model_dir, tmp_path):

@@ -1,0 +1,88 @@
+"""state.json is believed only as a whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec_rollout.train.state import CheckpointError, TrainState, load_state
+
+STATE = TrainState(
+    4, "ab12", None, "cd34", "ef56", {"train.seed": 7, "data.shuffle": True, "train.epochs": 3}
+)
+PENDING = {"step": 4, "epoch": 1, "reward": 0.5, "reward_text": None}
+
+
+def write(folder: Path, state: TrainState, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    content = json.loads(state.to_json())
+    for key, value in changes.items():
+        if value is ...:
+            del content[key]
+        else:
+            content[key] = value
+    (folder / "state.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        STATE,
+        TrainState(0, ""),
+        TrainState(4, "ab12", PENDING),
+        TrainState(0, "", {"step": 0, "epoch": 0}),
+        TrainState(123_456_789, "x"),
+        TrainState(1_000_000_000, "x"),
+    ],
+)
+def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
+    assert load_state(write(tmp_path / state.folder_name, state)) == state
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -3}, r"expected step: an integer from 0 to 1000000000, got -3"),
+        ({"step": 10**9 + 1}, r"expected step: an integer .*, got 1000000001"),
+        ({"step": 10**400}, r"expected step: an integer .*, got 10000"),
+        ({"step": 4.0}, r"expected step: an integer .*, got 4\.0"),
+        ({"step": True}, r"expected step: an integer .*, got True"),
+        ({"step": "4"}, r"expected step: an integer .*, got '4'"),
+        ({"step": None}, r"expected step: an integer .*, got None"),
+        ({"step": 9}, r"expected the state of step-00000004, got that of step-00000009"),
+        ({"step": ...}, r"expected the keys step, data_fingerprint"),
+        ({"extra": 1}, r"expected the keys step, data_fingerprint"),
+        ({"format_version": 2}, r"expected format_version 3, got 2"),
+        ({"format_version": ...}, r"expected format_version 3, got None"),
+        ({"data_fingerprint": None}, r"expected data_fingerprint: a string, got None"),
+        ({"heldout_fingerprint": 3}, r"expected heldout_fingerprint: a string, got 3"),
+        ({"order": []}, r"expected order: integers and truth values by key, got \[\]"),
+        ({"order": {"train.seed": "7"}}, r"expected order: integers and truth"),
+        ({"pending_row": 4}, r"expected pending_row: an object or null, got 4"),
+        ({"pending_row": {"step": 3, "epoch": 0}}, r"expected pending_row: of step 4, got 3"),
+        ({"pending_row": {"step": 4, "epoch": -1}}, r"expected pending_row: an epoch from 0"),
+        ({"pending_row": {"step": 4}}, r"expected pending_row: an epoch from 0 on, got None"),
+        # A row that is pending makes it the checkpoint before the evaluation.
+        ({"pending_row": PENDING}, r"expected .*, got that of step-00000004-unevaluated"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"state\.json: ({message})"):
+        load_state(write(tmp_path / STATE.folder_name, STATE, **changes))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "4", "{", "[" * 100_000, "\x00", '{"step": ', '{"step": 1' + "0" * 5000 + "}"],
+)
+def test_what_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    folder = write(tmp_path / STATE.folder_name, STATE)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state\.json: expected "):
+        load_state(folder)
