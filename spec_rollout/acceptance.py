@@ -14,6 +14,8 @@ from enum import IntEnum
 
 import torch
 
+from spec_rollout.checks import integer, of_kind, real
+
 
 class RuleKind(IntEnum):
     """Rule numbers shared with `csrc/include/spec_rollout/acceptance.h`."""
@@ -73,9 +75,16 @@ class AcceptanceRule:
         return None
 
 
-def _check_finite_or_inf(name: str, value: float) -> None:
-    if math.isnan(value):
-        raise ValueError(f"{name}: expected a number, got NaN")
+def _log_lenience(value: float) -> float:
+    if math.isnan(number := real("log_lenience", value)):
+        raise ValueError("log_lenience: expected a number, got NaN")
+    return number
+
+
+def _set(rule: AcceptanceRule | Schedule, **numbers: float) -> None:
+    """Puts the numbers, as Python's own, in the place of what was given, of whatever library."""
+    for name, number in numbers.items():
+        object.__setattr__(rule, name, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +108,16 @@ class Lenient(AcceptanceRule):
     min_target_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_finite_or_inf("log_lenience", self.log_lenience)
-        if not (0.0 < self.scale < math.inf):
+        log_lenience = _log_lenience(self.log_lenience)
+        scale = real("scale", self.scale)
+        if not (0.0 < scale < math.inf):
             raise ValueError(f"scale: expected a positive finite number, got {self.scale}")
-        if not (0.0 <= self.min_target_prob < 1.0):
+        min_target_prob = real("min_target_prob", self.min_target_prob)
+        if not (0.0 <= min_target_prob < 1.0):
             raise ValueError(
                 f"min_target_prob: expected 0 <= value < 1, got {self.min_target_prob}"
             )
+        _set(self, log_lenience=log_lenience, scale=scale, min_target_prob=min_target_prob)
 
     @property
     def needs_draft_logprobs(self) -> bool:
@@ -135,12 +147,13 @@ class Coupled(AcceptanceRule):
     log_lenience: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_finite_or_inf("log_lenience", self.log_lenience)
-        if self.log_lenience == -math.inf:
+        log_lenience = _log_lenience(self.log_lenience)
+        if log_lenience == -math.inf:
             raise ValueError(
                 "log_lenience: expected > -inf, got -inf, which would forbid the drafted token; "
                 "for plain generation use NoReuse()"
             )
+        _set(self, log_lenience=log_lenience)
 
     @property
     def kind(self) -> RuleKind:
@@ -182,8 +195,10 @@ class RandomReuse(AcceptanceRule):
     prob: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.prob <= 1.0):
+        prob = real("prob", self.prob)
+        if not (0.0 <= prob <= 1.0):
             raise ValueError(f"prob: expected 0 <= value <= 1, got {self.prob}")
+        _set(self, prob=prob)
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
@@ -253,24 +268,28 @@ class Schedule:
     num_steps: int = 0
 
     def __post_init__(self) -> None:
+        of_kind("rule", self.rule, AcceptanceRule, "an acceptance rule such as Lenient(0.0)")
+        num_steps = integer("num_steps", self.num_steps)
         if self.start_log_lenience is not None:
+            start = real("start_log_lenience", self.start_log_lenience)
             if not isinstance(self.rule, (Lenient, Coupled)):
                 raise ValueError(
                     "start_log_lenience: expected a rule with log_lenience (Lenient, Coupled), "
                     f"got {type(self.rule).__name__}"
                 )
-            if not (
-                math.isfinite(self.start_log_lenience) and math.isfinite(self.rule.log_lenience)
-            ):
+            if not (math.isfinite(start) and math.isfinite(self.rule.log_lenience)):
                 raise ValueError(
                     "start_log_lenience: expected finite ends to interpolate between, "
                     f"got {self.start_log_lenience} and {self.rule.log_lenience}"
                 )
-            if self.num_steps < 1:
+            if num_steps < 1:
                 raise ValueError(f"num_steps: expected at least 1, got {self.num_steps}")
+            _set(self, start_log_lenience=start)
+        _set(self, num_steps=num_steps)
 
     def at(self, step: int) -> AcceptanceRule:
         """The rule to use at training step `step` (0-based)."""
+        step = integer("step", step)
         if self.start_log_lenience is None or step >= self.num_steps:
             return self.rule
         assert isinstance(self.rule, (Lenient, Coupled))

@@ -15,6 +15,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from spec_rollout.checks import array, items, of_kind, shown, whole
+
 # The token ids of one prompt, any integer type.
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
@@ -33,19 +35,24 @@ def prompt_key(prompt_ids: TokenIds, user_key: str = "") -> bytes:
         16 bytes (BLAKE2b-128 over the number of ids, the int32 ids and the user key).
 
     Raises:
-        ValueError: if `prompt_ids` is not a row of integers in 0 .. 2**31 - 1.
+        ValueError: if `prompt_ids` is not a row of integers in 0 .. 2**31 - 1, or the user key is
+            no text.
     """
-    ids = np.asarray(prompt_ids)
+    ids = array("prompt_ids", prompt_ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"prompt_ids: expected a row of integers, got {ids.dtype} of shape {list(ids.shape)}"
         )
     if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
         raise ValueError(f"prompt_ids: expected 0 <= id < 2**31, got {ids.min()} to {ids.max()}")
+    try:
+        user_bytes = of_kind("user_key", user_key, str, "a string").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"user_key: expected text that UTF-8 can hold, got {error}") from None
     # The length comes first, so that no user key can be mistaken for further ids.
     digest = hashlib.blake2b(ids.size.to_bytes(8, "little"), digest_size=16)
     digest.update(ids.astype("<i4").tobytes())
-    digest.update(user_key.encode())
+    digest.update(user_bytes)
     return digest.digest()
 
 
@@ -75,15 +82,25 @@ def noise_keys(
         Keys, 64 random-looking bits each. [batch], int64.
 
     Raises:
-        ValueError: if `prompt_keys` and `sample_ids` differ in length, or a key has fewer than 8
-            bytes.
+        ValueError: naming the argument; also if `prompt_keys` and `sample_ids` differ in length, or
+            a key has fewer than 8 bytes.
     """
-    samples = np.asarray(sample_ids, dtype=np.int64).astype(np.uint64)
+    seed, noise_epoch = whole("seed", seed), whole("noise_epoch", noise_epoch)
+    prompt_keys = items("prompt_keys", prompt_keys)
+    ids = array("sample_ids", sample_ids)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"sample_ids: expected a row of integers of 64 bits, got {ids.dtype} "
+            f"of shape {list(ids.shape)}"
+        )
+    samples = ids.astype(np.int64).astype(np.uint64)
     if len(prompt_keys) != len(samples):
         raise ValueError(
             f"sample_ids: expected one per prompt key ({len(prompt_keys)}), got {len(samples)}"
         )
     for key in prompt_keys:
+        if not isinstance(key, bytes):
+            raise ValueError(f"prompt_keys: expected bytes, got {shown(key)}")
         if len(key) < 8:
             raise ValueError(f"prompt_keys: expected at least 8 bytes each, got {len(key)}")
     prompts = np.frombuffer(b"".join(k[:8] for k in prompt_keys), dtype="<u8")

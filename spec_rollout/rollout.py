@@ -15,6 +15,7 @@ import torch
 
 from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
+from spec_rollout.checks import array, integer, items, of_kind, shown, whole
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import TokenIds, noise_keys, prompt_key
 from spec_rollout.packed import cu_lens_from, lens_to_stop
@@ -64,11 +65,15 @@ class RolloutSession:
         drafting: bool = False,
     ) -> None:
         self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
-        if refresh_epochs is not None and refresh_epochs < 1:
+        if refresh_epochs is not None and integer("refresh_epochs", refresh_epochs) < 1:
             raise ValueError(f"refresh_epochs: expected >= 1 or None (never), got {refresh_epochs}")
+        if not callable(getattr(engine, "rollout", None)):
+            raise ValueError(f"engine: expected a RolloutEngine, got {shown(engine)}")
+        if cache is not None:
+            of_kind("cache", cache, RolloutCache, "a RolloutCache or None")
         self.engine = engine
         self.cache = RolloutCache() if cache is None else cache
-        self.seed = seed
+        self.seed = whole("seed", seed)
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
         self.drafting = drafting
@@ -159,6 +164,7 @@ class RolloutSession:
         self, batch: _Batch, sampling: SamplingParams, step: int, epoch: int, start: float
     ) -> Rollouts:
         """Looks drafts up, generates and stores; `start` is when the caller's call began."""
+        of_kind("sampling", sampling, SamplingParams, "SamplingParams")
         _check_count("step", step)
         _check_count("epoch", epoch)
         rule = self.schedule.at(step)
@@ -225,6 +231,7 @@ class RolloutSession:
         """
         start = time.perf_counter()
         _check_count("step", step)
+        of_kind("sampling", sampling, SamplingParams, "SamplingParams")
         batch = _Batch.of_prompts(prompts, num_samples, user_keys)
         keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
         rollouts = self._generate(batch, keys, Drafts.none(batch.size), sampling, NoReuse())
@@ -282,7 +289,7 @@ class _Batch:
         cls, prompts: Sequence[TokenIds], num_samples: int, user_keys: Sequence[str | bytes] | None
     ) -> _Batch:
         """Every prompt `num_samples` times in a row."""
-        if num_samples < 1:
+        if integer("num_samples", num_samples) < 1:
             raise ValueError(f"num_samples: expected >= 1, got {num_samples}")
         arrays, keys = _identify(prompts, user_keys)
         first_ids = []
@@ -307,7 +314,8 @@ class _Batch:
         user_keys: Sequence[str | bytes] | None,
     ) -> _Batch:
         """Rows as they come."""
-        samples = np.asarray(sample_ids)
+        prompts = items("prompts", prompts)
+        samples = array("sample_ids", sample_ids)
         if samples.shape != (len(prompts),) or (samples.size and samples.dtype.kind not in "iu"):
             raise ValueError(
                 f"sample_ids: expected {len(prompts)} integers, one per row of prompts, "
@@ -340,9 +348,10 @@ def _identify(
     Raises:
         ValueError: naming the prompt.
     """
+    prompts = items("prompts", prompts)
     if len(prompts) == 0:
         raise ValueError("prompts: expected at least one, got none")
-    if user_keys is not None and len(user_keys) != len(prompts):
+    if user_keys is not None and len(user_keys := items("user_keys", user_keys)) != len(prompts):
         raise ValueError(
             f"user_keys: expected one per prompt ({len(prompts)}), got {len(user_keys)}"
         )
@@ -355,7 +364,7 @@ def _identify(
         found = known.get((id(prompt), user_key))
         if found is None:
             try:
-                ids_key = prompt_key(prompt, user_key if isinstance(user_key, str) else "")
+                ids_key = prompt_key(prompt, "" if isinstance(user_key, bytes) else user_key)
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}") from error
             if len(prompt) == 0:
@@ -380,5 +389,5 @@ def _end_at_stop(drafts: Drafts, stop_token_ids: Sequence[int]) -> Drafts:
 
 
 def _check_count(name: str, value: int) -> None:
-    if value < 0:
+    if integer(name, value) < 0:
         raise ValueError(f"{name}: expected >= 0, got {value}")

@@ -12,6 +12,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from spec_rollout.checks import integer, items, of_kind, real, tensors
 from spec_rollout.counters import RolloutStats
 from spec_rollout.packed import check_packed, cu_lens_from
 
@@ -44,14 +45,29 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (0.0 <= self.temperature < float("inf")):
+        temperature = real("temperature", self.temperature)
+        if not (0.0 <= temperature < float("inf")):
             raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if self.top_k < 0:
+        top_k = integer("top_k", self.top_k)
+        if top_k < 0:
             raise ValueError(f"top_k: expected >= 0 (0 is off), got {self.top_k}")
-        if not (0.0 < self.top_p <= 1.0):
+        top_p = real("top_p", self.top_p)
+        if not (0.0 < top_p <= 1.0):
             raise ValueError(f"top_p: expected 0 < value <= 1, got {self.top_p}")
-        if self.max_tokens < 1:
+        max_tokens = integer("max_tokens", self.max_tokens)
+        if max_tokens < 1:
             raise ValueError(f"max_tokens: expected >= 1, got {self.max_tokens}")
+        stops = items("stop_token_ids", self.stop_token_ids)
+        stop_token_ids = tuple(integer("stop_token_ids", token) for token in stops)
+        # Python's own numbers, whatever library they came from.
+        for name, value in (
+            ("temperature", temperature),
+            ("top_k", top_k),
+            ("top_p", top_p),
+            ("max_tokens", max_tokens),
+            ("stop_token_ids", stop_token_ids),
+        ):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,9 @@ class Drafts:
     finished: torch.Tensor
 
     def __post_init__(self) -> None:
+        tensors(token_ids=self.token_ids, cu_lens=self.cu_lens, finished=self.finished)
+        if self.logprobs is not None:
+            tensors(logprobs=self.logprobs)
         batch = self.finished.numel()
         if self.finished.shape != (batch,) or self.finished.dtype != torch.bool:
             raise ValueError(
@@ -93,6 +112,8 @@ class Drafts:
     @classmethod
     def none(cls, batch: int) -> Drafts:
         """No draft for any of `batch` rows."""
+        if integer("batch", batch) < 0:
+            raise ValueError(f"batch: expected >= 0, got {batch}")
         return cls(
             token_ids=torch.empty(0, dtype=torch.int32),
             cu_lens=torch.zeros(batch + 1, dtype=torch.int64),
@@ -111,6 +132,9 @@ class Drafts:
         Args:
             lens: [batch], integer, 0 <= lens <= the present lengths.
         """
+        tensors(lens=lens)
+        if lens.is_floating_point() or lens.is_complex():
+            raise ValueError(f"lens: expected integers, got {lens.dtype}")
         lens = lens.to(torch.int64)
         if lens.shape != self.finished.shape or bool(((lens < 0) | (lens > self.lens)).any()):
             raise ValueError(
@@ -155,8 +179,12 @@ class History:
     logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        tensors(token_ids=self.token_ids, cu_lens=self.cu_lens)
+        if self.logprobs is not None:
+            tensors(logprobs=self.logprobs)
         for name in ("row_groups", "request_groups"):
             groups = getattr(self, name)
+            tensors(**{name: groups})
             if groups.dtype != torch.int64 or groups.ndim != 1:
                 raise ValueError(
                     f"{name}: expected int64 of one dimension, got {groups.dtype} "
@@ -197,6 +225,10 @@ class RolloutRequests:
     history: History | None = None
 
     def __post_init__(self) -> None:
+        tensors(prompt_ids=self.prompt_ids, cu_prompt_lens=self.cu_prompt_lens, keys=self.keys)
+        of_kind("drafts", self.drafts, Drafts, "Drafts (Drafts.none(batch) for none)")
+        if self.history is not None:
+            of_kind("history", self.history, History, "a History or None")
         batch = self.keys.numel()
         if self.keys.shape != (batch,) or self.keys.dtype != torch.int64:
             raise ValueError(
@@ -254,6 +286,19 @@ class Rollouts:
     running: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in (
+            "prompt_ids", "cu_prompt_lens", "response_ids", "cu_response_lens", "logprobs",
+            "accepted_lens", "finish_reasons",
+        ):  # fmt: skip
+            tensors(**{name: getattr(self, name)})
+        if self.running is not None:
+            tensors(running=self.running)
+            if self.running.ndim != 2 or self.running.shape[1] != 2:
+                raise ValueError(
+                    f"running: expected shape [steps, 2], got {list(self.running.shape)}"
+                )
+        integer("policy_version", self.policy_version)
+        of_kind("stats", self.stats, RolloutStats, "RolloutStats")
         batch = self.accepted_lens.numel()
         for name, rows, dtype in (
             ("accepted_lens", self.accepted_lens, torch.int32),

@@ -14,6 +14,7 @@ from spec_rollout.cache import file
 from spec_rollout.cache.entry import Entry, is_sound, make_entry
 from spec_rollout.cache.memory import MemoryStore
 from spec_rollout.cache.store import Store
+from spec_rollout.checks import array, integer, items, of_kind, shown, tensors, whole
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
@@ -66,7 +67,7 @@ class RolloutCache:
         keep_logprobs: bool = True,
         store: Store | None = None,
     ) -> None:
-        if max_bytes is not None and max_bytes < 0:
+        if max_bytes is not None and whole("max_bytes", max_bytes) < 0:
             raise ValueError(f"max_bytes: expected >= 0 or None (no bound), got {max_bytes}")
         self.max_bytes = max_bytes
         self.keep_logprobs = keep_logprobs
@@ -115,7 +116,7 @@ class RolloutCache:
             ValueError: naming the argument.
         """
         ids = _check_rows(prompt_keys, sample_ids)
-        if max_tokens < 1:
+        if integer("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
         entries = self._sound_entries(prompt_keys, ids)
         lens = torch.zeros(len(entries), dtype=torch.int64)
@@ -159,6 +160,7 @@ class RolloutCache:
             ValueError: naming the argument; nothing is stored then.
         """
         ids = _check_rows(prompt_keys, sample_ids)
+        of_kind("rollouts", rollouts, Rollouts, "Rollouts")
         if rollouts.batch != len(ids):
             raise ValueError(f"rollouts: expected {len(ids)} rows, got {rollouts.batch}")
         token_bytes = _view_bytes("rollouts.response_ids", rollouts.response_ids, torch.int32)
@@ -169,6 +171,7 @@ class RolloutCache:
                 "rollouts.logprobs", rollouts.logprobs, torch.float32, num_tokens
             )
         if trainer_logprobs is not None:
+            tensors(trainer_logprobs=trainer_logprobs)
             trainer_bytes = _view_bytes(
                 "trainer_logprobs", trainer_logprobs, torch.float32, num_tokens
             )
@@ -269,7 +272,8 @@ class RolloutCache:
 def _check_rows(
     prompt_keys: Sequence[bytes], sample_ids: Sequence[int] | np.ndarray | torch.Tensor
 ) -> list[int]:
-    ids = np.asarray(sample_ids)
+    prompt_keys = items("prompt_keys", prompt_keys)
+    ids = array("sample_ids", sample_ids)
     if ids.shape != (len(prompt_keys),) or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"sample_ids: expected {len(prompt_keys)} integers, one per prompt key, "
@@ -279,7 +283,7 @@ def _check_rows(
         raise ValueError(f"sample_ids: expected 0 <= value < 2**63, got {ids.min()} to {ids.max()}")
     for row, key in enumerate(prompt_keys):
         if not isinstance(key, bytes) or not key:
-            raise ValueError(f"prompt_keys: expected non-empty bytes, row {row} is {key!r}")
+            raise ValueError(f"prompt_keys: expected non-empty bytes, row {row} is {shown(key)}")
     rows: list[int] = ids.tolist()
     return rows
 

@@ -6,16 +6,14 @@ What fails is asked here, afterwards and before anything is written.
 
 from __future__ import annotations
 
-import numbers
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.checks import integer, real, shown
 
-_INT64 = range(-(2**63), 2**63)
 _LONGEST = 2**48  # tokens in a row; no memory has that many addresses
 # By the vocabulary of the library: one-dimensional, int32 or int64.
 _INTEGER_VECTORS = frozenset({
@@ -28,50 +26,6 @@ _INTEGER_VECTORS = frozenset({
 
 class NoDerivativeError(ValueError):
     """The call, and no argument of it, is where it cannot be."""
-
-
-def integer(name: str, value: Any) -> int:
-    """`value` as an int, if it is one (of any library; a truth value is none) and int64 holds it.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    try:
-        if isinstance(value, bool | torch.SymBool):
-            raise TypeError
-        number = operator.index(value)
-    except Exception:
-        raise ValueError(f"{name}: expected an integer, got {shown(value)}") from None
-    if number not in _INT64:
-        raise ValueError(f"{name}: expected an integer of 64 bits, got {shown(value)}")
-    return number
-
-
-def real(name: str, value: Any) -> float:
-    """`value` as a float, if it is a number (of any library; a truth value is none).
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, float | int | numbers.Real):
-        raise ValueError(f"{name}: expected a number, got {shown(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: expected a number within float64, got {shown(value)}") from None
-
-
-def shown(value: object) -> str:
-    """What came, in a few words: the value if it is short and its text says what it is."""
-    kind = type(value).__name__
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return f"an int of {value.bit_length()} bits"
-    if value is None or type(value) in (bool, int, float, str):
-        text = repr(value)
-        return text if len(text) <= 60 else f"{kind} {text[:50]}..."
-    return kind
 
 
 def refuse(error: Exception, op: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from spec_rollout.ops._faults import shown
+from spec_rollout.checks import shown
 
 
 def implementation(table: Mapping[str, Callable[..., Any]], impl: str) -> Callable[..., Any]:

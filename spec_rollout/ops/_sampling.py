@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from spec_rollout.ops._faults import integer, real
+from spec_rollout.checks import integer, real
 
 
 def split_temperature(

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from spec_rollout._native import _C, num_threads
-from spec_rollout.ops._faults import integer, refuse, shown
+from spec_rollout.checks import integer, shown
+from spec_rollout.ops._faults import refuse
 from spec_rollout.ops._registry import register_op
 from spec_rollout.ops._status import after_launch, status_word
 

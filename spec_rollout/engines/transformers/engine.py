@@ -15,6 +15,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.checks import integer
 from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
@@ -108,8 +109,10 @@ class TransformersEngine:
             ("max_verify_tokens", max_verify_tokens),
             ("verify_chunk", verify_chunk),
         ):
-            if value < 1:
+            if integer(name, value) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {value}")
+        if max_model_len is not None:
+            max_model_len = integer("max_model_len", max_model_len)
         model = unwrap(model)
         limit = row_limit(model, model.config.get_text_config(decoder=True))
         if max_model_len is not None and not (2 <= max_model_len <= (limit.most or max_model_len)):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot, RuleKind
+from spec_rollout.checks import integer, of_kind
 
 EXTRA_ARG = "spec_rollout"
 VERSION = 1
@@ -56,7 +57,8 @@ class ReuseRequest:
     collect_id: int = -1
 
     def __post_init__(self) -> None:
-        ids = self.draft_ids
+        ids = of_kind("draft_ids", self.draft_ids, np.ndarray, "an array of int32")
+        of_kind("rule", self.rule, AcceptanceRule, "an acceptance rule such as Lenient(0.0)")
         if ids.ndim != 1 or ids.dtype != np.int32:
             raise ValueError(
                 f"draft_ids: expected int32 of shape [num_draft_tokens], got {ids.dtype} "
@@ -64,17 +66,23 @@ class ReuseRequest:
             )
         if ids.size and int(ids.min()) < 0:
             raise ValueError(f"draft_ids: expected token ids >= 0, got {int(ids.min())}")
-        if not -(2**63) <= self.key < 2**63:
-            raise ValueError(f"key: expected a 64-bit integer, got {self.key}")
-        if not 0 <= self.first_position <= _MAX_ID:
+        key = integer("key", self.key)
+        first_position = integer("first_position", self.first_position)
+        if not 0 <= first_position <= _MAX_ID:
             raise ValueError(f"first_position: expected 0 to 2**31 - 1, got {self.first_position}")
-        if not -1 <= self.collect_id <= _MAX_ID:
+        collect_id = integer("collect_id", self.collect_id)
+        if not -1 <= collect_id <= _MAX_ID:
             raise ValueError(f"collect_id: expected -1 to 2**31 - 1, got {self.collect_id}")
+        # Python's own numbers, whatever library they came from.
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "first_position", first_position)
+        object.__setattr__(self, "collect_id", collect_id)
         logprobs = self.draft_logprobs
         if logprobs is None:
             if ids.size and self.rule.needs_draft_logprobs:
                 raise ValueError(f"draft_logprobs: expected an array for {self.rule}, got None")
             return
+        of_kind("draft_logprobs", logprobs, np.ndarray, "an array of float32 or None")
         if logprobs.shape != ids.shape or logprobs.dtype != np.float32:
             raise ValueError(
                 f"draft_logprobs: expected float32 of shape {list(ids.shape)}, "
@@ -85,7 +93,12 @@ class ReuseRequest:
 
 
 def encode(request: ReuseRequest) -> bytes:
-    """The bytes of a request."""
+    """The bytes of a request.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    of_kind("request", request, ReuseRequest, "a ReuseRequest")
     kind, log_lenience, scale, min_target_prob = request.rule.kernel_params
     logprobs = request.draft_logprobs
     header = _HEADER.pack(

@@ -83,7 +83,7 @@ def test_flipped_bits_never_crash(flip: int) -> None:
         ),
         ({"first_position": -1}, "first_position: expected 0"),
         ({"collect_id": -2}, "collect_id: expected -1"),
-        ({"key": 2**63}, "key: expected a 64-bit integer"),
+        ({"key": 2**63}, "key: expected an integer of 64 bits"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )
