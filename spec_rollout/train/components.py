@@ -206,7 +206,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         state=TrainState(
             0 if state is None else state.step,
             data.fingerprint,
-            None if state is None else state.pending_row,
+            {"step": 0, "epoch": 0} if state is None else state.pending_row,
             data.rendering,
             heldout_fingerprint,
             settings,

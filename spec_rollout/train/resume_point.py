@@ -67,7 +67,7 @@ def find_resume_point(run_dir: Path) -> ResumePoint:
         try:
             check_complete(found[index])
             state = load_state(found[index])
-            check_steps(run_dir / METRICS, state.num_recorded)
+            check_steps(run_dir / METRICS, max(0, state.last_recorded))
             check_content(found[index])
         except (CheckpointError, ConfigError) as error:
             problems.append(str(error))

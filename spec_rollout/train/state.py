@@ -26,7 +26,8 @@ class TrainState:
     Attributes:
         step: Updates done. The next step's prompts follow from it.
         data_fingerprint: Of the training prompts.
-        pending_row: Metrics of the last step when its evaluation was still to come, else None.
+        pending_row: Metrics of the last step while its evaluation was still to come, else None. At
+            the beginning these are no more than step and epoch.
         data_rendering: Of the prompts' token ids.
         heldout_fingerprint: Of the held-out prompts; empty if there are none.
         order: Settings that say which rows a step sees, by key of the config.
@@ -40,14 +41,14 @@ class TrainState:
     order: Mapping[str, int | bool] = field(default_factory=dict)
 
     @property
-    def num_recorded(self) -> int:
-        """Steps whose metrics row was complete."""
-        return max(0, self.step - 1) if self.pending_row else self.step
+    def last_recorded(self) -> int:
+        """The last step whose metrics row is complete; -1 at the beginning."""
+        return self.step if self.pending_row is None else self.step - 1
 
     @property
     def folder_name(self) -> str:
         """Of the checkpoint."""
-        return f"step-{self.step:08d}" + ("-unevaluated" if self.pending_row else "")
+        return f"step-{self.step:08d}" + ("" if self.pending_row is None else "-unevaluated")
 
     def to_json(self) -> str:
         """Content of state.json."""

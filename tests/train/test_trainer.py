@@ -6,7 +6,6 @@ Learning, files, errors before anything is written, interruption and resumption.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from whole_runs import (
+    SignalAtForward,
+    assert_same_weights,
+    final_weights,
+    interruption_config,
+    read_rows,
+    without_seconds,
+)
 
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.config.toml import dump_config, load_config
@@ -32,33 +39,7 @@ from spec_rollout.train.rows import thinned
 from spec_rollout.train.trainer import Job, resume, run, run_together
 from spec_rollout.types import RolloutStats
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def read_rows(run_dir):
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_seconds(rows):
-    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows]
-
-
-def final_weights(run_dir):
-    return load_file(
-        list_checkpoints(Path(run_dir) / "checkpoints")[-1] / "model" / "model.safetensors"
-    )
-
-
-def assert_same_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_learns_and_writes_everything(make_config):
@@ -325,48 +306,6 @@ def test_skipped_rewards(make_config, name):
 
 
 # ---- interruption
-
-
-class SignalAtForward:
-    """Sends a signal to this process just before the n-th forward pass of a run.
-
-    Not counted are those that check the model while the run is put together: nobody listens yet.
-    """
-
-    def __init__(self, n: int, signum: int) -> None:
-        self.n, self.signum, self.count = n, signum, 0
-
-    def __enter__(self):
-        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._hook)
-        return self
-
-    def __exit__(self, *_):
-        self._handle.remove()
-
-    def _hook(self, module, _args):
-        listening = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        if listening and type(module).__name__ == "Qwen3ForCausalLM":
-            self.count += 1
-            if self.count == self.n:
-                os.kill(os.getpid(), self.signum)
-
-
-def interruption_config(make_config, run_dir, checkpoint=None, **train):
-    return make_config(
-        rollout={"rule": "lenient", "log_lenience": 0.5},
-        train={"minibatches": 2, **train},
-        eval={"every_steps": 3},
-        checkpoint=checkpoint or {},
-        log={"run_dir": str(run_dir)},
-    )
-
-
-@pytest.fixture
-def uninterrupted(make_config, tmp_path):
-    config = interruption_config(make_config, tmp_path / "whole")
-    with SignalAtForward(10**9, signal.SIGINT) as counter:
-        run(config)
-    return read_rows(config.log.run_dir), final_weights(config.log.run_dir), counter.count
 
 
 # From the first evaluation to the last: every kind of place a signal may find the run in. Shares of
