@@ -239,10 +239,13 @@ class Bench:
         fill, timed = make([1] * len(rows)), make([job.limits[r] - cuts[r] for r in rows])
         if not rows:
             return (lambda: None), (lambda: None)
-        return (
-            lambda: self.engine.generate(fill, self.work.sampling),
-            lambda: self.engine.generate(timed, self.work.sampling),
-        )
+        return (lambda: self._generate(fill)), (lambda: self._generate(timed))
+
+    def _generate(self, job: Job) -> None:
+        """Without drafts or history; the workers are told of the requests, as in a rollout."""
+        stops = list(self.work.sampling.stop_token_ids)
+        self.engine.llm.collective_rpc("spec_rollout_begin", args=(job.batch, None, stops, True))
+        self.engine.generate(job, self.work.sampling)
 
 
 def _timing(samples: list[float]) -> Timing:

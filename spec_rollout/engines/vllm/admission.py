@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from spec_rollout.checks import of_kind
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, decode
 
 # Attribute of vLLM's SamplingParams -> the value that means "off". What is on changes the
@@ -23,6 +25,21 @@ _MUST_BE_OFF = {
 }
 
 
+def reuse_data(params: Any) -> Any:
+    """What a request has in `extra_args["spec_rollout"]`; None if it has nothing there.
+
+    Args:
+        params: vLLM's SamplingParams.
+
+    Raises:
+        ValueError: if its `extra_args` are no dict.
+    """
+    extra_args = getattr(params, "extra_args", None)
+    if extra_args is None:
+        return None
+    return of_kind("extra_args", extra_args, Mapping, "a dict or None").get(EXTRA_ARG)
+
+
 def admit(
     request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
 ) -> ReuseRequest | None:
@@ -37,10 +54,10 @@ def admit(
     Raises:
         ValueError: naming the request, the parameter, what was expected and what came.
     """
-    data = (getattr(params, "extra_args", None) or {}).get(EXTRA_ARG)
-    if data is None:
-        return None
     try:
+        data = reuse_data(params)
+        if data is None:
+            return None
         request = decode(data)
         for name, off in _MUST_BE_OFF.items():
             value = getattr(params, name, off)

@@ -35,6 +35,8 @@ class ReuseMetrics:
         num_wasted_tokens: Draft tokens computed in a chunk after its first rejection.
         num_fully_reused: Drafts that were accepted to their last token.
         num_placeholder_tokens: Draft tokens that vLLM made up and the plugin rejected.
+        num_unknown_ids: Requests with a `collect_id` that no rollout call announced, or that
+            another request had: nothing is kept for them.
         tested_at, accepted_at: By response position within the draft. [longest draft], int64.
     """
 
@@ -49,6 +51,7 @@ class ReuseMetrics:
     num_wasted_tokens: int = 0
     num_fully_reused: int = 0
     num_placeholder_tokens: int = 0
+    num_unknown_ids: int = 0
     num_tail_steps: int = 0
     tail_seconds: float = 0.0
     max_row_steps: int = 0

@@ -46,7 +46,7 @@ class ReuseRequest:
         first_position: Response position of the first token of this request, where the start of the
             response is already part of the prompt.
         collect_id: >= 0: the worker keeps the log-probs and the accepted length under this number
-            until they are fetched (`VLLMEngine`); -1: it does not.
+            until they are fetched, if a running call of `VLLMEngine` announced it; -1: it does not.
     """
 
     key: int

@@ -248,9 +248,19 @@ def test_eos_ends_a_response_in_mid_chunk(plugged: Any) -> None:
         ({"spec_rollout": encode(ReuseRequest(1, Coupled()))[:-3]}, "spec_rollout"),
         ({"spec_rollout": b"sr\x09" + encode(ReuseRequest(1, Coupled()))[3:]}, "version 1, got 9"),
         (keyed(1, [VOCAB]), f"below {VOCAB}, got {VOCAB}"),
+        ({"spec_rollout": b""}, "expected a message made by"),
+        ({"spec_rollout": ""}, "expected a message made by"),
+        ({"spec_rollout": 0}, "expected bytes, got int"),
+        ({"spec_rollout": []}, "expected bytes, got list"),
+        ([("spec_rollout", b"")], "extra_args: expected a dict or None, got list"),
+        ("spec_rollout", "extra_args: expected a dict or None, got 'spec_rollout'"),
+        (0, "extra_args: expected a dict or None, got 0"),
     ],
-    ids=["rubbish", "type", "short", "version", "vocabulary"],
-)
+    ids=[
+        "rubbish", "type", "short", "version", "vocabulary", "nothing", "no text", "zero",
+        "a list", "pairs", "text", "a number",
+    ],
+)  # fmt: skip
 def test_malformed_request_fails_alone(plugged: Any, bad: Any, message: str) -> None:
     from vllm import SamplingParams
 
@@ -319,6 +329,55 @@ def test_base64_for_http_clients(plugged: Any) -> None:
         for x in (as_bytes, as_text)
     )
     assert a == b
+
+
+def _collecting(key: int, collect_id: int, draft: Any = ()) -> dict[str, Any]:
+    ids = np.asarray(draft, np.int32)
+    return extra_args(ReuseRequest(key, Coupled(), ids, collect_id=collect_id))
+
+
+def _kept(llm: Any) -> list[bytes]:
+    (kept,) = llm.collective_rpc("spec_rollout_take")
+    return list(kept)
+
+
+def test_nothing_is_kept_for_a_client_that_asks_for_it(plugged: Any) -> None:
+    """Only the engine's own calls fetch what is kept: a client's would stay for ever."""
+    from vllm import SamplingParams
+
+    plugged.collective_rpc("spec_rollout_metrics", args=(True,))
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "ignore_eos": True}
+    plain = tokens(
+        generate(plugged, [SamplingParams(extra_args=keyed(i), **options) for i in range(12)])
+    )
+    # With a draft (verified) and without (drawn), ids small and large, one of them twice.
+    asking = [
+        SamplingParams(extra_args=_collecting(i, (0, 0, 2**31 - 1)[i % 3], plain[i][: i % 2 * 9]), **options)
+        for i in range(12)
+    ]  # fmt: skip
+    assert tokens(generate(plugged, asking)) == plain
+    assert _kept(plugged) == [b""] * 5
+    (metrics,) = plugged.collective_rpc("spec_rollout_metrics", args=(True,))
+    assert metrics["num_unknown_ids"] == 12
+
+
+def test_what_a_call_announced_is_kept_once_and_no_longer_than_the_call(plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 1.0, "ignore_eos": True}
+    ids = [0, 1, 1, 2, 7]  # 1 comes twice; 2 and 7 were not announced
+    params = [SamplingParams(extra_args=_collecting(i, n), **options) for i, n in enumerate(ids)]
+    plugged.collective_rpc("spec_rollout_begin", args=(2, None, [], True))
+    generate(plugged, params, PROMPTS[:5])
+    rows, indices, values, *reused = _kept(plugged)
+    assert sorted(np.frombuffer(rows, "<i4").tolist()) == [0] * 10 + [1] * 10
+    assert sorted(np.frombuffer(indices, "<i4").tolist()) == sorted([*range(10)] * 2)
+    assert np.isfinite(np.frombuffer(values, "<f4")).all()
+    assert reused == [b"", b""]
+    (metrics,) = plugged.collective_rpc("spec_rollout_end")
+    assert metrics["num_unknown_ids"] == 3
+    generate(plugged, params[:1], PROMPTS[:1])
+    assert _kept(plugged) == [b""] * 5
 
 
 def test_abort_in_mid_verification(plugged: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spec_rollout.engines.vllm.admission import admit
@@ -63,11 +63,18 @@ def all_logitsprocs(original: Callable) -> Callable:
 
 
 def _check(vllm_config: Any, request_id: str, params: Any) -> None:
-    if not (getattr(params, "extra_args", None) or {}).get(EXTRA_ARG):
+    extra_args = getattr(params, "extra_args", None)
+    if extra_args is None:
         return
+    ours = is_ours(vllm_config.speculative_config)
+    if isinstance(extra_args, Mapping):
+        if extra_args.get(EXTRA_ARG) is None:
+            return
+    elif not ours:
+        return  # vLLM's business
     model_config = vllm_config.model_config
     try:
-        if not is_ours(vllm_config.speculative_config):
+        if not ours:
             raise ValueError(
                 f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
                 "spec_rollout.engines.vllm.engine_args(), got one without"

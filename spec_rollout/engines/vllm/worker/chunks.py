@@ -80,11 +80,13 @@ class ChunkProposer:
         """Our state of a request that was seen for the first time; see `Row`."""
         record = self.sampler.record
         history = record.history
+        collect_id = record.claim(request.collect_id)
         history_id = -1
-        if history is not None and request.collect_id < history.num_requests:
-            history_id = request.collect_id
+        if history is not None and collect_id < history.num_requests:
+            history_id = collect_id
         row = Row(
             request,
+            collect_id=collect_id,
             prompt_len=prompt_len,
             max_response_len=max_response_len,
             stop_token_ids=stop_token_ids,

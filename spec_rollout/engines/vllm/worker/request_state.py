@@ -17,7 +17,8 @@ class Row:
     Attributes:
         prompt_len: Tokens of its prompt; token j of the response is token prompt_len + j of the
             sequence.
-        key, first_position, collect_id, rule: As in `ReuseRequest`.
+        key, first_position, rule: As in `ReuseRequest`.
+        collect_id: The same, if its rollout call announced it (`Record.claim`), or -1.
         draft: The draft, cut to what the response can hold and after its first stop token.
             [draft_len], int32.
         draft_list: The same as a list, if `alive`: vLLM's scheduler speaks lists.
@@ -63,6 +64,7 @@ class Row:
         self,
         request: ReuseRequest,
         *,
+        collect_id: int,
         prompt_len: int,
         max_response_len: int,
         stop_token_ids: frozenset[int],
@@ -77,7 +79,7 @@ class Row:
         self.prompt_len = prompt_len
         self.key = request.key
         self.first_position = request.first_position
-        self.collect_id = request.collect_id
+        self.collect_id = collect_id
         self.rule = request.rule
         self.draft = draft
         self.draft_len = draft.size

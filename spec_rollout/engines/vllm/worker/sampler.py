@@ -70,7 +70,7 @@ class ReuseSampler:
 
     def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
         """A rollout call of so many requests begins; what was left of an earlier one is dropped."""
-        self.record.begin(history)
+        self.record.begin(num_requests, history)
         self.times.begin(num_requests)
 
     def end(self) -> ReuseMetrics:

@@ -26,15 +26,31 @@ class Record:
     """
 
     def __init__(self) -> None:
-        self.begin(None)
+        self.begin(0, None)
 
-    def begin(self, history: HistoryProposals | None) -> None:
-        """A rollout call begins; what was left of an earlier one is forgotten."""
+    def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
+        """A rollout call begins; what was left of an earlier one is forgotten.
+
+        Its requests have the collect ids 0 to `num_requests` - 1.
+        """
         self.metrics = ReuseMetrics()
         self.collector = Collector()
+        self._unclaimed = set(range(num_requests))
         self.history = history
         self.given_logprobs: np.ndarray | None = None
         self.num_kept = 0
+
+    def claim(self, collect_id: int) -> int:
+        """The number under which a new request is written down, -1 for nowhere.
+
+        Only the engine's own calls fetch what is written down, so only the ids that they announced
+        count, each once: another client's would be kept for ever, or take a call's place.
+        """
+        if collect_id in self._unclaimed:
+            self._unclaimed.remove(collect_id)
+            return collect_id
+        self.metrics.num_unknown_ids += collect_id >= 0
+        return -1
 
     def begin_step(self) -> None:
         """Nothing was given out yet."""
