@@ -268,7 +268,7 @@ class TrainingRun:
         place = f"{why} after step {self._step} {of_all}"
         kept = False
         if self._parts.updater.num_begun != self._num_begun:
-            place = f"{why} in step {self._step + 1} {of_all}, whose half-done update is not kept"
+            place = f"{why} in the update of step {self._step + 1} {of_all}, which is not kept"
         else:
             try:
                 self._keep_last_step(prune=not failed)

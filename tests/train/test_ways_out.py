@@ -206,7 +206,7 @@ def test_a_half_done_update_is_not_kept(noisy, whole, tmp_path, capsys, monkeypa
     torch.nn.modules.module._global_forward_pre_hooks.clear()
     text, command = advice(capsys.readouterr().err)
     how = "begin again" if every_steps is None else "continue after step 2"
-    assert text == "stopped by Interfered in step 4 of 6, whose half-done update is not kept; " + (
+    assert text == "stopped by Interfered in the update of step 4 of 6, which is not kept; " + (
         f"{how} with"
     )
     assert checkpoints(run_dir) == ([] if every_steps is None else ["step-00000002"])
@@ -315,18 +315,35 @@ def test_all_runs_that_take_turns_are_kept(noisy, whole, tmp_path, capsys):
 def test_a_terminal_that_goes_away_stops_the_run(noisy, whole, tmp_path, capsys):
     rows, weights = whole
     config = noisy(tmp_path / "interrupted")
+    before = signal.signal(signal.SIGHUP, signal.default_int_handler)
 
     def on_step(row):
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGHUP)
 
-    with pytest.raises(RunInterrupted) as caught:
-        run(config, on_step=on_step)
+    try:
+        with pytest.raises(RunInterrupted) as caught:
+            run(config, on_step=on_step)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert caught.value.code == 129
     assert "interrupted by SIGHUP after step 2 of 6;" in capsys.readouterr().err
     resume(config.log.run_dir)
     assert without_seconds(read_rows(config.log.run_dir)) == rows
     assert_same_weights(final_weights(config.log.run_dir), weights)
+
+
+def test_what_nohup_ignores_stays_ignored(noisy, tmp_path):
+    config = noisy(tmp_path / "whole", max_steps=2)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def on_step(row):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    try:
+        assert run(config, on_step=on_step).totals.steps == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_who_asks_twice_does_not_wait(noisy, tmp_path, capsys):
@@ -368,7 +385,7 @@ def test_weights_that_diverge_are_not_kept(noisy, whole, tmp_path, capsys):
     ):
         resume(run_dir, ["train.lr=1e39"])
     err = capsys.readouterr().err
-    assert "in step 5 of 6, whose half-done update is not kept; continue after step 4 with" in err
+    assert "in the update of step 5 of 6, which is not kept; continue after step 4 with" in err
     assert checkpoints(run_dir) == before
     assert [row["step"] for row in read_rows(run_dir)] == [0, 1, 2, 3, 4]
     resume(run_dir, ["train.lr=3e-3"])
