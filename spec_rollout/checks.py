@@ -64,7 +64,7 @@ def of_kind(name: str, value: Any, kind: type[_Kind], expected: str) -> _Kind:
     return value
 
 
-def array(name: str, values: Any) -> np.ndarray:
+def as_array(name: str, values: Any) -> np.ndarray:
     """`values` as NumPy takes them.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from spec_rollout.checks import array, items, of_kind, shown, whole
+from spec_rollout.checks import as_array, items, of_kind, shown, whole
 
 # The token ids of one prompt, any integer type.
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
@@ -38,7 +38,7 @@ def prompt_key(prompt_ids: TokenIds, user_key: str = "") -> bytes:
         ValueError: if `prompt_ids` is not a row of integers in 0 .. 2**31 - 1, or the user key is
             no text.
     """
-    ids = array("prompt_ids", prompt_ids)
+    ids = as_array("prompt_ids", prompt_ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"prompt_ids: expected a row of integers, got {ids.dtype} of shape {list(ids.shape)}"
@@ -87,7 +87,7 @@ def noise_keys(
     """
     seed, noise_epoch = whole("seed", seed), whole("noise_epoch", noise_epoch)
     prompt_keys = items("prompt_keys", prompt_keys)
-    ids = array("sample_ids", sample_ids)
+    ids = as_array("sample_ids", sample_ids)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"sample_ids: expected a row of integers of 64 bits, got {ids.dtype} "

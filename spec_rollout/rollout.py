@@ -15,7 +15,7 @@ import torch
 
 from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
-from spec_rollout.checks import array, integer, items, of_kind, shown, whole
+from spec_rollout.checks import as_array, integer, items, of_kind, shown, whole
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import TokenIds, noise_keys, prompt_key
 from spec_rollout.packed import cu_lens_from, lens_to_stop
@@ -315,7 +315,7 @@ class _Batch:
     ) -> _Batch:
         """Rows as they come."""
         prompts = items("prompts", prompts)
-        samples = array("sample_ids", sample_ids)
+        samples = as_array("sample_ids", sample_ids)
         if samples.shape != (len(prompts),) or (samples.size and samples.dtype.kind not in "iu"):
             raise ValueError(
                 f"sample_ids: expected {len(prompts)} integers, one per row of prompts, "

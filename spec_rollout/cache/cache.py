@@ -14,7 +14,7 @@ from spec_rollout.cache import file
 from spec_rollout.cache.entry import Entry, is_sound, make_entry
 from spec_rollout.cache.memory import MemoryStore
 from spec_rollout.cache.store import Store
-from spec_rollout.checks import array, integer, items, of_kind, shown, tensors, whole
+from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
@@ -201,14 +201,21 @@ class RolloutCache:
         )
         self._count(evictions=self._store.put_many(groups, self.max_bytes))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, pass_index: int | None = None) -> None:
         """Writes the whole cache to one file, which appears complete or not at all.
 
         An entry that fails its checksum is dropped and counted instead of saved.
 
+        Args:
+            path: A link is followed.
+            pass_index: 0-based number of the pass that the rollouts are of, for `load` to say.
+
         Raises:
+            ValueError: if `pass_index` is none.
             OSError: if the file cannot be written; a file already at `path` is then as it was.
         """
+        if pass_index is not None and integer("pass_index", pass_index) < 0:
+            raise ValueError(f"pass_index: expected >= 0 or None (not known), got {pass_index}")
         corrupt: list[tuple[bytes, int, Entry]] = []
 
         def sound_groups() -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
@@ -223,15 +230,19 @@ class RolloutCache:
                     yield key, sound
 
         try:
-            file.write(path, sound_groups())
+            file.write(path, sound_groups(), pass_index)
         finally:
             self._drop_corrupt(corrupt)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str]) -> int | None:
         """Replaces the content by that of a saved file; the counters go on.
 
         If the file holds more than `max_bytes`, what was used least recently before saving is
         evicted.
+
+        Returns:
+            The `pass_index` that it was saved with; None if with none, or by a version of this
+            package before there was one.
 
         Raises:
             ValueError: if the file is truncated, not a cache, of another version or damaged, naming
@@ -239,8 +250,9 @@ class RolloutCache:
                 were.
             OSError: if the file cannot be read.
         """
-        groups = file.read(path)
+        groups, pass_index = file.read(path)
         self._count(evictions=self._store.replace_all(groups.items(), self.max_bytes))
+        return pass_index
 
     def _sound_entries(self, prompt_keys: Sequence[bytes], ids: list[int]) -> list[Entry | None]:
         """What is cached for each row; what fails its checksum is dropped and None."""
@@ -273,7 +285,7 @@ def _check_rows(
     prompt_keys: Sequence[bytes], sample_ids: Sequence[int] | np.ndarray | torch.Tensor
 ) -> list[int]:
     prompt_keys = items("prompt_keys", prompt_keys)
-    ids = array("sample_ids", sample_ids)
+    ids = as_array("sample_ids", sample_ids)
     if ids.shape != (len(prompt_keys),) or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(
             f"sample_ids: expected {len(prompt_keys)} integers, one per prompt key, "

@@ -1,10 +1,12 @@
-"""A whole cache as one file (format version 1, little-endian, no padding).
+"""A whole cache as one file (format version 2, little-endian, no padding).
 
-    header   magic 8s, version u32, num_groups u64, file size u64, CRC-32 u32 of all before it
+    header   magic 8s, version u32, num_groups u64, file size u64, pass i64 (-1: not known), CRC-32
+             u32 of all before it
     group    key length u32, num_samples u32, key, CRC-32 u32 of all before it in the group's header
     entry    `entry.DESCRIPTION`, CRC-32 u32 (`entry.checksum_of`), token ids i32, log-probs f32
 
 Groups follow each other from the least to the most recently used, entries follow their group.
+Version 1, which is read too, has no pass.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from spec_rollout.cache.entry import DESCRIPTION, Entry, arrays_present, checksum_of, describe
 from spec_rollout.cache.store import Groups
@@ -20,15 +22,27 @@ from spec_rollout.files import replacing
 from spec_rollout.types import FinishReason
 
 MAGIC = b"SPECROLL"
-VERSION = 1
+VERSION = 2
 _PREAMBLE = struct.Struct("<8sI")
-_COUNTS = struct.Struct("<QQ")
+_COUNTS = {1: struct.Struct("<QQ"), 2: struct.Struct("<QQq")}  # by version
 _GROUP = struct.Struct("<II")
 _CRC = struct.Struct("<I")
-_HEADER_BYTES = _PREAMBLE.size + _COUNTS.size + _CRC.size
+_HEADER_BYTES = _PREAMBLE.size + _COUNTS[VERSION].size + _CRC.size
 
 
-def write(path: str | os.PathLike[str], groups: Groups) -> None:
+class Contents(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        groups: The entries of each prompt key, by sample id.
+        pass_index: 0-based number of the pass that the rollouts are of, or None.
+    """
+
+    groups: dict[bytes, dict[int, Entry]]
+    pass_index: int | None
+
+
+def write(path: str | os.PathLike[str], groups: Groups, pass_index: int | None = None) -> None:
     """Writes beside `path`, flushes to the device, then renames.
 
     A crash leaves the old file or the new one, nothing between.
@@ -36,12 +50,13 @@ def write(path: str | os.PathLike[str], groups: Groups) -> None:
     Args:
         path: A link is followed.
         groups: From the least to the most recently used; read once, one group at a time.
+        pass_index: Of the pass that the rollouts are of; None if that is not known.
     """
     with replacing(path, seekable=True) as out:
-        _write_groups(out, groups)
+        _write_groups(out, groups, -1 if pass_index is None else pass_index)
 
 
-def _write_groups(out: BinaryIO, groups: Groups) -> None:
+def _write_groups(out: BinaryIO, groups: Groups, pass_index: int) -> None:
     out.write(bytes(_HEADER_BYTES))  # the header's place: how much follows is not known yet
     num_groups = 0
     for key, samples in groups:
@@ -51,19 +66,20 @@ def _write_groups(out: BinaryIO, groups: Groups) -> None:
             out.write(describe(sample_id, entry) + _CRC.pack(entry.checksum))
             out.writelines(entry.arrays)
         num_groups += 1
-    header = _PREAMBLE.pack(MAGIC, VERSION) + _COUNTS.pack(num_groups, out.tell())
+    counts = _COUNTS[VERSION].pack(num_groups, out.tell(), pass_index)
+    header = _PREAMBLE.pack(MAGIC, VERSION) + counts
     out.seek(0)
     out.write(header + _CRC.pack(zlib.crc32(header)))
 
 
-def read(path: str | os.PathLike[str]) -> dict[bytes, dict[int, Entry]]:
+def read(path: str | os.PathLike[str]) -> Contents:
     """Reads a whole file.
 
     Raises:
         ValueError: naming the path, what was expected and the byte offset.
     """
     with open(path, "rb") as stream:
-        return _Reader(path, stream).groups()
+        return _Reader(path, stream).contents()
 
 
 class _Reader:
@@ -75,8 +91,8 @@ class _Reader:
         self._size = os.fstat(stream.fileno()).st_size
         self._offset = 0
 
-    def groups(self) -> dict[bytes, dict[int, Entry]]:
-        num_groups = self._header()
+    def contents(self) -> Contents:
+        num_groups, pass_index = self._header()
         groups: dict[bytes, dict[int, Entry]] = {}
         for _ in range(num_groups):
             start = self._offset
@@ -92,25 +108,28 @@ class _Reader:
                 groups[key][sample_id] = entry
         if self._offset != self._size:
             raise self._error(self._offset, "the end", f"{self._size - self._offset} more bytes")
-        return groups
+        return Contents(groups, pass_index)
 
-    def _header(self) -> int:
+    def _header(self) -> tuple[int, int | None]:
         preamble = self._take(_PREAMBLE.size, "a header")
         magic, version = _PREAMBLE.unpack(preamble)
         if magic != MAGIC:
             raise self._error(0, f"the magic {MAGIC!r} of a rollout cache", repr(magic))
-        if version != VERSION:
-            raise self._error(len(MAGIC), f"format version {VERSION}", str(version))
-        counts = self._take(_COUNTS.size, "a header")
+        if version not in _COUNTS:
+            raise self._error(len(MAGIC), f"format version 1 or {VERSION}", str(version))
+        counts = self._take(_COUNTS[version].size, "a header")
         self._check_crc(zlib.crc32(preamble + counts), self._take(_CRC.size, "a header"))
-        num_groups: int
-        num_groups, size = _COUNTS.unpack(counts)
+        num_groups, size, *passes = _COUNTS[version].unpack(counts)
         if size != self._size:
             short = "truncated" if self._size < size else "too long"
             raise self._error(
                 min(size, self._size), f"{size} bytes in all", f"{self._size} ({short})"
             )
-        return num_groups
+        pass_index = passes[0] if passes else -1
+        if pass_index < -1:
+            offset = _PREAMBLE.size + _COUNTS[1].size
+            raise self._error(offset, "a pass from 0 on, or -1", str(pass_index))
+        return num_groups, None if pass_index < 0 else pass_index
 
     def _group_header(self) -> tuple[bytes, int]:
         lens = self._take(_GROUP.size, "a group header")

@@ -19,6 +19,7 @@ from spec_rollout.config.sections import (
 )
 
 if TYPE_CHECKING:
+    from spec_rollout.acceptance import AcceptanceRule
     from spec_rollout.loading.data import PromptRow
     from spec_rollout.loading.policy import Policy
     from spec_rollout.types import Rollouts
@@ -69,9 +70,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--pass",
         dest="pass_index",
         type=int,
-        default=0,
         metavar="N",
-        help="0-based number of this pass; rules other than coupled draw new noise each pass",
+        help="0-based number of this pass; default: the one after that of --cache-in, or 0. Rules "
+        "other than coupled draw new noise each pass",
     )
     sampling = parser.add_argument_group("sampling")
     options.add_options(sampling, RolloutConfig, *_SAMPLING, defaults={"num_samples": 1})
@@ -105,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
         updates=[("--cache-in", "--cache-out")],
     )
     cache = RolloutCache()
-    if args.cache_in is not None:
-        cache.load(args.cache_in)
+    rule = config.acceptance()
+    cached_pass = None if args.cache_in is None else cache.load(args.cache_in)
+    pass_index = _pass_index(args, cached_pass, rule)
     check_engine(config)
     # vLLM puts its own copy of the weights where it computes.
     device = "cpu" if config.engine == "vllm" else args.device
@@ -138,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     )
     session = RolloutSession(
         engine,
-        config.acceptance(),
+        rule,
         cache=cache,
         seed=args.seed,
     )
@@ -155,8 +157,8 @@ def run(args: argparse.Namespace) -> int:
                     [row.prompt_ids for row in chosen],
                     config.num_samples,
                     config.sampling(policy.eos_token_ids),
-                    step=args.pass_index,
-                    epoch=args.pass_index,
+                    step=pass_index,
+                    epoch=pass_index,
                     user_keys=[row.user_key for row in chosen],
                 )
                 total += rollouts.stats
@@ -168,9 +170,10 @@ def run(args: argparse.Namespace) -> int:
     if stats_path is not None:
         _write_lines(stats_path, [stats])
     if args.cache_out is not None:
-        cache.save(args.cache_out)
+        cache.save(args.cache_out, pass_index=pass_index)
     print(
-        f"{stats['num_rollouts']} rollouts, {stats['num_response_tokens']} tokens, "
+        f"pass {pass_index}: {stats['num_rollouts']} rollouts, "
+        f"{stats['num_response_tokens']} tokens, "
         f"{stats['reused_fraction']:.1%} reused, {stats['fully_reused_fraction']:.1%} of rollouts "
         "whole, "
         f"{stats['rollout_seconds']:.2f} s ({stats['verification_seconds']:.2f} s verification)",
@@ -181,12 +184,43 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> RolloutConfig:
     """The options as a config, which checks them; its messages then name the option."""
-    if args.pass_index < 0:
+    if args.pass_index is not None and args.pass_index < 0:
         raise ValueError(f"--pass: expected >= 0, got {args.pass_index}")
     try:
         return RolloutConfig(**options.values(args, *_REUSE, *_SAMPLING, *_ENGINE))
     except ConfigError as error:
         raise options.named(error) from None
+
+
+def _pass_index(args: argparse.Namespace, cached_pass: int | None, rule: AcceptanceRule) -> int:
+    """Number of this pass, on which the noise depends.
+
+    Args:
+        cached_pass: That of the rollouts in --cache-in, if the file says so.
+        rule: Most rules draw new noise each pass, and would repeat that of a pass with the same
+            number: every token that is rejected would be drawn again as it was.
+
+    Raises:
+        ValueError: naming the option, if the number has to be known and is not.
+    """
+    if args.pass_index is not None:
+        if args.pass_index == cached_pass and rule.fresh_noise:
+            print(
+                f"note: --pass {cached_pass} is the pass that {args.cache_in} is of: with the same "
+                "seed, what is rejected is drawn with the same noise again",
+                file=sys.stderr,
+                flush=True,
+            )
+        given: int = args.pass_index
+        return given
+    if cached_pass is not None:
+        return cached_pass + 1
+    if args.cache_in is not None and rule.fresh_noise and rule.uses_drafts:
+        raise ValueError(
+            f"--pass: expected the number of this pass, as {args.cache_in} does not say which one "
+            "its rollouts are of, got none"
+        )
+    return 0
 
 
 def _with_options(message: str) -> str:

@@ -16,11 +16,12 @@ from spec_rollout.types import FinishReason
 
 A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
 
-# Format version 1, byte by byte: one group of one response, with the three checksums left zero.
+# Format version 2, byte by byte: one group of one response, with the three checksums left zero.
 # A change here is a new format version.
 GOLDEN = bytes.fromhex(
-    "53504543524f4c4c01000000"  # magic, version
-    "01000000000000006200000000000000"  # groups, bytes in all
+    "53504543524f4c4c02000000"  # magic, version
+    "01000000000000006a00000000000000"  # groups, bytes in all
+    "ffffffffffffffff"  # pass not known
     "00000000"
     "0800000001000000"  # key length, samples
     "70726f6d70742d61"  # prompt-a
@@ -31,6 +32,10 @@ GOLDEN = bytes.fromhex(
     "0700000008000000"  # 7, 8
     "000000bf000080bf"  # -0.5, -1.0
 )
+
+
+# The same as version 1 had it: no pass.
+GOLDEN_1 = b"SPECROLL\1" + GOLDEN[9:20] + b"\x62" + GOLDEN[21:28] + GOLDEN[36:]
 
 
 def _filled() -> RolloutCache:
@@ -112,16 +117,17 @@ def test_the_order_of_use_survives(tmp_path: Path) -> None:
     assert bounded.lookup([A, B, C], [0] * 3, max_tokens=50).lens.tolist() == [50, 0, 0]
 
 
-def _sealed(blob: bytes) -> bytes:
+def _sealed(blob: bytes, header_bytes: int = 36) -> bytes:
     """`GOLDEN`-shaped bytes with the three checksums put right."""
-    header, group, entry = blob[:28], blob[32:48], blob[52:78]
+    header, rest = blob[:header_bytes], blob[header_bytes + 4 :]
+    group, entry, arrays = rest[:16], rest[20:46], rest[50:]
     crc = struct.Struct("<I")
-    entry_crc = zlib.crc32(blob[82:], zlib.crc32(entry, zlib.crc32(blob[40:48])))
+    entry_crc = zlib.crc32(arrays, zlib.crc32(entry, zlib.crc32(rest[8:16])))
     return b"".join(
         (
             *(header, crc.pack(zlib.crc32(header))),
             *(group, crc.pack(zlib.crc32(group))),
-            *(entry, crc.pack(entry_crc), blob[82:]),
+            *(entry, crc.pack(entry_crc), arrays),
         )
     )
 
@@ -132,8 +138,36 @@ def test_the_format_is_the_documented_one(tmp_path: Path) -> None:
     cache.store([A], [3], rollouts)
     cache.save(tmp_path / "cache")
     blob = (tmp_path / "cache").read_bytes()
-    assert len(blob) == 0x62
+    assert len(blob) == 0x6A
     assert blob == _sealed(GOLDEN)
+    cache.save(tmp_path / "cache", pass_index=258)
+    numbered = GOLDEN[:28] + bytes([2, 1, 0, 0, 0, 0, 0, 0]) + GOLDEN[36:]
+    assert (tmp_path / "cache").read_bytes() == _sealed(numbered)
+
+
+def test_the_pass_that_was_saved_is_what_loading_says(tmp_path: Path) -> None:
+    path, cache = tmp_path / "cache", RolloutCache()
+    for pass_index in (None, 0, 1, 2**62):
+        _filled().save(path, pass_index=pass_index)
+        assert cache.load(path) == pass_index
+    for wrong in (-1, 1.5, "one", 2**63):
+        with pytest.raises(ValueError, match="pass_index: expected"):
+            cache.save(path, pass_index=wrong)  # type: ignore[arg-type]
+    assert RolloutCache().load(path) == 2**62
+
+
+def test_a_file_of_version_1_is_read(tmp_path: Path) -> None:
+    path, cache, same = tmp_path / "cache", RolloutCache(), RolloutCache()
+    path.write_bytes(_sealed(GOLDEN_1, 28))
+    assert cache.load(path) is None
+    path.write_bytes(_sealed(GOLDEN))
+    assert same.load(path) is None
+    assert _content(cache) == _content(same)
+    assert rows_of(cache.lookup([A], [3], max_tokens=9)) == [[7, 8]]
+    for length in range(len(GOLDEN_1)):
+        _assert_refused(
+            path, _sealed(GOLDEN_1, 28)[:length], r"expected .* at byte \d+, got .*truncated"
+        )
 
 
 def _assert_refused(path: Path, blob: bytes, match: str, cache: RolloutCache | None = None) -> None:
@@ -160,7 +194,7 @@ def test_a_flipped_bit_anywhere_is_refused(tmp_path: Path) -> None:
     _filled().save(path)
     blob, cache = path.read_bytes(), _filled()
     for byte in range(len(blob)):
-        in_headers = byte < 82  # of the file, of the first group and of its first entry
+        in_headers = byte < 90  # of the file, of the first group and of its first entry
         for bit in range(8) if in_headers else (byte % 8,):
             damaged = blob[:byte] + bytes([blob[byte] ^ (1 << bit)]) + blob[byte + 1 :]
             _assert_refused(path, damaged, r"expected .* at byte \d+, got ", cache)
@@ -179,15 +213,16 @@ def test_other_files_and_versions_are_refused(tmp_path: Path) -> None:
     blob = path.read_bytes()
     _assert_refused(path, b"PK\3\4 something else" * 9, "expected the magic .* at byte 0, got")
     # A later version may have another header: its checksum is no reason to call it damaged.
-    newer = blob[:8] + struct.pack("<I", 2) + blob[12:]
-    _assert_refused(path, newer, "expected format version 1 at byte 8, got 2")
+    for version in (0, 3):
+        newer = blob[:8] + struct.pack("<I", version) + blob[12:]
+        _assert_refused(path, newer, f"expected format version 1 or 2 at byte 8, got {version}")
 
 
 def test_a_wrong_checksum_names_the_entry_it_belongs_to(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     _filled().save(path)
     blob = bytearray(path.read_bytes())
-    entry_at = 32 + 8 + 8 + 4 + (26 + 4 + 3 * 8)  # header, group header of A, sample 0 of A
+    entry_at = 40 + 8 + 8 + 4 + (26 + 4 + 3 * 8)  # header, group header of A, sample 0 of A
     blob[entry_at + 26 + 4] ^= 1  # the token of sample 5 of A
     _assert_refused(path, bytes(blob), f"expected checksum [0-9a-f]{{8}} at byte {entry_at}, got")
 
@@ -195,21 +230,22 @@ def test_a_wrong_checksum_names_the_entry_it_belongs_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        ({52: struct.pack("<q", -1)}, "expected a finished rollout at byte 52, got sample -1"),
-        ({76: bytes([FinishReason.ABORT])}, "expected a finished rollout .*finish reason 2"),
-        ({76: b"\x09"}, "expected a finished rollout .*finish reason 9"),
-        ({77: b"\x04"}, "expected arrays 0 to 3 at byte 77, got 4"),
+        ({28: struct.pack("<q", -2)}, "expected a pass from 0 on, or -1 at byte 28, got -2"),
+        ({60: struct.pack("<q", -1)}, "expected a finished rollout at byte 60, got sample -1"),
+        ({84: bytes([FinishReason.ABORT])}, "expected a finished rollout .*finish reason 2"),
+        ({84: b"\x09"}, "expected a finished rollout .*finish reason 9"),
+        ({85: b"\x04"}, "expected arrays 0 to 3 at byte 85, got 4"),
         (
-            {68: struct.pack("<Q", 2**61)},
-            "expected token ids of 9223372036854775808 bytes at byte 82",
+            {76: struct.pack("<Q", 2**61)},
+            "expected token ids of 9223372036854775808 bytes at byte 90",
         ),
         (
-            {32: struct.pack("<I", 2**32 - 1)},
-            "expected a prompt key of 4294967295 bytes at byte 40",
+            {40: struct.pack("<I", 2**32 - 1)},
+            "expected a prompt key of 4294967295 bytes at byte 48",
         ),
-        ({36: struct.pack("<I", 2)}, "expected an entry header of 26 bytes at byte 98"),
-        ({36: struct.pack("<I", 0)}, "expected the end at byte 52"),
-        ({12: struct.pack("<Q", 2)}, "expected a group header of 8 bytes at byte 98"),
+        ({44: struct.pack("<I", 2)}, "expected an entry header of 26 bytes at byte 106"),
+        ({44: struct.pack("<I", 0)}, "expected the end at byte 60"),
+        ({12: struct.pack("<Q", 2)}, "expected a group header of 8 bytes at byte 106"),
     ],
 )
 def test_nonsense_with_right_checksums_is_refused(
@@ -223,20 +259,20 @@ def test_nonsense_with_right_checksums_is_refused(
 
 def test_a_repeated_key_or_sample_is_refused(tmp_path: Path) -> None:
     one = _sealed(GOLDEN)
-    twice = bytearray(one + one[32:])
+    twice = bytearray(one + one[40:])
     twice[12:20] = struct.pack("<Q", 2)
     twice[20:28] = struct.pack("<Q", len(twice))
-    twice[28:32] = struct.pack("<I", zlib.crc32(twice[:28]))
+    twice[36:40] = struct.pack("<I", zlib.crc32(twice[:36]))
     _assert_refused(
-        tmp_path / "cache", bytes(twice), "each prompt key once at byte 98, got .* again"
+        tmp_path / "cache", bytes(twice), "each prompt key once at byte 106, got .* again"
     )
-    double = bytearray(one + one[52:])
-    double[36:40] = struct.pack("<I", 2)
-    double[48:52] = struct.pack("<I", zlib.crc32(double[32:48]))
+    double = bytearray(one + one[60:])
+    double[44:48] = struct.pack("<I", 2)
+    double[56:60] = struct.pack("<I", zlib.crc32(double[40:56]))
     double[20:28] = struct.pack("<Q", len(double))
-    double[28:32] = struct.pack("<I", zlib.crc32(double[:28]))
+    double[36:40] = struct.pack("<I", zlib.crc32(double[:36]))
     _assert_refused(
-        tmp_path / "cache", bytes(double), "each sample id once .* at byte 98, got 3 again"
+        tmp_path / "cache", bytes(double), "each sample id once .* at byte 106, got 3 again"
     )
 
 

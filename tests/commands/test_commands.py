@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spec_rollout import cli
+from spec_rollout.cache import RolloutCache
 from spec_rollout.demo import model_dir
 from spec_rollout.demo.task import training_problems, write_jsonl
 
@@ -54,6 +55,45 @@ def test_a_second_pass_with_the_first_ones_cache_reuses_it(prompts: Path) -> Non
     assert stats["reused_fraction"] == 1.0
     _, stats = rollout(prompts, "fourth.jsonl", "--cache-in", cache, "--rule", "none")
     assert stats["num_reused_tokens"] == 0
+
+
+def test_the_next_pass_is_taken_and_draws_new_noise(
+    prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = str(prompts.with_name("cache.bin"))
+    # Nothing of a draft is accepted, so the noise decides every token.
+    options = ["--rule", "lenient", "--log-lenience=-1e9", "--seed", "3", "--temperature", "1.5"]
+    first, _ = rollout(prompts, "first.jsonl", *options, "--cache-out", cache)
+    passes = [first]
+    for name in ("second.jsonl", "third.jsonl"):
+        rows, _ = rollout(prompts, name, *options, "--cache-in", cache, "--cache-out", cache)
+        passes.append(rows)
+    assert "pass 2: 6 rollouts" in capsys.readouterr().err
+    responses = [[row["response_ids"] for row in rows] for rows in passes]
+    assert len({str(ids) for ids in responses}) == 3
+    again, _ = rollout(prompts, "again.jsonl", *options, "--cache-in", cache, "--pass", "2")
+    assert "note: --pass 2 is the pass that" in capsys.readouterr().err
+    assert [row["response_ids"] for row in again] == responses[2]
+
+
+def test_a_cache_without_a_pass_needs_to_be_told(
+    prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prompts.with_name("cache.bin")
+    RolloutCache().save(cache)
+    out = prompts.with_name("out.jsonl")
+    argv = ["rollout", "--model", str(model_dir()), "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*argv, "--cache-in", str(cache), "--rule", "lenient"]) == 2
+    expected = f"error: --pass: expected the number of this pass, as {cache} does not say"
+    assert capsys.readouterr().err.startswith(expected)
+    assert not out.exists()
+    # Coupled keeps its noise over passes, and a rule that accepts nothing needs no draft.
+    for options in (
+        ["--rule", "coupled"],
+        ["--rule", "none"],
+        ["--rule", "lenient", "--pass", "4"],
+    ):
+        rollout(prompts, "out.jsonl", "--cache-in", str(cache), *options)
 
 
 def test_portions_change_nothing(prompts: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from spec_rollout.checks import of_kind
@@ -37,7 +36,7 @@ def reuse_data(params: Any) -> Any:
     extra_args = getattr(params, "extra_args", None)
     if extra_args is None:
         return None
-    return of_kind("extra_args", extra_args, Mapping, "a dict or None").get(EXTRA_ARG)
+    return of_kind("extra_args", extra_args, dict, "a dict or None").get(EXTRA_ARG)
 
 
 def admit(

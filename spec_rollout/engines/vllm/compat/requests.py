@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from spec_rollout.engines.vllm.admission import admit
@@ -67,7 +67,7 @@ def _check(vllm_config: Any, request_id: str, params: Any) -> None:
     if extra_args is None:
         return
     ours = is_ours(vllm_config.speculative_config)
-    if isinstance(extra_args, Mapping):
+    if isinstance(extra_args, dict):
         if extra_args.get(EXTRA_ARG) is None:
             return
     elif not ours:
