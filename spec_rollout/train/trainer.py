@@ -149,8 +149,11 @@ def resume(
     with ExitStack() as held:
         notes = _lock(run_dir, "resume", held)
         point = find_resume_point(run_dir)
-        config = _resumed_config(run_dir, list(overrides))
+        overrides = list(overrides)
+        config = _resumed_config(run_dir, overrides)
         parts = build(config, point.checkpoint)
+        if point.checkpoint is not None:
+            notes += _of_no_use(overrides)
         _print_notes([*notes, *point.notes, *parts.notes])
         point.set_aside()
         return _fit([_start(parts, run_dir, Job(config, on_step, on_rollouts), held)])[0]
@@ -159,13 +162,29 @@ def resume(
 def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:
     """The config of a run, which stays where it is."""
     config = load_config(run_dir / CONFIG, overrides)
-    named = any(text.partition("=")[0].strip() == "log.run_dir" for text in overrides)
-    if named and Path(config.log.run_dir).resolve() != run_dir.resolve():
+    if (
+        "log.run_dir" in _keys(overrides)
+        and Path(config.log.run_dir).resolve() != run_dir.resolve()
+    ):
         raise ConfigError(
             f"log.run_dir: expected {str(run_dir)!r}, where the resumed run is, got "
             f"{config.log.run_dir!r}"
         )
     return replace(config, log=replace(config.log, run_dir=str(run_dir)))
+
+
+def _keys(overrides: Iterable[str]) -> set[str]:
+    return {text.partition("=")[0].strip() for text in overrides}
+
+
+def _of_no_use(overrides: Iterable[str]) -> list[str]:
+    """Notes on keys that say where a run begins, which a checkpoint now does."""
+    notes = {
+        "model.path": "the weights are the checkpoint's; only the reference of a KL is loaded from "
+        "there",
+        "rollout.cache_path": "the rollouts are the checkpoint's",
+    }
+    return [f"{key}: {notes[key]}" for key in notes if key in _keys(overrides)]
 
 
 def _fit(runs: Sequence[TrainingRun]) -> list[RunSummary]:

@@ -52,8 +52,12 @@ class UpdateResult:
         return {**own, **self.means}
 
 
+# Updates in a row of which nothing was finite, after which it is no accident.
+_MOST_BARREN = 10
+
+
 class DivergedError(ValueError):
-    """An update left weights that are not finite; the message says which."""
+    """Weights, or gradients for many steps, are not finite; the message says which."""
 
 
 def make_optimizer(
@@ -142,6 +146,7 @@ class PolicyUpdater:
         self._named = _trainable(model, value_head)
         self._parameters = [parameter for _, parameter in self._named]
         self.num_begun = 0
+        self._num_barren = 0
         self._device = next(model.parameters()).device
 
     def update(
@@ -166,7 +171,8 @@ class PolicyUpdater:
         Raises:
             ValueError: if there is not one advantage per token, or a log-prob of these rows is not
                 finite.
-            DivergedError: if weights are not finite afterwards.
+            DivergedError: if weights are not finite afterwards, or no gradient of the last ten
+                updates was.
         """
         for name, tensor in (("advantages", trained.advantages), ("returns", trained.returns)):
             if tensor is not None and tensor.shape != rollouts.logprobs.shape:
@@ -216,6 +222,12 @@ class PolicyUpdater:
             raise DivergedError(
                 f"train: expected finite weights after the update of step {step + 1}, got "
                 f"{problem}; a smaller train.lr may help, or model.dtype = 'float32'"
+            )
+        self._num_barren = self._num_barren + 1 if skipped and not norms else 0
+        if self._num_barren >= _MOST_BARREN:
+            raise DivergedError(
+                f"train: expected finite gradients, got none in the last {_MOST_BARREN} steps up "
+                f"to step {step + 1}: nothing is learned any more"
             )
         return sums.result(losses, norms, lr, skipped)
 

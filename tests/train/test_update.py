@@ -16,7 +16,7 @@ from spec_rollout.loading.policy import load_policy
 from spec_rollout.train import algorithms
 from spec_rollout.train.algorithms.advantages import per_token
 from spec_rollout.train.forward import response_logits
-from spec_rollout.train.update import PolicyUpdater, learning_rate, make_optimizer
+from spec_rollout.train.update import DivergedError, PolicyUpdater, learning_rate, make_optimizer
 
 TEMPERATURE = 0.8
 GROUPS = [[0, 1, 2], [3, 5], []]  # row 4 had no reward, the last prompt none at all
@@ -247,6 +247,44 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(policy, ro
     assert result.num_skipped_updates == 1
     for a, b in zip(model.parameters(), policy.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_ten_updates_without_a_finite_gradient_are_no_accident(policy, rollouts):
+    model = copy.deepcopy(policy.model)
+    config = sgd_config(minibatches=3, lr=1e-9)
+    updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1e-9), config)
+    broken = algorithms.Advantages(torch.full((27,), 3e38))
+    half_broken = broken.advantages.clone()
+    half_broken[rollouts.cu_response_lens[GROUPS[1][0]] :] = 0.5  # of the second minibatch
+
+    def update(advantages, step):
+        updater.update(rollouts, algorithms.Advantages(advantages), GROUPS, step=step)
+
+    for step in range(9):
+        update(broken.advantages, step)
+    update(half_broken, 9)
+    begun = updater.num_begun
+    assert begun == 1
+    for step in range(10, 19):
+        update(broken.advantages, step)
+    with pytest.raises(
+        DivergedError,
+        match=r"train: expected finite gradients, got none in the last 10 .* step 20:",
+    ):
+        update(broken.advantages, 19)
+    assert updater.num_begun == begun
+
+
+def test_weights_that_are_not_finite_are_named(policy, rollouts):
+    model = copy.deepcopy(policy.model)
+    updater = make_updater(model, torch.optim.SGD(model.parameters(), lr=1e30), sgd_config(lr=1e38))
+    large = algorithms.Advantages(1e3 * token_advantages(rollouts).advantages)
+    with pytest.raises(
+        DivergedError,
+        match=r"after the update of step 4, got .* in model\.[a-z_0-9.]+ \(\d+ of \d+ n",
+    ):
+        updater.update(rollouts, large, GROUPS, step=3)
+    assert updater.num_begun == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
