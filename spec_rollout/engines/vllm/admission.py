@@ -24,6 +24,23 @@ _MUST_BE_OFF = {
 }
 
 
+def _not_raw(params: Any) -> str | None:
+    """Why the log-probs of a request's sampling distribution are not those of the logits; None if
+    they are."""
+    if params.temperature not in (0.0, 1.0):
+        return f"temperature {params.temperature}"
+    off: dict[str, Any] = {"logit_bias": None, "allowed_token_ids": None, "min_tokens": 0}
+    if params.temperature > 0.0:  # greedy decoding has no filters
+        off |= {"top_p": 1.0, "min_p": 0.0}
+        if params.top_k > 0:
+            return f"top_k {params.top_k}"
+    for name, value in off.items():
+        given = getattr(params, name, value)
+        if given != value and given:
+            return f"{name} {given}"
+    return None
+
+
 def reuse_data(params: Any) -> Any:
     """What a request has in `extra_args["spec_rollout"]`; None if it has nothing there.
 
@@ -72,6 +89,16 @@ def admit(
                 "logprobs: expected an engine with logprobs_mode raw_logprobs or "
                 "processed_logprobs "
                 f"together with {EXTRA_ARG}, got {logprobs_mode}"
+            )
+        if (
+            params.logprobs is not None
+            and logprobs_mode == "raw_logprobs"
+            and request.rule.needs_draft_logprobs
+            and (reason := _not_raw(params))
+        ):
+            raise ValueError(
+                f"logprobs: expected an engine with logprobs_mode processed_logprobs for {reason}, "
+                f"as {request.rule} reads those of the sampling distribution, got raw_logprobs"
             )
     except ValueError as error:
         raise ValueError(f"request {request_id}: {error}") from error

@@ -43,6 +43,7 @@ def test_a_server_gets_the_arguments_of_the_plugin(command: str) -> None:
     wanted: dict[str, Any] = engine_args()
     assert args.speculative_config == wanted["speculative_config"]
     assert args.worker_extension_cls == wanted["worker_extension_cls"]
+    assert args.logprobs_mode == wanted["logprobs_mode"]
     assert AsyncEngineArgs.from_cli_args(args).model == "MODEL"
 
 

@@ -517,7 +517,88 @@ def engines_by_mode(text_model_dir: Path, plugged: Any) -> Any:
 
     from spec_rollout.engines.vllm import engine_args
 
-    other = LLM(
-        str(text_model_dir), **LLM_ARGS, **engine_args(8), logprobs_mode="processed_logprobs"
+    other = LLM(str(text_model_dir), **LLM_ARGS, **engine_args(8, logprobs_mode=None))
+    return {"raw_logprobs": other, "processed_logprobs": plugged}.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"temperature": 0.7}, "temperature 0.7"),
+        ({"temperature": 1.0, "top_k": 20}, "top_k 20"),
+        ({"temperature": 1.0, "top_p": 0.9}, "top_p 0.9"),
+        ({"temperature": 1.0, "min_p": 0.1}, "min_p 0.1"),
+        ({"temperature": 1.0, "logit_bias": {7: 2.0}}, "logit_bias"),
+        ({"temperature": 1.0, "allowed_token_ids": [5, 6]}, "allowed_token_ids"),
+        ({"temperature": 0.0, "min_tokens": 3}, "min_tokens 3"),
+    ],
+    ids=lambda o: "-".join(o) if isinstance(o, dict) else "",
+)
+def test_raw_logprobs_are_refused_where_lenient_would_store_them(
+    engines_by_mode: Any, options: Any, reason: str
+) -> None:
+    from vllm import SamplingParams
+
+    def ask(mode: str, rule: Any, logprobs: int | None = 0) -> Any:
+        params = SamplingParams(
+            max_tokens=4, logprobs=logprobs, extra_args=keyed(1, (), rule), **options
+        )
+        return generate(engines_by_mode(mode), params, PROMPTS[:1])
+
+    message = rf"request .*: logprobs: expected an engine with .*processed_logprobs for {reason}"
+    with pytest.raises(ValueError, match=message):
+        ask("raw_logprobs", Lenient(0.5))
+    # Where they are not asked for, are not read, or are the right ones.
+    for mode, rule, logprobs in (
+        ("raw_logprobs", Lenient(0.5), None),
+        ("raw_logprobs", Coupled(), 0),
+        ("processed_logprobs", Lenient(0.5), 0),
+    ):
+        ask(mode, rule, logprobs)
+
+
+def test_raw_logprobs_do_for_lenient_at_temperature_1_and_0(engines_by_mode: Any) -> None:
+    from vllm import SamplingParams
+
+    for temperature, more in ((1.0, {}), (0.0, {"top_p": 0.5})):
+        found = []
+        for mode in ("raw_logprobs", "processed_logprobs"):
+            params = SamplingParams(
+                max_tokens=8,
+                logprobs=0,
+                temperature=temperature,
+                extra_args=keyed(1, (), Lenient(0.5)),
+                **more,
+            )
+            (output,) = generate(engines_by_mode(mode), params, PROMPTS[:1])
+            found.append(
+                [
+                    at[token].logprob
+                    for at, token in zip(output.logprobs, output.token_ids, strict=True)
+                ]
+            )
+        assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_logprobs_of_an_engine_with_our_arguments_make_a_draft_of_the_same_policy(
+    plugged: Any,
+) -> None:
+    """At another temperature, too: an unchanged policy accepts its own draft whole."""
+    from vllm import SamplingParams
+
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 0.6, "top_p": 0.9, "logprobs": 0}
+    first = generate(
+        plugged,
+        [SamplingParams(extra_args=keyed(i, (), Lenient(0.0)), **options) for i in range(12)],
     )
-    return {"raw_logprobs": plugged, "processed_logprobs": other}.__getitem__
+    drafts = [
+        ReuseRequest(
+            100 + i,
+            Lenient(0.0),
+            np.array(o.token_ids, np.int32),
+            np.array([at[t].logprob for at, t in zip(o.logprobs, o.token_ids, strict=True)], np.float32) - 1e-4,
+        )
+        for i, o in enumerate(first)
+    ]  # fmt: skip
+    again = generate(plugged, [SamplingParams(extra_args=extra_args(d), **options) for d in drafts])
+    assert tokens(again) == tokens(first)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.checks import integer, of_kind
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
@@ -24,17 +25,23 @@ _BUCKET_BYTES = 64 << 20
 
 
 def engine_args(
-    num_speculative_tokens: int = 64, *, first_chunk: int | None = None
+    num_speculative_tokens: int = 64,
+    *,
+    first_chunk: int | None = None,
+    logprobs_mode: str | None = "processed_logprobs",
 ) -> dict[str, Any]:
     """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`.
 
     `AsyncEngineArgs` takes the same, and `vllm serve` takes them as JSON: `--speculative-config`,
-    `--worker-extension-cls`, `--additional-config`.
+    `--worker-extension-cls`, `--logprobs-mode`, `--additional-config`.
 
     Args:
         num_speculative_tokens: Most draft tokens of a request that one step verifies.
         first_chunk: Draft tokens verified in a request's first chunk, which doubles with every
             chunk accepted whole; None is 16.
+        logprobs_mode: vLLM's, of the log-probs that it returns. `Lenient` reads those of the
+            sampling distribution: `processed_logprobs`. None leaves vLLM's default, which are those
+            of temperature 1 without filters.
 
     Raises:
         ValueError: naming the argument.
@@ -44,8 +51,10 @@ def engine_args(
         ("num_speculative_tokens", num_speculative_tokens),
         ("first_chunk", 1 if first_chunk is None else first_chunk),
     ):
-        if value < 1:
+        if integer(name, value) < 1:
             raise ValueError(f"{name}: expected >= 1, got {value}")
+    if logprobs_mode is not None:
+        of_kind("logprobs_mode", logprobs_mode, str, "a mode of vLLM's or None")
     compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
     compat.install()
     args: dict[str, Any] = {
@@ -56,6 +65,8 @@ def engine_args(
         },
         "worker_extension_cls": compat.WORKER,
     }
+    if logprobs_mode is not None:
+        args["logprobs_mode"] = logprobs_mode
     if first_chunk is not None:
         args["additional_config"] = {"spec_rollout": {"first_chunk": first_chunk}}
     return args
