@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spec_rollout.engines.transformers.unwrap import is_adapter, merged_name, plain_name
+from spec_rollout.engines.weight_names import is_adapter, merged_name, plain_name
 
 
 def copy_weights(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

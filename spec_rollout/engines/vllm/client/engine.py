@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from spec_rollout.checks import integer, of_kind
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
+from spec_rollout.engines.vllm.client.weights import Weights
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.packed_history import pack_history
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
@@ -150,6 +151,8 @@ class VLLMEngine:
         self.last_metrics = ReuseMetrics()
         self.before_step: Callable[[], None] | None = None
         self._policy_version = 0
+        self._weights: Weights | None = None
+        self._half_updated: set[str] = set()  # weights of an update that failed on its way
 
     @property
     def policy_version(self) -> int:
@@ -255,30 +258,66 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies new weights into the workers' model in place and resets the prefix cache.
 
+        The first call tries the checkpoint's names on vLLM's model, which writes nothing.
+
         Args:
-            named_tensors: Names as in the checkpoint the model was loaded from.
+            named_tensors: Names and shapes of the model's state dict in transformers, or of the
+                checkpoint; of the same model wrapped (torch.compile, DataParallel), or merged by
+                peft. Not all need be given, but of a layer that vLLM fuses (query, key and value;
+                all experts) all or none. All tensors are held until the call returns.
 
         Raises:
+            ValueError: naming the first weight that is unknown, repeated or of another shape, an
+                adapter's, one that vLLM has no place for, or a layer given in part; nothing is
+                written then.
             RuntimeError: if the prefix cache cannot be reset because requests are running.
         """
-        in_process = compat.is_in_process(self.llm)
-        bucket: list[tuple[str, Any]] = []
-        num_bytes = 0
-        for name, tensor in named_tensors:
-            tensor = tensor.detach()
-            bucket.append((name, tensor if in_process else _as_bytes(tensor)))
-            num_bytes += tensor.nbytes
-            if num_bytes >= _BUCKET_BYTES:
+        if self._weights is None:
+            config, trusted = compat.transformers_config(self.llm)
+            self._weights = Weights(
+                config, trust_remote_code=trusted, destinations=self._destinations
+            )
+        update = self._weights.ready(named_tensors)
+        names = {name for name, _ in update}
+        failed_before = self._half_updated
+        self._half_updated = failed_before | names  # until the last call below
+        self.llm.collective_rpc("spec_rollout_start_update")
+        try:
+            for bucket in self._buckets(update):
                 self.llm.collective_rpc("spec_rollout_load", args=(bucket,))
-                bucket, num_bytes = [], 0
-        if bucket:
-            self.llm.collective_rpc("spec_rollout_load", args=(bucket,))
-        self.llm.collective_rpc("spec_rollout_weights_loaded")
+            self.llm.collective_rpc("spec_rollout_finish_update")
+        except BaseException:
+            with suppress(Exception):
+                self.llm.collective_rpc("spec_rollout_abort_update")
+            raise
+        self._half_updated = set() if names >= failed_before else failed_before
         self._policy_version += 1
         if not self.llm.reset_prefix_cache():
             raise RuntimeError(
                 "prefix cache: expected no running requests at a weight update, got some"
             )
+
+    def _destinations(self, weights: list[compat.Described]) -> dict[str, Any]:
+        answers = self.llm.collective_rpc("spec_rollout_destinations", args=(weights,))
+        layers: dict[str, list[str]] = {}
+        for answer in answers:  # of the ranks of a pipeline each has other layers
+            if "error" in answer:
+                return answer
+            layers.update(answer["layers"])
+        return {"layers": layers, "partial": answers[0]["partial"]}
+
+    def _buckets(self, update: list[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, Any]]]:
+        in_process = compat.is_in_process(self.llm)
+        bucket: list[tuple[str, Any]] = []
+        num_bytes = 0
+        for name, tensor in update:
+            bucket.append((name, tensor if in_process else _as_bytes(tensor)))
+            num_bytes += tensor.nbytes
+            if num_bytes >= _BUCKET_BYTES:
+                yield bucket
+                bucket, num_bytes = [], 0
+        if bucket:
+            yield bucket
 
     def sleep(self, level: int = 1) -> None:
         """Frees the accelerator's memory between rollouts; needs vLLM's `enable_sleep_mode`."""
@@ -302,6 +341,11 @@ class VLLMEngine:
         )
 
     def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:
+        if self._half_updated:
+            raise RuntimeError(
+                "weights: expected a whole update after one that failed on its way, got none that "
+                f"has {min(self._half_updated)!r} and the {len(self._half_updated) - 1} others"
+            )
         history = None if requests.history is None else pack_history(requests.history)
         stops = list(sampling.stop_token_ids)
         keyed = sampling.temperature > 0  # greedy decoding knows no noise

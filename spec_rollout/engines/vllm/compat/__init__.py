@@ -11,6 +11,7 @@ our proposer.
 - `requests`: a malformed request fails alone, before a worker sees it.
 - `sampling`: our sampler in the place of vLLM's rejection sampler.
 - `workers`: a worker's proposer, and its model's weights.
+- `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `llm`: an offline `LLM`, as the caller's process uses it.
 - `cpu_wheels`: defects of vLLM's builds for CPUs.
 
@@ -29,29 +30,38 @@ from spec_rollout.engines.vllm.compat.llm import (
     scored_prompt_tokens,
     scoring_params,
     shut_down,
+    transformers_config,
 )
+from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
 from spec_rollout.engines.vllm.compat.versions import (
     NEWEST_TESTED,
     OLDEST,
     check_version,
     require_vllm,
 )
-from spec_rollout.engines.vllm.compat.workers import load_weights, proposer_of, weights_loaded
+from spec_rollout.engines.vllm.compat.workers import (
+    finish_update,
+    proposer_of,
+    start_update,
+    weights_loaded,
+)
 
 __all__ = [
     "NEWEST_TESTED",
     "OLDEST",
     "PROPOSER",
     "WORKER",
+    "Described",
     "check_plugged",
     "check_version",
+    "destinations",
+    "finish_update",
     "generate",
     "install",
     "install_worker",
     "is_in_process",
     "is_ours",
     "keep_cpu_weights",
-    "load_weights",
     "model_limits",
     "new_llm",
     "plugin",
@@ -61,5 +71,7 @@ __all__ = [
     "scored_prompt_tokens",
     "scoring_params",
     "shut_down",
+    "start_update",
+    "transformers_config",
     "weights_loaded",
 ]

@@ -3,6 +3,7 @@
 - `dispatch_cpu_unquantized_gemm` frees the weights after packing them: they cannot be updated.
 - `expand_batch_to_tokens` writes into a copy: vLLM's own rejection sampler then reads
   uninitialised memory.
+- Experts are packed after the first load, and not after a reload.
 - The CPU worker disables `torch.set_num_threads` in its process.
 """
 
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -19,6 +21,7 @@ from spec_rollout.engines.vllm.compat.versions import replace
 
 _PACK = "_spec_rollout_pack"
 _keep_weights = False
+_packed: WeakSet[torch.nn.Module] = WeakSet()  # since `note_packing`
 
 
 def keep_cpu_weights() -> None:
@@ -27,11 +30,23 @@ def keep_cpu_weights() -> None:
     _keep_weights = True
 
 
+def note_packing() -> None:
+    """From now on it is noted which layers are packed."""
+    _packed.clear()
+
+
 def pack_again(model: torch.nn.Module) -> None:
-    """Makes new packed copies of the weights of a model; those of before do not see updates."""
+    """Makes new packed copies of a model's weights; those of before do not see updates.
+
+    Layers packed since `note_packing` are left out, and convolutions, whose only copy is packed.
+    """
     for module in model.modules():
         pack = getattr(module, _PACK, None)
-        if pack is not None:
+        if (
+            pack is not None
+            and module not in _packed
+            and not hasattr(module, "_cpu_unpacked_conv_weight")
+        ):
             pack()
 
 
@@ -50,8 +65,9 @@ def threads_kept() -> Iterator[None]:
 
 
 def fix() -> None:
-    """Mends the first two defects in this process."""
+    """Mends the first three defects in this process."""
     from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
     from vllm.v1.sample import rejection_sampler
 
     name = "dispatch_cpu_unquantized_gemm"
@@ -61,6 +77,7 @@ def fix() -> None:
         if loaded is not None and hasattr(loaded, name):
             setattr(loaded, name, getattr(utils, name))
     replace(rejection_sampler, "expand_batch_to_tokens", _expanded)
+    replace(unquantized_fused_moe_method.UnquantizedFusedMoEMethod, "_setup_kernel", _packed_again)
 
 
 def _weights_kept(original: Callable) -> Callable:
@@ -71,8 +88,20 @@ def _weights_kept(original: Callable) -> Callable:
         original(layer, remove_weight=False)
         # Not a submodule, hence past nn.Module.__setattr__.
         object.__setattr__(layer, _PACK, lambda: original(layer, remove_weight=False))
+        _packed.add(layer)
 
     return dispatch_cpu_unquantized_gemm
+
+
+def _packed_again(original: Callable) -> Callable:
+    def _setup_kernel(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+        is_reload = self.moe_kernel is not None
+        original(self, layer, *args, **kwargs)
+        pack = getattr(self.moe_kernel.fused_experts, "process_weights_after_loading", None)
+        if is_reload and pack is not None:
+            pack(layer)
+
+    return _setup_kernel
 
 
 def _expanded(original: Callable) -> Callable:

@@ -31,6 +31,12 @@ def model_limits(llm: Any) -> tuple[int, int]:
     return config.max_model_len, config.get_vocab_size()
 
 
+def transformers_config(llm: Any) -> tuple[Any, bool]:
+    """The model's configuration, and whether code that comes with the model may be run."""
+    config = llm.llm_engine.vllm_config.model_config
+    return config.hf_config, bool(config.trust_remote_code)
+
+
 def is_in_process(llm: Any) -> bool:
     """Whether the engine core runs in this process, so that tensors need not be copied to it."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")

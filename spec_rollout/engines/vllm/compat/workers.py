@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from spec_rollout.engines.vllm.compat import cpu_wheels
 from spec_rollout.engines.vllm.compat.identity import PROPOSER
+from spec_rollout.engines.vllm.compat.reload import WeightUpdate, refresh_derived
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
@@ -30,16 +29,30 @@ def proposer_of(worker: Any) -> ChunkProposer:
     return proposer
 
 
-def load_weights(worker: Any, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copies weights, named as in the checkpoint, into the worker's model in place."""
-    worker.model_runner.get_model().load_weights(named_tensors)
+def start_update(worker: Any) -> WeightUpdate:
+    """Begins an update of the weights of the worker's model."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        cpu_wheels.note_packing()
+    return WeightUpdate(worker)
+
+
+def finish_update(worker: Any, update: WeightUpdate) -> None:
+    """Ends an update; the platform's packed copies are of the new weights then."""
+    from vllm.platforms import current_platform
+
+    update.finish()
+    if current_platform.is_cpu():
+        cpu_wheels.pack_again(worker.model_runner.get_model())
 
 
 def weights_loaded(worker: Any) -> None:
-    """Packs the new weights again where the platform keeps packed copies."""
+    """After weights that others loaded: what is made from weights is made anew."""
     from vllm.platforms import current_platform
 
-    from spec_rollout.engines.vllm.compat import cpu_wheels
-
+    model = worker.model_runner.get_model()
     if current_platform.is_cpu():
-        cpu_wheels.pack_again(worker.model_runner.get_model())
+        cpu_wheels.note_packing()
+        cpu_wheels.pack_again(model)
+    refresh_derived(model)

@@ -50,8 +50,16 @@ class ReuseWorker:
             record.metrics = ReuseMetrics()
         return values
 
+    def spec_rollout_destinations(self, weights: list[compat.Described]) -> dict[str, Any]:
+        """Which layers take which weights of a checkpoint (`compat.destinations`)."""
+        return compat.destinations(self, weights)
+
+    def spec_rollout_start_update(self) -> None:
+        """Before the first `spec_rollout_load` of an update."""
+        self._spec_rollout_update = compat.start_update(self)
+
     def spec_rollout_load(self, named_tensors: list[tuple[str, Any]]) -> None:
-        """Copies weights into the model in place.
+        """Loads some of an update's weights.
 
         Args:
             named_tensors: Names as in the checkpoint, and tensors or (dtype name, shape, bytes) of
@@ -65,8 +73,16 @@ class ReuseWorker:
             flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype))
             return flat.reshape(tuple(shape))
 
-        compat.load_weights(self, ((name, tensor(value)) for name, value in named_tensors))
+        self._spec_rollout_update.load((name, tensor(value)) for name, value in named_tensors)
+
+    def spec_rollout_finish_update(self) -> None:
+        """After the last `spec_rollout_load` of an update."""
+        compat.finish_update(self, self._spec_rollout_update)
+
+    def spec_rollout_abort_update(self) -> None:
+        """Instead of the rest of an update: what is not loaded whole stays as it was."""
+        self._spec_rollout_update.abort()
 
     def spec_rollout_weights_loaded(self) -> None:
-        """After the last `spec_rollout_load` of an update."""
+        """After weights that others loaded, as a trainer's own transfer does."""
         compat.weights_loaded(self)
