@@ -24,11 +24,12 @@ class ReuseProposer(ChunkProposer):
 
     Raises:
         ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
-            token budget.
+            token budget, or the model keeps a recurrent state.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         compat.install_worker()
+        compat.check_state(vllm_config.model_config)
         options = (vllm_config.additional_config or {}).get(_CONFIG_SECTION, {})
         max_chunk = vllm_config.speculative_config.num_speculative_tokens
         first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)

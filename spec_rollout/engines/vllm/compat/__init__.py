@@ -11,6 +11,7 @@ our proposer.
 - `requests`: a malformed request fails alone, before a worker sees it.
 - `sampling`: our sampler in the place of vLLM's rejection sampler.
 - `workers`: a worker's proposer, and its model's weights.
+- `recurrent`: models that are refused.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `llm`: an offline `LLM`, as the caller's process uses it.
 - `cpu_wheels`: defects of vLLM's builds for CPUs.
@@ -32,6 +33,7 @@ from spec_rollout.engines.vllm.compat.llm import (
     shut_down,
     transformers_config,
 )
+from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
 from spec_rollout.engines.vllm.compat.versions import (
     NEWEST_TESTED,
@@ -53,6 +55,7 @@ __all__ = [
     "WORKER",
     "Described",
     "check_plugged",
+    "check_state",
     "check_version",
     "destinations",
     "finish_update",

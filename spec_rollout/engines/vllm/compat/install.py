@@ -2,6 +2,7 @@
 
 - `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request`: a malformed request must
   fail alone, before a worker sees it.
+- `EngineArgs.create_engine_config`: models that vLLM gets wrong when it speculates.
 - `SamplingParams._validate_spec_decode`, `build_logitsprocs`: vLLM refuses min_p and logit_bias
   with any speculative decoding; our sampler and vLLM's plain one honour them.
 - `GPUModelRunner._sample`: the token at the end of a prefill and the token after a draft never
@@ -28,12 +29,14 @@ def install() -> None:
     """
     vllm = require_vllm("spec_rollout's plugin")
     check_version(vllm.__version__)
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from spec_rollout.engines.vllm.compat import requests
+    from spec_rollout.engines.vllm.compat import recurrent, requests
 
+    replace(EngineArgs, "create_engine_config", recurrent.checked_config)
     replace(InputProcessor, "process_inputs", requests.checked_inputs)
     replace(EngineCore, "preprocess_add_request", requests.checked_request)
     replace(SamplingParams, "_validate_spec_decode", requests.lenient_validation)
