@@ -26,6 +26,7 @@ from spec_rollout.runs.files import (
     JsonLines,
     write_atomically,
 )
+from spec_rollout.runs.progress import progress
 from spec_rollout.runs.summary import RunSummary, summarize
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.components import Components
@@ -100,10 +101,13 @@ class TrainingRun:
                 finally:
                     self._parts.store.drop()  # what a step that failed has put there
                 self._finish_step(row, stop, bar)
-                bar.update(1)
+                tokens_per_second = row["num_response_tokens"] / max(row["step_seconds"], 1e-9)
                 bar.set_postfix(
-                    reward=f"{row['reward']:.3f}", reused=f"{row['reused_fraction']:.0%}"
+                    reward=f"{row['reward']:.3f}",
+                    reused=f"{row['reused_fraction']:.0%}",
+                    tokens_per_second=f"{tokens_per_second:.0f}",
                 )
+                bar.update(1)
                 yield self._step
             if self._config.checkpoint.at_end:
                 self._save()
@@ -293,11 +297,12 @@ class TrainingRun:
         self._keeper.save(self._step, self._pending, at_mark=True, prune=prune)
 
     def _progress(self) -> Any:
-        from tqdm import tqdm
-
-        disable = {"auto": None, "on": False, "off": True}[self._config.log.progress]
-        total, initial = self._parts.total_steps, self._step
-        return tqdm(total=total, initial=initial, unit="step", disable=disable, dynamic_ncols=True)
+        return progress(
+            self._parts.total_steps,
+            "step",
+            initial=self._step,
+            shown=self._config.log.progress,
+        )
 
 
 def _trainable_rows(rollouts: Rollouts, rewards: torch.Tensor) -> list[list[int]]:

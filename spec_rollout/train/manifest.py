@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spec_rollout.train.state import STATE, CheckpointError
@@ -17,7 +19,10 @@ _ALWAYS = ("trainer.pt", "cache.bin", STATE)
 def write_manifest(folder: Path) -> None:
     """Writes SHA256SUMS over all files under a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    lines = [
+        f"{digest}  {path.relative_to(folder).as_posix()}\n"
+        for path, digest in zip(paths, _digests(paths), strict=True)
+    ]
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
@@ -31,12 +36,15 @@ def check_complete(folder: Path) -> None:
 
 def check_content(folder: Path) -> None:
     """Raises CheckpointError for the first file of a checkpoint that is not as it was written."""
-    for name, expected in _checksums(folder).items():
-        path = folder / name
-        try:
-            found = _digest(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: expected to read it, got {error.strerror}") from None
+    checksums = _checksums(folder)
+    paths = [folder / name for name in checksums]
+    try:
+        digests = _digests(paths)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename}: expected to read it, cannot: {error.strerror}"
+        ) from None
+    for path, expected, found in zip(paths, checksums.values(), digests, strict=True):
         if found != expected:
             raise CheckpointError(
                 f"{path}: expected the SHA-256 checksum {expected[:16]}... of {MANIFEST}, got "
@@ -68,6 +76,12 @@ def _checksums(folder: Path) -> dict[str, str]:
         if name not in checksums:
             raise CheckpointError(f"{path}: expected the checksum of {name}, found none")
     return checksums
+
+
+def _digests(paths: Sequence[Path]) -> list[str]:
+    """The checksum of each file, some at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_digest, paths))
 
 
 def _digest(path: Path) -> str:
