@@ -132,7 +132,12 @@ class Progress:
         step = len(self._rows[name]) + 1
         left = self.left()
         rest = "the first step tells how long" if left is None else f"about {minutes(left)} left"
-        return f"{gone} gone, {rest}: {name}, step {step} of {self._num_steps}"
+        rows = self._rows[name]
+        rate = ""
+        if rows:
+            speed = rows[-1]["num_response_tokens"] / max(rows[-1]["step_seconds"], 1e-9)
+            rate = f", {speed:.0f} tokens/s"
+        return f"{gone} gone, {rest}: {name}, step {step} of {self._num_steps}{rate}"
 
     def _say_figures(self, name: str, epoch: int) -> None:
         """Once all runs that train together have done a step: after the first, and every epoch."""

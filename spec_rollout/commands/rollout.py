@@ -89,14 +89,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError: naming the option or file, before anything is written.
     """
     config = _config(args)
-    from tqdm import tqdm
-
     from spec_rollout.cache import RolloutCache
     from spec_rollout.loading.data import load_prompts
     from spec_rollout.loading.engines import check_engine, make_engine, without_weights
     from spec_rollout.loading.policy import load_policy
     from spec_rollout.rollout import RolloutSession
     from spec_rollout.runs.outputs import check_outputs
+    from spec_rollout.runs.progress import progress
     from spec_rollout.types import RolloutStats
 
     stats_path = args.stats or _default_stats(args.out)
@@ -150,7 +149,8 @@ def run(args: argparse.Namespace) -> int:
         nonlocal total
         # In portions, to show progress. Samples do not depend on them.
         portion = max(1, _PORTION_SLOTS * config.num_slots // config.num_samples)
-        with tqdm(total=len(data) * config.num_samples, unit="rollout", disable=None) as bar:
+        with progress(len(data) * config.num_samples, "rollout") as shown:
+            shown.set_description(f"pass {pass_index}")
             for start in range(0, len(data), portion):
                 chosen = data.rows[start : start + portion]
                 rollouts = session.rollout(
@@ -163,7 +163,9 @@ def run(args: argparse.Namespace) -> int:
                 )
                 total += rollouts.stats
                 yield from _rows(rollouts, chosen, start, policy, config.num_samples)
-                bar.update(rollouts.batch)
+                tokens_per_second = total.num_response_tokens / max(total.rollout_seconds, 1e-9)
+                shown.set_postfix(tokens_per_second=f"{tokens_per_second:.0f}")
+                shown.update(rollouts.batch)
 
     _write_lines(args.out, rows())
     stats = total.as_row()

@@ -159,7 +159,8 @@ class LogConfig:
     Attributes:
         run_dir: New or empty folder for config.toml, metrics.jsonl, samples.jsonl, summary.json,
             checkpoints.
-        progress: Progress bar: "auto" shows it on a terminal only.
+        progress: "auto" shows a bar on a terminal and, elsewhere, a line every 30 seconds; "on"
+            the bar anyway; "off" neither.
         samples_per_step: Rollouts of each step written to samples.jsonl.
     """
 

@@ -93,7 +93,10 @@ def test_the_status_names_what_runs_now() -> None:
     assert shown.status() == "1:01 gone, the first step tells how long: a, step 1 of 4"
     shown.on_step("a", row(1, 10.0))
     assert shown.status() == "1:01 gone, about 1:10 left: b, step 1 of 4"
-    for step in range(1, 5):
+    shown.on_step("b", row(1, 10.0))
+    # 100 tokens in the 10 seconds of its last step
+    assert shown.status() == "1:01 gone, about 1:00 left: a, step 2 of 4, 10 tokens/s"
+    for step in range(2, 5):
         shown.on_step("b", row(step, 10.0))
     for step in range(2, 5):
         shown.on_step("a", row(step, 10.0))
