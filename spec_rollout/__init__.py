@@ -98,8 +98,6 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _SUBMODULES = ("acceptance", "cache", "engines", "keys", "ops", "rollout", "types")
-# What an extra brings, as it is imported, and what to install for it.
-_EXTRAS = {"transformers": "spec-rollout[train]"}
 
 
 def __getattr__(name: str) -> Any:
@@ -114,12 +112,14 @@ def __getattr__(name: str) -> Any:
         try:
             value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         except ModuleNotFoundError as error:
+            from spec_rollout.extras import TRAIN, install_command
+
             missing = (error.name or "").partition(".")[0]
-            if missing not in _EXTRAS:
+            if missing not in TRAIN:
                 raise
             raise ImportError(
                 f"spec_rollout.{name}: expected {missing} to be installed, found no module of that "
-                f"name; pip install '{_EXTRAS[missing]}'",
+                f"name; {install_command(missing)}",
                 name=missing,
             ) from None
     elif name in _SUBMODULES:

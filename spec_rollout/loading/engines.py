@@ -12,6 +12,7 @@ import torch
 from spec_rollout.config.sections import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.extras import install_command
 from spec_rollout.loading.policy import Policy
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def check_engine(config: RolloutConfig) -> None:
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine: expected vllm to be installed for the engine vllm "
-            "(pip install 'spec-rollout[vllm]'; without a GPU see docs/vllm.md), found no module "
-            "vllm"
+            f"({install_command('vllm')}; without a GPU see docs/vllm.md), found no module vllm"
         )
 
 

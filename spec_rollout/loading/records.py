@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spec_rollout.extras import install_command
+
 Record = dict[str, Any]
 
 
@@ -65,7 +67,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(
-            f"data: reading {str(path)!r} needs pyarrow (pip install 'spec-rollout[parquet]')"
+            f"data: reading {str(path)!r} needs pyarrow ({install_command('pyarrow')})"
         ) from None
     try:
         file = parquet.ParquetFile(path)

@@ -98,7 +98,7 @@ def test_a_missing_extra_names_the_package_and_the_command(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     message = fails(capsys, "report", str(tmp_path))
-    assert message == "matplotlib is not installed: pip install 'spec-rollout[train]'"
+    assert message == "matplotlib is not installed: pip install 'matplotlib>=3.8'"
 
 
 def test_report_is_written_into_the_first_run_or_where_told(

@@ -76,7 +76,10 @@ def test_missing_training_packages_come_with_their_command(monkeypatch: pytest.M
     versions = {"torch": "2", "numpy": "2", "matplotlib": "3"}
     monkeypatch.setattr("spec_rollout.runs.environment.package_version", versions.get)
     missing = doctor.diagnose().missing
-    command = "pip install 'spec-rollout[train]'"
+    command = (
+        "pip install 'matplotlib>=3.8' 'safetensors>=0.4.3' 'tomli-w>=1.0' 'tqdm>=4.66' "
+        "'transformers>=5.0'"
+    )
     assert Missing("transformers not installed", "training", command) in missing
 
 

@@ -32,17 +32,24 @@ def error_without(missing: str, *argv: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("missing", "named"),
+    ("missing", "named", "command"),
     [
-        ("matplotlib", "matplotlib is"),
-        ("tqdm,matplotlib,tomli_w", "matplotlib, tomli_w, tqdm are"),
+        ("matplotlib", "matplotlib is", "'matplotlib>=3.8'"),
+        (
+            "tqdm,matplotlib,tomli_w",
+            "matplotlib, tomli_w, tqdm are",
+            "'matplotlib>=3.8' 'tomli-w>=1.0' 'tqdm>=4.66'",
+        ),
         (
             "transformers,tqdm,matplotlib,safetensors,tomli_w",
             "matplotlib, safetensors, tomli_w, tqdm, transformers are",
+            "'matplotlib>=3.8' 'safetensors>=0.4.3' 'tomli-w>=1.0' 'tqdm>=4.66' 'transformers>=5.0'",
         ),
     ],
 )
-def test_all_missing_packages_are_named_at_once(tmp_path: Path, missing: str, named: str) -> None:
+def test_all_missing_packages_are_named_at_once(
+    tmp_path: Path, missing: str, named: str, command: str
+) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 1.0}))
-    expected = f"error: {named} not installed: pip install 'spec-rollout[train]'\n"
+    expected = f"error: {named} not installed: pip install {command}\n"
     assert error_without(missing, "report", str(tmp_path)) == expected

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from spec_rollout.extras import install_command
+
 OLDEST = (0, 26)  # the `_sample` hook and `custom_class` have the form used here
 NEWEST_TESTED = (0, 32)
 
@@ -28,7 +30,7 @@ def require_vllm(purpose: str) -> Any:
             raise
         raise ImportError(
             f"vllm: expected to be installed for {purpose}, found no module of that name; "
-            "pip install 'spec-rollout[vllm]' (without a GPU see docs/vllm.md)",
+            f"{install_command('vllm')} (without a GPU see docs/vllm.md)",
             name="vllm",
         ) from None
     return vllm
