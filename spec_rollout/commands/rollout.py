@@ -30,7 +30,7 @@ _PORTION_SLOTS = 16  # times the engine's slots: rollouts between two updates of
 # Keys of `RolloutConfig` that are options of this command, by group.
 _REUSE = ("rule", "log_lenience", "scale", "min_target_prob", "reuse_prob")
 _SAMPLING = ("num_samples", "max_tokens", "temperature", "top_k", "top_p")
-_ENGINE = ("engine", "num_slots")
+_ENGINE = ("engine", "num_slots", "max_model_len")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0)
     engine = parser.add_argument_group("engine")
     options.add_options(engine, RolloutConfig, *_ENGINE)
-    options.add_options(engine, ModelConfig, "dtype", "device")
+    options.add_options(engine, ModelConfig, "dtype", "device", "attention")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
     check_engine(config)
     # vLLM puts its own copy of the weights where it computes.
     device = "cpu" if config.engine == "vllm" else args.device
-    model_config = ModelConfig(args.model, dtype=args.dtype, device=device)
+    model_config = ModelConfig(
+        args.model, dtype=args.dtype, device=device, attention=args.attention
+    )
     policy = load_policy(model_config)
     try:
         data = load_prompts(

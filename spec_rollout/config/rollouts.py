@@ -27,6 +27,10 @@ class RolloutConfig:
         stop_tokens: Token strings that end a response; None takes the model's end-of-sequence
             tokens.
         num_slots: Rollouts generated at once.
+        max_model_len: Most tokens of prompt and response together; None is as many as the model
+            takes, and with the engine vllm as many as the prompts and `max_tokens` want.
+        check_model: Refuse a model whose rows depend on each other (docs/models.md), in rollouts
+            or when they are padded for training.
         max_verify_tokens, verify_chunk, batch_invariant: See `TransformersEngine`; the engine vllm
             has none of them.
         reuse: False turns drafts off (the rule still decides which noise is used).
@@ -51,6 +55,8 @@ class RolloutConfig:
     max_tokens: int = 256
     stop_tokens: tuple[str, ...] | None = None
     num_slots: int = 64
+    max_model_len: int | None = None
+    check_model: bool = True
     max_verify_tokens: int = 2048
     verify_chunk: int = 32
     batch_invariant: bool | None = None
@@ -75,6 +81,7 @@ class RolloutConfig:
             *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
             *("refresh_epochs", "cache_max_bytes"),
         )
+        at_least(2, "rollout", self, "max_model_len")
         require(
             self.temperature > 0,
             "rollout.temperature",

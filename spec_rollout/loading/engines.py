@@ -58,14 +58,16 @@ def make_engine(
     """
     try:
         if config.engine == "vllm":
-            max_model_len = longest_prompt + config.max_tokens
+            max_model_len = config.max_model_len or longest_prompt + config.max_tokens
             return _vllm_engine(config, vllm, model, policy.model.config, max_model_len)
         return TransformersEngine(
             policy.model,
             num_slots=config.num_slots,
             max_verify_tokens=config.max_verify_tokens,
             verify_chunk=config.verify_chunk,
+            max_model_len=config.max_model_len,
             batch_invariant=config.batch_invariant,
+            check_model=config.check_model,
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"rollout.engine: {error}") from error

@@ -148,6 +148,11 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
             )
         model, report = loaded
     except Exception as error:
+        if config.attention != "eager" and "does not support an attention impl" in str(error):
+            raise ConfigError(
+                f'model.attention: expected "eager" for {path!r}, whose class has no other, got '
+                f'"{config.attention}"'
+            ) from error
         raise ConfigError(f"{expected}, cannot load {path!r}: {_first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(map(str, report.get(problem) or ()))

@@ -115,7 +115,10 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         torch.set_num_threads(config.train.threads)
     policy = load_policy(model_config)
     check_finite(policy.model, model_config.path, "model.path")
-    check_forward(policy)
+    if config.rollout.max_model_len is not None:
+        policy = replace(policy, max_length=config.rollout.max_model_len)
+    if config.rollout.check_model:
+        check_forward(policy)
     data, eval_rows, heldout_fingerprint = _render_data(config, sources, policy)
     notes = data.notes
     if config.data.template_time is None and data.template_time is not None:
@@ -272,8 +275,9 @@ def _render_data(
     for row in (*data.rows, *parts["heldout"]):
         length = len(row.prompt_ids) + config.rollout.max_tokens
         if policy.max_length is not None and length > policy.max_length:
+            whose = "the model's" if config.rollout.max_model_len is None else "the config's"
             raise DataError(
-                f"{row.source}: expected prompt and response to fit the model's "
+                f"{row.source}: expected prompt and response to fit {whose} "
                 f"{policy.max_length} tokens, got "
                 f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = "
                 f"{config.rollout.max_tokens}"

@@ -158,6 +158,19 @@ def test_a_window_that_only_a_long_row_passes_is_tried_and_the_way_out_is_named(
     assert_right(model, rollouts, requests)
 
 
+def test_rows_that_are_ahead_of_others_see_all_of_themselves() -> None:
+    """The model's own mask begins where the width of the batch says, not where a row is."""
+    model = gpt_neo(window=24)
+    masks = [block.attn.attention.bias for block in model.transformer.h]
+    engine = TransformersEngine(model, max_model_len=24, verify_chunk=20)
+    requests = random_requests(40, longest=20)
+    rollouts = engine.rollout(requests, SamplingParams(max_tokens=24), Coupled())
+    assert_right(model, rollouts, requests)
+    assert row_gap(ModelForward(model, None, 24)).is_rounding
+    for block, mask in zip(model.transformer.h, masks, strict=True):
+        assert block.attn.attention.bias is mask
+
+
 def test_the_check_can_be_left_out() -> None:
     assert TransformersEngine(gpt_neo(window=8), check_model=False).max_model_len == 128
 

@@ -68,6 +68,11 @@ class ModelForward:
         # Renamed in transformers 5.24.
         takes_cache = "cache" in inspect.signature(model.forward).parameters
         self._cache_argument = "cache" if takes_cache else "past_key_values"
+        # Masks of its own that a model (GPT-Neo) measures from the width of the batch. Ours say all
+        # that they say, but for a local layer's window, within which rows then have to stay.
+        self._own_masks = [
+            module for module in model.modules() if _is_own_mask(module._buffers.get("bias"))
+        ]
         self._select: torch.Tensor | None = None
         self.num_steps = 0
         self.num_padding_tokens = 0
@@ -85,11 +90,17 @@ class ModelForward:
         if self.batch_invariant:
             self.model.config._attn_implementation = BATCH_INVARIANT_ATTENTION
         parts = contextlib.nullcontext() if self._parts is None else self._parts.installed()
+        own_masks = [module._buffers["bias"] for module in self._own_masks]
+        for module, mask in zip(self._own_masks, own_masks, strict=True):
+            assert mask is not None
+            module._buffers["bias"] = mask.new_ones(()).expand(mask.shape)
         try:
             with torch.inference_mode(), parts:
                 yield
         finally:
             hook.remove()
+            for module, mask in zip(self._own_masks, own_masks, strict=True):
+                module._buffers["bias"] = mask
             if self.batch_invariant:
                 self.model.config._attn_implementation = attention
             for module in training:
@@ -250,6 +261,16 @@ class ModelForward:
 
         AttentionInterface.register(BATCH_INVARIANT_ATTENTION, batch_invariant_attention)
         return True
+
+
+def _is_own_mask(buffer: torch.Tensor | None) -> bool:
+    """Whether it is what a causal mask looks like: [1, 1, tokens, tokens], bool."""
+    return (
+        buffer is not None
+        and buffer.dtype == torch.bool
+        and buffer.ndim == 4
+        and buffer.shape[-1] == buffer.shape[-2]
+    )
 
 
 def _vocabulary(model: Any, head: Any) -> tuple[int, int]:
