@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -99,11 +99,13 @@ class EvalResult:
             are.
         reward: Mean reward, skipped ones left out; 0 if all are.
         seconds: Wall time of sampling.
+        means: Mean of each reward function (`Scores.means`).
     """
 
     accuracy: float
     reward: float
     seconds: float
+    means: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -121,10 +123,11 @@ def evaluate(
     """Samples every prompt afresh (no cache, noise of its own that changes with `step`) and scores
     the responses."""
     rollouts = session.evaluate([row.prompt_ids for row in rows], num_samples, sampling, step=step)
-    values = score(
+    scores = score(
         rewards, tokenizer, rollouts, rows, num_samples, keep_special_tokens=keep_special_tokens
-    ).total
+    )
+    values = scores.total
     given = values[~torch.isnan(values)]
     accuracy = float((given >= correct_at).double().mean()) if given.numel() else 0.0
     reward = float(given.mean()) if given.numel() else 0.0
-    return EvalResult(accuracy, reward, rollouts.stats.rollout_seconds)
+    return EvalResult(accuracy, reward, rollouts.stats.rollout_seconds, scores.means())

@@ -16,6 +16,9 @@ from spec_rollout.rewards.guard import process_kept
 from spec_rollout.rewards.resolve import resolve
 from spec_rollout.rewards.signature import Sample, Signature, SignatureError, signature_of
 
+# Losses are sums in float32, which goes to 3e38.
+_LARGEST = 1e30
+
 
 class RewardError(RuntimeError):
     """A reward function raised or returned something that is not a number; the message names
@@ -87,7 +90,7 @@ class Rewards:
 
         Raises:
             RewardError: if a function raises, exits, or returns something else than a finite number
-                or None.
+                of at most 1e30, or None.
         """
         totals: list[float | None] = [None] * len(samples)
         by_function: dict[str, list[float | None]] = {}
@@ -99,11 +102,7 @@ class Rewards:
                 if value is None:
                     continue
                 total = (totals[index] or 0.0) + entry.weight * value
-                if not math.isfinite(total):
-                    raise RewardError(
-                        f"reward {entry.name}: expected a finite sum of the rewards, got {total} "
-                        f"(prompt of {samples[index].source})"
-                    )
+                _check_size(entry, "sum of the rewards", total, samples[index].source)
                 totals[index] = total
         return Judgement(totals, by_function)
 
@@ -159,7 +158,17 @@ def _number(entry: _Entry, value: Any, source: str) -> float | None:
             f"reward {entry.name}: expected a finite number or None, got {value!r:.200} (prompt of "
             f"{source})"
         )
+    _check_size(entry, "number", number, source)
     return number
+
+
+def _check_size(entry: _Entry, what: str, value: float, source: str) -> None:
+    """Sums and squares of a batch's rewards have to be numbers, too."""
+    if abs(value) > _LARGEST:
+        raise RewardError(
+            f"reward {entry.name}: expected a {what} of at most {_LARGEST:g}, got {value:g} "
+            f"(prompt of {source})"
+        )
 
 
 def _entry(

@@ -246,6 +246,7 @@ class TrainingRun:
             )
             row[f"accuracy_{name}"] = result.accuracy
             row[f"eval_reward_{name}"] = result.reward
+            row.update({f"eval_{name}_{key}": mean for key, mean in result.means.items()})
             seconds += result.seconds
         return {**row, "eval_seconds": seconds}
 

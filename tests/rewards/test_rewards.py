@@ -74,6 +74,10 @@ def huge(prompt, response, answer):
     return 1e308
 
 
+def large(prompt, response, answer):
+    return 1e30
+
+
 def short_list(responses):
     return [1.0]
 
@@ -172,8 +176,12 @@ def test_errors_name_function_and_row(name, response, message):
 
 
 def test_a_sum_that_is_no_number_is_named():
-    with pytest.raises(RewardError, match="expected a finite sum of the rewards, got inf"):
+    match = r"reward .*: expected a number of at most 1e\+30, got 1e\+308 \(prompt of d\.jsonl:7\)"
+    with pytest.raises(RewardError, match=match):
         total(["huge", "huge"])
+    with pytest.raises(RewardError, match=r"expected a sum of the rewards of at most 1e\+30, got"):
+        total(["large"], weights=(2.0,))
+    assert total(["large"]) == 1e30
     with pytest.raises(ConfigError, match=r"reward\.weights: expected finite numbers"):
         RewardConfig(("exact_match",), (math.inf,))
 

@@ -35,7 +35,8 @@ def group_advantages(
         eps: Added to the standard deviation.
 
     Raises:
-        ValueError: if `rewards` is not a matrix of floats or holds an infinity.
+        ValueError: if `rewards` is not a matrix of floats or holds an infinity, or float32 cannot
+            hold an advantage (without `normalize`), naming the group.
     """
     if rewards.dim() != 2 or not rewards.is_floating_point():
         raise ValueError(
@@ -48,6 +49,12 @@ def group_advantages(
     given = ~torch.isnan(rewards)
     counts = given.sum(1, keepdim=True)
     values = torch.where(given, rewards, torch.zeros_like(rewards))
+    # By a power of two, which changes no digit: sums of large rewards, and their squares, would be
+    # infinite.
+    exponents = torch.frexp(values.abs().amax(1, keepdim=True)).exponent
+    exponents = torch.where(exponents > 500, exponents, torch.zeros_like(exponents))
+    values = torch.ldexp(values, -exponents)
+    eps_there = torch.ldexp(torch.full_like(values[:, :1], eps), -exponents)
     centered = torch.where(
         given, values - values.sum(1, keepdim=True) / counts.clamp(min=1), values
     )
@@ -59,10 +66,17 @@ def group_advantages(
     advantages = torch.where(flat, torch.zeros_like(centered), centered)
     if normalize:
         std = (centered.square().sum(1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
-        advantages = advantages / torch.where(flat, torch.ones_like(std), std + eps)
-    return GroupAdvantages(
-        advantages.float(), int((flat & (counts > 0)).sum()), int((counts > 0).sum())
-    )
+        advantages = advantages / torch.where(flat, torch.ones_like(std), std + eps_there)
+    else:
+        advantages = torch.ldexp(advantages, exponents)
+    result = advantages.float()
+    if not bool(torch.isfinite(result).all()):
+        group = int((~torch.isfinite(result)).any(1).nonzero()[0])
+        raise ValueError(
+            "rewards: expected differences from the group's mean that float32 holds, got "
+            f"{float(advantages[group].abs().max()):.3g} in group {group}"
+        )
+    return GroupAdvantages(result, int((flat & (counts > 0)).sum()), int((counts > 0).sum()))
 
 
 def per_token(values: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:

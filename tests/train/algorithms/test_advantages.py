@@ -47,6 +47,28 @@ def test_equal_rewards_give_exact_zeros_and_are_counted(value):
     assert (result.num_zero_variance, result.num_groups) == (1, 2)
 
 
+@pytest.mark.parametrize("scale", [1e150, 1e300, 1.7e308, -1.7e308])
+def test_large_rewards_have_the_advantages_of_small_ones(scale):
+    shape = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, -1.0, 0.5, NAN], [0.0, 0.0, 1.0, 0.5]])
+    rewards = torch.cat([shape.double() * scale, shape.double()])
+    result = group_advantages(rewards, eps=0.0)
+    expected = result.advantages[3:] * (1.0 if scale > 0 else -1.0)
+    torch.testing.assert_close(result.advantages[:3], expected)
+    assert (result.num_zero_variance, result.num_groups) == (0, 6)
+    equal = group_advantages(torch.full((1, 4), scale, dtype=torch.float64))
+    assert torch.equal(equal.advantages, torch.zeros(1, 4))
+
+
+def test_without_normalization_what_float32_cannot_hold_is_refused_by_group():
+    rewards = torch.tensor([[1.0, 0.0], [1e300, 0.0]], dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match=r"rewards: expected .* float32 holds, got 5e\+299 in group 1"
+    ):
+        group_advantages(rewards, normalize=False)
+    large = group_advantages(torch.tensor([[1e38, 0.0]], dtype=torch.float64), normalize=False)
+    torch.testing.assert_close(large.advantages, torch.tensor([[5e37, -5e37]]))
+
+
 def test_skipped_responses_do_not_count():
     rewards = torch.tensor([[1.0, NAN, 0.0], [NAN, 5.0, NAN], [NAN, NAN, NAN]])
     result = group_advantages(rewards, eps=0.0)
