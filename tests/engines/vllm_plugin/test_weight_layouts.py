@@ -188,6 +188,16 @@ REFUSED: dict[str, tuple[str, Callable[[dict], Any], str]] = {
         lambda w: {n: t for n, t in w.items() if n != EXPERT},
         r"layers\.1\.mlp\.experts.* without .*experts\.3\.up_proj",
     ),
+    "in two forms": (
+        "qwen3_moe",
+        lambda w: {**w, "model.layers.1.mlp.experts.down_proj": torch.zeros(8, 128, 64)},
+        r"experts\.0\.down_proj\.weight' both as in the model's state dict and as in its",
+    ),
+    "shape of a tied weight": (
+        "llama, tied",
+        lambda w: {**w, "lm_head.weight": w[EMBEDDING][1:]},
+        r"lm_head.weight' of shape \[64, 128\], got \[63, 128\]",
+    ),
     "an adapter": (
         "llama",
         lambda w: {**w, "base_model.model." + Q[:-6] + "lora_A.default.weight": w[Q][:4]},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Weights:
             known = self._known(name)
             if known in given:
                 raise ValueError(f"named_tensors: expected each name once, got {name!r} again")
-            shape = self._shapes.get(known, self._in_file.get(known))
+            own = self._aliases.get(known, known)
+            shape = self._shapes.get(own, self._in_file.get(own))
             if shape is not None and tensor.shape != shape:
                 raise ValueError(
                     f"named_tensors: expected {name!r} of shape {list(shape)}, got "
@@ -69,7 +71,15 @@ class Weights:
             return self._as_given(given)
         self._untie(given)
         update = self._to_file(given)
-        self._check_whole({name for name, _ in update})
+        names = {name for name, _ in update}
+        if len(names) < len(update):
+            twice = sorted(name for name, _ in update)
+            name = next(a for a, b in pairwise(twice) if a == b)
+            raise ValueError(
+                f"named_tensors: expected each weight once, got {name!r} both as in the model's "
+                "state dict and as in its checkpoint"
+            )
+        self._check_whole(names)
         order = {name: i for i, name in enumerate(self._in_file)}
         return sorted(update, key=lambda item: order[item[0]])
 
@@ -139,9 +149,10 @@ class Weights:
                     f"a part, which makes {name!r}"
                 )
         for layer, sources in self._layers.items():
-            missing = [name for name in sources if name not in names]
-            if missing and len(missing) < len(sources):
-                there = next(name for name in sources if name in names)
+            trained = [name for name in sources if name in self._trained]
+            missing = [name for name in trained if name not in names]
+            if missing and len(missing) < len(trained):
+                there = next(name for name in trained if name in names)
                 raise ValueError(
                     f"named_tensors: expected all weights of vLLM's layer {layer!r} or none, got "
                     f"{there!r} without {missing[0]!r}"
@@ -182,10 +193,10 @@ def _empty_model(config: Any, trust_remote_code: bool) -> Any:
     made = [getattr(transformers, name, None) for name in names]
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for kind in made:
-            if kind is not None:
-                return kind._from_config(config)
         try:
+            for kind in made:
+                if kind is not None:
+                    return kind._from_config(config)
             return transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )

@@ -64,6 +64,8 @@ def destinations(worker: Any, weights: Sequence[Described]) -> dict[str, Any]:
         if past and name not in in_place:
             return {"error": f"vLLM's reload leaves {min(past)} out, which goes to {name}"}
         taken[name] |= sources_of_layer
+    for name, sources_of_layer in sources.in_use.items():
+        taken[name] |= sources_of_layer
     for name, dtype in sources.quantised.items():
         return {"error": f"the engine's checkpoint is quantised, and {name} takes {dtype} only"}
     filled = {name: sorted(names) for name, names in taken.items() if names}
@@ -91,7 +93,9 @@ class _Sources(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.owners: dict[int, str] = {}  # storage of a model's tensor: layer
-        self.written: dict[str, set[str]] = defaultdict(set)  # layer: weights copied into it
+        # Layer: weights copied into it; those that the reload leaves where they are.
+        self.written: dict[str, set[str]] = defaultdict(set)
+        self.in_use: dict[str, set[str]] = defaultdict(set)
         self.quantised: dict[str, str] = {}  # layer that wants its weights quantised: dtype
         self._names: dict[int, frozenset[str]] = {}
         self._alive: list[Any] = []  # so that no storage takes the place of another
@@ -115,7 +119,7 @@ class _Sources(TorchDispatchMode):
         if func._schema.is_mutable and isinstance(target, torch.Tensor):
             owner = self.owners.get(_storage(target))
             if owner is not None:
-                self.written[owner] |= names
+                (self.written if target.is_meta else self.in_use)[owner].update(names)
                 if any(_is_narrower(target, value) for value in values[1:]):
                     self.quantised.setdefault(owner, str(target.dtype).removeprefix("torch."))
                 if not target.is_meta:
