@@ -313,6 +313,34 @@ def test_vllms_own_loading_goes_on_after_an_update(make: MakeFamily) -> None:
     assert_equal(roll_out(engine), loaded)
 
 
+def test_a_router_gate_that_vllm_keeps_combined_follows_its_parts(vllm_installed: None) -> None:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from spec_rollout.engines.vllm.compat.reload import refresh_derived
+
+    class Runner(torch.nn.Module):
+        """vLLM's code on two gates; a whole runner takes an engine on an AMD GPU."""
+
+        fuse = MoERunner._maybe_fuse_gate_weights
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.shared_expert_gate = torch.nn.Linear(4, 3), torch.nn.Linear(4, 1)
+            self._combined_gate_weight = None
+
+    runner = Runner().requires_grad_(False)
+    refresh_derived(runner)  # not combined yet
+    runner.fuse()
+    combined = runner._combined_gate_weight
+    runner.gate.weight += 1
+    runner.shared_expert_gate.weight += 2
+    refresh_derived(runner)
+    assert runner._combined_gate_weight is combined  # CUDA graphs read it where it was
+    runner._combined_gate_weight = None
+    runner.fuse()
+    assert torch.equal(combined, runner._combined_gate_weight)
+
+
 def test_merged_adapters_arrive_under_pefts_names(make: MakeFamily) -> None:
     peft = pytest.importorskip("peft")
     engine, model, folder = make("llama")
