@@ -258,6 +258,80 @@ def test_an_engine_whose_update_failed_on_its_way_serves_again_after_a_whole_one
     assert_equal(roll_out(engine), loaded)
 
 
+def _int8_when_loaded() -> str:
+    """A quantisation of vLLM's that repacks linear layers as it loads them; its name.
+
+    vLLM's own of this kind have no kernels in its builds for CPUs without AMX.
+    """
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    from vllm.model_executor.utils import replace_parameter
+
+    class Method(UnquantizedLinearMethod):
+        def process_weights_after_loading(self, layer: Any) -> None:
+            rounded, scale = int8(layer.weight.data)
+            replace_parameter(layer, "weight", rounded.t().contiguous())
+            layer.register_parameter("scale", torch.nn.Parameter(scale, requires_grad=False))
+
+        def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+            return torch.nn.functional.linear(x, layer.weight.t() * layer.scale, bias)
+
+    @register_quantization_config("spec_rollout_test")
+    class Config(QuantizationConfig):
+        def get_name(self) -> str:
+            return "spec_rollout_test"
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return [torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> Any:
+            return cls()
+
+        def get_quant_method(self, layer: Any, prefix: str) -> Any:
+            return Method() if isinstance(layer, LinearBase) else None
+
+    return "spec_rollout_test"
+
+
+def int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[out, in] in steps of [out, 1]."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+def test_a_model_that_is_quantised_when_it_is_loaded_is_quantised_anew(
+    vllm_installed: None, tmp_path: Path
+) -> None:
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    model = make_model(tmp_path, hidden_size=128)
+    llm_args = {**LLM_ARGS, "quantization": _int8_when_loaded()}
+    engine = VLLMEngine(str(tmp_path), llm_args=llm_args)
+    loaded = roll_out(engine)
+    assert gap(model, loaded) > 1e-2
+    engine.update_weights(model.named_parameters())
+    assert_equal(roll_out(engine), loaded)
+
+    perturb(model)
+    engine.update_weights(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                rounded, scale = int8(parameter)
+                parameter.copy_(rounded * scale)
+    assert gap(model, roll_out(engine)) < 1e-4
+
+
 def _quantise(folder: Path) -> None:
     """The int8 format of compressed-tensors."""
     from safetensors.torch import save_file
