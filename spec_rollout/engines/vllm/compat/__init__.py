@@ -13,6 +13,7 @@ our proposer.
 - `workers`: a worker's proposer, and its model's weights.
 - `recurrent`: models that are refused.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
+- `shared_classes`: transformers' models beside an engine stay as they are.
 - `llm`: an offline `LLM`, as the caller's process uses it.
 - `cpu_wheels`: defects of vLLM's builds for CPUs.
 

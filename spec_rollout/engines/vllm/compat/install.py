@@ -9,7 +9,8 @@
   reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
 - `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices in every
   step, with drafts or without; our sampler needs one array of them.
-- On CPUs, two defects of the wheels (`cpu_wheels`).
+- `_support_torch_compile`: transformers' classes, which a trainer in this process has models of.
+- On CPUs, defects of the wheels (`cpu_wheels`).
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ def install() -> None:
 def install_worker() -> None:
     """Installs the hooks of a worker process; called while its model runner is being built."""
     install()
+    from vllm.compilation import decorators
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_model_runner
 
-    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling
+    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling, shared_classes
 
+    replace(decorators, "_support_torch_compile", shared_classes.only_vllms)
     replace(gpu_model_runner.GPUModelRunner, "_sample", sampling.sample)
     replace(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
