@@ -142,6 +142,14 @@ def test_every_default_survives_the_round_trip(tmp_path):
         ({"vllm": {"strategy": "two"}}, r"vllm\.strategy: expected one of inflight, two_pass"),
         ({"reward": {"weights": [1.0, 2.0]}}, r"reward\.weights: expected one per function \(1\)"),
         ({"reward": {"functions": "f"}}, r"reward\.functions: expected a list \(a string each\)"),
+        (
+            {"checkpoint": {"every_minutes": 0.0}},
+            r"checkpoint\.every_minutes: expected a positive number, got 0\.0",
+        ),
+        (
+            {"checkpoint": {"every_minutes": math.inf}},
+            r"checkpoint\.every_minutes: expected a positive number, got inf",
+        ),
         ({"eval": {"num_samples": 0}}, r"eval\.num_samples: expected at least 1, got 0"),
         ({"checkpoint": {"keep_last": 0}}, r"checkpoint\.keep_last: expected at least 1, got 0"),
         (

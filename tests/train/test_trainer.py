@@ -528,6 +528,11 @@ def truncated_cache(tmp_path):
             r"of grpo, got 'gpro'; did you mean 'grpo'",
         ),
         ({"reward": {"functions": ["absent:f"]}}, ConfigError, r"reward\.functions: cannot load"),
+        (
+            {"rollout": {"num_samples": 1}},
+            ConfigError,
+            r"rollout\.num_samples: expected at least 2 with train\.algorithm = 'grpo' .*, got 1",
+        ),
     ],
 )
 def test_nothing_is_written_for_bad_input(make_config, sections, error, message):
