@@ -8,9 +8,8 @@ the last bits with what is computed beside it. The kernel behind this function
 the other, whatever the shape.
 
 Matrix products remain torch's. Float32 products on CPU keep one order of summation per output
-element as long as a shape rule holds (found by trial on x86 with MKL: `torch.equal` over row counts
-1 to 4,096): `MIN_ROWS`. `TransformersEngine.batch_invariance_error` measures whether that does for
-a model on the machine at hand.
+element where they have enough rows (`row_counts`). `TransformersEngine.batch_invariance_error`
+measures whether that does for a model on the machine at hand.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ BATCH_INVARIANT_ATTENTION = "spec_rollout_batch_invariant"
 
 # Arguments of transformers' attention functions that change what they compute.
 _NOT_SERVED = ("softcap", "s_aux", "position_bias")
-
-# A matrix product of fewer rows than this may take a kernel of its own.
-MIN_ROWS = 16
 
 
 def span_mask(

@@ -11,12 +11,12 @@ import torch
 
 from spec_rollout.engines.transformers.attention import (
     BATCH_INVARIANT_ATTENTION,
-    MIN_ROWS,
     batch_invariant_attention,
     span_mask,
 )
 from spec_rollout.engines.transformers.layer_parts import LayerParts
 from spec_rollout.engines.transformers.lengths import declared
+from spec_rollout.engines.transformers.row_counts import row_counts
 from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ class ModelForward:
         self.vocab_size, self.head_size = _vocabulary(model, self._head)
         self.num_layers = self.config.num_hidden_layers
         self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
-        self.min_rows = MIN_ROWS if self.batch_invariant else 1
+        self._row_counts: tuple[int, ...] = (1,)
+        self._counted_for = 0  # threads
+        self._count_rows()
         self._parts = LayerParts(model) if self.batch_invariant else None
         # Renamed in transformers 5.24.
         takes_cache = "cache" in inspect.signature(model.forward).parameters
@@ -83,6 +85,7 @@ class ModelForward:
     def session(self) -> Iterator[None]:
         """Evaluation and inference mode, our hook, attention and layer parts; all as it was
         afterwards."""
+        self._count_rows()
         training = [module for module in self.model.modules() if module.training]
         attention = self.model.config._attn_implementation
         hook = self._head.register_forward_pre_hook(self._keep_selected)
@@ -162,12 +165,13 @@ class ModelForward:
         if select is None:
             select = self._arange(token_ids.numel())
         num_selected = select.numel()
-        if num_selected < self.min_rows:
-            select = torch.nn.functional.pad(select, (0, self.min_rows - num_selected))
+        missing = self._at_least(num_selected) - num_selected
+        if missing:
+            select = torch.nn.functional.pad(select, (0, missing))
         width = round_up(width, WIDTH_MULTIPLE)
         if self.batch_invariant:
-            missing = self.min_rows - token_ids.numel()
-            if missing > 0:
+            missing = self._at_least(token_ids.numel()) - token_ids.numel()
+            if missing:
                 token_ids, positions = (
                     torch.nn.functional.pad(values, (0, missing))
                     for values in (token_ids, positions)
@@ -213,6 +217,17 @@ class ModelForward:
             **{self._cache_argument: cache},
         )
         return output.logits[0, :num_selected]
+
+    def _count_rows(self) -> None:
+        """Finds out how few rows will do, if the number of threads is another than last time."""
+        threads = torch.get_num_threads()
+        if self.batch_invariant and threads != self._counted_for:
+            self._row_counts = row_counts(self.model)
+            self._counted_for = threads
+
+    def _at_least(self, count: int) -> int:
+        """Rows to compute where `count` are wanted."""
+        return next((rows for rows in self._row_counts if rows >= count), count)
 
     def _arange(self, count: int) -> torch.Tensor:
         """0..count-1, int64; kept, as every step wants one."""

@@ -7,7 +7,7 @@ import torch
 from spec_rollout.engines.transformers.forward import ModelForward
 
 # (rows, tokens of a row per forward): whole rows at once, decoding, and shapes between.
-_SHAPES = ((33, 48), (33, 1), (16, 1), (5, 9), (1, 32), (19, 20))
+_SHAPES = ((33, 48), (33, 1), (16, 1), (6, 1), (1, 1), (5, 9), (1, 32), (19, 20))
 _LEN = 48
 _STRIDE = 5  # logits of every fifth token, to bound memory
 
