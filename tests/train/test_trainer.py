@@ -305,6 +305,22 @@ def test_skipped_rewards(make_config, name):
             assert 0 < row["num_tokens"] < row["num_response_tokens"]
 
 
+def one(prompt, response, answer):
+    return 1.0
+
+
+def test_a_run_that_learns_nothing_says_so_once(make_config, capsys):
+    config = make_config(
+        reward={"functions": [f"{__name__}:one"]},
+        train={"epochs": None, "max_steps": 42},
+        rollout={"max_tokens": 2},
+        eval={"num_train_prompts": 0},
+    )
+    seen = []
+    run(config, on_step=lambda row: seen.append("note: " in capsys.readouterr().err))
+    assert [index + 1 for index, said in enumerate(seen) if said] == [20]
+
+
 # ---- interruption
 
 
