@@ -6,11 +6,13 @@ import json
 import os
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 from whole_runs import (
     assert_same_weights,
     final_weights,
@@ -20,6 +22,7 @@ from whole_runs import (
 )
 
 from spec_rollout.cli import main
+from spec_rollout.config.sections import RewardConfig
 from spec_rollout.config.toml import dump_config
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.rewards.rewards import RewardError
@@ -53,6 +56,12 @@ class Interfered(BaseException):
 
 
 REWARD_CALLS = Calls()
+HOOKS: list[RemovableHandle] = []
+
+
+def remove_hooks() -> None:
+    while HOOKS:
+        HOOKS.pop().remove()
 
 
 def noisy_reward(prompt: str, response: str, answer: str) -> float:
@@ -72,15 +81,10 @@ def noisy(make_config):
 
     def make(run_dir, checkpoint=None, **train):
         config = interruption_config(make_config, run_dir, checkpoint, **train)
-        functions = (f"{__name__}:noisy_reward",)
-        return type(config)(
-            **{
-                **{name: getattr(config, name) for name in config.__dataclass_fields__},
-                "reward": type(config.reward)(functions),
-            }
-        )
+        return replace(config, reward=RewardConfig((f"{__name__}:noisy_reward",)))
 
-    return make
+    yield make
+    remove_hooks()
 
 
 @pytest.fixture
@@ -117,8 +121,7 @@ def fails_in_update(n, monkeypatch):
         if torch.is_grad_enabled() and type(module).__name__ == "Qwen3ForCausalLM":
             calls()
 
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
-    monkeypatch.setattr(calls, "handle", handle, raising=False)
+    HOOKS.append(torch.nn.modules.module.register_module_forward_pre_hook(hook))
     return Interfered
 
 
@@ -188,7 +191,7 @@ def test_an_error_loses_no_whole_step(noisy, whole, tmp_path, capsys, monkeypatc
     assert text == f"stopped by {error.__name__} after step {step} of 6; continue with"
     assert command == ["train", "--resume", run_dir]
     assert checkpoints(run_dir) == [kept]
-    torch.nn.modules.module._global_forward_pre_hooks.clear()
+    remove_hooks()
     resume(run_dir)
     assert without_seconds(read_rows(run_dir)) == rows
     assert_same_weights(final_weights(run_dir), weights)
@@ -203,7 +206,7 @@ def test_a_half_done_update_is_not_kept(noisy, whole, tmp_path, capsys, monkeypa
         fails_in_update(8, patch)  # the second minibatch of step 4
         with pytest.raises(Interfered):
             run(config)
-    torch.nn.modules.module._global_forward_pre_hooks.clear()
+    remove_hooks()
     text, command = advice(capsys.readouterr().err)
     how = "begin again" if every_steps is None else "continue after step 2"
     assert text == "stopped by Interfered in the update of step 4 of 6, which is not kept; " + (
