@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spec_rollout.engines.vllm.compat.reload import Part, config_of, info_of, stored_as_loaded
+from spec_rollout.engines.vllm.compat.reload import (
+    Part,
+    config_of,
+    info_of,
+    put_back,
+    stored_as_loaded,
+    tensors_of,
+)
 
 # Name as in the checkpoint, shape, dtype without "torch.".
 Described = tuple[str, list[int], str]
@@ -31,7 +38,7 @@ def destinations(worker: Any, weights: Sequence[Described]) -> dict[str, Any]:
     error = _cannot_reload(model)
     if error is not None:
         return {"error": error}
-    sources = _Sources()
+    sources = _Sources(model)
     in_place = {name for name, x in model.named_modules() if stored_as_loaded(x)}
 
     def empty() -> Iterator[tuple[str, torch.Tensor]]:
@@ -42,10 +49,7 @@ def destinations(worker: Any, weights: Sequence[Described]) -> dict[str, Any]:
 
     with _rehearsing(worker, model):
         layers = dict(model.named_modules())
-        for name, layer in layers.items():
-            for tensor in (*layer._parameters.values(), *layer._buffers.values()):
-                if tensor is not None:
-                    sources.owners[_storage(tensor)] = name
+        sources.find_owners()
         try:
             with sources:
                 model.load_weights(empty())
@@ -90,8 +94,9 @@ def _is_partial(layer: torch.nn.Module) -> bool:
 class _Sources(TorchDispatchMode):
     """Follows weights on the meta device through what loaders do with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
+        self._model = model
         self.owners: dict[int, str] = {}  # storage of a model's tensor: layer
         # Layer: weights copied into it; those that the reload leaves where they are.
         self.written: dict[str, set[str]] = defaultdict(set)
@@ -99,6 +104,13 @@ class _Sources(TorchDispatchMode):
         self.quantised: dict[str, str] = {}  # layer that wants its weights quantised: dtype
         self._names: dict[int, frozenset[str]] = {}
         self._alive: list[Any] = []  # so that no storage takes the place of another
+
+    def find_owners(self) -> None:
+        """Notes which layer has which tensor now."""
+        for name, layer in self._model.named_modules():
+            for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+                if tensor is not None:
+                    self.owners[_storage(tensor)] = name
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self._names[_storage(tensor)] = frozenset((name,))
@@ -118,6 +130,9 @@ class _Sources(TorchDispatchMode):
         target = args[0] if args else None
         if func._schema.is_mutable and isinstance(target, torch.Tensor):
             owner = self.owners.get(_storage(target))
+            if owner is None and names and not target.is_meta:
+                self.find_owners()  # registered since
+                owner = self.owners.get(_storage(target))
             if owner is not None:
                 (self.written if target.is_meta else self.in_use)[owner].update(names)
                 if any(_is_narrower(target, value) for value in values[1:]):
@@ -142,12 +157,14 @@ def _rehearsing(worker: Any, model: torch.nn.Module) -> Iterator[None]:
     layerwise._layerwise_process = lambda layer, info: None
     try:
         with config_of(worker):
+            before = tensors_of(model)
             everything = Part(model, list(model.modules()))
             everything.start()
             try:
                 yield
             finally:
                 everything.restore()
+                put_back(before)  # some models register tensors anew as they load
     finally:
         layerwise._layerwise_process = process
 

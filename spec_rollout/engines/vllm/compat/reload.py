@@ -28,6 +28,7 @@ class WeightUpdate:
         self._model = worker.model_runner.get_model()
         repacked = [layer for layer in self._model.modules() if not stored_as_loaded(layer)]
         self._repacked = Part(self._model, repacked)
+        self._before = tensors_of(self._model)
         with config_of(worker):
             self._repacked.start()
 
@@ -42,8 +43,9 @@ class WeightUpdate:
 
         with config_of(self._worker), torch.no_grad(), _constants_kept(), _quiet():
             finalize_layerwise_reload(self._repacked, self._worker.vllm_config.model_config)
+            self.abort()
+            self._keep_places()
             refresh_derived(self._model)
-        self.abort()
         reset = getattr(self._worker.model_runner, "reset_lora_state", None)
         if reset is not None:
             reset()
@@ -51,6 +53,15 @@ class WeightUpdate:
     def abort(self) -> None:
         """Leaves layers that are not loaded whole with their weights of before."""
         self._repacked.restore()
+
+    def _keep_places(self) -> None:
+        """Tensors that a load has replaced are where CUDA graphs have their address again."""
+        for held, before in self._before:
+            for name, old in before.items():
+                new = held.get(name)
+                if new is not None and new is not old and old is not None and _alike(new, old):
+                    old.data.copy_(new)
+                    held[name] = old
 
 
 def refresh_derived(model: torch.nn.Module) -> None:
@@ -60,6 +71,22 @@ def refresh_derived(model: torch.nn.Module) -> None:
         combined = getattr(module, "_combined_gate_weight", None)
         if combined is not None:  # in place: CUDA graphs have its address
             combined.copy_(torch.cat([module.gate.weight, module.shared_expert_gate.weight]))
+
+
+Held = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def tensors_of(model: torch.nn.Module) -> Held:
+    """What holds the tensors of each layer, and what is in it now."""
+    held = [h for x in model.modules() for h in (x._parameters, x._buffers)]
+    return [(each, dict(each)) for each in held]
+
+
+def put_back(before: Held) -> None:
+    """Makes the layers of a model hold the tensors that they held before."""
+    for held, tensors in before:
+        held.clear()
+        held.update(tensors)
 
 
 class Part:
