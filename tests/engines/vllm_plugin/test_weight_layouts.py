@@ -165,6 +165,19 @@ def test_equal_weights_change_no_log_prob_and_others_arrive_whole(
     assert_equal(roll_out(engine), loaded)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen3_moe"])
+def test_weights_stay_where_cuda_graphs_would_read_them(make: MakeFamily, family: str) -> None:
+    engine, model, _ = make(family)
+
+    def places() -> dict[str, int]:
+        named = engine.llm.apply_model(lambda inner: dict(inner.named_parameters()))[0]
+        return {name: tensor.data_ptr() for name, tensor in named.items()}
+
+    before = places()
+    engine.update_weights(model.named_parameters())
+    assert places() == before
+
+
 def test_a_layer_alone_is_updated(make: MakeFamily) -> None:
     engine, model, folder = make("qwen3_moe")
     loaded = roll_out(engine)

@@ -14,9 +14,7 @@ from spec_rollout.engines.vllm.compat.reload import (
     Part,
     config_of,
     info_of,
-    put_back,
     stored_as_loaded,
-    tensors_of,
 )
 
 # Name as in the checkpoint, shape, dtype without "torch.".
@@ -157,14 +155,12 @@ def _rehearsing(worker: Any, model: torch.nn.Module) -> Iterator[None]:
     layerwise._layerwise_process = lambda layer, info: None
     try:
         with config_of(worker):
-            before = tensors_of(model)
             everything = Part(model, list(model.modules()))
             everything.start()
             try:
                 yield
             finally:
                 everything.restore()
-                put_back(before)  # some models register tensors anew as they load
     finally:
         layerwise._layerwise_process = process
 

@@ -28,7 +28,7 @@ class WeightUpdate:
         self._model = worker.model_runner.get_model()
         repacked = [layer for layer in self._model.modules() if not stored_as_loaded(layer)]
         self._repacked = Part(self._model, repacked)
-        self._before = tensors_of(self._model)
+        self._before = _tensors_of(self._model)
         with config_of(worker):
             self._repacked.start()
 
@@ -73,20 +73,13 @@ def refresh_derived(model: torch.nn.Module) -> None:
             combined.copy_(torch.cat([module.gate.weight, module.shared_expert_gate.weight]))
 
 
-Held = list[tuple[dict[str, Any], dict[str, Any]]]
+_Held = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def tensors_of(model: torch.nn.Module) -> Held:
+def _tensors_of(model: torch.nn.Module) -> _Held:
     """What holds the tensors of each layer, and what is in it now."""
     held = [h for x in model.modules() for h in (x._parameters, x._buffers)]
     return [(each, dict(each)) for each in held]
-
-
-def put_back(before: Held) -> None:
-    """Makes the layers of a model hold the tensors that they held before."""
-    for held, tensors in before:
-        held.clear()
-        held.update(tensors)
 
 
 class Part:
