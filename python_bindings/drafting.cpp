@@ -102,24 +102,99 @@ struct PackedIds {
   }
 };
 
-HistoryDrafter make_drafter(int64_t num_groups, py::handle groups,
-                            std::vector<int32_t> stop_token_ids,
+HistoryDrafter make_drafter(int64_t max_bytes, int64_t max_group_bytes, int64_t table_tokens,
+                            int64_t max_table_bytes, bool is_lasting,
                             std::shared_ptr<MatchShares> shares) {
+  constexpr int64_t kLineBytes = NgramTable::kNumOrders * sizeof(NgramTable::Line);
+  return HistoryDrafter(
+      {max_bytes, max_group_bytes, table_tokens, max_table_bytes / kLineBytes, is_lasting},
+      std::move(shares));
+}
+
+// Two int64 make a key.
+std::vector<GroupKey> keys_of(ArgReader& reader, py::handle values, Size count) {
+  Dim both{"words", 2};
+  const auto* words = static_cast<const uint64_t*>(
+      reader.tensor(values, "groups", {count, both}, {DType::kInt64}).data);
+  std::vector<GroupKey> keys(count.dim->value);
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = {words[2 * i], words[2 * i + 1]};
+  return keys;
+}
+
+py::list join(HistoryDrafter& drafter, py::handle groups,
+              const std::vector<int32_t>& stop_token_ids, py::handle tags) {
   ArgReader reader;
-  Dim requests{"num_requests"};
-  const int64_t* values = int64s(reader, groups, "groups", requests);
-  return HistoryDrafter(num_groups, values, requests.value, std::move(stop_token_ids),
-                        std::move(shares));
+  Dim count{"count"};
+  const std::vector<GroupKey> keys = keys_of(reader, groups, count);
+  const int64_t* known = tags.is_none() ? nullptr : int64s(reader, tags, "tags", count);
+  py::list handles;
+  for (size_t i = 0; i < keys.size(); ++i) {
+    handles.append(
+        drafter.join(keys[i], stop_token_ids, known == nullptr ? Group::kNoTag : known[i]));
+  }
+  return handles;
 }
 
 void add_history(HistoryDrafter& drafter, py::handle token_ids, py::handle logprobs,
-                 py::handle cu_lens, py::handle groups, int num_threads) {
+                 py::handle cu_lens, py::handle groups, py::handle tags, int num_threads) {
   ArgReader reader;
   Dim rows{"rows"};
-  const int64_t* values = int64s(reader, groups, "groups", rows);
+  const std::vector<GroupKey> keys = keys_of(reader, groups, rows);
+  const int64_t* known = tags.is_none() ? nullptr : int64s(reader, tags, "tags", rows);
   const PackedIds packed(reader, token_ids, logprobs, cu_lens, rows);
   py::gil_scoped_release release;
-  drafter.add_history(packed.ids, packed.logprobs, packed.cu, values, rows.value, num_threads);
+  drafter.add_history(packed.ids, packed.logprobs, packed.cu, keys.data(), known, rows.value,
+                      num_threads);
+}
+
+py::bytes bytes_of(const void* data, size_t size) {
+  return py::bytes(static_cast<const char*>(data), size);
+}
+
+// A row's tokens int32, and the upper halves of their log-probs.
+py::tuple row_of(const Group& group, int64_t row) {
+  const auto len = static_cast<size_t>(group.index.row_len(row));
+  return py::make_tuple(bytes_of(group.index.row_tokens(row), len * sizeof(int32_t)),
+                        bytes_of(group.index.row_logprobs(row), len * sizeof(uint16_t)));
+}
+
+py::object recall(const HistoryDrafter& drafter, py::handle groups, int64_t tag) {
+  ArgReader reader;
+  Dim count{"count"};
+  const auto [group, row] = drafter.recall(keys_of(reader, groups, count).at(0), tag);
+  if (group == nullptr) return py::none();
+  return row_of(*group, row);
+}
+
+// Of every group with kept rows, the least recently used first: key, and (tag, tokens, log-probs)
+// of every row, the oldest first.
+py::list kept_rows(const HistoryDrafter& drafter) {
+  py::list groups;
+  for (const Group* group : drafter.history().by_use()) {
+    py::list rows;
+    for (int32_t row = group->oldest; row != Group::kNoRow; row = group->kept[row].newer) {
+      const py::tuple values = row_of(*group, row);
+      rows.append(py::make_tuple(group->kept[row].tag, values[0], values[1]));
+    }
+    const uint64_t key[] = {group->key.high, group->key.low};
+    groups.append(py::make_tuple(bytes_of(key, sizeof(key)), rows));
+  }
+  return groups;
+}
+
+py::dict info(const HistoryDrafter& drafter) {
+  const GroupHistory& history = drafter.history();
+  py::dict values;
+  values["history_bytes"] = history.num_bytes();
+  values["table_bytes"] = drafter.table_bytes();
+  values["num_groups"] = history.num_groups();
+  values["num_live"] = drafter.num_live();
+  values["num_sequences"] = history.num_kept();
+  values["num_tokens"] = history.num_tokens();
+  values["num_evicted_groups"] = history.num_evicted_groups();
+  values["num_evicted_sequences"] = history.num_evicted_rows();
+  values["num_learned_tokens"] = drafter.num_learned();
+  return values;
 }
 
 void follow(HistoryDrafter& drafter, int64_t request, py::handle token_ids, py::handle logprobs) {
@@ -144,7 +219,7 @@ void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle to
 int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
                     py::handle keys, py::handle positions, double min_probability,
                     int64_t max_total, int num_threads, py::handle out, py::handle out_lens,
-                    py::handle own_lens) {
+                    py::handle own_lens, py::handle expected) {
   ArgReader reader;
   Dim count{"count"}, room{"room"};
   const int64_t* values = int64s(reader, requests, "requests", count);
@@ -160,9 +235,11 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
       static_cast<int64_t*>(reader.tensor(out_lens, "out_lens", {count}, {DType::kInt64}).data);
   auto* own =
       static_cast<int64_t*>(reader.tensor(own_lens, "own_lens", {count}, {DType::kInt64}).data);
+  auto* passing =
+      static_cast<float*>(reader.tensor(expected, "expected", {count}, {DType::kFloat32}).data);
   py::gil_scoped_release release;
   return drafter.propose(values, most, noise_keys, next, count.value, min_probability, max_total,
-                         num_threads, static_cast<int32_t*>(ids.data), lens, own);
+                         num_threads, static_cast<int32_t*>(ids.data), lens, own, passing);
 }
 
 void observe(HistoryDrafter& drafter, py::handle requests, py::handle accepted_lens) {
@@ -180,24 +257,40 @@ void bind_drafting(py::module_& module) {
       .def("add_row", &SuffixIndex::add_row, py::arg("capacity"))
       .def("add_rows", &add_rows, py::arg("token_ids"), py::arg("cu_lens"))
       .def("extend", &extend, py::arg("row"), py::arg("token_ids"))
+      .def("remove_row", &SuffixIndex::remove_row, py::arg("row"))
       .def("propose", &propose, py::arg("row"), py::arg("max_tokens"), py::arg("min_match"),
            py::arg("tokens_per_match"))
       .def_property_readonly("num_rows", &SuffixIndex::num_rows)
       .def_property_readonly("num_tokens", &SuffixIndex::num_tokens)
-      .def_property_readonly("num_bytes", &SuffixIndex::num_bytes);
+      .def_property_readonly("num_bytes", &SuffixIndex::num_bytes)
+      .def_property_readonly("num_visits", &SuffixIndex::num_visits);
   py::class_<MatchShares, std::shared_ptr<MatchShares>>(module, "MatchShares").def(py::init<>());
-  // Requests are trusted to be in range: spec_rollout/drafting is the only caller.
   py::class_<HistoryDrafter>(module, "HistoryDrafter")
-      .def(py::init(&make_drafter), py::arg("num_groups"), py::arg("groups"),
-           py::arg("stop_token_ids"), py::arg("shares").none(false))
+      .def(py::init(&make_drafter), py::kw_only(), py::arg("max_bytes"), py::arg("max_group_bytes"),
+           py::arg("table_tokens"), py::arg("max_table_bytes"), py::arg("is_lasting"),
+           py::arg("shares").none(false))
+      .def("join", &join)
+      .def("leave", &HistoryDrafter::leave)
       .def("add_history", &add_history)
       .def("follow", &follow)
       .def("extend", &extend_requests)
       .def("propose", &propose_for)
       .def("observe", &observe)
-      .def_property_readonly("followed_lens", &HistoryDrafter::followed_lens)
-      .def_property_readonly("num_tokens", &HistoryDrafter::num_tokens)
+      .def("recall", &recall)
+      .def("kept_rows", &kept_rows)
+      .def("clear", &HistoryDrafter::clear)
+      .def("followed_len", &HistoryDrafter::followed_len)
+      .def("has_history", &HistoryDrafter::has_history)
+      .def_property_readonly("info", &info)
+      .def_property_readonly("num_tokens",
+                             [](const HistoryDrafter& d) { return d.history().num_tokens(); })
       .def_property_readonly("num_bytes", &HistoryDrafter::num_bytes)
+      // Nodes looked at: by insertions and removals, by lookups.
+      .def_property_readonly("num_visits",
+                             [](const HistoryDrafter& d) {
+                               return py::make_tuple(d.history().num_visits(),
+                                                     d.num_lookup_visits());
+                             })
       .def_property_readonly("acceptance", &HistoryDrafter::acceptance);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <unordered_map>
 #include <utility>
 
@@ -13,46 +14,21 @@
 namespace spec_rollout {
 namespace {
 
-// What is believed before anything was tested, worth as many tests as this: longer matches are
-// better ones, and the chance is not to be trusted all the way.
-constexpr double kPriorTests = 4.0;
-double prior(int source, double chance) {
-  if (source == MatchShares::kOwnDraft) return 0.5 + 0.5 * chance;
-  return (1.0 - 0.6 / (3.0 + source)) * (0.1 + 0.9 * chance);
-}
-
 constexpr int kMaxFollowers = 16;
 
 // A draft's token as likely as this is proposed without looking for another.
 constexpr double kSure = 0.9;
 
-// Old tests count for less: the policy moves, and a rollout enters and leaves known text.
-constexpr double kMatchMemory = 4096.0;  // tests
+// The policy moves, and a rollout enters and leaves known text: old tests count for less.
 constexpr double kRequestMemory = 24.0;  // tests
 constexpr double kRequestWeight =
     8.0;  // tests of its own after which a request's share counts half
 
-void add_test(Share& share, bool passed, double weight, double memory) {
-  if (share.tested >= memory) {
-    share.passed *= 0.5;
-    share.tested *= 0.5;
-  }
-  share.passed += passed ? 1.0 : 0.0;
-  share.tested += weight;
-}
+// A class of proposals that failed is not proposed, so not tested: after so many tokens it is half
+// forgotten.
+constexpr int64_t kForgetTokens = 1 << 16;
 
-// Entropy of single tokens, in bits, of the first of them.
-double entropy(const int32_t* token_ids, int64_t count) {
-  count = std::min<int64_t>(count, 1 << 16);
-  std::unordered_map<int32_t, int64_t> counts;
-  for (int64_t i = 0; i < count; ++i) ++counts[token_ids[i]];
-  double bits = 0.0;
-  for (const auto& [token, n] : counts) {
-    const double p = static_cast<double>(n) / static_cast<double>(count);
-    bits -= p * std::log2(p);
-  }
-  return bits;
-}
+constexpr int kSlotBits = 32;
 
 // The largest c such that values cut to c sum up to at most `total`.
 int64_t even_cut(std::vector<int64_t> values, int64_t total) {
@@ -68,78 +44,85 @@ int64_t even_cut(std::vector<int64_t> values, int64_t total) {
 
 }  // namespace
 
-int MatchShares::cell(int source, double chance) {
-  // Finer towards 1, where long proposals are decided: even steps of the square root of 1 - chance.
-  const double left = std::sqrt(std::max(0.0, 1.0 - chance));
-  return source * kChances + std::min(static_cast<int>(left * kChances), kChances - 1);
+HistoryDrafter::HistoryDrafter(const Options& options, std::shared_ptr<MatchShares> shares)
+    : is_lasting_(options.is_lasting),
+      history_(kMaxMatch, options.max_bytes, options.max_group_bytes),
+      table_(options.table_tokens, options.max_table_lines),
+      word_size_(options.is_lasting),
+      contexts_(WordSize::kUnknownBits),
+      by_match_(std::move(shares)) {
+  if (!is_lasting_) by_match_->age();
 }
 
-// What has not been tested itself is believed to fare as other tokens of its source do.
-double MatchShares::believed(int cell) const {
-  const double left = (cell % kChances + 0.5) / kChances;
-  const double first = prior(cell / kChances, 1.0 - left * left);
-  const Share& others = classes_[cell / kChances];
-  return std::min(1.0, first * (others.passed + kPriorTests) / (others.tested + kPriorTests));
-}
-
-Share MatchShares::share(int cell) const {
-  return {learned_[cell].passed + believed(cell) * kPriorTests,
-          learned_[cell].tested + kPriorTests};
-}
-
-void MatchShares::observe(int cell, bool passed) {
-  const double left = (cell % kChances + 0.5) / kChances;
-  add_test(classes_[cell / kChances], passed, prior(cell / kChances, 1.0 - left * left),
-           kMatchMemory);
-  add_test(learned_[cell], passed, 1.0, kMatchMemory);
-}
-
-std::vector<double> MatchShares::acceptance() const {
-  std::vector<double> shares;
-  for (int cell = 0; cell < kNumCells; ++cell) {
-    const Share s = share(cell);
-    shares.push_back(s.passed / s.tested);
+const HistoryDrafter::Request& HistoryDrafter::live(int64_t request) const {
+  const auto slot = static_cast<uint32_t>(request);
+  if (request < 0 || slot >= requests_.size() || requests_[slot].group == nullptr ||
+      requests_[slot].generation != static_cast<uint32_t>(request >> kSlotBits)) {
+    fail("requests: expected live ones, got ", request);
   }
-  return shares;
+  return requests_[slot];
 }
 
-void MatchShares::age() {
-  for (std::vector<Share>* shares : {&learned_, &classes_}) {
-    for (Share& share : *shares) share = {0.5 * share.passed, 0.5 * share.tested};
-  }
+void HistoryDrafter::check_live(const int64_t* requests, int64_t count) const {
+  for (int64_t i = 0; i < count; ++i) live(requests[i]);
 }
 
-HistoryDrafter::HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
-                               std::vector<int32_t> stop_token_ids,
-                               std::shared_ptr<MatchShares> shares)
-    : by_match_(std::move(shares)), stop_token_ids_(std::move(stop_token_ids)) {
-  if (num_groups < 0) fail("num_groups: expected >= 0, got ", num_groups);
-  groups_.reserve(num_groups);
-  for (int64_t g = 0; g < num_groups; ++g) groups_.emplace_back(kMaxMatch);
-  requests_.reserve(num_requests);
-  for (int64_t i = 0; i < num_requests; ++i) {
-    if (groups[i] < 0 || groups[i] >= num_groups) {
-      fail("groups: expected 0 <= group < ", num_groups, ", got ", groups[i], " at index ", i);
-    }
-    // Rows are made when a request first generates, so that history comes first.
-    requests_.push_back({groups[i], -1});
+int64_t HistoryDrafter::join(GroupKey group, std::vector<int32_t> stop_token_ids, int64_t tag) {
+  int64_t slot = static_cast<int64_t>(requests_.size());
+  if (free_slots_.empty()) {
+    requests_.emplace_back();
+  } else {
+    slot = free_slots_.back();
+    free_slots_.pop_back();
   }
-  by_match_->age();
+  Request& request = requests_[slot];
+  const uint32_t generation = request.generation;
+  request = {};
+  request.generation = generation;
+  request.group = history_.join(group);
+  request.stop_token_ids = std::move(stop_token_ids);
+  request.tag = tag;
+  ++num_live_;
+  // Its row is made when it first generates, so that history comes first.
+  return static_cast<int64_t>(generation) << kSlotBits | slot;
+}
+
+void HistoryDrafter::leave(int64_t handle, bool keep) {
+  Request& request = live(handle);
+  history_.leave(request.group, request.row, keep, request.tag);
+  const uint32_t generation = (request.generation + 1) & 0x7fffffffu;
+  request = {};
+  request.generation = generation;
+  free_slots_.push_back(static_cast<int32_t>(handle & 0xffffffff));
+  --num_live_;
 }
 
 void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs,
-                                 const int64_t* cu_lens, const int64_t* groups, int64_t num_rows,
-                                 int num_threads) {
-  std::vector<std::vector<int64_t>> rows(groups_.size());
-  for (int64_t r = 0; r < num_rows; ++r) {
-    if (groups[r] < 0 || groups[r] >= static_cast<int64_t>(groups_.size())) {
-      fail("groups: expected 0 <= group < ", groups_.size(), ", got ", groups[r], " at index ", r);
-    }
-    rows[groups[r]].push_back(r);
+                                 const int64_t* cu_lens, const GroupKey* groups,
+                                 const int64_t* tags, int64_t num_rows, int num_threads) {
+  const int64_t num_tokens = cu_lens[num_rows];
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    if (token_ids[i] < 0) fail("token_ids: expected ids >= 0, got ", token_ids[i], " at ", i);
   }
-  // Live rollouts are learned from, too.
-  table_ = NgramTable(cu_lens[num_rows] + 256 * static_cast<int64_t>(requests_.size()));
-  if (cu_lens[num_rows] > 0) contexts_ = GroupContexts(entropy(token_ids, cu_lens[num_rows]));
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const int64_t len = cu_lens[r + 1] - cu_lens[r];
+    if (len > SuffixIndex::kMaxRowTokens) {
+      fail("cu_lens: expected rows of at most ", SuffixIndex::kMaxRowTokens, " tokens, got ", len,
+           " in row ", r);
+    }
+  }
+  struct Rows {
+    Group* group;
+    std::vector<int64_t> rows;
+  };
+  std::vector<Rows> work;  // by group, in the order in which they come
+  std::unordered_map<GroupKey, size_t, GroupKeyHash> places;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const auto [place, is_new] = places.emplace(groups[r], work.size());
+    // As a live request, so that it stays until it is filled.
+    if (is_new) work.push_back({history_.join(groups[r]), {}});
+    work[place->second].rows.push_back(r);
+  }
   cpu::parallel_for(NgramTable::kNumOrders, 1, num_threads, [&](int64_t begin, int64_t end) {
     int32_t context[NgramTable::kMaxOrder];
     for (int64_t order = begin; order < end; ++order) {
@@ -159,30 +142,50 @@ void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs
     }
   });
   cpu::parallel_for(
-      static_cast<int64_t>(groups_.size()), 1, num_threads, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          for (const int64_t r : rows[g]) {
-            const int64_t row = groups_[g].add_row(cu_lens[r + 1] - cu_lens[r]);
+      static_cast<int64_t>(work.size()), 1, num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t w = begin; w < end; ++w) {
+          Group& group = *work[w].group;
+          for (const int64_t r : work[w].rows) {
+            if (cu_lens[r] == cu_lens[r + 1]) continue;
+            const int64_t row = group.add_row(cu_lens[r + 1] - cu_lens[r]);
             for (int64_t i = cu_lens[r]; i < cu_lens[r + 1]; ++i) {
-              groups_[g].append(row, token_ids[i], logprobs == nullptr ? NAN : logprobs[i]);
+              group.index.append(row, token_ids[i], logprobs == nullptr ? NAN : logprobs[i]);
             }
+            group.keep(static_cast<int32_t>(row), tags == nullptr ? Group::kNoTag : tags[r]);
           }
         }
       });
+  for (const Rows& rows : work) {
+    history_.leave(rows.group, Group::kNoRow, false, Group::kNoTag);
+  }
+  word_size_.add(token_ids, num_tokens);
+  if (num_tokens > 0) contexts_ = GroupContexts(word_size_.measure());
+  learned(num_tokens);
+}
+
+void HistoryDrafter::learned(int64_t num_tokens) {
+  if (is_lasting_ && num_learned_ / kForgetTokens != (num_learned_ + num_tokens) / kForgetTokens) {
+    by_match_->age();
+  }
+  num_learned_ += num_tokens;
 }
 
 void HistoryDrafter::follow(int64_t request, const int32_t* token_ids, const float* logprobs,
                             int64_t count) {
-  Request& r = requests_[request];
+  Request& r = live(request);
   r.draft.assign(token_ids, token_ids + count);
   r.draft_logprobs.assign(logprobs, logprobs + count);
 }
 
 void HistoryDrafter::extend(const int64_t* requests, int64_t count, const int32_t* token_ids,
                             const float* logprobs, const int64_t* cu_lens) {
+  check_live(requests, count);
+  for (int64_t i = 0; i < cu_lens[count]; ++i) {
+    if (token_ids[i] < 0) fail("token_ids: expected ids >= 0, got ", token_ids[i], " at ", i);
+  }
   for (int64_t i = 0; i < count; ++i) {
-    Request& request = requests_[requests[i]];
-    SuffixIndex& group = groups_[request.group];
+    Request& request = live(requests[i]);
+    Group& group = *request.group;
     if (request.row < 0) request.row = group.add_row(0);
     for (int64_t k = cu_lens[i]; k < cu_lens[i + 1]; ++k) {
       if (request.num_tokens < static_cast<int64_t>(request.draft.size()) &&
@@ -192,12 +195,21 @@ void HistoryDrafter::extend(const int64_t* requests, int64_t count, const int32_
         request.draft.clear();
       }
       ++request.num_tokens;
-      const NgramTable::Place place = table_.locate(group.last(request.row));
+      if (group.index.row_len(request.row) == SuffixIndex::kMaxRowTokens) {
+        group.keep(static_cast<int32_t>(request.row), request.tag);
+        request.row = group.add_row(0);
+      }
+      const NgramTable::Place place = table_.locate(group.index.last(request.row));
       const float logprob = logprobs == nullptr ? NAN : logprobs[k];
-      group.append(request.row, token_ids[k], logprob);
+      group.index.append(request.row, token_ids[k], logprob);
       table_.learn(place, token_ids[k], logprob);
     }
+    history_.grown(request.group);
   }
+  if (is_lasting_ && word_size_.add(token_ids, cu_lens[count])) {
+    contexts_ = GroupContexts(word_size_.measure());
+  }
+  learned(cu_lens[count]);
 }
 
 double HistoryDrafter::probability(int cell, const Request& request) const {
@@ -210,7 +222,8 @@ double HistoryDrafter::probability(int cell, const Request& request) const {
 void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& noise,
                                  double min_probability, std::vector<int32_t>& context,
                                  int32_t* out, int64_t* num_own) const {
-  const SuffixIndex& group = groups_[request.group];
+  const SuffixIndex& group = request.group->index;
+  const std::vector<int32_t>& stops = request.stop_token_ids;
   context.resize(kMaxMatch + 1 + limit);
   int64_t end = group.context(request.row, context.data());
   double likely = 1.0;
@@ -234,7 +247,8 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
       const int32_t* last = context.data() + end - 1;
       const NgramTable::Place place = table_.locate(last);
       SuffixIndex::Follower followers[kMaxFollowers];
-      const int num_followers = group.followers(last, kMaxFollowers, followers);
+      const int num_followers =
+          group.followers(last, kMaxFollowers, followers, &request.num_visits);
       const NgramTable::Line* lines[NgramTable::kNumOrders];
       const int num_lines = table_.find(place, lines);
       const TokenGuess guess = guess_token(followers, num_followers, contexts_, lines, num_lines,
@@ -250,14 +264,12 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
         }
       }
     }
-    if (token < 0 ||
-        std::find(stop_token_ids_.begin(), stop_token_ids_.end(), token) != stop_token_ids_.end()) {
-      return;
-    }
+    if (token < 0 || std::find(stops.begin(), stops.end(), token) != stops.end()) return;
     likely *= passes;
     if (likely < min_probability) return;
     *num_own += is_own;
     request.proposed.push_back(static_cast<int16_t>(cell));
+    request.passes.push_back(static_cast<float>(likely));
     out[k] = token;
     context[end++] = token;
   }
@@ -266,15 +278,17 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
 int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
                                 const int64_t* positions, int64_t count, double min_probability,
                                 int64_t max_total, int num_threads, int32_t* out, int64_t* out_lens,
-                                int64_t* own_lens) {
+                                int64_t* own_lens, float* expected) {
+  check_live(requests, count);
   // Every request writes to room of its own first.
   std::vector<int64_t> starts(count + 1, 0);
   for (int64_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + std::max<int64_t>(0, limits[i]);
   cpu::parallel_for(count, 8, num_threads, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> context;
     for (int64_t i = begin; i < end; ++i) {
-      Request& request = requests_[requests[i]];
+      Request& request = live(requests[i]);
       request.proposed.clear();
+      request.passes.clear();
       out_lens[i] = own_lens[i] = 0;
       if (request.row < 0 || limits[i] <= 0) continue;
       const Noise noise{keys == nullptr ? nullptr : keys + i, keys == nullptr ? 0 : positions[i]};
@@ -297,45 +311,58 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
       std::copy(from, from + kept, to);
       from += out_lens[i];
       to += kept;
-      requests_[requests[i]].proposed.resize(kept);
+      live(requests[i]).proposed.resize(kept);
       out_lens[i] = kept;
       own_lens[i] = std::min(own_lens[i], kept);
     }
     total = to - out;
   }
+  for (int64_t i = 0; i < count; ++i) {
+    Request& request = live(requests[i]);
+    const auto first = request.passes.begin();
+    expected[i] = std::accumulate(first, first + out_lens[i], 0.0f);
+    num_lookup_visits_ += std::exchange(request.num_visits, 0);
+  }
   return total;
 }
 
 void HistoryDrafter::observe(const int64_t* requests, const int64_t* accepted_lens, int64_t count) {
+  check_live(requests, count);
   for (int64_t i = 0; i < count; ++i) {
-    Request& request = requests_[requests[i]];
+    Request& request = live(requests[i]);
     // Tokens after the first that failed were not tested.
     const auto tested =
         std::min<int64_t>(accepted_lens[i] + 1, static_cast<int64_t>(request.proposed.size()));
     for (int64_t k = 0; k < tested; ++k) {
       by_match_->observe(request.proposed[k], k < accepted_lens[i]);
-      add_test(request.share, k < accepted_lens[i], 1.0, kRequestMemory);
+      request.share.add(k < accepted_lens[i], 1.0, kRequestMemory);
     }
     request.proposed.clear();
   }
 }
 
-std::vector<int64_t> HistoryDrafter::followed_lens() const {
-  std::vector<int64_t> lens;
-  for (const Request& request : requests_) lens.push_back(request.num_followed);
-  return lens;
+std::pair<const Group*, int64_t> HistoryDrafter::recall(GroupKey key, int64_t tag) const {
+  const Group* group = history_.find(key);
+  if (group == nullptr) return {nullptr, Group::kNoRow};
+  int32_t row = group->newest;
+  while (row != Group::kNoRow && group->kept[row].tag != tag) row = group->kept[row].older;
+  return {row == Group::kNoRow ? nullptr : group, row};
 }
 
-int64_t HistoryDrafter::num_tokens() const {
-  int64_t total = 0;
-  for (const SuffixIndex& group : groups_) total += group.num_tokens();
-  return total;
+bool HistoryDrafter::has_history(int64_t handle) const {
+  const Request& request = live(handle);
+  const SuffixIndex& index = request.group->index;
+  return index.num_tokens() > (request.row < 0 ? 0 : index.row_len(request.row));
+}
+
+void HistoryDrafter::clear() {
+  history_.clear();
+  table_.clear();
 }
 
 int64_t HistoryDrafter::num_bytes() const {
-  int64_t total = static_cast<int64_t>(requests_.capacity() * sizeof(Request)) + table_.num_bytes();
-  for (const SuffixIndex& group : groups_) total += group.num_bytes();
-  return total;
+  return static_cast<int64_t>(requests_.capacity() * sizeof(Request)) + table_.num_bytes() +
+         history_.num_bytes();
 }
 
 std::vector<double> HistoryDrafter::acceptance() const { return by_match_->acceptance(); }

@@ -4,53 +4,21 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "drafting/group_history.h"
+#include "drafting/match_shares.h"
 #include "drafting/ngram_table.h"
-#include "drafting/suffix_index.h"
 #include "drafting/token_guess.h"
+#include "drafting/word_size.h"
 
 namespace spec_rollout {
 
-// How many of some tests passed; decayed counts.
-struct Share {
-  double passed = 0.0, tested = 0.0;
-};
-
-// How proposed tokens fared, by the context that they had been seen in and by the chance they were
-// given. Outlives the drafters of single rollout calls, so that what one call learned the next one
-// knows.
-class MatchShares {
- public:
-  static constexpr int kChances = 16;
-  // Instead of a context: the token that the request's own draft has here.
-  static constexpr int kOwnDraft = kNumSources;
-
-  MatchShares() : learned_(kNumCells), classes_(kNumSources + 1) {}
-
-  // The class of a token proposed from a source (TokenGuess, or kOwnDraft), of which the samples
-  // seen and the noise say that it passes with this chance.
-  static int cell(int source, double chance);
-  // Share that passed, drawn towards what is believed before any test.
-  Share share(int cell) const;
-  void observe(int cell, bool passed);
-  // Share that passed of every class.
-  std::vector<double> acceptance() const;
-  // A call begins: what was learned counts half. A class that is not proposed any more, because it
-  // failed, is so believed in again after some calls.
-  void age();
-
- private:
-  static constexpr int kNumCells = (kNumSources + 1) * kChances;
-  double believed(int cell) const;
-
-  std::vector<Share> learned_;
-  // By source: tests that passed, and how many would have if prior beliefs were right.
-  std::vector<Share> classes_;
-};
-
-// One SuffixIndex per group of rollouts (the samples of a prompt). Every live request is a row of
-// its group's index.
+// One SuffixIndex per group of rollouts (the samples of a prompt). Requests join their group, are
+// rows of its index while they generate, and leave; what they generated then stays, within bounds,
+// as history of the prompt (group_history.h). An n-gram table of fixed size learns from all of
+// them. Time is proportional to the tokens added, and to those forgotten.
 //
 // With keyed noise a token is drawn as argmax(log p + noise), and the noise is known before the
 // model has said anything. So what followed the same words before, with the probabilities it was
@@ -65,15 +33,30 @@ class MatchShares {
 // repeated, and some requests stray.
 class HistoryDrafter {
  public:
-  // Nothing from the first of `stop_token_ids` on is proposed: where one is drawn, the request
-  // ends.
-  HistoryDrafter(int64_t num_groups, const int64_t* groups, int64_t num_requests,
-                 std::vector<int32_t> stop_token_ids, std::shared_ptr<MatchShares> shares);
+  struct Options {
+    int64_t max_bytes;        // of all groups
+    int64_t max_group_bytes;  // of what is kept of one group
+    int64_t table_tokens;     // that the n-gram table has room for, more or less
+    int64_t max_table_lines = NgramTable::kMaxLines;  // per order
+    // Serves for long: what a token says, and how proposals fare, is learned anew now and then.
+    // Else it is made for one call: the first is said by `add_history` alone.
+    bool is_lasting;
+  };
 
-  // Rows of earlier rollouts. All rows of all groups at once, so that groups are built in parallel.
-  // `logprobs`, of each token, may be null: not known.
+  HistoryDrafter(const Options& options, std::shared_ptr<MatchShares> shares);
+
+  // A request joins a group. Returns a handle. Nothing from the first of `stop_token_ids` on is
+  // proposed: where one is drawn, the request ends. What it generates is kept under `tag` (see
+  // `recall`), or kNoTag. Handles of a drafter whose requests never left are 0, 1, 2 ...
+  int64_t join(GroupKey group, std::vector<int32_t> stop_token_ids, int64_t tag);
+  // The request has ended; its handle is no more. What it generated becomes history, or not.
+  void leave(int64_t request, bool keep);
+
+  // Rows of earlier rollouts, as if requests had generated them and left; `tags` may be null. All
+  // rows of all groups at once, so that groups are built in parallel. `logprobs`, of each token,
+  // may be null: not known.
   void add_history(const int32_t* token_ids, const float* logprobs, const int64_t* cu_lens,
-                   const int64_t* groups, int64_t num_rows, int num_threads);
+                   const GroupKey* groups, const int64_t* tags, int64_t num_rows, int num_threads);
   // The request's own earlier rollout, made under the same noise: as long as what it generates is
   // the same, the next token is likely to be.
   void follow(int64_t request, const int32_t* token_ids, const float* logprobs, int64_t count);
@@ -82,21 +65,33 @@ class HistoryDrafter {
               const float* logprobs, const int64_t* cu_lens);
   // Proposes for each request tokens that pass with a probability of at least min_probability (of
   // the whole proposal up to there), at most limits[i]. `keys` and `positions` (of each request's
-  // next token) say the noise; null: there is none to count on. `out` takes limits.sum() tokens;
-  // Together at most `max_total`: the
-  // longest are cut. out_lens and own_lens [count]: tokens for each, and how many of these, the
-  // first ones, are its draft's. Returns the total.
+  // next token) say the noise; null: there is none to count on. Together at most `max_total`: the
+  // longest are cut. `out` takes limits.sum() tokens. out_lens, own_lens and expected [count]:
+  // tokens for each, how many of these, the first ones, are its draft's, and how many of them are
+  // expected to pass. Returns the total.
   int64_t propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
                   const int64_t* positions, int64_t count, double min_probability,
                   int64_t max_total, int num_threads, int32_t* out, int64_t* out_lens,
-                  int64_t* own_lens);
+                  int64_t* own_lens, float* expected);
   // How many of the tokens proposed last to each of these requests passed.
   void observe(const int64_t* requests, const int64_t* accepted_lens, int64_t count);
 
-  // Of each request: tokens for which it followed its draft.
-  std::vector<int64_t> followed_lens() const;
-  int64_t num_tokens() const;
+  // The newest kept rollout of a group with this tag: (group, row); null: there is none.
+  std::pair<const Group*, int64_t> recall(GroupKey group, int64_t tag) const;
+  // Forgets all history, and nothing of live requests but what others may learn from them.
+  void clear();
+
+  // Tokens for which a request followed its draft.
+  int64_t followed_len(int64_t request) const { return live(request).num_followed; }
+  // Whether the request's group has anything to propose from but the request itself.
+  bool has_history(int64_t request) const;
+  const GroupHistory& history() const { return history_; }
+  int64_t table_bytes() const { return table_.num_bytes(); }
+  int64_t num_live() const { return num_live_; }
   int64_t num_bytes() const;
+  // Tokens learned, and nodes looked at by all lookups, ever.
+  int64_t num_learned() const { return num_learned_; }
+  int64_t num_lookup_visits() const { return num_lookup_visits_; }
   // Share of tested proposals that passed lately, by class.
   std::vector<double> acceptance() const;
 
@@ -105,14 +100,20 @@ class HistoryDrafter {
   static constexpr int kMaxMatch = 32;
 
   struct Request {
-    int64_t group, row;
+    Group* group = nullptr;  // null: a slot that nobody has
+    int64_t row = Group::kNoRow;
+    int64_t tag = Group::kNoTag;
+    uint32_t generation = 0;  // of the slot
+    std::vector<int32_t> stop_token_ids = {};
     std::vector<int16_t> proposed = {};  // class of each token of the last proposal
+    std::vector<float> passes = {};      // and with which probability it passes
     Share share = {};
     // The draft that it follows; empty once it has left it.
     std::vector<int32_t> draft = {};
     std::vector<float> draft_logprobs = {};
     int64_t num_tokens = 0;    // that it has generated
     int64_t num_followed = 0;  // of these, from the first on those that its draft has too
+    int64_t num_visits = 0;    // of its lookups since the last proposal
   };
 
   struct Noise {
@@ -123,13 +124,22 @@ class HistoryDrafter {
   void propose_one(Request& request, int64_t limit, const Noise& noise, double min_probability,
                    std::vector<int32_t>& context, int32_t* out, int64_t* num_own) const;
   double probability(int cell, const Request& request) const;
+  const Request& live(int64_t request) const;
+  Request& live(int64_t request) {
+    return const_cast<Request&>(std::as_const(*this).live(request));
+  }
+  void check_live(const int64_t* requests, int64_t count) const;
+  void learned(int64_t num_tokens);
 
-  std::vector<SuffixIndex> groups_;
-  NgramTable table_{0};  // of all groups
-  GroupContexts contexts_{6.0};
+  bool is_lasting_;
+  GroupHistory history_;
+  NgramTable table_;  // of all groups
+  WordSize word_size_;
+  GroupContexts contexts_;
   std::vector<Request> requests_;
+  std::vector<int32_t> free_slots_;
   std::shared_ptr<MatchShares> by_match_;
-  std::vector<int32_t> stop_token_ids_;
+  int64_t num_live_ = 0, num_learned_ = 0, num_lookup_visits_ = 0;
 };
 
 }  // namespace spec_rollout

@@ -23,9 +23,14 @@ uint64_t mix(uint64_t hash, int32_t token) {
 
 void NgramTable::Free::operator()(void* memory) const { std::free(memory); }
 
-NgramTable::NgramTable(int64_t num_tokens) : lines_per_order_(kMinLines) {
-  while (lines_per_order_ < num_tokens && lines_per_order_ < kMaxLines) lines_per_order_ *= 2;
+NgramTable::NgramTable(int64_t num_tokens, int64_t max_lines) : lines_per_order_(kMinLines) {
+  while (lines_per_order_ < num_tokens && 2 * lines_per_order_ <= max_lines) lines_per_order_ *= 2;
+  clear();
+}
+
+void NgramTable::clear() {
   // The system hands out zeroed pages as they are touched, which no aligned allocation promises.
+  memory_.reset();
   memory_.reset(std::calloc(static_cast<size_t>(num_bytes()) + alignof(Line), 1));
   if (memory_ == nullptr) throw std::bad_alloc();
   void* start = memory_.get();

@@ -33,8 +33,10 @@ class NgramTable {
   };
   static_assert(sizeof(Line) == 64);
 
-  // Room for about this many tokens of text, within the bounds above.
-  explicit NgramTable(int64_t num_tokens);
+  // Room for about this many tokens of text, within these bounds.
+  explicit NgramTable(int64_t num_tokens, int64_t max_lines = kMaxLines);
+  // Forgets everything.
+  void clear();
 
   // Where the orders of one context are kept, shortest first.
   struct Place {

@@ -1,7 +1,16 @@
 """History drafting: proposes tokens from earlier rollouts, and decides how many are worth it."""
 
-from spec_rollout.drafting.history import HistoryDrafter, MatchShares, Proposals
+from spec_rollout.drafting.drafter import Drafter, DrafterInfo, MatchShares, Proposals
+from spec_rollout.drafting.history import HistoryDrafter
 from spec_rollout.drafting.payoff import Payoff
 from spec_rollout.drafting.step_cost import StepCost
 
-__all__ = ["HistoryDrafter", "MatchShares", "Payoff", "Proposals", "StepCost"]
+__all__ = [
+    "Drafter",
+    "DrafterInfo",
+    "HistoryDrafter",
+    "MatchShares",
+    "Payoff",
+    "Proposals",
+    "StepCost",
+]
