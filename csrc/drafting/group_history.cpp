@@ -55,14 +55,15 @@ Group* GroupHistory::join(GroupKey key) {
     if (place == nullptr) {
       place = std::make_unique<Group>(max_match_);
       place->key = key;
-      count(place.get());
     } else if (place->num_live == 0) {
       use(place.get());
     } else if (place->num_live == SuffixIndex::kMaxRows) {
       continue;
     }
-    ++place->num_live;
-    return place.get();
+    Group* const group = place.get();
+    ++group->num_live;
+    grown(group);  // it may be new
+    return group;
   }
 }
 

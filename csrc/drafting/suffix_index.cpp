@@ -75,7 +75,8 @@ void SuffixIndex::append(int64_t row_number, int32_t token, float logprob) {
 void SuffixIndex::remove_row(int64_t row_number) {
   Row& row = checked_row(row_number);
   const auto len = static_cast<NodeId>(row.tokens.size() - 1);
-  for (NodeId offset = 0; offset < len; ++offset) {
+  // The last one first: of equal contexts the newest stand in front.
+  for (NodeId offset = len; offset-- > 0;) {
     unlink(static_cast<NodeId>(row_number) << kOffsetBits | offset);
   }
   num_tokens_ -= len;

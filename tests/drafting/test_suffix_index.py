@@ -12,7 +12,9 @@ from spec_rollout import _C
 START = -1
 
 
-def brute_force(rows: list[list[int]], order: list[tuple[int, int]], row: int, cap: int):
+def brute_force(
+    rows: list[list[int]] | dict[int, list[int]], order: list[tuple[int, int]], row: int, cap: int
+):
     """(match length, proposal) of the longest context, the most recently completed one of
     equals."""
 
@@ -119,3 +121,95 @@ def test_errors_name_the_argument_and_write_nothing() -> None:
     with pytest.raises(ValueError, match=r"cu_lens: expected row lengths.*got -1 in row 1"):
         index.add_rows(torch.tensor([1, 3]), torch.tensor([0, 3, 2]))
     assert index.num_rows == 0
+
+
+@pytest.mark.parametrize("cap", [1, 3, 32])
+@pytest.mark.parametrize("vocab", [1, 2, 6, 200])
+def test_removed_rows_are_never_found_and_all_others_are(vocab: int, cap: int) -> None:
+    """The longest match is that of a search over the rows that are left; of equally long ones any
+    may be found, as long as it is there."""
+    rng = random.Random(f"{vocab}:{cap}")
+    for _ in range(12):
+        index = _C.SuffixIndex(cap)
+        rows: dict[int, list[int]] = {}
+        order: list[tuple[int, int]] = []
+        for _ in range(200):
+            if len(rows) < 2 or (len(rows) < 6 and rng.random() < 0.1):
+                row = index.add_row(rng.choice((0, 50)))
+                assert row not in rows
+                rows[row] = []
+            elif rng.random() < 0.06:
+                gone = rng.choice(list(rows))
+                index.remove_row(gone)
+                del rows[gone]
+                order = [place for place in order if place[0] != gone]
+            else:
+                row = rng.choice(list(rows))
+                again = rows[row] and rng.random() < 0.5
+                token = rows[row][-1] if again else rng.randrange(vocab)
+                order.append((row, len(rows[row])))
+                rows[row].append(token)
+                index.extend(row, [token])
+            asked = rng.choice(list(rows))
+            match_len, _ = brute_force(rows, order, asked, cap)
+            got, got_len = index.propose(asked, 3, 1, 100.0)
+            # Of more than eight equal contexts not all are remembered.
+            assert got_len == match_len or (got_len < match_len and min(vocab, cap) < 6)
+            if got_len:
+                context = [START, *rows[asked]][-got_len:]
+                places = [
+                    [START, *rows[r]][max(0, o + 1 - len(context)) : o + 1 + len(got)]
+                    for r, o in order
+                ]
+                assert context + got in places
+        for row in list(rows):
+            index.remove_row(row)
+        assert index.num_rows == index.num_tokens == 0
+
+
+def test_memory_of_removed_rows_is_used_again() -> None:
+    generator = torch.Generator().manual_seed(2)
+    index = _C.SuffixIndex(32)
+    sizes, visits = [], []
+    for round_number in range(60):
+        ids = torch.randint(0, 50, (400,), generator=generator).tolist()
+        row = index.add_row(len(ids))
+        index.extend(row, ids)
+        before = index.num_visits
+        if round_number >= 10:
+            index.remove_row((row + 1) % 11)  # the oldest
+            visits.append((index.num_visits - before) / len(ids))
+        sizes.append(index.num_bytes)
+    assert max(sizes[11:]) == sizes[11]
+    assert index.num_rows == 10
+    assert max(visits) < 40  # about as an insertion takes, and no more towards the end
+    assert sum(visits[-10:]) < 1.2 * sum(visits[:10])
+
+
+def test_a_loop_is_removed_as_fast_as_any_row() -> None:
+    """Contexts that agree in full are one list, which must not be walked for each of them."""
+    index = _C.SuffixIndex(32)
+    for _ in range(3):
+        index.extend(index.add_row(0), [5] * 20_000)
+    before = index.num_visits
+    for row in (1, 0):
+        index.remove_row(row)
+    assert index.num_visits - before < 2 * 20_000 * 10
+    assert index.propose(2, 1, 1, 1.0)[0] == [5]
+    counting = _C.SuffixIndex(32)  # contexts of one token in ascending order: as deep as can be
+    for _ in range(2):
+        counting.extend(counting.add_row(0), [x for n in range(2, 20_000) for x in (n, 1)])
+    before = counting.num_visits
+    counting.remove_row(0)
+    assert counting.num_visits - before < 40_000 * 300
+
+
+def test_a_removed_row_is_no_row() -> None:
+    index = _C.SuffixIndex(8)
+    row = index.add_row(0)
+    index.remove_row(row)
+    for call in (lambda: index.extend(row, [1]), lambda: index.remove_row(row)):
+        with pytest.raises(ValueError, match="row: expected one that is there, got removed row 0"):
+            call()
+    assert index.num_rows == 0
+    assert index.add_row(0) == row
