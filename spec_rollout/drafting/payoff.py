@@ -1,45 +1,142 @@
-"""Whether proposing pays at all, judged by what steps with and without proposals gave."""
+"""Whether proposing pays, decided anew for each step by what its proposals promise."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from spec_rollout.drafting.step_cost import StepCost
+
+_FORGET = 0.9  # what passed, per step with proposals
+_FORGET_UNUSED = 0.95  # and per step whose proposals were not used
+_PRIOR_TOKENS = 4.0  # for which the drafter's word is taken
+# What is remembered of what passed: as many tokens as in so many steps like the last, and so many.
+_TRUST_STEPS, _TRUST_TOKENS = 3.0, 16.0
+_FORGET_PRICE = 0.95  # what tokens took, per step of about that batch size
+_PLAIN_STEPS = 2.0  # for which tokens are taken to cost what they do without proposals
+# A probability, while it is not known what proposed tokens take.
+_FIRST_GUESS = 0.5
+# Steps in a row without proposals worth it, after which one is not looked at before the next; for
+# each as many steps more, another.
+_PATIENCE = 8
+_MAX_WAIT = 4
+
+
+@dataclass(slots=True)
+class _Lately:
+    """Decayed sums over the last steps of about one batch size."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
 
 class Payoff:
-    """Whether steps with proposals give more tokens per second than steps without.
+    """Decides which proposals are worth computing.
 
-    Each batch size (to a power of two) is judged by its own steps. `StepCost` prices one proposed
-    token. This also sees what any step with proposals costs beyond its tokens, so it bounds what
-    useless proposals can lose. Now and then a step does the opposite of what has paid so far. The
-    clearer it paid, the more seldom that is.
+    A token that is not given now has to be given later. What that takes is taken to be what tokens
+    take now: seconds of the last steps of about this batch size, divided by the tokens they gave;
+    at first, of steps without proposals. So one more token pays if it passes with a probability of
+    at least
+
+        threshold = seconds per proposed token / seconds per token
+
+    and a step should have proposals if
+
+        expected tokens * trust * seconds per token > seconds that they add
+
+    their fixed part included. The drafter says how many tokens are expected to pass. Trust is the
+    share of the expected tokens that passed in the last steps.
+
+    What steps cost is kept as long as the engine lives (`StepCost`). What proposals were good for
+    is forgotten when the history changes, and soon anyway where they are not used. So when there is
+    more to propose, the next steps have it.
+
+    Asking the drafter takes time, too. Where its proposals have not been worth it for many steps,
+    it is asked in one step of up to five.
 
     It reads no clock: the engine says what each step took.
+
+    Args:
+        cost: What steps cost, learned so far. None knows nothing.
     """
 
-    # (how many times as many tokens per second, one step in so many does the opposite)
-    _EXPLORE = ((1.0, 16), (1.3, 64), (2.0, 256))
-    _FORGET = 0.9  # per step of that kind and size
+    def __init__(self, cost: StepCost | None = None) -> None:
+        self.cost = StepCost() if cost is None else cost
+        self.begin()
 
-    def __init__(self) -> None:
-        self._rates: dict[tuple[int, bool], tuple[float, float]] = {}  # tokens, seconds
-        self._asked: dict[int, int] = {}
+    def begin(self) -> None:
+        """The history has changed, as when a rollout call begins: what proposals were good for is
+        forgotten."""
+        self._lately: dict[int, _Lately] = {}
+        self._expected = self._accepted = 0.0
+        self._refused = 0  # steps in a row
+        self._wait = 0  # steps
 
-    def observe(self, rows: int, has_proposals: bool, tokens: int, seconds: float) -> None:
-        """Adds a step of decoding that gave `tokens` tokens to `rows` >= 1 requests."""
-        key = (rows.bit_length(), has_proposals)
-        old_tokens, old_seconds = self._rates.get(key, (0.0, 0.0))
-        self._rates[key] = (
-            self._FORGET * old_tokens + tokens / rows,
-            self._FORGET * old_seconds + seconds,
-        )
+    def observe(self, rows: int, proposed: int, seconds: float, accepted: int | None) -> None:
+        """Adds a step.
+
+        Args:
+            rows: Requests in the batch, >= 1.
+            proposed: Tokens computed beyond one per row.
+            seconds: What the step took.
+            accepted: How many of `proposed` were kept; None where they were not all proposals.
+        """
+        self.cost.observe(rows, proposed, seconds)
+        if accepted is not None:
+            lately = self._lately.setdefault(rows.bit_length(), _Lately())
+            lately.seconds = _FORGET_PRICE * lately.seconds + seconds
+            lately.tokens = _FORGET_PRICE * lately.tokens + rows + accepted
+
+    def tested(self, expected: float, accepted: int) -> None:
+        """Of the proposals of a step, `expected` tokens were expected to pass, `accepted` did."""
+        self._expected = _FORGET * self._expected + expected
+        self._accepted = _FORGET * self._accepted + accepted
+        keep = min(1.0, max(_TRUST_STEPS * expected, _TRUST_TOKENS) / max(self._expected, 1e-9))
+        self._expected *= keep
+        self._accepted *= keep
 
     def pays(self, rows: int) -> bool:
-        """Whether the next step, of `rows` requests, should have proposals."""
-        size = rows.bit_length()
-        self._asked[size] = asked = self._asked.get(size, 0) + 1
-        tokens, seconds = self._rates.get((size, True), (0.0, 0.0))
-        plain_tokens, plain_seconds = self._rates.get((size, False), (0.0, 0.0))
-        if not plain_seconds or not seconds:
-            return asked % self._EXPLORE[0][1] != 0
-        ratio = tokens * plain_seconds / (plain_tokens * seconds)
-        clear = max(ratio, 1.0 / max(ratio, 1e-9))
-        every = next(steps for least, steps in reversed(self._EXPLORE) if clear >= least)
-        return (ratio >= 1.0) != (asked % every == 0)
+        """Whether to ask the drafter for proposals to the next step, of `rows` requests."""
+        if self._wait:
+            self._wait -= 1
+            return False
+        return not self.cost.lacks_plain_steps(rows)
+
+    def threshold(self, rows: int) -> float:
+        """The least probability at which a proposed token pays, between 0.05 and 0.95."""
+        share = _FIRST_GUESS
+        one, two = self.cost.extra(rows, 1), self.cost.extra(rows, 2)
+        seconds = self._seconds_per_token(rows)
+        if one is not None and two is not None and seconds and two > one:
+            share = (two - one) / seconds
+        return min(max(share, 0.05), 0.95)
+
+    def worth(self, rows: int, proposed: int, expected: float) -> bool:
+        """Whether a step should have these proposals.
+
+        Args:
+            rows: Requests of the step.
+            proposed: Tokens for all together.
+            expected: How many of them are expected to pass (`Proposals.expected`).
+        """
+        if proposed > 0 and self._is_worth(rows, proposed, expected):
+            self._refused = 0
+            return True
+        self._refused += 1
+        self._wait = min(self._refused // _PATIENCE, _MAX_WAIT)
+        self._expected *= _FORGET_UNUSED
+        self._accepted *= _FORGET_UNUSED
+        return False
+
+    def _is_worth(self, rows: int, proposed: int, expected: float) -> bool:
+        extra, seconds = self.cost.extra(rows, proposed), self._seconds_per_token(rows)
+        if extra is None or seconds is None:
+            return True  # to learn it
+        trust = (self._accepted + _PRIOR_TOKENS) / (self._expected + _PRIOR_TOKENS)
+        return expected * trust * seconds > extra
+
+    def _seconds_per_token(self, rows: int) -> float | None:
+        plain = self.cost.plain(rows)
+        if plain is None:
+            return None
+        lately = self._lately.get(rows.bit_length(), _Lately())
+        return (lately.seconds + _PLAIN_STEPS * plain) / (lately.tokens + _PLAIN_STEPS * rows)

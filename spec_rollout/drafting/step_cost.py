@@ -1,117 +1,222 @@
-"""What a decoding step costs, and so how unlikely a proposed token may be."""
+"""What a decoding step takes, by its requests and the tokens proposed in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_FORGET = 0.98  # per step of about that batch size: the last fifty decide
+_FORGET = 0.98  # per step of that kind and about that batch size: the last fifty decide
 _FORGET_OTHERS = 0.995  # per step of another
-_FORGET_CALL = 0.5  # per rollout call
-_MIN_STEPS = 12  # before that, the first guess
-# As a share of what a token costs otherwise, until measured.
-_FIRST_GUESS = 0.5
+# A fixed part of proposing is believed once it has shown in more than this share of a step.
+_FREE_STEPS = 0.2
+# A batch size is believed to be like the others for this many steps of its own.
+_LIKE_OTHERS = 2.0
+# Steps with proposals that are enough to judge by, and those that are too few to go on judging.
+_ENOUGH, _TOO_FEW = 2.5, 1.0
+# Comparisons of a step with proposals and one without that are too few.
+_TOO_FEW_PAIRS = 0.5
+_FIRST_STEPS, _REFIT_STEPS = 64, 4  # fitted anew after each of the first ones, then now and then
+# Tokens proposed while it is not known what they take: a share of the requests, or a few.
+_TRIAL_SHARE, _TRIAL_TOKENS = 4, 8
 
 
 @dataclass(slots=True)
-class _Size:
-    """Decayed sums over the steps of about one batch size."""
+class _Steps:
+    """Decayed sums over the steps of about one batch size, with or without proposals."""
 
     step: int = 0  # the last one
+    count: float = 0.0
     weight: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of rows, proposed, seconds
     products: list[float] = field(default_factory=lambda: [0.0] * 6)  # of their pairs, rows first
-    spent: float = 0.0  # of steps with proposals: seconds
-    given: float = 0.0  # and tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Of all batch sizes together."""
+
+    per_row: float = 0.0
+    per_proposal: float = 0.0
+    proposing: float = 0.0  # of a step with proposals, beyond these
+    pairs: float = 0.0  # comparisons of steps with and without proposals that say so
 
 
 class StepCost:
     """Fits the seconds of a step to its rows and proposed tokens, over the steps seen.
 
-        seconds = fixed(batch size) + per_row * rows + per_proposal * proposed tokens
-
-    A proposed token costs `per_proposal` for certain. It gives a token with the probability that it
-    passes. A token that is not given now has to be given later, and the cost of that is measured:
-    the seconds of steps with proposals, divided by the tokens they gave. Batches only shrink, so
-    this is taken over all batches of at most the present size. So a proposed token pays if its
-    probability is at least
-
-        threshold = per_proposal / (seconds per token from here on)
-
-    Where few rows share the fixed part, a token costs more. So unlikelier tokens are worth trying
-    in the tail of a batch than in a full one.
+        seconds = fixed(batch size) + per_row * rows
+                  + proposing(batch size) + per_proposal(batch size) * proposed, where any are
 
     The fit is by least squares of relative errors, with exponential forgetting. It lives as long as
-    the engine. Each batch size (to a power of two) has a fixed part of its own, because the cost of
-    a step is no straight line from one row to hundreds. Otherwise steps of the tail would bend the
-    line for full batches. Every step asks it, so it computes with plain numbers.
+    the engine, whatever becomes of the history. Each batch size (to a power of two) has fixed parts
+    of its own, because the cost of a step is no straight line from one row to hundreds. Otherwise
+    steps of the tail would bend the line for full batches. What proposing costs is first taken to
+    be what it is at other sizes. Every step asks, so it computes with plain numbers.
 
     It reads no clock: the engine says what each step took.
     """
 
     def __init__(self) -> None:
-        self._sizes: dict[int, _Size] = {}
+        self._steps: dict[int, tuple[_Steps, _Steps]] = {}  # by size: without proposals, with
         self._num_steps = 0
+        self._longest = 0  # tokens of a step
+        self._fit, self._fitted_at = _Fit(), 0
+        self._is_known = False
 
-    def observe(
-        self, rows: int, proposed: int, seconds: float, accepted: int | None = None
-    ) -> None:
+    def observe(self, rows: int, proposed: int, seconds: float) -> None:
         """Adds a step.
 
         Args:
             rows: Requests in the batch, >= 1.
             proposed: Tokens computed beyond one per row.
             seconds: What the step took.
-            accepted: How many of `proposed` were kept; None where they were not all proposals.
         """
-        size = self._sizes.setdefault(rows.bit_length(), _Size())
+        kinds = self._steps.setdefault(rows.bit_length(), (_Steps(), _Steps()))
+        kind = kinds[proposed > 0]
         # Relative errors count: long steps are not measured better than short ones.
         w = 1.0 / max(seconds, 1e-6) ** 2
         x = (rows, proposed, seconds)
         pairs = (x[i] * x[j] for i in range(3) for j in range(i, 3))
-        keep = _FORGET * _FORGET_OTHERS ** (self._num_steps - size.step)
-        size.weight = keep * size.weight + w
-        size.sums = [keep * old + w * new for old, new in zip(size.sums, x, strict=True)]
-        size.products = [
-            keep * old + w * new for old, new in zip(size.products, pairs, strict=True)
+        keep = _FORGET * _FORGET_OTHERS ** (self._num_steps - kind.step)
+        kind.count = keep * kind.count + 1.0
+        kind.weight = keep * kind.weight + w
+        kind.sums = [keep * old + w * new for old, new in zip(kind.sums, x, strict=True)]
+        kind.products = [
+            keep * old + w * new for old, new in zip(kind.products, pairs, strict=True)
         ]
         self._num_steps += 1
-        size.step = self._num_steps
-        if proposed and accepted is not None:
-            size.spent += seconds
-            size.given += rows + accepted
-
-    def begin(self) -> None:
-        """A rollout call begins: seconds and tokens of earlier calls count half."""
-        for size in self._sizes.values():
-            size.spent *= _FORGET_CALL
-            size.given *= _FORGET_CALL
+        kind.step = self._num_steps
+        self._longest = max(self._longest, rows + proposed)
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """Seconds per row and per proposed token; 0 for what has not varied yet."""
-        rr = rp = rs = pp = ps = 0.0
-        for size in self._sizes.values():  # around the means of each size
-            r, p, s = size.sums
-            w = size.weight
-            keep = _FORGET_OTHERS ** (self._num_steps - size.step)
-            rr += keep * (size.products[0] - r * r / w)
-            rp += keep * (size.products[1] - r * p / w)
-            rs += keep * (size.products[2] - r * s / w)
-            pp += keep * (size.products[3] - p * p / w)
-            ps += keep * (size.products[4] - p * s / w)
-        # The ridge keeps what was never varied at zero.
-        rr, pp = rr * (1.0 + 1e-6) + 1e-9, pp * (1.0 + 1e-6) + 1e-9
-        det = rr * pp - rp * rp
-        return max(0.0, (rs * pp - ps * rp) / det), max(0.0, (ps * rr - rs * rp) / det)
+        """Seconds per row and per proposed token, over all batch sizes; 0 for what has not varied
+        yet."""
+        fit = self._fitted()
+        return fit.per_row, fit.per_proposal
 
-    def threshold(self, rows: int) -> float:
-        """The least probability at which a proposed token pays, between 0.05 and 0.95."""
-        share = _FIRST_GUESS
-        if self._num_steps >= _MIN_STEPS:
-            known = [k for k, size in self._sizes.items() if size.given]
-            here = max(rows.bit_length(), min(known, default=0))
-            given = sum(self._sizes[k].given for k in known if k <= here)
-            _, per_proposal = self.coefficients
-            if given and per_proposal > 0:
-                share = per_proposal * given / sum(self._sizes[k].spent for k in known if k <= here)
-        return min(max(share, 0.05), 0.95)
+    def plain(self, rows: int) -> float | None:
+        """Seconds of a step without proposals, by those of about its size, else of the nearest;
+        None while none was seen."""
+        if not self._steps:
+            return None
+        size = rows.bit_length()
+        known = min(self._steps, key=lambda k: abs(k - size))
+        without, proposing = self._steps[known]
+        kind = without if without.count else proposing
+        r, p, s = (total / kind.weight for total in kind.sums)
+        seconds = s + self._fitted().per_row * (rows - r)
+        if kind is proposing:
+            per_proposal, fixed = self._of_proposing(known)
+            seconds -= per_proposal * p + fixed
+        return max(seconds, 0.1 * s)
+
+    def extra(self, rows: int, proposed: int) -> float | None:
+        """Seconds that proposing so many tokens adds to a step; None while too little is known."""
+        num = sum(self._count(proposing) for _, proposing in self._steps.values())
+        self._is_known = num >= (_TOO_FEW if self._is_known else _ENOUGH)
+        if not self._is_known or self._fitted().pairs < _TOO_FEW_PAIRS:
+            return None
+        per_proposal, fixed = self._of_proposing(rows.bit_length())
+        return fixed + per_proposal * proposed
+
+    def room(self, rows: int) -> int:
+        """Most tokens to propose in a step.
+
+        It is at most twice as long as any before, because nothing is known of what longer ones
+        take. While nothing is known at all, few are enough to learn it.
+        """
+        if self.extra(rows, 1) is None:
+            return max(rows // _TRIAL_SHARE, _TRIAL_TOKENS)
+        return 2 * max(self._longest, rows) - rows
+
+    def lacks_plain_steps(self, rows: int) -> bool:
+        """Whether only a step without proposals would say what proposing costs."""
+        kinds = self._steps.get(rows.bit_length())
+        if kinds is None or self._count(kinds[1]) < _ENOUGH:
+            return False
+        return self._fitted().pairs < _TOO_FEW_PAIRS
+
+    def _count(self, kind: _Steps) -> float:
+        return kind.count * _FORGET_OTHERS ** (self._num_steps - kind.step)
+
+    def _of_proposing(self, size: int) -> tuple[float, float]:
+        """Seconds of a proposed token, and of proposing at all, at this batch size: as far as they
+        are known there, else as at any."""
+        fit = self._fitted()
+        per_proposal, fixed = fit.per_proposal, fit.proposing
+        without, kind = self._steps.get(size, (_Steps(), _Steps()))
+        if not kind.count:
+            return per_proposal, fixed
+        w = kind.weight
+        r, p, s = kind.sums
+        _, rp, _, pp, ps, _ = kind.products
+        like_others = _LIKE_OTHERS * w / kind.count * (p / w) ** 2
+        slope = ps - p * s / w - fit.per_row * (rp - r * p / w) + like_others * per_proposal
+        per_proposal = max(0.0, slope / (pp - p * p / w + like_others))
+        if not without.count:
+            return per_proposal, fixed
+        rest = (s - fit.per_row * r - per_proposal * p) / w
+        rest -= (without.sums[2] - fit.per_row * without.sums[0]) / without.weight
+        numbers = self._count(without), self._count(kind)
+        pairs = numbers[0] * numbers[1] / sum(numbers)
+        fixed = (pairs * rest + _LIKE_OTHERS * fixed) / (pairs + _LIKE_OTHERS)
+        return per_proposal, max(0.0, fixed)
+
+    def _fitted(self) -> _Fit:
+        late = self._num_steps - self._fitted_at
+        if late and (late >= _REFIT_STEPS or self._num_steps <= _FIRST_STEPS):
+            self._fit, self._fitted_at = self._solved(), self._num_steps
+        return self._fit
+
+    def _solved(self) -> _Fit:
+        """Least squares around the means of each size."""
+        # Of rows, proposed tokens, and whether there are any; the last column is seconds.
+        a = [[0.0] * 4 for _ in range(3)]
+        weight = count = num_pairs = 0.0
+        for kinds in self._steps.values():
+            keeps = [_FORGET_OTHERS ** (self._num_steps - kind.step) for kind in kinds]
+            both = [0.0] * 10  # of both kinds: weight, sums, products
+            for keep, kind in zip(keeps, kinds, strict=True):
+                values = (kind.weight, *kind.sums, *kind.products)
+                both = [old + keep * new for old, new in zip(both, values, strict=True)]
+            w, r, p, s, rr, rp, rs, pp, ps, _ = both
+            h, hr, hp, hs = (keeps[1] * v for v in (kinds[1].weight, *kinds[1].sums))
+            a[0][0] += rr - r * r / w
+            a[0][1] += rp - r * p / w
+            a[0][2] += hr - r * h / w
+            a[0][3] += rs - r * s / w
+            a[1][1] += pp - p * p / w
+            a[1][2] += hp - p * h / w
+            a[1][3] += ps - p * s / w
+            a[2][2] += h - h * h / w
+            a[2][3] += hs - h * s / w
+            numbers = [keep * kind.count for keep, kind in zip(keeps, kinds, strict=True)]
+            num_pairs += numbers[0] * numbers[1] / sum(numbers)
+            weight += w
+            count += sum(numbers)
+        a[1][0], a[2][0], a[2][1] = a[0][1], a[0][2], a[1][2]
+        for i in range(3):  # the ridge keeps what was never varied at zero
+            a[i][i] = a[i][i] * (1.0 + 1e-6) + 1e-9
+        a[2][2] += _FREE_STEPS * weight / count
+        per_row, per_proposal, proposing = _least_squares(a)
+        return _Fit(per_row, per_proposal, proposing, num_pairs)
+
+
+def _least_squares(a: list[list[float]]) -> list[float]:
+    """Solves a[:, :-1] x = a[:, -1]; what would be negative is left out, the last one first."""
+    used = list(range(len(a)))
+    while used:
+        rows = [[a[i][j] for j in used] + [a[i][-1]] for i in used]
+        for i, pivot in enumerate(rows):  # positive definite: no need to look for pivots
+            for k in range(i + 1, len(rows)):
+                share = rows[k][i] / pivot[i]
+                rows[k] = [x - share * y for x, y in zip(rows[k], pivot, strict=True)]
+        found = [0.0] * len(a)
+        for i in range(len(rows) - 1, -1, -1):
+            rest = sum(rows[i][j] * found[used[j]] for j in range(i + 1, len(rows)))
+            found[used[i]] = (rows[i][-1] - rest) / rows[i][i]
+        negative = [i for i in used if found[i] < 0.0]
+        if not negative:
+            return found
+        used.remove(negative[-1])
+    return [0.0] * len(a)

@@ -8,7 +8,7 @@ import torch
 from laws import assert_rate
 
 from spec_rollout import ops
-from spec_rollout.drafting import HistoryDrafter, MatchShares, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import History
 
@@ -345,58 +345,3 @@ def test_history_is_checked(change: dict[str, torch.Tensor], message: str) -> No
     History(**arguments)
     with pytest.raises(ValueError, match=message):
         History(**{**arguments, **change})
-
-
-def test_step_cost_finds_the_coefficients() -> None:
-    generator = np.random.default_rng(0)
-    cost = StepCost()
-    for _ in range(200):
-        rows, proposed = int(generator.integers(1, 256)), int(generator.integers(0, 500))
-        cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + 1e-5 * proposed)
-    np.testing.assert_allclose(cost.coefficients, [4e-5, 1e-5], rtol=1e-3)
-    assert cost.threshold(200) == 0.5  # nothing is known of what was kept
-    # A proposal costs 10 us. Steps of 10 rows kept 5 proposals in 2.5 ms, those of 200 rows 100 in
-    # 12 ms.
-    for rows in (10, 200):
-        for _ in range(40):
-            cost.observe(rows, rows, 2e-3 + 5e-5 * rows, rows // 2)
-    small = 1e-5 / (2.5e-3 / 15)
-    assert cost.threshold(10) == pytest.approx(small, rel=0.02)
-    assert cost.threshold(1) == cost.threshold(10)  # of no size nearer is anything known
-    both = 1e-5 / (14.5e-3 / 315)  # after a full batch comes a small one
-    assert cost.threshold(200) == pytest.approx(both, rel=0.02)
-    # The next calls have twice as many steps with the full batch.
-    for _ in range(12):
-        cost.begin()
-        for rows in (200, 200, 10):
-            cost.observe(rows, rows, 2e-3 + 5e-5 * rows, rows // 2)
-    assert cost.threshold(200) == pytest.approx(1e-5 / (26.5e-3 / 615), rel=0.02)
-
-
-def test_step_cost_of_full_batches_is_not_bent_by_the_tail() -> None:
-    """One row costs far less than the straight line through full batches says."""
-    generator = np.random.default_rng(0)
-    cost = StepCost()
-    for rows in [*generator.integers(128, 256, 40).tolist(), *[1] * 400]:
-        proposed = int(generator.integers(0, 8 * rows))
-        fixed = 12e-3 if rows > 1 else 3e-3
-        cost.observe(rows, proposed, fixed + 9e-5 * rows + 2e-5 * proposed)
-    np.testing.assert_allclose(cost.coefficients, [9e-5, 2e-5], rtol=1e-2)
-
-
-def test_step_cost_follows_a_change() -> None:
-    generator = np.random.default_rng(0)
-    cost = StepCost()
-    for price in (1e-5, 3e-5):
-        for _ in range(1600):
-            rows, proposed = int(generator.integers(1, 256)), int(generator.integers(0, 500))
-            cost.observe(rows, proposed, 2e-3 + 4e-5 * rows + price * proposed)
-    assert cost.coefficients[1] == pytest.approx(3e-5, rel=0.02)
-
-
-def test_step_cost_without_proposals_or_steps_stays_at_its_guess() -> None:
-    cost = StepCost()
-    assert cost.threshold(8) == 0.5
-    for rows in range(1, 100):
-        cost.observe(rows, 0, 2e-3 + 4e-5 * rows)
-    assert cost.threshold(8) == 0.5

@@ -13,7 +13,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import Coupled
-from spec_rollout.drafting import HistoryDrafter, Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, Payoff
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.requests import Plan
 from spec_rollout.engines.transformers.results import Results
@@ -48,8 +48,8 @@ class Decoder:
         stats: Counts are added here.
         drafter: Proposes tokens, which are tested against what sampling gives; None decodes
             plainly.
-        cost: Decides with the drafter how much to propose, and sees what steps take.
-        payoff: Decides whether to propose at all, and sees what steps give.
+        payoff: Decides with the drafter how much to propose, and whether to propose at all; sees
+            what steps take and give.
         clock: Seconds; what a step takes is the difference of two readings.
     """
 
@@ -64,12 +64,10 @@ class Decoder:
         max_tokens: int,
         stats: RolloutStats,
         drafter: HistoryDrafter | None = None,
-        cost: StepCost | None = None,
         payoff: Payoff | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._drafter = drafter
-        self._cost = StepCost() if cost is None else cost
         self._payoff = Payoff() if payoff is None else payoff
         self._clock = clock
         self._max_tokens = max_tokens
@@ -167,8 +165,7 @@ class Decoder:
         done = finished.nonzero().flatten().tolist()
         seconds = self._clock() - start
         if self._drafter is not None:
-            self._cost.observe(live, num_proposed, seconds, sum(kept) - live)
-            self._payoff.observe(live, num_proposed > 0, sum(kept), seconds)
+            self._payoff.observe(live, num_proposed, seconds, sum(kept) - live)
         if live < _TAIL_SHARE * self._plan.batch:
             stats.num_tail_steps += 1
             stats.tail_seconds += seconds
@@ -221,14 +218,14 @@ class Decoder:
         proposals = self._drafter.propose(
             requests,
             limits,
-            self._cost.threshold(live),
-            max_total=max(0, self._max_tokens - live),
+            self._payoff.threshold(live),
+            max_total=min(max(0, self._max_tokens - live), self._payoff.cost.room(live)),
             # Greedy decoding knows no noise.
             keys=self._plan.keys[requests] if self._sampling.temperature > 0 else None,
             positions=positions,
         )
-        num_proposed = proposals.token_ids.size
-        if num_proposed == 0:
+        num_proposed, expected = proposals.token_ids.size, float(proposals.expected.sum())
+        if not self._payoff.worth(live, num_proposed, expected):
             return None, 0
         device = self._forward.device
         counts = proposals.lens + 1
@@ -274,6 +271,7 @@ class Decoder:
         state[_TOKEN] = result.next_token_ids.long()
         state[_KV_POSITION : _POSITION + 1] += torch.from_numpy(kept).to(device)
         self._drafter.observe(requests, accepted)
+        self._payoff.tested(expected, int(accepted.sum()))
         logprobs = self._logprobs[rows, columns].cpu().numpy()
         self._drafter.extend(requests, tokens[gained], kept, logprobs)
         return kept.tolist(), num_proposed

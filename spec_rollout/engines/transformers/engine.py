@@ -16,7 +16,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.checks import integer
-from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.invariance import batch_invariance_error
@@ -128,7 +128,6 @@ class TransformersEngine:
         self._forward = make(model, batch_invariant, self.max_model_len)
         self.before_step: Callable[[], None] | None = None
         self._policy_version = 0
-        self._step_cost = StepCost()
         self._payoff = Payoff()
         self._match_shares = MatchShares()
 
@@ -220,7 +219,7 @@ class TransformersEngine:
         drafter = None
         if history is not None:
             drafter = HistoryDrafter(history, sampling.stop_token_ids, self._match_shares)
-            self._step_cost.begin()
+            self._payoff.begin()
         steps_before, padding_before = self._forward.num_steps, self._forward.num_padding_tokens
         num_slots = min(self.num_slots, plan.batch)
         num_lanes = min(num_slots, self.max_verify_tokens // self.verify_chunk)
@@ -243,7 +242,6 @@ class TransformersEngine:
             max_tokens=max(self.max_verify_tokens, num_slots),
             stats=stats,
             drafter=drafter,
-            cost=self._step_cost,
             payoff=self._payoff,
             clock=self.clock,
         )

@@ -22,7 +22,7 @@ from vllm_samples import (
 )
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
-from spec_rollout.drafting import StepCost
+from spec_rollout.drafting import Payoff, StepCost
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import FinishReason, History, RolloutRequests, Rollouts, SamplingParams
@@ -46,7 +46,9 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is proposed does not depend on how busy this machine is."""
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.3)
+    monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.3)
+    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
+    monkeypatch.setattr(StepCost, "room", lambda self, rows: 10_000)
     monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
 
 
@@ -254,15 +256,15 @@ def test_costs_are_measured(
 ) -> None:
     """Every step of decoding is learnt from, and what it teaches is asked for."""
     sampler = proposer_in(engine).sampler
-    monkeypatch.setattr(sampler.times, "cost", cost := StepCost())
+    monkeypatch.setattr(sampler.times, "payoff", payoff := Payoff())
     asked: list[int] = []
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: asked.append(rows) or 0.3)
+    monkeypatch.setattr(Payoff, "threshold", lambda self, rows: asked.append(rows) or 0.3)
     seen: list[tuple[int, int, float, int | None]] = []
-    observe = StepCost.observe
+    observe = Payoff.observe
     monkeypatch.setattr(
-        StepCost,
+        Payoff,
         "observe",
-        lambda self, *args: (self is cost and seen.append(args), observe(self, *args))[1],
+        lambda self, *args: (self is payoff and seen.append(args), observe(self, *args))[1],
     )
     past = history_of(rows_of(plain), GROUPS)
     found, _ = check(engine, make_requests(PROMPTS), past)
@@ -279,7 +281,7 @@ def test_costs_are_measured(
 def test_nothing_is_proposed_where_it_does_not_pay(
     engine: Any, plain: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 1.1)
+    monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 1.1)
     past = history_of(rows_of(plain), GROUPS)
     found, expected = check(engine, make_requests(PROMPTS), past)
     for name in ("num_proposed_tokens", "num_accepted_proposals"):

@@ -10,7 +10,7 @@ import torch
 from vllm_samples import EOS, VOCAB, make_requests, proposer_in, random_prompts, rows_of
 
 from spec_rollout.acceptance import NoReuse
-from spec_rollout.drafting import Payoff, StepCost
+from spec_rollout.drafting import Payoff
 from spec_rollout.types import History, RolloutRequests, Rollouts, RolloutStats, SamplingParams
 
 GROUP = 4
@@ -57,7 +57,6 @@ def taught(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def rollout(requests: RolloutRequests, per_step: float, per_token: float) -> Rollouts:
         clock = WorkClock(sampler.record, per_step, per_token)
         monkeypatch.setitem(vars(times), "clock", clock)
-        monkeypatch.setattr(times, "cost", StepCost())
         monkeypatch.setattr(times, "payoff", Payoff())
         engine.rollout(requests, SAMPLING, NoReuse())
         return engine.rollout(requests, SAMPLING, NoReuse())
@@ -88,18 +87,3 @@ def test_the_tail_takes_what_its_steps_take(engine: Any, monkeypatch: pytest.Mon
     stats = engine.rollout_with_limits(make_requests(PROMPTS), sampling, NoReuse(), limits).stats
     assert 50 <= stats.num_tail_steps < 60
     assert stats.tail_seconds == stats.num_tail_steps
-
-
-def test_proposals_that_do_not_pay_become_rare() -> None:
-    payoff = Payoff()
-    assert payoff.pays(64)
-    payoff.observe(64, True, 70, 0.02)
-    payoff.observe(64, False, 64, 0.01)
-    assert sum(payoff.pays(64) for _ in range(320)) == 5  # clearly not
-    assert payoff.pays(2)  # other batches are another matter
-    for _ in range(40):
-        payoff.observe(64, True, 200, 0.02)
-    assert sum(payoff.pays(64) for _ in range(320)) == 315
-    for _ in range(40):
-        payoff.observe(64, True, 150, 0.02)
-    assert sum(payoff.pays(64) for _ in range(160)) == 150  # that is close

@@ -11,7 +11,7 @@ from scipy import stats
 from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
-from spec_rollout.drafting import StepCost
+from spec_rollout.drafting import Payoff
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams
@@ -160,7 +160,8 @@ def test_lenient_law(law_engine: Any, hf_model: Any, place: str, sampling: str) 
 def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lenient's law at the draft's token, and the target's behind it, with likely proposals."""
     # As much as there is, whatever it costs.
-    monkeypatch.setattr(StepCost, "threshold", lambda self, rows: 0.0)
+    monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.0)
+    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
     monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
     params = SamplingParams(max_tokens=6)
     p = target_probs(hf_model, list(PROMPT), params)

@@ -60,7 +60,6 @@ class ChunkProposer:
                 history,
                 stop_token_ids,
                 keyed,
-                self.sampler.times.cost,
                 self.sampler.times.payoff,
                 self.sampler.match_shares,
                 max_proposal=self.sampler.max_chunk,

@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff, StepCost
+from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
@@ -26,8 +26,7 @@ class HistoryProposals:
         history: Of the call.
         stop_token_ids: Of the call; never proposed.
         keyed: Whether the call draws with keyed noise, which then is looked at.
-        cost: Decides with the drafter how much to propose.
-        payoff: Decides whether to propose at all.
+        payoff: Decides with the drafter how much to propose, and whether to propose at all.
         shares: How proposals fared so far.
         max_proposal: Most tokens for one request.
         token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody
@@ -39,7 +38,6 @@ class HistoryProposals:
         history: History,
         stop_token_ids: list[int],
         keyed: bool,
-        cost: StepCost,
         payoff: Payoff,
         shares: MatchShares,
         *,
@@ -49,19 +47,19 @@ class HistoryProposals:
         self.num_requests = history.request_groups.numel()
         self._drafter = HistoryDrafter(history, stop_token_ids, shares)
         self.keyed = keyed
-        self._cost = cost
         self._payoff = payoff
         self._max_proposal = max_proposal
         self._token_budget = token_budget
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_indexed = np.zeros(self.num_requests, np.int64)  # tokens that the drafter knows
         # The last proposals: by request, for which token of the response they start (-1: none), how
-        # many tokens, how many of these are the request's draft's, and where they stand in the flat
-        # list.
+        # many tokens, how many of these are the request's draft's, where they stand in the flat
+        # list, and how many are expected to pass.
         self._proposed_at = np.full(self.num_requests, -1, np.int64)
         self._lens = np.zeros(self.num_requests, np.int64)
         self._own_lens = np.zeros(self.num_requests, np.int64)
         self._starts = np.zeros(self.num_requests, np.int64)
+        self._expected = np.zeros(self.num_requests, np.float32)
         self._flat = np.empty(0, np.int32)
         self._followers: dict[int, Row] = {}
 
@@ -169,8 +167,9 @@ class HistoryProposals:
             drafts: Per request; lists are replaced.
         """
         self._proposed_at.fill(-1)
-        for outcome in self._outcomes:
-            self._drafter.observe(*outcome)
+        for history_ids, accepted in self._outcomes:
+            self._drafter.observe(history_ids, accepted)
+            self._payoff.tested(float(self._expected[history_ids].sum()), int(accepted.sum()))
         self._outcomes = []
         given = np.fromiter(map(len, sampled), np.int64, len(sampled))
         where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
@@ -203,17 +202,22 @@ class HistoryProposals:
         proposals = self._drafter.propose(
             requests,
             limits[is_free],
-            self._cost.threshold(len(batch.rows)),
-            max_total=max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
+            self._payoff.threshold(len(batch.rows)),
+            max_total=min(
+                max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
+                self._payoff.cost.room(len(batch.rows)),
+            ),
             keys=batch.keys[free] if self.keyed else None,
             positions=batch.first_positions[free] + indices,
         )
-        if proposals.token_ids.size == 0:
+        expected = float(proposals.expected.sum())
+        if not self._payoff.worth(len(batch.rows), proposals.token_ids.size, expected):
             return
         starts = np.cumsum(proposals.lens) - proposals.lens
         self._proposed_at[requests] = indices
         self._lens[requests] = proposals.lens
         self._own_lens[requests] = proposals.own_lens
+        self._expected[requests] = proposals.expected
         self._starts[requests] = starts
         self._flat = proposals.token_ids
         flat = proposals.token_ids.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from spec_rollout.drafting import Payoff, StepCost
+from spec_rollout.drafting import Payoff
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sampling.record import Record
 
@@ -20,7 +20,7 @@ class StepTimes:
         record: Whose counters are kept.
 
     Attributes:
-        cost, payoff: What was learnt; they live as long as the engine.
+        payoff: What was learnt; it lives as long as the engine.
         clock: Seconds; what a step takes is the difference of two readings.
     """
 
@@ -28,7 +28,6 @@ class StepTimes:
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, record: Record) -> None:
-        self.cost = StepCost()
         self.payoff = Payoff()
         self._record = record
         self._num_requests = 0  # of the rollout call, where known
@@ -41,7 +40,7 @@ class StepTimes:
         """A rollout call of so many requests begins."""
         self._num_requests = num_requests
         if self._record.history is not None:
-            self.cost.begin()
+            self.payoff.begin()
         self._end = None
 
     def count(self, num_tokens: int, num_logits: int, rows: list[Row | None]) -> None:
@@ -74,8 +73,6 @@ class StepTimes:
             if record.history is not None and self._work is not None:
                 rows, extra = self._work
                 gained = record.num_kept if self._is_decode else None
-                self.cost.observe(rows, extra, seconds, gained)
-                if gained is not None:
-                    self.payoff.observe(rows, extra > 0, rows + gained, seconds)
+                self.payoff.observe(rows, extra, seconds, gained)
         record.num_kept = 0
         self._end = now
