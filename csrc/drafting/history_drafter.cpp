@@ -304,10 +304,23 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
   }
   if (total > max_total) {
     const int64_t cut = even_cut({out_lens, out_lens + count}, max_total);
+    // Not even one for each: the likeliest.
+    std::vector<char> has_one(count, 0);
+    if (cut == 0) {
+      std::vector<int64_t> order;
+      for (int64_t i = 0; i < count; ++i) {
+        if (out_lens[i] > 0) order.push_back(i);
+      }
+      const auto likelier = [&](int64_t a, int64_t b) {
+        return live(requests[a]).passes[0] > live(requests[b]).passes[0];
+      };
+      std::stable_sort(order.begin(), order.end(), likelier);
+      for (int64_t i = 0; i < max_total; ++i) has_one[order[i]] = 1;
+    }
     const int32_t* from = out;
     int32_t* to = out;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t kept = std::min(out_lens[i], cut);
+      const int64_t kept = std::min(out_lens[i], cut + has_one[i]);
       std::copy(from, from + kept, to);
       from += out_lens[i];
       to += kept;

@@ -265,7 +265,8 @@ class Drafter:
             min_probability: A token is proposed if it and all before it in its proposal pass with
                 at least this estimated probability.
             max_total: Most tokens for all together. Where there would be more, the longest
-                proposals are cut. None is no such limit.
+                proposals are cut; where there would be more requests than that, the likeliest first
+                tokens are left. None is no such limit.
             keys, positions: Noise key of each request, and noise position of its next token
                 (`sample_tokens`). None where tokens are not drawn with keyed noise. [count], int64
                 both.

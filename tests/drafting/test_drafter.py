@@ -186,6 +186,25 @@ def test_as_many_pass_as_expected() -> None:
     assert proposals.expected.sum() == pytest.approx(passed.sum(), rel=0.03)
 
 
+def test_fewer_tokens_than_requests_go_to_the_likeliest() -> None:
+    drafter = Drafter()
+    for key, rows in ((X, [[A, B], [A, C], [A, D]]), (Y, [[D, B]] * 3), (Z, [[C, B], [C, A]])):
+        for row in rows:
+            finish(drafter, key, row)
+    handles = np.array([drafter.join(key) for key in (X, Y, Z)])
+    drafter.extend(handles, np.array([A, D, C], np.int32), np.ones(3, np.int64))
+    everything = drafter.propose(handles, np.ones(3, np.int64), 0.0)
+    assert everything.lens.tolist() == [1, 1, 1]
+    order = np.argsort(-everything.expected)
+    assert order[0] == 1
+    for total in range(3):
+        found = drafter.propose(handles, np.full(3, 4), 0.0, max_total=total)
+        assert np.flatnonzero(found.lens).tolist() == sorted(order[:total].tolist())
+        assert found.lens.sum() == found.token_ids.size == total
+        expected = everything.token_ids[sorted(order[:total].tolist())]
+        assert found.token_ids.tolist() == expected.tolist()
+
+
 def test_the_total_cut_is_cut_off_the_expectation_too() -> None:
     drafter = Drafter()
     finish(drafter, X, [A, B, C, D] * 4)
