@@ -82,7 +82,10 @@ class Payoff:
         """
         self.cost.observe(rows, proposed, seconds)
         if accepted is not None:
-            lately = self._lately.setdefault(rows.bit_length(), _Lately())
+            size = rows.bit_length()
+            lately = self._lately.get(size)
+            if lately is None:
+                lately = self._lately[size] = _Lately()
             lately.seconds = _FORGET_PRICE * lately.seconds + seconds
             lately.tokens = _FORGET_PRICE * lately.tokens + rows + accepted
 
@@ -104,10 +107,9 @@ class Payoff:
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
         share = _FIRST_GUESS
-        one, two = self.cost.extra(rows, 1), self.cost.extra(rows, 2)
-        seconds = self._seconds_per_token(rows)
-        if one is not None and two is not None and seconds and two > one:
-            share = (two - one) / seconds
+        proposing, seconds = self.cost.proposing(rows), self._seconds_per_token(rows)
+        if proposing is not None and proposing[0] > 0.0 and seconds:
+            share = proposing[0] / seconds
         return min(max(share, 0.05), 0.95)
 
     def worth(self, rows: int, proposed: int, expected: float) -> bool:
@@ -138,5 +140,7 @@ class Payoff:
         plain = self.cost.plain(rows)
         if plain is None:
             return None
-        lately = self._lately.get(rows.bit_length(), _Lately())
+        lately = self._lately.get(rows.bit_length())
+        if lately is None:
+            return plain / rows
         return (lately.seconds + _PLAIN_STEPS * plain) / (lately.tokens + _PLAIN_STEPS * rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _FORGET = 0.98  # per step of that kind and about that batch size: the last fifty decide
 _FORGET_OTHERS = 0.995  # per step of another
@@ -14,7 +14,8 @@ _LIKE_OTHERS = 2.0
 _ENOUGH, _TOO_FEW = 2.5, 1.0
 # Comparisons of a step with proposals and one without that are too few.
 _TOO_FEW_PAIRS = 0.5
-_FIRST_STEPS, _REFIT_STEPS = 64, 4  # fitted anew after each of the first ones, then now and then
+# Fitted anew after each of the first steps, of all and of a kind, then now and then.
+_FIRST_STEPS, _FIRST_OF_KIND, _REFIT_STEPS = 64, 4.0, 16
 # Tokens proposed while it is not known what they take: a share of the requests, or a few.
 _TRIAL_SHARE, _TRIAL_TOKENS = 4, 8
 
@@ -26,8 +27,9 @@ class _Steps:
     step: int = 0  # the last one
     count: float = 0.0
     weight: float = 0.0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # of rows, proposed, seconds
-    products: list[float] = field(default_factory=lambda: [0.0] * 6)  # of their pairs, rows first
+    # Of rows, proposed, seconds; and of their products, rows first, without seconds squared.
+    sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    products: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class StepCost:
         self._steps: dict[int, tuple[_Steps, _Steps]] = {}  # by size: without proposals, with
         self._num_steps = 0
         self._longest = 0  # tokens of a step
-        self._fit, self._fitted_at = _Fit(), 0
+        self._fit = _Fit()
+        self._refit_at = 1  # after so many steps
+        self._of_sizes: dict[int, tuple[float, float]] = {}  # `_of_proposing`, until then
         self._is_known = False
 
     def observe(self, rows: int, proposed: int, seconds: float) -> None:
@@ -70,22 +74,31 @@ class StepCost:
             proposed: Tokens computed beyond one per row.
             seconds: What the step took.
         """
-        kinds = self._steps.setdefault(rows.bit_length(), (_Steps(), _Steps()))
-        kind = kinds[proposed > 0]
+        size = rows.bit_length()
+        if size not in self._steps:
+            self._steps[size] = (_Steps(), _Steps())
+        kind = self._steps[size][proposed > 0]
         # Relative errors count: long steps are not measured better than short ones.
         w = 1.0 / max(seconds, 1e-6) ** 2
-        x = (rows, proposed, seconds)
-        pairs = (x[i] * x[j] for i in range(3) for j in range(i, 3))
+        wr, wp, ws = w * rows, w * proposed, w * seconds
         keep = _FORGET * _FORGET_OTHERS ** (self._num_steps - kind.step)
         kind.count = keep * kind.count + 1.0
         kind.weight = keep * kind.weight + w
-        kind.sums = [keep * old + w * new for old, new in zip(kind.sums, x, strict=True)]
-        kind.products = [
-            keep * old + w * new for old, new in zip(kind.products, pairs, strict=True)
-        ]
+        r, p, s = kind.sums
+        kind.sums = (keep * r + wr, keep * p + wp, keep * s + ws)
+        rr, rp, rs, pp, ps = kind.products
+        kind.products = (
+            keep * rr + wr * rows,
+            keep * rp + wr * proposed,
+            keep * rs + wr * seconds,
+            keep * pp + wp * proposed,
+            keep * ps + wp * seconds,
+        )
         self._num_steps += 1
         kind.step = self._num_steps
         self._longest = max(self._longest, rows + proposed)
+        if self._num_steps <= _FIRST_STEPS or kind.count < _FIRST_OF_KIND:
+            self._refit_at = self._num_steps
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -99,8 +112,9 @@ class StepCost:
         None while none was seen."""
         if not self._steps:
             return None
-        size = rows.bit_length()
-        known = min(self._steps, key=lambda k: abs(k - size))
+        known = size = rows.bit_length()
+        if size not in self._steps:
+            known = min(self._steps, key=lambda k: abs(k - size))
         without, proposing = self._steps[known]
         kind = without if without.count else proposing
         r, p, s = (total / kind.weight for total in kind.sums)
@@ -112,12 +126,16 @@ class StepCost:
 
     def extra(self, rows: int, proposed: int) -> float | None:
         """Seconds that proposing so many tokens adds to a step; None while too little is known."""
-        num = sum(self._count(proposing) for _, proposing in self._steps.values())
-        self._is_known = num >= (_TOO_FEW if self._is_known else _ENOUGH)
-        if not self._is_known or self._fitted().pairs < _TOO_FEW_PAIRS:
+        found = self.proposing(rows)
+        return None if found is None else found[1] + found[0] * proposed
+
+    def proposing(self, rows: int) -> tuple[float, float] | None:
+        """Seconds of a proposed token, and of a step with proposals beyond these and the seconds of
+        one without; None while too little is known."""
+        pairs = self._fitted().pairs
+        if not self._is_known or pairs < _TOO_FEW_PAIRS:
             return None
-        per_proposal, fixed = self._of_proposing(rows.bit_length())
-        return fixed + per_proposal * proposed
+        return self._of_proposing(rows.bit_length())
 
     def room(self, rows: int) -> int:
         """Most tokens to propose in a step.
@@ -125,7 +143,7 @@ class StepCost:
         It is at most twice as long as any before, because nothing is known of what longer ones
         take. While nothing is known at all, few are enough to learn it.
         """
-        if self.extra(rows, 1) is None:
+        if self.proposing(rows) is None:
             return max(rows // _TRIAL_SHARE, _TRIAL_TOKENS)
         return 2 * max(self._longest, rows) - rows
 
@@ -143,13 +161,19 @@ class StepCost:
         """Seconds of a proposed token, and of proposing at all, at this batch size: as far as they
         are known there, else as at any."""
         fit = self._fitted()
+        found = self._of_sizes.get(size)
+        if found is None:
+            found = self._of_sizes[size] = self._solved_for(size, fit)
+        return found
+
+    def _solved_for(self, size: int, fit: _Fit) -> tuple[float, float]:
         per_proposal, fixed = fit.per_proposal, fit.proposing
         without, kind = self._steps.get(size, (_Steps(), _Steps()))
         if not kind.count:
             return per_proposal, fixed
         w = kind.weight
         r, p, s = kind.sums
-        _, rp, _, pp, ps, _ = kind.products
+        _, rp, _, pp, ps = kind.products
         like_others = _LIKE_OTHERS * w / kind.count * (p / w) ** 2
         slope = ps - p * s / w - fit.per_row * (rp - r * p / w) + like_others * per_proposal
         per_proposal = max(0.0, slope / (pp - p * p / w + like_others))
@@ -163,9 +187,12 @@ class StepCost:
         return per_proposal, max(0.0, fixed)
 
     def _fitted(self) -> _Fit:
-        late = self._num_steps - self._fitted_at
-        if late and (late >= _REFIT_STEPS or self._num_steps <= _FIRST_STEPS):
-            self._fit, self._fitted_at = self._solved(), self._num_steps
+        if self._num_steps >= self._refit_at and self._steps:
+            self._refit_at = self._num_steps + _REFIT_STEPS
+            self._fit = self._solved()
+            self._of_sizes.clear()
+            num = sum(self._count(proposing) for _, proposing in self._steps.values())
+            self._is_known = num >= (_TOO_FEW if self._is_known else _ENOUGH)
         return self._fit
 
     def _solved(self) -> _Fit:
@@ -175,11 +202,11 @@ class StepCost:
         weight = count = num_pairs = 0.0
         for kinds in self._steps.values():
             keeps = [_FORGET_OTHERS ** (self._num_steps - kind.step) for kind in kinds]
-            both = [0.0] * 10  # of both kinds: weight, sums, products
+            both = [0.0] * 9  # of both kinds: weight, sums, products
             for keep, kind in zip(keeps, kinds, strict=True):
                 values = (kind.weight, *kind.sums, *kind.products)
                 both = [old + keep * new for old, new in zip(both, values, strict=True)]
-            w, r, p, s, rr, rp, rs, pp, ps, _ = both
+            w, r, p, s, rr, rp, rs, pp, ps = both
             h, hr, hp, hs = (keeps[1] * v for v in (kinds[1].weight, *kinds[1].sums))
             a[0][0] += rr - r * r / w
             a[0][1] += rp - r * p / w
