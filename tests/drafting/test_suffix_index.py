@@ -167,6 +167,20 @@ def test_removed_rows_are_never_found_and_all_others_are(vocab: int, cap: int) -
         assert index.num_rows == index.num_tokens == 0
 
 
+@pytest.mark.parametrize("firsts", [(5, 7, 6), (7, 5, 6)])
+def test_of_equally_long_matches_the_newest_row_left_is_found(firsts: tuple[int, ...]) -> None:
+    """The last row's node was the root; the older two are on both sides of it."""
+    index = _C.SuffixIndex(32)
+    for row, first in enumerate(firsts):
+        index.extend(index.add_row(3), [first, 2, 10 + row])
+    index.extend(index.add_row(2), [4, 2])
+    assert index.propose(3, 1, 1, 1.0) == ([12], 1)
+    index.remove_row(2)
+    assert index.propose(3, 1, 1, 1.0) == ([11], 1)
+    index.remove_row(1)
+    assert index.propose(3, 1, 1, 1.0) == ([10], 1)
+
+
 def test_memory_of_removed_rows_is_used_again() -> None:
     generator = torch.Generator().manual_seed(2)
     index = _C.SuffixIndex(32)
