@@ -10,7 +10,8 @@ responses themselves.
 
 `HistoryDrafter` is what engines use on top of the index: it also learns from the other problems,
 and proposes what is likely enough to pass. It regenerates one response of every problem at a time,
-all problems side by side; without noise and log-probs, of which such data has none.
+all problems side by side; without noise and log-probs, of which such data has none. A `Drafter`,
+which outlives its requests, serves all responses in turn within a bound of bytes.
 
 Where `arctic_inference.suffix_decoding` can be imported (Snowflake's suffix tree, another way to
 find proposals, by frequency instead of recency), it replays the same; only its compiled tree is
@@ -34,7 +35,8 @@ import torch
 from _common import Results, measure, parser
 
 from spec_rollout import _C
-from spec_rollout.drafting import HistoryDrafter
+from spec_rollout.drafting import Drafter, HistoryDrafter
+from spec_rollout.keys import prompt_key
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import History
 
@@ -280,6 +282,53 @@ def speed(groups: list[list[list[int]]], results: Results, kinds: Sequence[Index
         )
 
 
+def turnover(groups: list[list[list[int]]], results: Results) -> None:
+    """Requests that come to a `Drafter` and go, within a bound that forgets most of them.
+
+    Sixty-four at a time, each extended and looked up token by token; the first tenth of the
+    requests, when little is there yet, beside the last tenth.
+    """
+    requests = [(g, row) for _ in range(2) for g, group in enumerate(groups) for row in group]
+    random.Random(0).shuffle(requests)
+    keys = [prompt_key([g]) for g in range(len(groups))]
+    drafter = Drafter(max_bytes=2_000_000, max_group_bytes=40_000)
+    spent: list[tuple[int, int]] = []  # nanoseconds and tokens of each 64 requests
+    for first in range(0, len(requests), 64):
+        batch = requests[first : first + 64]
+        rows = [np.array(row, np.int32) for _, row in batch]
+        start = time.perf_counter_ns()
+        handles = np.array([drafter.join(keys[g]) for g, _ in batch])
+        nanoseconds = time.perf_counter_ns() - start
+        for position in range(max(map(len, rows))):
+            live = np.flatnonzero([position < row.size for row in rows])
+            ids = np.array([rows[i][position] for i in live], np.int32)
+            requests_now, ones = handles[live], np.ones(live.size, np.int64)
+            start = time.perf_counter_ns()
+            drafter.extend(requests_now, ids, ones)
+            drafter.propose(requests_now, ones, 0.2)
+            nanoseconds += time.perf_counter_ns() - start
+        start = time.perf_counter_ns()
+        for handle in handles.tolist():
+            drafter.leave(handle)
+        nanoseconds += time.perf_counter_ns() - start
+        spent.append((nanoseconds, sum(row.size for row in rows)))
+    info = drafter.info()
+    tenth = max(len(spent) // 10, 1)
+    for name, part in (("first", spent[:tenth]), ("last", spent[-tenth:])):
+        total, tokens = map(sum, zip(*part, strict=True))
+        results.rows.append(
+            {
+                "op": f"Drafter, requests that come and go, {name} tenth",
+                "shape": {"requests": len(requests), "groups": len(groups)},
+                "nanoseconds_per_token": round(total / tokens, 1),
+                "bytes_per_token": round(info.history_bytes / info.num_tokens, 2),
+                "evicted_groups": info.num_evicted_groups,
+                "evicted_sequences": info.num_evicted_sequences,
+            }
+        )
+        print(results.rows[-1], flush=True)
+
+
 def main() -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--data", type=Path, help="JSON lines with `responses`")
@@ -296,6 +345,7 @@ def main() -> int:
     else:
         print("arctic_inference: not installed, left out")
     speed(groups, results, kinds)
+    turnover(groups, results)
     lengths = (8,) if args.quick else (4, 8, 16, 32)
     policies = [
         Policy(min_match, max_tokens, per_match)
