@@ -18,6 +18,7 @@ from spec_rollout.keys import prompt_key
 GROUP = 8
 VOCAB = 64
 MAX_PROPOSAL = 32
+# Of the policies: how far weights move from one epoch to the next, and how sure they are.
 DRIFT, SHARP = 0.1, 11.0
 
 
@@ -53,7 +54,7 @@ class Outcome:
 def sampled(prompts: np.ndarray, keys: np.ndarray, length: int, weights: int) -> Epoch:
     """Responses of a policy over two tokens of context and the prompt.
 
-    About 0.7 nats a token; policies of neighbouring `weights` differ a little.
+    About a nat a token; policies of neighbouring `weights` differ a little.
     """
     requests = prompts.size
     history = np.zeros((requests, 2), np.int64)
@@ -176,7 +177,9 @@ class SimulatedEngine:
         done: np.ndarray,
         given: np.ndarray,
     ) -> None:
-        columns = np.concatenate([np.arange(done[r], done[r] + n) for r, n in zip(live, given)])  # noqa: B905
+        columns = np.concatenate(
+            [np.arange(done[r], done[r] + n) for r, n in zip(live, given, strict=True)]
+        )
         rows = np.repeat(live, given)
         self.drafter.extend(
             handles[live], epoch.token_ids[rows, columns], given, epoch.logprobs[rows, columns]
