@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spec_rollout.checks import of_kind
-from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, decode
+from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, SampleName, parse
 
 # Attribute of vLLM's SamplingParams -> the value that means "off". What is on changes the
 # distribution in a way that depends on the tokens drawn so far (or on a sampler of its own), which
@@ -56,10 +56,32 @@ def reuse_data(params: Any) -> Any:
     return of_kind("extra_args", extra_args, dict, "a dict or None").get(EXTRA_ARG)
 
 
+def why_not_ours(params: Any, logprobs_mode: str | None = None) -> str | None:
+    """The parameter because of which our sampler cannot draw a request's tokens, and its value.
+
+    Args:
+        params: vLLM's SamplingParams.
+        logprobs_mode: The engine's, where known.
+
+    Returns:
+        "name: expected ..., got ...", or None if it can.
+    """
+    for name, off in _MUST_BE_OFF.items():
+        value = getattr(params, name, off)
+        if value != off and not (off is None and not value):
+            return f"{name}: expected {off} together with {EXTRA_ARG}, got {value}"
+    if params.logprobs is not None and logprobs_mode in ("raw_logits", "processed_logits"):
+        return (
+            "logprobs: expected an engine with logprobs_mode raw_logprobs or processed_logprobs "
+            f"together with {EXTRA_ARG}, got {logprobs_mode}"
+        )
+    return None
+
+
 def admit(
     request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
-) -> ReuseRequest | None:
-    """The reuse parameters of a request, checked; None if it has none and is not ours.
+) -> ReuseRequest | SampleName | None:
+    """The reuse parameters of a request, checked; None if it has none.
 
     Args:
         request_id: Named in errors.
@@ -74,21 +96,20 @@ def admit(
         data = reuse_data(params)
         if data is None:
             return None
-        request = decode(data)
-        for name, off in _MUST_BE_OFF.items():
-            value = getattr(params, name, off)
-            if value != off and not (off is None and not value):
-                raise ValueError(f"{name}: expected {off} together with {EXTRA_ARG}, got {value}")
+        request = parse(data)
+        if isinstance(request, SampleName):
+            # What our sampler cannot draw goes to vLLM's; but several responses are no one sample.
+            if getattr(params, "n", 1) != 1:
+                raise ValueError(
+                    f"n: expected 1 for a request that names its sample, got {params.n}"
+                )
+            return request
+        if reason := why_not_ours(params, logprobs_mode):
+            raise ValueError(reason)
         ids = request.draft_ids
         if vocab_size is not None and ids.size and int(ids.max()) >= vocab_size:
             raise ValueError(
                 f"draft_ids: expected token ids below {vocab_size}, got {int(ids.max())}"
-            )
-        if params.logprobs is not None and logprobs_mode in ("raw_logits", "processed_logits"):
-            raise ValueError(
-                "logprobs: expected an engine with logprobs_mode raw_logprobs or "
-                "processed_logprobs "
-                f"together with {EXTRA_ARG}, got {logprobs_mode}"
             )
         if (
             params.logprobs is not None

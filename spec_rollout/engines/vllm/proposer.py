@@ -10,6 +10,7 @@ from typing import Any
 
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
+from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 
 _CONFIG_SECTION = "spec_rollout"
 DEFAULT_FIRST_CHUNK = 16
@@ -46,6 +47,16 @@ class ReuseProposer(ChunkProposer):
             first_chunk=min(first_chunk, max_chunk), max_chunk=max_chunk, token_budget=budget
         )
         compat.keep_cpu_weights()
+        engine_options = compat.configured_options(vllm_config.additional_config)
+        if engine_options is not None and engine_options.is_on:
+            side = EngineSide(
+                engine_options,
+                engine_seed=vllm_config.model_config.seed or 0,
+                replica=vllm_config.parallel_config.data_parallel_rank,
+            )
+            self.serve_by_itself(side, compat.log)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """There is no model to load."""
+    def load_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """There is no model to load; vLLM hands over its own, whose weights are watched."""
+        if self.live is not None:
+            compat.watch_weights(model, self.live.side)

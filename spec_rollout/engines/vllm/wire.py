@@ -1,15 +1,21 @@
-"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`, in bytes.
+"""What a request carries into the engine: `SamplingParams.extra_args["spec_rollout"]`.
 
-Little-endian: a fixed header (`_HEADER`), the draft's token ids as int32, then, if flagged, its
-log-probs as float32. Nothing in it depends on vLLM, so that clients need not have it installed.
+- Bytes (`ReuseRequest`): key, rule and draft. Little-endian: a fixed header (`_HEADER`), the
+  draft's token ids as int32, then, if flagged, its log-probs as float32.
+- A mapping (`SampleName`): which sample of its prompt the request is. The draft is what the engine
+  remembers of it (`options.EngineOptions`).
+
+Nothing in it depends on vLLM, so that clients need not have it installed.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +25,8 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot, Ru
 from spec_rollout.checks import integer, of_kind
 
 EXTRA_ARG = "spec_rollout"
+# Added by the engine itself: the request's `cache_salt`, which vLLM does not hand to workers.
+SALT_ARG = "spec_rollout_salt"
 VERSION = 1
 
 _MAGIC = b"sr"
@@ -90,6 +98,58 @@ class ReuseRequest:
             )
         if np.isnan(logprobs).any():
             raise ValueError("draft_logprobs: expected numbers, got NaN")
+
+
+@dataclass(frozen=True, slots=True)
+class SampleName:
+    """Which rollout a request asks for, to an engine that remembers them.
+
+    Attributes:
+        sample: Index of the rollout within its prompt's group.
+        epoch: Noise epoch: `Coupled` draws the same noise while it stays the same.
+        prompt_id: Keeps equal prompts apart that are not the same to the trainer.
+        seed: Of the noise; None is the engine's.
+    """
+
+    sample: int
+    epoch: int = 0
+    prompt_id: str = ""
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_integer("sample", self.sample, 0, _MAX_ID)
+        _check_integer("epoch", self.epoch, 0, _MAX_ID)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if not isinstance(self.prompt_id, str):
+            raise ValueError(f"prompt_id: expected text, got {self.prompt_id!r}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SampleName:
+        """The name in `extra_args["spec_rollout"]`, as JSON gives it.
+
+        Raises:
+            ValueError: saying what is wrong with it.
+        """
+        known = {"sample", "epoch", "prompt_id", "seed"}
+        if unknown := sorted(set(map(str, values)) - known):
+            raise ValueError(
+                f"{EXTRA_ARG}: expected keys among {', '.join(sorted(known))}, got {unknown[0]}"
+            )
+        if "sample" not in values:
+            raise ValueError(f"{EXTRA_ARG}: expected the key sample, got {sorted(values)}")
+        fields = dict(values)
+        if isinstance(fields.get("prompt_id"), int) and not isinstance(fields["prompt_id"], bool):
+            fields["prompt_id"] = str(fields["prompt_id"])
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{EXTRA_ARG}: {error}") from None
+
+
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
 
 
 def encode(request: ReuseRequest) -> bytes:
@@ -180,6 +240,27 @@ def decode(data: Any) -> ReuseRequest:
         )
     except ValueError as error:
         raise ValueError(f"{EXTRA_ARG}: {error}") from error
+
+
+def parse(data: Any) -> ReuseRequest | SampleName:
+    """What `extra_args["spec_rollout"]` says, in any of its forms.
+
+    Bytes and base64 of them are a `ReuseRequest`. A mapping, JSON text of one (HTTP lets no mapping
+    through) and a plain number, the sample's index, are a `SampleName`.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if isinstance(data, str) and data.lstrip().startswith("{"):
+        try:
+            data = json.loads(data)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{EXTRA_ARG}: expected JSON, got {data[:80]!r} ({error})") from None
+    if isinstance(data, Mapping):
+        return SampleName.from_mapping(data)
+    if isinstance(data, int):
+        return SampleName.from_mapping({"sample": data})
+    return decode(data)
 
 
 def _rule(kind: int, log_lenience: float, scale: float, min_target_prob: float) -> AcceptanceRule:

@@ -9,6 +9,8 @@ our proposer.
 - `versions`: which vLLM will do, and the error where there is none.
 - `identity`: which engines run the plugin.
 - `requests`: a malformed request fails alone, before a worker sees it.
+- `switch_on`: the variable SPEC_ROLLOUT, for engines that others build.
+- `watching`: what a worker is told about its model.
 - `sampling`: our sampler in the place of vLLM's rejection sampler.
 - `workers`: a worker's proposer, and its model's weights.
 - `recurrent`: models that are refused.
@@ -36,14 +38,17 @@ from spec_rollout.engines.vllm.compat.llm import (
 )
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
+from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.versions import (
     NEWEST_TESTED,
     OLDEST,
     check_version,
     require_vllm,
 )
+from spec_rollout.engines.vllm.compat.watching import log, watch_weights
 from spec_rollout.engines.vllm.compat.workers import (
     finish_update,
+    live_requests,
     proposer_of,
     start_update,
     weights_loaded,
@@ -60,12 +65,15 @@ __all__ = [
     "check_version",
     "destinations",
     "finish_update",
+    "configured_options",
     "generate",
     "install",
     "install_worker",
     "is_in_process",
     "is_ours",
     "keep_cpu_weights",
+    "live_requests",
+    "log",
     "model_limits",
     "new_llm",
     "plugin",
@@ -77,5 +85,6 @@ __all__ = [
     "shut_down",
     "start_update",
     "transformers_config",
+    "watch_weights",
     "weights_loaded",
 ]

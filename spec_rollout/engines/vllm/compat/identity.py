@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PROPOSER = "spec_rollout.engines.vllm.proposer.ReuseProposer"
+from spec_rollout.engines.vllm.options import PROPOSER
+
 WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
 
 

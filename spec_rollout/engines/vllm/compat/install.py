@@ -5,6 +5,8 @@
 - `EngineArgs.create_engine_config`: models that vLLM gets wrong when it speculates.
 - `SamplingParams._validate_spec_decode`, `build_logitsprocs`: vLLM refuses min_p and logit_bias
   with any speculative decoding; our sampler and vLLM's plain one honour them.
+- `EngineArgs.create_speculative_config`: the variable SPEC_ROLLOUT reaches engines that others
+  build (`switch_on`).
 - `GPUModelRunner._sample`: the token at the end of a prefill and the token after a draft never
   reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
 - `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices in every
@@ -35,12 +37,13 @@ def install() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from spec_rollout.engines.vllm.compat import recurrent, requests
+    from spec_rollout.engines.vllm.compat import recurrent, requests, switch_on
 
     replace(EngineArgs, "create_engine_config", recurrent.checked_config)
     replace(InputProcessor, "process_inputs", requests.checked_inputs)
     replace(EngineCore, "preprocess_add_request", requests.checked_request)
     replace(SamplingParams, "_validate_spec_decode", requests.lenient_validation)
+    replace(EngineArgs, "create_speculative_config", switch_on.speculative_config)
     # The model runner's module is heavy and sets up devices: it is hooked when a worker imports it
     # (`install_worker`).
 
@@ -52,10 +55,19 @@ def install_worker() -> None:
     from vllm.compilation import decorators
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling, shared_classes
+    from spec_rollout.engines.vllm.compat import (
+        cpu_wheels,
+        requests,
+        sampling,
+        shared_classes,
+        watching,
+    )
+    from spec_rollout.engines.vllm.worker.extension import ReuseWorker
 
     replace(decorators, "_support_torch_compile", shared_classes.only_vllms)
+    watching.attach_calls(WorkerBase, ReuseWorker)
     replace(gpu_model_runner.GPUModelRunner, "_sample", sampling.sample)
     replace(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from spec_rollout.engines.vllm.admission import admit
 from spec_rollout.engines.vllm.compat.identity import is_ours
-from spec_rollout.engines.vllm.wire import EXTRA_ARG
+from spec_rollout.engines.vllm.compat.switch_on import configured_options
+from spec_rollout.engines.vllm.options import VARIABLE
+from spec_rollout.engines.vllm.wire import EXTRA_ARG, SALT_ARG, SampleName
 
 
 def checked_inputs(original: Callable) -> Callable:
@@ -28,6 +31,7 @@ def checked_request(original: Callable) -> Callable:
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
         _check(self.vllm_config, request.request_id, request.sampling_params)
+        _carry_salt(request)
         return original(self, request)
 
     return preprocess_add_request
@@ -62,6 +66,15 @@ def all_logitsprocs(original: Callable) -> Callable:
     return build_logitsprocs
 
 
+def _carry_salt(request: Any) -> None:
+    """Puts the `cache_salt` of a request where workers see it: histories must not cross it."""
+    salt, params = getattr(request, "cache_salt", None), request.sampling_params
+    if salt and params is not None:
+        params = copy.copy(params)
+        params.extra_args = {**(params.extra_args or {}), SALT_ARG: salt}
+        request.sampling_params = params
+
+
 def _check(vllm_config: Any, request_id: str, params: Any) -> None:
     extra_args = getattr(params, "extra_args", None)
     if extra_args is None:
@@ -79,12 +92,19 @@ def _check(vllm_config: Any, request_id: str, params: Any) -> None:
                 f"request {request_id}: {EXTRA_ARG}: expected an engine started with "
                 "spec_rollout.engines.vllm.engine_args(), got one without"
             )
-        admit(
+        request = admit(
             request_id,
             params,
             vocab_size=model_config.get_vocab_size(),
             logprobs_mode=model_config.logprobs_mode,
         )
+        options = configured_options(vllm_config.additional_config)
+        if isinstance(request, SampleName) and (options is None or not options.is_on):
+            raise ValueError(
+                f"request {request_id}: {EXTRA_ARG}: a sample's index: expected an engine that "
+                f"remembers samples ({VARIABLE}=coupled or lenient when it was started), got one "
+                "that does not"
+            )
     except ValueError as error:
         raise _request_error()(str(error)) from error
 

@@ -11,7 +11,9 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from spec_rollout.engines.vllm.admission import admit
+from spec_rollout.engines.vllm.wire import SALT_ARG, ReuseRequest, SampleName
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
+from spec_rollout.engines.vllm.worker.engine_side import Arrival
 from spec_rollout.engines.vllm.worker.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.worker.masks import LogitMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
@@ -87,6 +89,7 @@ def _rows(runner: Any, proposer: ChunkProposer) -> list[Row | None]:
     known_states, known_rows = proposer.last_batch
     if len(states) == len(known_states) and all(map(operator.is_, states, known_states)):
         return known_rows
+    sweep(runner, proposer)
     rows: list[Any] = [getattr(state, _ROW, _UNSEEN) for state in states]
     if _UNSEEN in rows:
         for i, state in enumerate(states):
@@ -98,22 +101,41 @@ def _rows(runner: Any, proposer: ChunkProposer) -> list[Row | None]:
     return rows
 
 
+def sweep(runner: Any, proposer: ChunkProposer) -> None:
+    """Lets go of requests that the model runner has no more."""
+    if proposer.live is not None:
+        requests = runner.requests
+        proposer.live.sweep(lambda request_id: getattr(requests.get(request_id), _ROW, None))
+
+
 def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
     params = state.sampling_params
     request = admit(state.req_id, params) if params is not None else None
-    if request is None:
+    if not isinstance(request, ReuseRequest) and proposer.live is None:
         return None
     room = runner.max_model_len - state.num_prompt_tokens
     stops = set(params.stop_token_ids or ())
     if not params.ignore_eos and getattr(params, "eos_token_id", None) is not None:
         stops.add(params.eos_token_id)
-    return proposer.new_row(
-        request,
-        prompt_len=state.num_prompt_tokens,
-        max_response_len=room if params.max_tokens is None else min(params.max_tokens, room),
-        stop_token_ids=frozenset(stops),
-        masks=LogitMasks.of(params, runner.device),
-    )
+    known = {
+        "prompt_len": state.num_prompt_tokens,
+        "max_response_len": room if params.max_tokens is None else min(params.max_tokens, room),
+        "stop_token_ids": frozenset(stops),
+        "masks": LogitMasks.of(params, runner.device),
+    }
+    if isinstance(request, ReuseRequest):
+        return proposer.new_row(request, **known)
+    assert proposer.live is not None
+    return proposer.live.serve(state.req_id, _arrival(state, params, request), **known)
+
+
+def _arrival(state: Any, params: Any, name: SampleName | None) -> Arrival:
+    is_tokens = state.prompt_token_ids is not None and state.prompt_embeds is None
+    decides = [str((params.extra_args or {}).get(SALT_ARG, ""))]
+    if state.lora_request is not None:
+        decides.append(f"lora {state.lora_request.lora_int_id}")
+    decides += [f"{feature.modality} {feature.identifier}" for feature in state.mm_features]
+    return Arrival(state.prompt_token_ids if is_tokens else None, params, "\0".join(decides), name)
 
 
 def _sample_rows(

@@ -10,6 +10,7 @@ from spec_rollout.engines.vllm.compat.reload import WeightUpdate, refresh_derive
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
+    from spec_rollout.engines.vllm.worker.live import LiveRequests
 
 
 def proposer_of(worker: Any) -> ChunkProposer:
@@ -27,6 +28,19 @@ def proposer_of(worker: Any) -> ChunkProposer:
             f"expected a worker with {PROPOSER}, got one with {type(proposer).__name__}"
         )
     return proposer
+
+
+def live_requests(worker: Any) -> LiveRequests | None:
+    """The requests that a worker's engine serves by itself, as of now; None if it serves none so.
+
+    Raises:
+        RuntimeError: as `proposer_of`.
+    """
+    from spec_rollout.engines.vllm.compat.sampling import sweep
+
+    proposer = proposer_of(worker)
+    sweep(worker.model_runner, proposer)
+    return proposer.live
 
 
 def start_update(worker: Any) -> WeightUpdate:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from spec_rollout.engines.vllm.wire import ReuseRequest
+from spec_rollout.engines.vllm.worker.engine_history import EngineHistory
+from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
+from spec_rollout.engines.vllm.worker.live import LiveRequests
 from spec_rollout.engines.vllm.worker.masks import LogitMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sampler import ReuseSampler
@@ -28,6 +32,7 @@ class ChunkProposer:
         token_budget: Most tokens of one step.
 
     Attributes:
+        live: Requests that the engine serves by itself, or None where it does not.
         last_batch: vLLM's records of the requests of the last step, and our rows of them. Mostly
             the next step has the same.
     """
@@ -36,7 +41,35 @@ class ChunkProposer:
         self.first_chunk = first_chunk
         self.token_budget = token_budget
         self.sampler = ReuseSampler(max_chunk)
+        self.live: LiveRequests | None = None
         self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
+
+    def serve_by_itself(self, side: EngineSide, write_log: Callable[[str], None]) -> None:
+        """From now on requests that no rollout call announced are served, too.
+
+        Args:
+            side: Decides what each is served with.
+            write_log: Takes a line for the log now and then.
+        """
+        times = self.sampler.times
+        history = EngineHistory(
+            side.options.history_bytes,
+            times.cost,
+            times.payoff,
+            self.sampler.match_shares,
+            max_proposal=self.sampler.max_chunk,
+            token_budget=self.token_budget,
+        )
+        side.recall = history.recall
+        self.live = LiveRequests(
+            side,
+            history,
+            first_chunk=self.first_chunk,
+            metrics=lambda: self.sampler.record.metrics,
+            write_log=write_log,
+        )
+        self.sampler.record.standing_history = history
+        self.sampler.begin(0, None)
 
     def begin(
         self,
@@ -136,6 +169,8 @@ class ChunkProposer:
                 drafts,
             )
         sampler.times.end_step()
+        if self.live is not None:
+            self.live.log(sampled_token_ids)
         return drafts
 
     @staticmethod

@@ -50,6 +50,35 @@ class ReuseWorker:
             record.metrics = ReuseMetrics()
         return values
 
+    def spec_rollout_history(self, action: str = "info", path: str | None = None) -> dict[str, Any]:
+        """What an engine remembers by itself (`options.EngineOptions`).
+
+        Args:
+            action: `info`; `clear` forgets it; `export` and `import` write it to a file and add
+                what a file holds.
+            path: Of the file, on the worker's machine.
+
+        Returns:
+            What it is now, as with `info`. {} where the engine remembers nothing by itself.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        live = compat.live_requests(self)
+        if action not in ("info", "clear", "export", "import"):
+            raise ValueError(f"action: expected info, clear, export or import, got {action!r}")
+        if (path is not None) != (action in ("export", "import")):
+            raise ValueError(f"path: expected one with export and import only, got {path!r}")
+        if live is None:
+            return {}
+        if action == "clear":
+            live.clear()
+        elif action == "export":
+            live.history.export_to(str(path))
+        elif action == "import":
+            live.history.import_from(str(path))
+        return live.info()
+
     def spec_rollout_destinations(self, weights: list[compat.Described]) -> dict[str, Any]:
         """Which layers take which weights of a checkpoint (`compat.destinations`)."""
         return compat.destinations(self, weights)

@@ -46,6 +46,7 @@ class Known:
     history_ids: np.ndarray
     max_response_lens: np.ndarray
     any_collected: bool
+    is_drawn: np.ndarray
     is_plain: bool = False  # found by `needs_only_draws`
     # Step that gave the request that has run longest its first token, once all have theirs.
     oldest_step: int | None = None
@@ -79,6 +80,7 @@ class Known:
             history_ids=history_ids,
             max_response_lens=limits,
             any_collected=bool((collect_ids >= 0).any()),
+            is_drawn=np.array([row is None or row.is_drawn for row in rows], bool),
         )
 
     def needs_only_draws(self) -> bool:

@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff
+from spec_rollout.drafting import Drafter, HistoryDrafter, MatchShares, Payoff, Proposals
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
@@ -44,8 +44,26 @@ class HistoryProposals:
         max_proposal: int,
         token_budget: int,
     ) -> None:
-        self.num_requests = history.request_groups.numel()
-        self._drafter = HistoryDrafter(history, stop_token_ids, shares)
+        self._set_up(
+            HistoryDrafter(history, stop_token_ids, shares),
+            history.request_groups.numel(),
+            keyed,
+            payoff,
+            max_proposal,
+            token_budget,
+        )
+
+    def _set_up(
+        self,
+        drafter: Drafter,
+        num_requests: int,
+        keyed: bool,
+        payoff: Payoff,
+        max_proposal: int,
+        token_budget: int,
+    ) -> None:
+        self.num_requests = num_requests
+        self._drafter = drafter
         self.keyed = keyed
         self._payoff = payoff
         self._max_proposal = max_proposal
@@ -62,6 +80,10 @@ class HistoryProposals:
         self._expected = np.zeros(self.num_requests, np.float32)
         self._flat = np.empty(0, np.int32)
         self._followers: dict[int, Row] = {}
+
+    def _handles(self, requests: np.ndarray) -> np.ndarray:
+        """What the drafter calls these requests. [count], int64."""
+        return requests
 
     def follow(self, row: Row) -> None:
         """From now on the drafter knows the draft of this request."""
@@ -168,7 +190,7 @@ class HistoryProposals:
         """
         self._proposed_at.fill(-1)
         for history_ids, accepted in self._outcomes:
-            self._drafter.observe(history_ids, accepted)
+            self._drafter.observe(self._handles(history_ids), accepted)
             self._payoff.tested(float(self._expected[history_ids].sum()), int(accepted.sum()))
         self._outcomes = []
         given = np.fromiter(map(len, sampled), np.int64, len(sampled))
@@ -188,7 +210,9 @@ class HistoryProposals:
             # What came another way has none.
             fits = np.repeat(new == given[where], new)
             known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
-        self._drafter.extend(requests, tokens.astype(np.int32, copy=False), new, known_logprobs)
+        self._drafter.extend(
+            self._handles(requests), tokens.astype(np.int32, copy=False), new, known_logprobs
+        )
         # The token drawn behind the proposal needs room, too.
         limits = np.minimum(batch.max_response_lens[where] - 1 - indices, self._max_proposal)
         is_free = limits > 0
@@ -199,17 +223,11 @@ class HistoryProposals:
         if not is_free.any() or not self.pays(len(batch.rows)):
             return
         free, requests, indices = where[is_free], requests[is_free], indices[is_free]
-        proposals = self._drafter.propose(
-            requests,
-            limits[is_free],
-            self._payoff.threshold(len(batch.rows)),
-            max_total=min(
-                max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
-                self._payoff.cost.room(len(batch.rows)),
-            ),
-            keys=batch.keys[free] if self.keyed else None,
-            positions=batch.first_positions[free] + indices,
+        budget = min(
+            max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
+            self._payoff.cost.room(len(batch.rows)),
         )
+        proposals = self._ask(batch, free, requests, indices, limits[is_free], budget)
         expected = float(proposals.expected.sum())
         if not self._payoff.worth(len(batch.rows), proposals.token_ids.size, expected):
             return
@@ -226,3 +244,31 @@ class HistoryProposals:
         ):
             if n:
                 drafts[r] = flat[start : start + n]
+
+    def _ask(
+        self,
+        batch: Known,
+        free: np.ndarray,
+        requests: np.ndarray,
+        indices: np.ndarray,
+        limits: np.ndarray,
+        budget: int,
+    ) -> Proposals:
+        """The drafter's proposals.
+
+        Args:
+            batch: The requests of the step.
+            free, requests: Those that are asked for: their places in the batch, and what the
+                drafter calls them here. [count].
+            indices: Of the response token that is proposed first. [count].
+            limits: Most tokens for each. [count].
+            budget: Most tokens for all.
+        """
+        return self._drafter.propose(
+            self._handles(requests),
+            limits,
+            self._payoff.threshold(len(batch.rows)),
+            max_total=budget,
+            keys=batch.keys[free] if self.keyed else None,
+            positions=batch.first_positions[free] + indices,
+        )

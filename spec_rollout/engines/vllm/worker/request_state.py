@@ -34,6 +34,7 @@ class Row:
         max_response_len: Most tokens of the response.
         history_id: Its number in the rollout call, if proposals from history follow the draft; or
             -1.
+        is_drawn: Its tokens are drawn with its noise, not taken greedily.
         first_step: Engine step that gave its first token; -1 before.
         masks: The request's `LogitMasks`, or None.
     """
@@ -51,6 +52,7 @@ class Row:
         "first_step",
         "follows",
         "history_id",
+        "is_drawn",
         "key",
         "masks",
         "max_response_len",
@@ -72,6 +74,7 @@ class Row:
         masks: Any,
         history_id: int = -1,
         can_follow: bool = False,
+        is_drawn: bool = True,
     ) -> None:
         draft = request.draft_ids[:max_response_len]
         lens, stops = lens_to_stop(draft, np.array([0, draft.size]), tuple(stop_token_ids))
@@ -100,6 +103,7 @@ class Row:
         self.masks = masks
         self.max_response_len = max_response_len
         self.history_id = history_id
+        self.is_drawn = is_drawn
         self.first_step = -1
 
     def num_scheduled(self, index: int, scheduled: list[int]) -> int:

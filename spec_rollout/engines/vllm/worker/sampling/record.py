@@ -20,12 +20,14 @@ class Record:
         metrics: Counters of the call.
         collector: Log-probs and reused tokens, for the engine to fetch.
         history: What is proposed from in this call, or None.
+        standing_history: What is proposed from between calls, or None.
         given_logprobs: Of the tokens given out in this step, where the host knows them.
             [batch, most tokens], float32, or None.
         num_kept: Tokens of proposals kept in this step.
     """
 
     def __init__(self) -> None:
+        self.standing_history: HistoryProposals | None = None
         self.begin(0, None)
 
     def begin(self, num_requests: int, history: HistoryProposals | None) -> None:
@@ -36,7 +38,7 @@ class Record:
         self.metrics = ReuseMetrics()
         self.collector = Collector()
         self._unclaimed = set(range(num_requests))
-        self.history = history
+        self.history = self.standing_history if history is None else history
         self.given_logprobs: np.ndarray | None = None
         self.num_kept = 0
 

@@ -1,0 +1,298 @@
+"""Requests of a trainer that knows nothing of us, served by vLLM as it is and with SPEC_ROLLOUT.
+
+Every contender is an engine in a process of its own, that waits while another works. All get the
+same requests in turn, in an order that rotates from round to round: eight samples of each prompt,
+three times: first pass, second pass of the same prompts with the same weights, and a third one
+after an update of the weights by an epoch of the demo's training. Each pass draws fresh noise,
+except under `coupled`, where a sample keeps its noise.
+
+| contender | |
+|---|---|
+| stock | vLLM without speculation |
+| ngram | vLLM's prompt lookup, its own method |
+| suffix | vLLM's suffix decoding; needs arctic-inference, left out where that does not start |
+| drafting | `SPEC_ROLLOUT=drafting` |
+| coupled | `SPEC_ROLLOUT='{"mode": "coupled", "identity": "arrival"}'` |
+`stock` and `drafting` also serve prompts that never come twice (`nothing`): what it costs where it
+cannot gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import RESULTS_DIR, Results, Timing, parser
+
+GROUP = 8
+PASSES = ("first", "second", "updated")
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "ngram": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 4,
+            "prompt_lookup_max": 4,
+            "prompt_lookup_min": 2,
+        }
+    },
+    "suffix": {"speculative_config": {"method": "suffix", "num_speculative_tokens": 15}},
+    "drafting": {"variable": "drafting"},
+    "coupled": {"variable": '{"mode": "coupled", "identity": "arrival"}'},
+}
+
+
+class Child:
+    """A process with one engine, told what to do over its pipes."""
+
+    def __init__(self, name: str, args: argparse.Namespace, weights: Path) -> None:
+        self.name = name
+        command = [sys.executable, __file__, "--child", name, "--weights", str(weights)]
+        command += ["--max-num-seqs", str(max(args.batches))]
+        if args.model:
+            command += ["--model", args.model]
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "TORCH_COMPILE_DISABLE": "1",
+            "SPEC_ROLLOUT": CONTENDERS[name].get("variable", "off"),
+        }
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the child
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, **what: Any) -> dict[str, Any]:
+        """Does something in the child.
+
+        Raises:
+            RuntimeError: if the child has ended; with the end of its log.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        self._log.seek(0)
+        raise RuntimeError(f"{self.name}: {self._log.read()[-2000:]}")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The child: an engine, and a loop that reads what to do."""
+    from spec_rollout.engines.vllm import compat
+
+    compat.install_worker()  # on CPUs its mends of vLLM's wheels serve every contender
+    compat.keep_cpu_weights()
+    import torch
+    from safetensors.torch import load_file
+    from vllm import LLM, SamplingParams
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from spec_rollout.demo import model_dir
+    from spec_rollout.demo.task import MAX_RESPONSE_TOKENS
+
+    counts = {"steps": 0, "computed": 0}
+    original = GPUModelRunner.execute_model
+
+    def execute_model(self: Any, scheduler_output: Any, *rest: Any, **kw: Any) -> Any:
+        counts["steps"] += scheduler_output.total_num_scheduled_tokens > 0
+        counts["computed"] += scheduler_output.total_num_scheduled_tokens
+        return original(self, scheduler_output, *rest, **kw)
+
+    GPUModelRunner.execute_model = execute_model
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": not on_gpu,
+        "max_model_len": args.max_model_len or 64 + MAX_RESPONSE_TOKENS,
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": 8192,
+        "seed": 0,
+        "disable_log_stats": True,
+        **({"gpu_memory_utilization": 0.1} if on_gpu else {"block_size": 32}),
+        **{k: v for k, v in CONTENDERS[args.child].items() if k != "variable"},
+    }
+    llm = LLM(args.model or str(model_dir()), **settings)
+    files = sorted(Path(args.weights).glob("*.safetensors"))
+
+    def load(worker: Any, path: str) -> None:
+        compat.load_weights(worker, load_file(path).items())
+        compat.weights_loaded(worker)
+
+    print("ANSWER {}", flush=True)
+    for line in sys.stdin:
+        what = json.loads(line)
+        answer: dict[str, Any] = {}
+        if what["do"] == "weights":
+            llm.collective_rpc(load, args=(str(files[what["which"]]),))
+            llm.reset_prefix_cache()
+        elif what["do"] == "forget":
+            if CONTENDERS[args.child].get("variable"):
+                llm.collective_rpc("spec_rollout_history", args=("clear",))
+            llm.reset_prefix_cache()
+        else:
+            counts.update(steps=0, computed=0)
+            params = SamplingParams(
+                temperature=1.0, max_tokens=what["max_tokens"] or MAX_RESPONSE_TOKENS
+            )
+            prompts = [{"prompt_token_ids": ids} for ids in what["prompts"]]
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            answer = {
+                "seconds": time.perf_counter() - start,
+                "tokens": sum(len(o.outputs[0].token_ids) for o in outputs),
+                **counts,
+            }
+        print("ANSWER " + json.dumps(answer), flush=True)
+
+
+def _prompts(count: int, first: int, model: str | None) -> list[list[int]]:
+    """Prompts of the demo's task, `first` of them left out."""
+    from transformers import AutoTokenizer
+
+    from spec_rollout.demo import model_dir
+    from spec_rollout.demo.task import training_problems
+
+    tokenizer = AutoTokenizer.from_pretrained(model or model_dir())
+    problems = training_problems(first + count)[first:]
+    return [tokenizer(problem.prompt)["input_ids"] for problem in problems]
+
+
+def _policies(folder: Path, quick: bool) -> None:
+    """Writes the demo's weights, one epoch of training apart, as two files."""
+    from rollout_drafting import _policies
+    from safetensors.torch import save_file
+
+    for i, weights in enumerate(_policies(quick)):
+        save_file(dict(weights), folder / f"{i}.safetensors")
+
+
+def _timing(samples: list[float]) -> Timing:
+    p20, p50, p80 = np.percentile(samples, [20, 50, 80]).tolist()
+    return Timing(p20, p50, p80, len(samples))
+
+
+def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
+    """Measures all batch sizes and adds the rows."""
+    children: list[Child] = []
+    for name in args.contenders:
+        child = Child(name, args, weights)
+        try:
+            child.ask(do="forget")  # answered when it has started
+        except RuntimeError as error:
+            if name != "suffix":
+                raise
+            print(f"suffix does not start here: {str(error).splitlines()[-1][:200]}", flush=True)
+            child.end()
+            continue
+        children.append(child)
+    try:
+        for batch in args.batches:
+            _run_batch(args, results, children, batch)
+    finally:
+        for child in children:
+            child.end()
+
+
+def _run_batch(
+    args: argparse.Namespace, results: Results, children: list[Child], batch: int
+) -> None:
+    num_prompts = max(1, batch // GROUP)
+    group = batch // num_prompts
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    fresh = 4096  # prompts from here on were never asked for
+    for round_ in range(args.repeats + 1):
+        print(f"batch {batch}, round {round_} of {args.repeats}", flush=True)
+        order = children[round_ % len(children) :] + children[: round_ % len(children)]
+        prompts = [ids for ids in _prompts(num_prompts, 0, args.model) for _ in range(group)]
+        once = _prompts(batch, fresh, args.model)
+        fresh += batch
+        for child in order:
+            child.ask(do="forget")
+            child.ask(do="weights", which=0)
+        for pass_ in PASSES:
+            for child in order:
+                if pass_ != "first":
+                    child.ask(do="weights", which=int(pass_ == "updated"))
+                answer = child.ask(do="generate", prompts=prompts, max_tokens=args.max_tokens)
+                if round_:
+                    found.setdefault((child.name, pass_), []).append(answer)
+        for child in order:
+            if child.name in ("stock", "drafting"):
+                child.ask(do="forget")
+                answer = child.ask(do="generate", prompts=once, max_tokens=args.max_tokens)
+                if round_:
+                    found.setdefault((child.name, "nothing"), []).append(answer)
+    for (name, pass_), answers in found.items():
+        stock = found["stock", pass_]
+        # Responses differ from contender to contender, so seconds are compared per token.
+        ratios = [
+            (s["seconds"] / s["tokens"]) / (a["seconds"] / a["tokens"])
+            for a, s in zip(answers, stock, strict=True)
+        ]
+        total = {key: sum(a[key] for a in answers) for key in ("tokens", "steps", "computed")}
+        stock_steps = sum(a["steps"] for a in stock)
+        results.add(
+            f"{name}, {pass_}, {batch}",
+            timing=_timing([a["seconds"] for a in answers]),
+            shape={"batch": batch, "group": group},
+            dtype="float32",
+            contender=name,
+            which=pass_,
+            tokens_per_second_over_stock=round(float(np.median(ratios)), 4),
+            engine_steps=round(total["steps"] / len(answers), 1),
+            engine_steps_over_stock=round(total["steps"] / stock_steps, 4),
+            computed_per_token=round(total["computed"] / total["tokens"], 4),
+            tokens=round(total["tokens"] / len(answers), 1),
+        )
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256])
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    options.add_argument("--model", help="folder of another model; its weights are not updated")
+    options.add_argument("--max-tokens", type=int, default=0)
+    options.add_argument("--max-model-len", type=int, default=0)
+    options.add_argument("--max-num-seqs", type=int, default=256, help=argparse.SUPPRESS)
+    options.add_argument("--child", help=argparse.SUPPRESS)
+    options.add_argument("--weights", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.child:
+        serve(args)
+        return
+    if args.quick:
+        args.batches, args.repeats = [16], 1
+    results = Results("serving", args.out or RESULTS_DIR)
+    with tempfile.TemporaryDirectory() as folder:
+        _policies(Path(folder), args.quick)
+        run(args, results, Path(folder))
+    results.write()
+
+
+if __name__ == "__main__":
+    main()

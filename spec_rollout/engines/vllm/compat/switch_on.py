@@ -1,0 +1,99 @@
+"""The variable SPEC_ROLLOUT puts the plugin into engines that others build.
+
+`EngineArgs.create_speculative_config` is asked once for every engine, offline, asynchronous or
+server, after vLLM has loaded its general plugins and the model's config is known. Trainers that let
+no engine arguments through are reached there, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from spec_rollout.engines.vllm.options import PROPOSER, SECTION, VARIABLE, EngineOptions
+
+# Keys of that section that are no `EngineOptions`.
+_OTHER_KEYS = ("first_chunk",)
+
+
+def configured_options(additional_config: Any) -> EngineOptions | None:
+    """The options in an engine's `additional_config`; None if it has none of them.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    section = dict((additional_config or {}).get(SECTION, {}))
+    for key in _OTHER_KEYS:
+        section.pop(key, None)
+    if not section:
+        return None
+    return EngineOptions.from_mapping(section, source=f"additional_config.{SECTION}")
+
+
+def speculative_config(original: Callable) -> Callable:
+    """For `EngineArgs.create_speculative_config`."""
+
+    def create_speculative_config(self: Any, *args: Any, **kw: Any) -> Any:
+        model_config = kw.get("target_model_config", args[0] if args else None)
+        switch_on(self, model_config)
+        return original(self, *args, **kw)
+
+    return create_speculative_config
+
+
+def switch_on(engine_args: Any, model_config: Any) -> None:
+    """Gives `EngineArgs` our speculative config, if the variable or the engine's config ask for it.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`; changed in place.
+        model_config: vLLM's `ModelConfig` of the model.
+
+    Raises:
+        ValueError: where the engine has another speculative method, a pipeline, or Model Runner V2,
+            or an option is wrong.
+    """
+    options = configured_options(engine_args.additional_config)
+    source = f"additional_config.{SECTION}"
+    if options is None:
+        options, source = EngineOptions.from_environment(), VARIABLE
+    if not options.is_on:
+        return
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.plugins.spec_rollout")
+    asked = f"{source}={options.mode}"
+    if getattr(model_config, "runner_type", "generate") != "generate":
+        logger.info("%s: off for %s, which generates nothing", asked, model_config.model)
+        return
+    # Not by vllm.envs, which keeps the value of when the process's first engine was made.
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        raise ValueError(
+            f"{asked}: expected vLLM's Model Runner V1, got VLLM_USE_V2_MODEL_RUNNER=1; "
+            "proposers of one's own (`custom_class`) exist in V1 only: unset one of the two"
+        )
+    if engine_args.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"{asked}: expected pipeline_parallel_size 1, got {engine_args.pipeline_parallel_size}"
+        )
+    given = dict(engine_args.speculative_config or {})
+    method = given.get("method") or getattr(engine_args, "spec_method", None)
+    model = given.get("model") or getattr(engine_args, "spec_model", None)
+    if (given or method or model) and model != PROPOSER:
+        raise ValueError(
+            f"{asked}: expected an engine without speculative_config, got one with method "
+            f"{method or model}; leave out one of the two"
+        )
+    if not given:
+        engine_args.speculative_config = options.vllm_arguments()["speculative_config"]
+    section = dict((engine_args.additional_config or {}).get(SECTION, {}))
+    engine_args.additional_config = {
+        **(engine_args.additional_config or {}),
+        SECTION: {**section, **options.as_dict()},
+    }
+    logger.info(
+        "%s: requests are proposed what this engine generated before, up to %d tokens a step%s",
+        asked,
+        options.max_proposal,
+        "" if options.mode != "lenient" else " (lenient: not lossless)",
+    )

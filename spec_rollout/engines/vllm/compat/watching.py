@@ -1,0 +1,50 @@
+"""What a worker is told about the model of its engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spec_rollout.engines.vllm.worker.engine_side import EngineSide
+
+
+def log(line: str) -> None:
+    """Writes a line to vLLM's log, which shows only loggers below its own."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.plugins.spec_rollout").info(line)
+
+
+def attach_calls(worker_class: type, calls: type) -> None:
+    """Lets `collective_rpc` find our calls on workers that have an extension of somebody else's.
+
+    Found last, when the worker has nothing of that name: with `worker_extension_cls` vLLM insists
+    that a worker's class has none of the extension's names.
+    """
+    missing = getattr(worker_class, "__getattr__", None)
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name.startswith("spec_rollout_") and hasattr(calls, name):
+            return getattr(calls, name).__get__(self)
+        if missing is not None:
+            return missing(self, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    worker_class.__getattr__ = __getattr__  # type: ignore[attr-defined]
+
+
+def watch_weights(model: Any, side: EngineSide) -> None:
+    """Counts the weight changes of a model in `side.weights_version`.
+
+    Whatever way new weights take into a worker (`reload_weights`, a trainer's extension, a transfer
+    engine), they are put into the model by its `load_weights`. A change that comes in many calls
+    counts once: requests between them are none.
+    """
+    original = model.load_weights
+
+    def load_weights(*args: Any, **kw: Any) -> Any:
+        side.weights_changed()
+        return original(*args, **kw)
+
+    # On this object only, past nn.Module.__setattr__.
+    object.__setattr__(model, "load_weights", load_weights)

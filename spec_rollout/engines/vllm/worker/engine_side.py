@@ -1,0 +1,185 @@
+"""Requests that come to the engine by themselves: what each is to be drawn with, and drafted from.
+
+A rollout call of `VLLMEngine` says all that of its requests. Here nobody does: the request is an
+ordinary one of a trainer's or a server's, at most it names its sample (`wire.SampleName`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient
+from spec_rollout.engines.vllm.admission import why_not_ours
+from spec_rollout.engines.vllm.options import EngineOptions
+from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName
+from spec_rollout.engines.vllm.worker.sample_numbers import SampleNumbers
+from spec_rollout.keys import noise_keys, prompt_key
+
+Recall = Callable[[bytes, int], tuple[np.ndarray, np.ndarray] | None]
+
+# Noise of different kinds of requests has nothing in common, whatever their numbers.
+_FRESH, _SEEDED, _NAMED = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request, as the model runner has it.
+
+    Attributes:
+        prompt_ids: None where the prompt is not (only) tokens.
+        params: vLLM's SamplingParams.
+        namespace: What else decides about its text: adapter, images, the client's cache salt.
+        name: What it calls itself, or None.
+    """
+
+    prompt_ids: Any
+    params: Any
+    namespace: str
+    name: SampleName | None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A request that our sampler serves.
+
+    Attributes:
+        request: Key, rule and draft.
+        group: Its history is that of the requests with the same one. 16 bytes.
+        sample: Under which number its rollout is remembered; -1: it is not.
+    """
+
+    request: ReuseRequest
+    group: bytes
+    sample: int = -1
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Since the engine started.
+
+    Attributes:
+        num_served: Requests that our sampler draws.
+        num_passed_by: Requests left to vLLM's own sampler (penalties, structured output, ...).
+        num_named: Of the served, those that are a sample of their prompt.
+        num_repeated: Asked for a sample again before the weights changed: they were drawn with
+            fresh noise.
+        num_with_draft: Had an earlier rollout of their own to follow.
+    """
+
+    num_served: int = 0
+    num_passed_by: int = 0
+    num_named: int = 0
+    num_repeated: int = 0
+    num_with_draft: int = 0
+
+
+class EngineSide:
+    """Decides about requests that no rollout call announced.
+
+    Args:
+        options: Of the engine.
+        engine_seed: vLLM's seed. Workers of one replica that share requests have the same.
+        replica: Number of the data-parallel replica.
+        recall: Group and sample -> the last rollout, as token ids [len], int32, and log-probs
+            [len], float32; or None. Set before the first request.
+
+    Attributes:
+        counters: What has come.
+        samples: Which samples were asked for; None where the mode knows none.
+        weights_version: Number of weight changes seen.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        engine_seed: int,
+        replica: int,
+        recall: Recall | None = None,
+    ) -> None:
+        self.options = options
+        self.recall = recall
+        self._seed = engine_seed
+        self._replica = replica
+        self._num_fresh = 0
+        self.counters = EngineCounters()
+        self.samples = SampleNumbers() if options.mode in ("coupled", "lenient") else None
+        self.rule: AcceptanceRule = Coupled()
+        if options.mode == "coupled":
+            self.rule = Coupled(options.log_lenience)
+        elif options.mode == "lenient":
+            self.rule = Lenient(options.log_lenience)
+        self.weights_version = 0
+        self._served_since_change = False
+
+    def weights_changed(self) -> None:
+        """New weights are coming in; all calls between two requests are one change."""
+        if self._served_since_change:
+            self.weights_version += 1
+            self._served_since_change = False
+
+    def admit(self, arrival: Arrival) -> Served | None:
+        """What a request is served with; None where it is vLLM's to sample.
+
+        Every worker of a replica gets the same requests in the same order, and so decides alike.
+        """
+        if arrival.prompt_ids is None or why_not_ours(arrival.params) is not None:
+            self.counters.num_passed_by += 1
+            return None
+        self.counters.num_served += 1
+        self._served_since_change = True
+        name = arrival.name
+        user_key = arrival.namespace if name is None else f"{arrival.namespace}/{name.prompt_id}"
+        group = prompt_key(arrival.prompt_ids, user_key)
+        sample = self._sample(group, name)
+        if self.samples is None or sample < 0:
+            return Served(ReuseRequest(self._other_key(group, arrival.params), Coupled()), group)
+        self.counters.num_named += 1
+        if not self.samples.begin(group, sample, self.weights_version):
+            self.counters.num_repeated += 1
+            return Served(ReuseRequest(self._fresh_key(group), Coupled()), group)
+        return Served(self._named(group, sample, name), group, sample)
+
+    def info(self) -> dict[str, Any]:
+        """Mode and counters."""
+        return {"mode": self.options.mode, **asdict(self.counters)}
+
+    def _sample(self, group: bytes, name: SampleName | None) -> int:
+        if name is not None:
+            return name.sample
+        if self.samples is not None and self.options.identity == "arrival":
+            return self.samples.next_sample(group, self.weights_version)
+        return -1
+
+    def _named(self, group: bytes, sample: int, name: SampleName | None) -> ReuseRequest:
+        seed, epoch = self.options.seed, 0
+        if name is not None:
+            epoch = name.epoch
+            seed = seed if name.seed is None else name.seed
+        if self.rule.fresh_noise:  # the uniforms of a lenient test must be new each time
+            key = self._fresh_key(group)
+        else:
+            key = _key(seed, _NAMED, epoch, group, sample)
+        draft = None if self.recall is None else self.recall(group, sample)
+        if draft is None or not draft[0].size or np.isnan(draft[1]).any():
+            return ReuseRequest(key, self.rule)
+        self.counters.num_with_draft += 1
+        return ReuseRequest(key, self.rule, draft[0], draft[1])
+
+    def _other_key(self, group: bytes, params: Any) -> int:
+        """Of a request without a sample: by its own seed if it has one."""
+        if params.seed is not None:
+            return _key(int(params.seed), _SEEDED, 0, group, 0)
+        return self._fresh_key(group)
+
+    def _fresh_key(self, group: bytes) -> int:
+        self._num_fresh += 1
+        return _key(self._seed, _FRESH, self._replica, group, self._num_fresh)
+
+
+def _key(seed: int, kind: int, epoch: int, group: bytes, number: int) -> int:
+    return int(noise_keys(seed, (kind << 56) + epoch, [group], [number])[0])

@@ -1,0 +1,116 @@
+"""The requests that an engine serves by itself, from their first step until they are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.worker.engine_history import EngineHistory
+from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
+from spec_rollout.engines.vllm.worker.log_line import LogLine
+from spec_rollout.engines.vllm.worker.masks import LogitMasks
+from spec_rollout.engines.vllm.worker.request_state import Row
+
+
+class LiveRequests:
+    """Rows of the requests that no rollout call announced.
+
+    Args:
+        side: Decides what each is served with.
+        history: What they are proposed from, and leave behind.
+        first_chunk: Draft tokens of a first chunk.
+        metrics: Gives the worker's counters as they are now.
+        write_log: Takes a line for the log.
+    """
+
+    def __init__(
+        self,
+        side: EngineSide,
+        history: EngineHistory,
+        *,
+        first_chunk: int,
+        metrics: Callable[[], ReuseMetrics],
+        write_log: Callable[[str], None],
+    ) -> None:
+        self.side = side
+        self.history = history
+        self._first_chunk = first_chunk
+        self._metrics = metrics
+        self._log_line = LogLine(side.options.log_seconds, write_log)
+        self._rows: dict[str, tuple[Row, bytes, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def serve(
+        self,
+        request_id: str,
+        arrival: Arrival,
+        *,
+        prompt_len: int,
+        max_response_len: int,
+        stop_token_ids: frozenset[int],
+        masks: LogitMasks | None,
+    ) -> Row | None:
+        """Our state of a request that was seen for the first time; None if it is vLLM's to sample.
+
+        Arguments as in `ChunkProposer.new_row`.
+        """
+        served = self.side.admit(arrival)
+        if served is None:
+            return None
+        slot = self.history.join(served.group, stop_token_ids, served.sample)
+        is_drawn = arrival.params.temperature > 0
+        row = Row(
+            served.request,
+            prompt_len=prompt_len,
+            max_response_len=max_response_len,
+            stop_token_ids=stop_token_ids,
+            first_chunk=self._first_chunk,
+            masks=masks,
+            history_id=slot,
+            can_follow=is_drawn,
+            is_drawn=is_drawn,
+        )
+        if row.draft_len:
+            self._metrics().draft_added(row.draft_len)
+        if row.follows:
+            self.history.follow(row)
+        self._rows[request_id] = (row, served.group, served.sample)
+        return row
+
+    def sweep(self, row_of: Callable[[str], Any]) -> None:
+        """Lets go of requests that are finished or aborted; what they generated is remembered.
+
+        Args:
+            row_of: Request id -> its row as the model runner has it now, None if it has none.
+        """
+        gone = [i for i, (row, _, _) in self._rows.items() if row_of(i) is not row]
+        for request_id in gone:
+            row, group, sample = self._rows.pop(request_id)
+            if (followed := self.history.followed_by(row.history_id)) is not None:
+                self._metrics().draft_followed(*followed, row.draft_len)
+            self.history.leave(row.history_id)
+            if sample >= 0 and self.side.samples is not None:
+                self.side.samples.end(group, sample)
+
+    def log(self, sampled: list[list[int]]) -> None:
+        """A step is over; see `LogLine.step`."""
+        self._log_line.step(sampled, self._metrics(), self._summary)
+
+    def clear(self) -> None:
+        """Forgets all but what live requests need."""
+        self.history.clear()
+
+    def info(self) -> dict[str, Any]:
+        """Counters, and what is remembered."""
+        return {**self.side.info(), **self.history.info(), "num_live": len(self._rows)}
+
+    def _summary(self) -> str:
+        counters, history = self.side.counters, self.history.info()
+        return (
+            f"requests: {counters.num_served:,} served, {counters.num_passed_by:,} passed by, "
+            f"{counters.num_with_draft:,} with a rollout of their own; history: "
+            f"{history['num_groups']:,} prompts, {history['num_bytes'] / 2**20:.0f} MiB"
+        )

@@ -1,0 +1,232 @@
+"""The variable SPEC_ROLLOUT, names of samples, and who they are: all without vLLM."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spec_rollout.acceptance import Coupled, Lenient
+from spec_rollout.cli import main
+from spec_rollout.engines.vllm.options import EngineOptions
+from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, encode, parse
+from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
+from spec_rollout.engines.vllm.worker.sample_numbers import SampleNumbers
+
+
+def test_the_variable_names_a_mode_or_holds_options() -> None:
+    assert EngineOptions.from_environment({}) == EngineOptions(mode="off")
+    assert EngineOptions.from_environment({"SPEC_ROLLOUT": " off "}).is_on is False
+    assert EngineOptions.from_environment({"SPEC_ROLLOUT": "drafting"}).mode == "drafting"
+    options = EngineOptions.from_text('{"mode": "lenient", "log_lenience": 0.5, "seed": 3}')
+    assert (options.mode, options.log_lenience, options.seed) == ("lenient", 0.5, 3)
+    assert EngineOptions.from_text('{"history_bytes": 2097152}').mode == "drafting"
+    assert EngineOptions(mode="drafting").max_proposal == 15
+    assert EngineOptions(mode="coupled").max_proposal == 31
+    assert EngineOptions(mode="coupled", num_speculative_tokens=7).max_proposal == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("draftin", "SPEC_ROLLOUT: mode: expected one of off, drafting, coupled, lenient, got"),
+        ("{", "SPEC_ROLLOUT: expected a mode .* or a JSON object"),
+        ('{"mode": "coupled", "lenience": 1}', "SPEC_ROLLOUT: lenience: expected one of mode,"),
+        ('{"identity": "guess"}', "identity: expected one of request, arrival, got 'guess'"),
+        ('{"history_bytes": 1}', "history_bytes: expected an integer from 1048576"),
+        ('{"history_bytes": true}', "history_bytes: expected an integer"),
+        ('{"num_speculative_tokens": -1}', "num_speculative_tokens: expected an integer from 0"),
+        ('{"log_lenience": NaN}', "log_lenience: expected a finite number"),
+        ('{"log_lenience": "x"}', "log_lenience: expected a finite number"),
+        ('{"log_seconds": -1}', "log_seconds: expected a finite number >= 0"),
+        ('{"require_lossless": 1}', "require_lossless: expected true or false, got 1"),
+        (
+            '{"mode": "lenient", "require_lossless": true}',
+            "require_lossless: expected a lossless mode .* got lenient",
+        ),
+        (
+            '{"mode": "coupled", "log_lenience": 0.1, "require_lossless": true}',
+            "require_lossless: expected a lossless mode",
+        ),
+    ],
+)
+def test_wrong_options_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineOptions.from_text(text)
+
+
+def test_vllm_args_prints_what_the_variable_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vllm-args", '{"mode": "coupled", "identity": "arrival"}', "--json"]) == 0
+    arguments = json.loads(capsys.readouterr().out)
+    assert arguments["speculative_config"]["num_speculative_tokens"] == 31
+    options = {"mode": "coupled", "identity": "arrival"}
+    assert arguments["additional_config"] == {"spec_rollout": options}
+    assert main(["vllm-args"]) == 0
+    flags = capsys.readouterr().out.split(" --")
+    assert flags[0].startswith("--speculative-config '{")
+    assert flags[1] == 'additional-config \'{"spec_rollout": {"mode": "drafting"}}\'\n'
+    assert main(["vllm-args", "off"]) == 2
+    assert "expected drafting, coupled or lenient, got off" in capsys.readouterr().err
+
+
+def test_a_sample_is_named_in_any_form_that_json_has() -> None:
+    name = SampleName(3, epoch=1, prompt_id="7", seed=5)
+    values = {"sample": 3, "epoch": 1, "prompt_id": 7, "seed": 5}
+    assert parse(values) == parse(json.dumps(values)) == name
+    assert parse(3) == SampleName(3)
+    assert isinstance(parse(encode(ReuseRequest(1, Coupled()))), ReuseRequest)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "expected the key sample, got"),
+        ({"sample": -1}, "sample: expected an integer from 0"),
+        ({"sample": "1"}, "sample: expected an integer"),
+        ({"sample": 1, "row": 2}, "expected keys among epoch, prompt_id, sample, seed, got row"),
+        ({"sample": 1, "prompt_id": [1]}, "prompt_id: expected text"),
+        ('{"sample": }', "expected JSON, got"),
+        (True, "sample: expected an integer"),
+        ([1], "expected bytes, got list"),
+    ],
+)
+def test_wrong_names_are_named(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"spec_rollout: .*{message}"):
+        parse(data)
+
+
+def test_a_sample_is_asked_for_once_between_weight_changes() -> None:
+    numbers = SampleNumbers()
+    assert numbers.begin(b"p", 0, 0)
+    assert not numbers.begin(b"p", 0, 0)  # still running
+    numbers.end(b"p", 0)
+    assert not numbers.begin(b"p", 0, 0)  # asked for already
+    assert numbers.begin(b"p", 1, 0)
+    assert numbers.begin(b"q", 0, 0)
+    assert numbers.begin(b"p", 0, 1)
+    assert not numbers.begin(b"p", 1, 1)  # runs since before the change
+
+
+def test_the_kth_request_since_the_weights_changed_is_sample_k() -> None:
+    numbers = SampleNumbers()
+    assert [numbers.next_sample(b"p", 0) for _ in range(3)] == [0, 1, 2]
+    assert numbers.next_sample(b"q", 0) == 0
+    for sample in range(3):
+        numbers.begin(b"p", sample, 0)
+    numbers.end(b"p", 0)
+    # 1 and 2 run on, and keep their numbers.
+    assert [numbers.next_sample(b"p", 1) for _ in range(3)] == [0, 3, 4]
+
+
+def test_prompts_used_longest_ago_are_forgotten_but_not_while_they_run() -> None:
+    numbers = SampleNumbers(max_prompts=3)
+    for i in range(5):
+        numbers.begin(bytes([i]), 0, 0)
+        if i:
+            numbers.end(bytes([i]), 0)
+    assert len(numbers) <= 4
+    assert not numbers.begin(bytes([0]), 0, 0)
+    assert numbers.begin(bytes([1]), 0, 0)
+
+
+def _params(**values: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"temperature": 1.0, "seed": None, "logprobs": None, **values})
+
+
+def _arrival(prompt: list[int] | None = None, name: SampleName | None = None, **values: Any):
+    namespace = values.pop("namespace", "")
+    return Arrival([1, 2] if prompt is None else prompt, _params(**values), namespace, name)
+
+
+def _side(mode: str, recall: Any = None, **options: Any) -> EngineSide:
+    return EngineSide(EngineOptions(mode=mode, **options), engine_seed=0, replica=0, recall=recall)
+
+
+def test_unnamed_requests_draw_fresh_noise_and_share_their_prompts_history() -> None:
+    side = _side("drafting")
+    a, b, other = (side.admit(_arrival(p)) for p in ([1, 2], [1, 2], [1, 3]))
+    assert a.group == b.group != other.group
+    assert len({x.request.key for x in (a, b, other)}) == 3
+    assert a.sample == -1
+    assert a.request.rule == Coupled()
+    # Every worker of a replica decides alike; another replica draws other noise.
+    assert _side("drafting").admit(_arrival()).request.key == a.request.key
+    replica = EngineSide(EngineOptions(mode="drafting"), engine_seed=0, replica=1)
+    assert replica.admit(_arrival()).request.key != a.request.key
+
+
+def test_a_seed_decides_the_noise() -> None:
+    side = _side("drafting")
+    a, b, c = (side.admit(_arrival(seed=seed)).request.key for seed in (5, 5, 6))
+    assert a == b != c
+
+
+def test_adapters_salts_and_images_keep_histories_apart() -> None:
+    side = _side("drafting")
+    groups = {side.admit(_arrival(namespace=n)).group for n in ("", "lora 1", "salt")}
+    assert len(groups) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"presence_penalty": 0.5},
+        {"repetition_penalty": 1.1},
+        {"structured_outputs": object()},
+        {"bad_words": ["x"]},
+        {"logits_processors": [1]},
+    ],
+)
+def test_what_the_sampler_cannot_draw_is_passed_by_and_counted(values: dict[str, Any]) -> None:
+    side = _side("drafting")
+    assert side.admit(_arrival(**values)) is None
+    assert side.admit(Arrival(None, _params(), "", None)) is None  # embeddings
+    assert (side.counters.num_passed_by, side.counters.num_served) == (2, 0)
+
+
+def test_coupled_samples_keep_their_noise_and_follow_their_last_rollout() -> None:
+    past = np.array([4, 5], np.int32), np.array([-0.5, -1.0], np.float32)
+    side = _side("coupled", lambda group, sample: past if sample == 3 else None)
+    first = side.admit(_arrival(name=SampleName(3)))
+    assert first.sample == 3
+    assert first.request.draft_ids.tolist() == [4, 5]
+    again = side.admit(_arrival(name=SampleName(3)))
+    assert again.sample == -1
+    assert again.request.key != first.request.key
+    assert again.request.draft_ids.size == 0
+    assert side.counters.num_repeated == 1
+    assert side.admit(_arrival(name=SampleName(4))).request.draft_ids.size == 0
+    side.samples.end(first.group, 3)
+    side.weights_changed()
+    side.weights_changed()  # one change that comes in pieces
+    assert side.weights_version == 1
+    assert side.admit(_arrival(name=SampleName(3))).request.key == first.request.key
+    assert side.admit(_arrival(name=SampleName(3, epoch=1))).request.key != first.request.key
+
+
+def test_lenient_samples_draw_new_noise_each_time() -> None:
+    past = np.array([4, 5], np.int32), np.array([-0.5, -1.0], np.float32)
+    side = _side("lenient", lambda group, sample: past, log_lenience=0.5)
+    first = side.admit(_arrival(name=SampleName(0)))
+    assert first.request.rule == Lenient(0.5)
+    assert first.request.draft_logprobs.tolist() == [-0.5, -1.0]
+    side.samples.end(first.group, 0)
+    side.weights_changed()
+    assert side.admit(_arrival(name=SampleName(0))).request.key != first.request.key
+
+
+def test_log_probs_that_are_not_known_make_no_draft() -> None:
+    past = np.array([4, 5], np.int32), np.array([-0.5, np.nan], np.float32)
+    side = _side("lenient", lambda group, sample: past)
+    assert side.admit(_arrival(name=SampleName(0))).request.draft_ids.size == 0
+
+
+def test_arrivals_are_counted_where_that_was_asked_for() -> None:
+    side = _side("coupled", identity="arrival")
+    assert [side.admit(_arrival()).sample for _ in range(3)] == [0, 1, 2]
+    assert [_side("coupled").admit(_arrival()).sample for _ in range(2)] == [-1, -1]
+    named = _side("drafting").admit(_arrival(name=SampleName(2)))
+    assert named.sample == -1  # the mode knows no samples

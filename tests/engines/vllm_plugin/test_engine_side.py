@@ -1,0 +1,360 @@
+"""Engines that a user builds without any of our arguments, with SPEC_ROLLOUT set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from laws import assert_law
+from vllm_samples import EOS, LLM_ARGS, VOCAB, random_prompts
+
+pytestmark = pytest.mark.slow
+
+MakeLLM = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def make_llm(model_dir: Path) -> Iterator[MakeLLM]:
+    """`make_llm(variable, **llm_args)`: an `LLM` as users build it; equal arguments share one."""
+    from vllm import LLM
+
+    made: dict[str, Any] = {}
+
+    def make(variable: str, **llm_args: Any) -> Any:
+        name = repr((variable, sorted(llm_args.items())))
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SPEC_ROLLOUT", variable)
+                made[name] = LLM(
+                    str(model_dir), **{**LLM_ARGS, "skip_tokenizer_init": True, **llm_args}
+                )
+        llm = made[name]
+        if variable != "off":
+            llm.collective_rpc("spec_rollout_history", args=("clear",))
+        llm.reset_prefix_cache()
+        return llm
+
+    yield make
+    made.clear()
+
+
+def prompts_of(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": p.tolist()} for p in random_prompts(count, seed)]
+
+
+def generate(llm: Any, prompts: list[Any], **params: Any) -> list[list[int]]:
+    """Token ids of every response; `each` gives a request parameters of its own."""
+    from vllm import SamplingParams
+
+    each = params.pop("each", None)
+    values = {"max_tokens": 40, "temperature": 0.7, "detokenize": False, "stop_token_ids": [EOS]}
+    made = [
+        SamplingParams(**{**values, **params, **(each(i) if each else {})})
+        for i in range(len(prompts))
+    ]
+    outputs = llm.generate(prompts, made, use_tqdm=False)
+    return [list(choice.token_ids) for output in outputs for choice in output.outputs]
+
+
+def info(llm: Any) -> dict[str, Any]:
+    return llm.collective_rpc("spec_rollout_history")[0]
+
+
+def metrics(llm: Any) -> dict[str, Any]:
+    """Counters since the last call."""
+    return llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
+
+
+def same_weights_again(llm: Any) -> None:
+    """A weight update as a trainer makes it, with the weights that are there."""
+
+    def load(worker: Any) -> None:
+        model = worker.model_runner.get_model()
+        model.load_weights(())
+
+    llm.collective_rpc(load)
+
+
+def test_the_variable_is_all_it_takes(make_llm: MakeLLM) -> None:
+    config = make_llm("drafting").llm_engine.vllm_config
+    assert config.speculative_config.method == "custom_class"
+    assert config.speculative_config.num_speculative_tokens == 15
+    assert config.additional_config["spec_rollout"] == {"mode": "drafting"}
+    assert make_llm("off").llm_engine.vllm_config.speculative_config is None
+
+
+def test_greedy_tokens_are_stocks_in_fewer_steps(make_llm: MakeLLM, even_steps: None) -> None:
+    prompts = prompts_of(8)
+    expected = generate(make_llm("off"), prompts, temperature=0.0)
+    llm = make_llm("drafting")
+    metrics(llm)
+    assert generate(llm, prompts, temperature=0.0) == expected
+    first = metrics(llm)["num_engine_steps"]
+    assert generate(llm, prompts, temperature=0.0) == expected
+    second = metrics(llm)
+    assert second["num_engine_steps"] < first
+    assert second["num_accepted_proposals"] > 0
+
+
+def test_seeded_requests_repeat_exactly_whatever_is_remembered(
+    make_llm: MakeLLM, even_steps: None
+) -> None:
+    llm = make_llm("drafting")
+    prompts = [prompt for prompt in prompts_of(4) for _ in range(3)]
+    seeds = {"each": lambda i: {"seed": 100 + i}}
+    first = generate(llm, prompts, **seeds)
+    metrics(llm)
+    assert generate(llm, prompts, **seeds) == first
+    found = metrics(llm)
+    assert found["num_accepted_proposals"] > 0
+    assert found["num_engine_steps"] < max(map(len, first))
+    fresh = generate(llm, prompts)
+    assert fresh != first
+    assert generate(llm, prompts) != fresh
+
+
+def test_samples_follow_the_models_law_with_history_and_without(
+    make_llm: MakeLLM, hf_model: Any, even_steps: None
+) -> None:
+    llm = make_llm("drafting")
+    prompt = [11, 29, 5, 47, 8]
+    with torch.no_grad():
+        one = hf_model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+        rows = torch.tensor([[*prompt, token] for token in range(VOCAB)])
+        two = hf_model(rows).logits[:, -1].double().softmax(-1)
+    law = (one[:, None] * two).numpy().reshape(-1)
+    stopped = np.arange(VOCAB) == EOS
+    law = np.where(np.repeat(stopped, VOCAB), 0.0, law)
+    law = np.concatenate([law, [float(one[EOS])]])  # a response that ends at once
+    for _ in range(2):  # the second time the prompt's history is there
+        rows_ = generate(llm, [{"prompt_token_ids": prompt}] * 4000, temperature=1.0, max_tokens=3)
+        counts = np.zeros(VOCAB * VOCAB + 1)
+        for row in rows_:
+            counts[-1 if row[0] == EOS else row[0] * VOCAB + row[1]] += 1
+        assert_law(counts, law)
+    assert metrics(llm)["num_accepted_proposals"] > 0
+
+
+def test_responses_of_one_request_are_siblings_with_noise_of_their_own(make_llm: MakeLLM) -> None:
+    llm = make_llm("drafting")
+    before = info(llm)["num_groups"]  # what is live at a `clear` stays
+    rows = generate(llm, prompts_of(2), n=6)
+    assert len({tuple(row) for row in rows}) == 12
+    assert info(llm)["num_groups"] == before + 2
+
+
+def test_what_we_cannot_serve_is_stocks_and_counted(make_llm: MakeLLM) -> None:
+    prompts = prompts_of(4)
+    params = {"temperature": 0.0, "repetition_penalty": 1.3}
+    expected = generate(make_llm("off"), prompts, **params)
+    llm = make_llm("drafting")
+    before = info(llm)["num_passed_by"]
+    assert generate(llm, prompts, **params) == expected
+    assert info(llm)["num_passed_by"] == before + 4
+    # Side by side with requests that are served.
+    mixed = generate(
+        llm,
+        prompts,
+        each=lambda i: {"temperature": 0.0, "repetition_penalty": 1.3 if i % 2 else 1.0},
+    )
+    plain = generate(make_llm("off"), prompts, temperature=0.0)
+    assert mixed == [expected[i] if i % 2 else plain[i] for i in range(4)]
+
+
+def test_log_probs_are_those_of_stock(make_llm: MakeLLM, even_steps: None) -> None:
+    from vllm import SamplingParams
+
+    prompts = prompts_of(3)
+    params = SamplingParams(temperature=0.0, max_tokens=20, logprobs=2, detokenize=False)
+    stock, llm = make_llm("off"), make_llm("drafting")
+    expected = stock.generate(prompts, params, use_tqdm=False)
+    for _ in range(2):
+        found = llm.generate(prompts, params, use_tqdm=False)
+        for a, b in zip(expected, found, strict=True):
+            assert a.outputs[0].token_ids == b.outputs[0].token_ids
+            for at, bt in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True):
+                assert at.keys() == bt.keys()
+                for token in at:
+                    assert at[token].logprob == pytest.approx(bt[token].logprob, abs=1e-4)
+
+
+def test_aborted_requests_leave_and_the_others_go_on(make_llm: MakeLLM) -> None:
+    from vllm import SamplingParams
+
+    llm = make_llm("drafting")
+    engine = llm.llm_engine
+    params = SamplingParams(temperature=0.7, max_tokens=30, detokenize=False, ignore_eos=True)
+    for i, prompt in enumerate(prompts_of(4)):
+        engine.add_request(f"abort-{i}", prompt, params)
+    for _ in range(5):
+        engine.step()
+    engine.abort_request(["abort-0", "abort-1"])
+    done = []
+    while engine.has_unfinished_requests():
+        done += [output for output in engine.step() if output.finished]
+    assert sorted(output.request_id for output in done) == ["abort-2", "abort-3"]
+    assert all(len(output.outputs[0].token_ids) == 30 for output in done)
+    generate(llm, prompts_of(1, seed=9))
+    assert info(llm)["num_live"] == 1  # the last one, until the next step
+    assert info(llm)["num_groups"] == 5
+
+
+def test_history_is_kept_apart_by_cache_salt(make_llm: MakeLLM) -> None:
+    llm = make_llm("drafting")
+    before = info(llm)["num_groups"]
+    prompt = prompts_of(1, seed=77)[0]
+    for salt in ("a", "b", "a"):
+        generate(llm, [{**prompt, "cache_salt": salt}])
+    generate(llm, [prompt])
+    assert info(llm)["num_groups"] == before + 3
+
+
+def test_history_is_written_read_and_forgotten(
+    make_llm: MakeLLM, even_steps: None, tmp_path: Path
+) -> None:
+    llm = make_llm("drafting")
+    prompts = prompts_of(4)
+    expected = generate(llm, prompts, temperature=0.0)
+    generate(llm, prompts_of(1, seed=5))  # lets go of them
+    path = str(tmp_path / "history")
+    llm.collective_rpc("spec_rollout_history", args=("export", path))
+    llm.collective_rpc("spec_rollout_history", args=("clear",))
+    assert info(llm)["num_sequences"] == 0
+    llm.collective_rpc("spec_rollout_history", args=("import", path))
+    assert info(llm)["num_sequences"] >= 4
+    metrics(llm)
+    assert generate(llm, prompts, temperature=0.0) == expected
+    found = metrics(llm)
+    assert found["num_accepted_proposals"] > 0
+    assert found["num_engine_steps"] < max(map(len, expected))
+    for args, message in (
+        (("remove",), "action: expected info, clear, export or import, got 'remove'"),
+        (("export",), "path: expected one with export and import only, got None"),
+        (("import", str(tmp_path / "none")), "none"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            llm.collective_rpc("spec_rollout_history", args=args)
+
+
+def test_coupled_arrivals_redraw_their_last_rollout(make_llm: MakeLLM, even_steps: None) -> None:
+    llm = make_llm('{"mode": "coupled", "identity": "arrival"}')
+    prompts = [prompt for prompt in prompts_of(3) for _ in range(4)]
+    same_weights_again(llm)
+    first = generate(llm, prompts, temperature=1.0)
+    assert len({tuple(row) for row in first}) == len(first)
+    same_weights_again(llm)
+    metrics(llm)
+    assert generate(llm, prompts, temperature=1.0) == first
+    found = metrics(llm)
+    assert found["num_engine_steps"] < 0.3 * max(map(len, first))
+    assert found["num_fully_reused"] > 0
+    assert info(llm)["num_with_draft"] == len(prompts)
+    # Further samples of the same weights are others.
+    more = generate(llm, prompts, temperature=1.0)
+    assert not {tuple(row) for row in more} & {tuple(row) for row in first}
+
+
+def test_a_named_sample_is_never_drawn_twice_with_the_same_noise(make_llm: MakeLLM) -> None:
+    llm = make_llm('{"mode": "coupled"}')
+    prompt = prompts_of(1)[0]
+
+    def ask(**name: Any) -> list[int]:
+        return generate(
+            llm, [prompt], temperature=1.0, extra_args={"spec_rollout": {"sample": 2, **name}}
+        )[0]
+
+    first = ask()
+    repeated = info(llm)["num_repeated"]
+    assert ask() != first
+    assert info(llm)["num_repeated"] == repeated + 1
+    same_weights_again(llm)
+    assert ask() == first
+    same_weights_again(llm)
+    assert ask(epoch=1) != first
+
+
+def test_lenient_reuses_by_its_rule(make_llm: MakeLLM, even_steps: None) -> None:
+    llm = make_llm('{"mode": "lenient", "log_lenience": 20.0}')
+    prompts = [prompt for prompt in prompts_of(3) for _ in range(2)]
+    names = {"each": lambda i: {"extra_args": {"spec_rollout": {"sample": i % 2}}}}
+    first = generate(llm, prompts, temperature=1.0, **names)
+    same_weights_again(llm)
+    metrics(llm)
+    assert generate(llm, prompts, temperature=1.0, **names) == first
+    assert metrics(llm)["num_fully_reused"] == len(prompts)
+
+
+def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
+    prompt = prompts_of(1)[0]
+
+    def ask(llm: Any, value: Any, **params: Any) -> None:
+        generate(llm, [prompt], extra_args={"spec_rollout": value}, **params)
+
+    coupled = make_llm('{"mode": "coupled"}')
+    with pytest.raises(ValueError, match="sample: expected an integer"):
+        ask(coupled, {"sample": "x"})
+    with pytest.raises(ValueError, match="n: expected 1 for a request that names its sample"):
+        ask(coupled, {"sample": 1}, n=2)
+    with pytest.raises(ValueError, match="expected an engine"):
+        ask(make_llm("off"), {"sample": 1})
+
+
+@pytest.mark.parametrize(
+    ("variable", "environment", "llm_args", "message"),
+    [
+        (
+            "drafting",
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "SPEC_ROLLOUT=drafting: expected an engine without speculative_config, got .* ngram",
+        ),
+        (
+            "drafting",
+            {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+            {},
+            "SPEC_ROLLOUT=drafting: expected vLLM's Model Runner V1",
+        ),
+        ("drafting", {}, {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
+        ("draughting", {}, {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
+    ],
+)
+def test_engines_in_which_it_cannot_work_are_refused(
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    environment: dict[str, str],
+    llm_args: dict[str, Any],
+    message: str,
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("SPEC_ROLLOUT", variable)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(str(model_dir), **llm_args).create_engine_config()
+
+
+def test_the_log_says_what_it_gains(make_llm: MakeLLM, even_steps: None) -> None:
+    from vllm_samples import proposer_in
+
+    llm = make_llm("drafting")
+
+    class Engine:  # as `proposer_in` wants it
+        pass
+
+    Engine.llm = llm
+    line = proposer_in(Engine).live._log_line
+    written: list[str] = []
+    seconds = iter(np.arange(0.0, 1e6, 10.0))
+    line.clock, line._write, line._last = lambda: float(next(seconds)), written.append, 0.0
+    for _ in range(2):
+        generate(llm, prompts_of(4), temperature=0.0)
+    assert written
+    assert "tokens per request and step" in written[-1]
+    assert "passed by" in written[-1]
+    assert "4 prompts" in written[-1]
