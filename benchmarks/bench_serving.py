@@ -138,16 +138,15 @@ def serve(args: argparse.Namespace) -> None:
     llm = LLM(args.model or str(model_dir()), **settings)
     files = sorted(Path(args.weights).glob("*.safetensors"))
 
-    def load(worker: Any, path: str) -> None:
-        compat.load_weights(worker, load_file(path).items())
-        compat.weights_loaded(worker)
-
     print("ANSWER {}", flush=True)
     for line in sys.stdin:
         what = json.loads(line)
         answer: dict[str, Any] = {}
         if what["do"] == "weights":
-            llm.collective_rpc(load, args=(str(files[what["which"]]),))
+            weights = list(load_file(files[what["which"]]).items())
+            llm.collective_rpc("spec_rollout_start_update")
+            llm.collective_rpc("spec_rollout_load", args=(weights,))
+            llm.collective_rpc("spec_rollout_finish_update")
             llm.reset_prefix_cache()
         elif what["do"] == "forget":
             if CONTENDERS[args.child].get("variable"):

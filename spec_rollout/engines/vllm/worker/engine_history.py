@@ -170,7 +170,7 @@ def _longer(values: np.ndarray, size: int, fill: int) -> np.ndarray:
 
 
 def _interleaved(is_first: np.ndarray, first: Proposals, other: Proposals) -> Proposals:
-    """Proposals of a batch from those of two parts of it; `is_first` [count] says whose is whose."""
+    """A batch's proposals from those of two parts of it; `is_first` [count] says whose is whose."""
 
     def by_request(name: str) -> np.ndarray:
         values = np.empty(is_first.size, getattr(first, name).dtype)

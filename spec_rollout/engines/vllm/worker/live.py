@@ -69,6 +69,7 @@ class LiveRequests:
             stop_token_ids=stop_token_ids,
             first_chunk=self._first_chunk,
             masks=masks,
+            collect_id=-1,
             history_id=slot,
             can_follow=is_drawn,
             is_drawn=is_drawn,
