@@ -358,3 +358,38 @@ def test_the_log_says_what_it_gains(make_llm: MakeLLM, even_steps: None) -> None
     assert "tokens per request and step" in written[-1]
     assert "passed by" in written[-1]
     assert "4 prompts" in written[-1]
+
+
+def test_weights_that_others_load_are_used(
+    make_llm: MakeLLM, hf_model: Any, tmp_path: Path
+) -> None:
+    """A trainer's own transfer: parameter by parameter, through the model, without a word to us."""
+    import copy
+
+    from vllm import SamplingParams
+
+    llm = make_llm("drafting", max_model_len=128)  # an engine of its own: its weights change
+    new = copy.deepcopy(hf_model)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            )
+
+    def load(worker: Any) -> None:
+        model = worker.model_runner.get_model()
+        for name, parameter in new.named_parameters():
+            model.load_weights([(name, parameter)])
+
+    llm.collective_rpc(load)
+    llm.reset_prefix_cache()
+    prompt = prompts_of(1)[0]["prompt_token_ids"]
+    params = SamplingParams(max_tokens=8, temperature=1.0, logprobs=0, detokenize=False)
+    output = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0]
+    ids = list(output.token_ids)
+    with torch.no_grad():
+        expected = new(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    found = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=True)]
+    assert found == pytest.approx(
+        expected.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=2e-3
+    )

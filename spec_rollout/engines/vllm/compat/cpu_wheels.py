@@ -20,6 +20,7 @@ import torch
 from spec_rollout.engines.vllm.compat.versions import replace
 
 _PACK = "_spec_rollout_pack"
+_PENDING = "_spec_rollout_pack_pending"
 _keep_weights = False
 _packed: WeakSet[torch.nn.Module] = WeakSet()  # since `note_packing`
 
@@ -48,6 +49,22 @@ def pack_again(model: torch.nn.Module) -> None:
             and not hasattr(module, "_cpu_unpacked_conv_weight")
         ):
             pack()
+
+
+def pack_before_next_forward(model: torch.nn.Module) -> None:
+    """As `pack_again`, once all weights of an update are there, however many calls bring them."""
+    if getattr(model, _PENDING, None) is not None:
+        return
+    note_packing()
+
+    def pack(*_: Any) -> None:
+        handle = getattr(model, _PENDING, None)
+        if handle is not None:
+            handle.remove()
+            object.__setattr__(model, _PENDING, None)
+            pack_again(model)
+
+    object.__setattr__(model, _PENDING, model.register_forward_pre_hook(pack))
 
 
 @contextmanager

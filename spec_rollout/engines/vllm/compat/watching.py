@@ -36,14 +36,23 @@ def attach_calls(worker_class: type, calls: type) -> None:
 def watch_weights(model: Any, side: EngineSide) -> None:
     """Counts the weight changes of a model in `side.weights_version`.
 
+    On CPUs, weights that come without a word to us are packed before they are used.
+
     Whatever way new weights take into a worker (`reload_weights`, a trainer's extension, a transfer
     engine), they are put into the model by its `load_weights`. A change that comes in many calls
     counts once: requests between them are none.
     """
+    from vllm.platforms import current_platform
+
+    from spec_rollout.engines.vllm.compat import cpu_wheels
+
+    on_cpu = current_platform.is_cpu()
     original = model.load_weights
 
     def load_weights(*args: Any, **kw: Any) -> Any:
         side.weights_changed()
+        if on_cpu:
+            cpu_wheels.pack_before_next_forward(model)
         return original(*args, **kw)
 
     # On this object only, past nn.Module.__setattr__.
