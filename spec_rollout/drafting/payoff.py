@@ -19,6 +19,9 @@ _FIRST_GUESS = 0.5
 # each as many steps more, another.
 _PATIENCE = 8
 _MAX_WAIT = 4
+# Steps after which proposals are tried that are not thought worth it; twice as many each time.
+_TRIAL_TOKENS = 8
+_FIRST_TRIAL, _LAST_TRIAL = 16, 512
 
 
 @dataclass(slots=True)
@@ -50,6 +53,11 @@ class Payoff:
     is forgotten when the history changes, and soon anyway where they are not used. So when there is
     more to propose, the next steps have it.
 
+    What a step takes is measured on a machine that does other things, too, so what was learned may
+    be wrong, and would never be corrected where nothing is proposed. So now and then a few tokens
+    are proposed against it: after 16 steps first, then after twice as many each time, until
+    proposals are worth it again.
+
     Asking the drafter takes time, too. Where its proposals have not been worth it for many steps,
     it is asked in one step of up to five.
 
@@ -61,6 +69,8 @@ class Payoff:
 
     def __init__(self, cost: StepCost | None = None) -> None:
         self.cost = StepCost() if cost is None else cost
+        self._trial_gap = self._until_trial = _FIRST_TRIAL  # steps
+        self._was_tried = False  # since proposals were worth it
         self.begin()
 
     def begin(self) -> None:
@@ -99,6 +109,7 @@ class Payoff:
 
     def pays(self, rows: int) -> bool:
         """Whether to ask the drafter for proposals to the next step, of `rows` requests."""
+        self._until_trial -= 1
         if self._wait:
             self._wait -= 1
             return False
@@ -106,11 +117,17 @@ class Payoff:
 
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
+        if self._is_trial_due():
+            return _FIRST_GUESS
         share = _FIRST_GUESS
         proposing, seconds = self.cost.proposing(rows), self._seconds_per_token(rows)
         if proposing is not None and proposing[0] > 0.0 and seconds:
             share = proposing[0] / seconds
         return min(max(share, 0.05), 0.95)
+
+    def room(self, rows: int) -> int:
+        """Most tokens to propose in the next step, of `rows` requests (`StepCost.room`)."""
+        return _TRIAL_TOKENS if self._is_trial_due() else self.cost.room(rows)
 
     def worth(self, rows: int, proposed: int, expected: float) -> bool:
         """Whether a step should have these proposals.
@@ -120,8 +137,20 @@ class Payoff:
             proposed: Tokens for all together.
             expected: How many of them are expected to pass (`Proposals.expected`).
         """
-        if proposed > 0 and self._is_worth(rows, proposed, expected):
+        if proposed > 0 and self._is_worth(rows, proposed, expected, self._trust()):
             self._refused = 0
+            if self._was_tried:
+                self._trial_gap, self._was_tried = _FIRST_TRIAL, False
+            self._until_trial = self._trial_gap
+            return True
+        # Where only trust is wanting, time brings it back.
+        if (
+            proposed > 0
+            and self._is_trial_due()
+            and not self._is_worth(rows, proposed, expected, trust=1.0)
+        ):
+            self._trial_gap = min(2 * self._trial_gap, _LAST_TRIAL)
+            self._until_trial, self._was_tried = self._trial_gap, True
             return True
         self._refused += 1
         self._wait = min(self._refused // _PATIENCE, _MAX_WAIT)
@@ -129,11 +158,16 @@ class Payoff:
         self._accepted *= _FORGET_UNUSED
         return False
 
-    def _is_worth(self, rows: int, proposed: int, expected: float) -> bool:
+    def _is_trial_due(self) -> bool:
+        return self._until_trial <= 0
+
+    def _trust(self) -> float:
+        return (self._accepted + _PRIOR_TOKENS) / (self._expected + _PRIOR_TOKENS)
+
+    def _is_worth(self, rows: int, proposed: int, expected: float, trust: float) -> bool:
         extra, seconds = self.cost.extra(rows, proposed), self._seconds_per_token(rows)
         if extra is None or seconds is None:
             return True  # to learn it
-        trust = (self._accepted + _PRIOR_TOKENS) / (self._expected + _PRIOR_TOKENS)
         return expected * trust * seconds > extra
 
     def _seconds_per_token(self, rows: int) -> float | None:

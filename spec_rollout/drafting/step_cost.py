@@ -16,6 +16,8 @@ _ENOUGH, _TOO_FEW = 2.5, 1.0
 _TOO_FEW_PAIRS = 0.5
 # Fitted anew after each of the first steps, of all and of a kind, then now and then.
 _FIRST_STEPS, _FIRST_OF_KIND, _REFIT_STEPS = 64, 4.0, 16
+# What proposing added, as a share of what it should add, that says that the latter is wrong.
+_WRONG = 0.3
 # Tokens proposed while it is not known what they take: a share of the requests, or a few.
 _TRIAL_SHARE, _TRIAL_TOKENS = 4, 8
 
@@ -74,6 +76,8 @@ class StepCost:
             proposed: Tokens computed beyond one per row.
             seconds: What the step took.
         """
+        if proposed:
+            self._forget_if_wrong(rows, proposed, seconds)
         size = rows.bit_length()
         if size not in self._steps:
             self._steps[size] = (_Steps(), _Steps())
@@ -99,6 +103,16 @@ class StepCost:
         self._longest = max(self._longest, rows + proposed)
         if self._num_steps <= _FIRST_STEPS or kind.count < _FIRST_OF_KIND:
             self._refit_at = self._num_steps
+
+    def _forget_if_wrong(self, rows: int, proposed: int, seconds: float) -> None:
+        """Where a step with proposals adds far less than it should, what was learned of such steps
+        is forgotten: the machine was busy then. It is never faster than it can be."""
+        extra, plain = self.extra(rows, proposed), self.plain(rows)
+        if extra is None or plain is None or extra < _FREE_STEPS * plain:
+            return
+        if seconds - plain < _WRONG * extra:
+            self._steps = {size: (without, _Steps()) for size, (without, _) in self._steps.items()}
+            self._is_known, self._refit_at = False, self._num_steps
 
     @property
     def coefficients(self) -> tuple[float, float]:

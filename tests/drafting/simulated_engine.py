@@ -136,7 +136,7 @@ class SimulatedEngine:
                     handles[live],
                     np.minimum(lengths[live] - 1 - done[live], MAX_PROPOSAL),
                     self.payoff.threshold(live.size),
-                    max_total=self.payoff.cost.room(live.size),
+                    max_total=self.payoff.room(live.size),
                     keys=epoch.keys[live],
                     positions=done[live],
                 )

@@ -54,7 +54,6 @@ class ChunkProposer:
         times = self.sampler.times
         history = EngineHistory(
             side.options.history_bytes,
-            times.cost,
             times.payoff,
             self.sampler.match_shares,
             max_proposal=self.sampler.max_chunk,

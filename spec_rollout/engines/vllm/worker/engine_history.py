@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spec_rollout.drafting import Drafter, MatchShares, Payoff, Proposals, StepCost
+from spec_rollout.drafting import Drafter, MatchShares, Payoff, Proposals
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.engines.vllm.worker.request_state import Row
@@ -26,13 +26,12 @@ class EngineHistory(HistoryProposals):
 
     Args:
         max_bytes: Bound of what is remembered.
-        cost, payoff, shares, max_proposal, token_budget: See `HistoryProposals`.
+        payoff, shares, max_proposal, token_budget: See `HistoryProposals`.
     """
 
     def __init__(
         self,
         max_bytes: int,
-        cost: StepCost,
         payoff: Payoff,
         shares: MatchShares,
         *,
@@ -47,7 +46,7 @@ class EngineHistory(HistoryProposals):
             shares=shares,
         )
         # Greedy requests have a key as well: it says nothing of what they draw, see `propose`.
-        self._set_up(self._lasting, 0, True, cost, payoff, max_proposal, token_budget)
+        self._set_up(self._lasting, 0, True, payoff, max_proposal, token_budget)
         self._handle_of = np.empty(0, np.int64)
         self._free: list[int] = []
 
@@ -72,6 +71,10 @@ class EngineHistory(HistoryProposals):
         self._num_indexed[slot] = 0
         self._proposed_at[slot] = -1
         return slot
+
+    def begin(self) -> None:
+        """Requests come after a time without any: what proposals were good for is forgotten."""
+        self._payoff.begin()
 
     def leave(self, slot: int) -> None:
         """The request is over; what it generated is history now."""
@@ -139,7 +142,7 @@ class EngineHistory(HistoryProposals):
         drawn = batch.is_drawn[free]
         if drawn.all():
             return super()._ask(batch, free, requests, indices, limits, budget)
-        handles, least = self._handles(requests), self._cost.threshold(len(batch.rows))
+        handles, least = self._handles(requests), self._payoff.threshold(len(batch.rows))
         if not drawn.any():
             return self._drafter.propose(handles, limits, least, max_total=budget)
         greedy = self._drafter.propose(handles[~drawn], limits[~drawn], least, max_total=budget)
@@ -162,11 +165,12 @@ class EngineHistory(HistoryProposals):
         self._lens = _longer(self._lens, new, 0)
         self._own_lens = _longer(self._own_lens, new, 0)
         self._starts = _longer(self._starts, new, 0)
+        self._expected = _longer(self._expected, new, 0)
         self._free = list(range(new - 1, old - 1, -1))
 
 
 def _longer(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    return np.concatenate([values, np.full(size - values.size, fill, np.int64)])
+    return np.concatenate([values, np.full(size - values.size, fill, values.dtype)])
 
 
 def _interleaved(is_first: np.ndarray, first: Proposals, other: Proposals) -> Proposals:

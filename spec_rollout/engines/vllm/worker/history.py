@@ -93,11 +93,11 @@ class HistoryProposals:
 
     def followed(self) -> list[tuple[Row, int, int]]:
         """Of each request that `follow` was called for: (row, tokens kept of its draft, tested)."""
-        lens = self._drafter.followed_lens
+        lens = {i: self._drafter.followed_len(i) for i in self._followers}
         return [
             (
                 row,
-                int(lens[i]),
+                lens[i],
                 min(int(lens[i]) + 1, row.draft_len, int(self._num_indexed[i])),
             )
             for i, row in self._followers.items()
@@ -225,7 +225,7 @@ class HistoryProposals:
         free, requests, indices = where[is_free], requests[is_free], indices[is_free]
         budget = min(
             max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
-            self._payoff.cost.room(len(batch.rows)),
+            self._payoff.room(len(batch.rows)),
         )
         proposals = self._ask(batch, free, requests, indices, limits[is_free], budget)
         expected = float(proposals.expected.sum())

@@ -60,6 +60,8 @@ class LiveRequests:
         served = self.side.admit(arrival)
         if served is None:
             return None
+        if not self._rows:
+            self.history.begin()
         slot = self.history.join(served.group, stop_token_ids, served.sample)
         is_drawn = arrival.params.temperature > 0
         row = Row(
