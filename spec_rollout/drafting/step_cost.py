@@ -16,6 +16,7 @@ _ENOUGH, _TOO_FEW = 2.5, 1.0
 _TOO_FEW_PAIRS = 0.5
 # Fitted anew after each of the first steps, of all and of a kind, then now and then.
 _FIRST_STEPS, _FIRST_OF_KIND, _REFIT_STEPS = 64, 4.0, 16
+_NOTHING = 1e-200  # what is forgotten has no weight that could be divided by
 # What proposing added, as a share of what it should add, that says that the latter is wrong.
 _WRONG = 0.3
 # Tokens proposed while it is not known what they take: a share of the requests, or a few.
@@ -111,7 +112,11 @@ class StepCost:
         if extra is None or plain is None or extra < _FREE_STEPS * plain:
             return
         if seconds - plain < _WRONG * extra:
-            self._steps = {size: (without, _Steps()) for size, (without, _) in self._steps.items()}
+            self._steps = {
+                size: (without, _Steps())
+                for size, (without, _) in self._steps.items()
+                if without.count
+            }
             self._is_known, self._refit_at = False, self._num_steps
 
     @property
@@ -196,6 +201,8 @@ class StepCost:
         rest = (s - fit.per_row * r - per_proposal * p) / w
         rest -= (without.sums[2] - fit.per_row * without.sums[0]) / without.weight
         numbers = self._count(without), self._count(kind)
+        if sum(numbers) < _NOTHING:
+            return per_proposal, fixed
         pairs = numbers[0] * numbers[1] / sum(numbers)
         fixed = (pairs * rest + _LIKE_OTHERS * fixed) / (pairs + _LIKE_OTHERS)
         return per_proposal, max(0.0, fixed)
@@ -221,6 +228,8 @@ class StepCost:
                 values = (kind.weight, *kind.sums, *kind.products)
                 both = [old + keep * new for old, new in zip(both, values, strict=True)]
             w, r, p, s, rr, rp, rs, pp, ps = both
+            if w < _NOTHING:  # not seen for a hundred thousand steps
+                continue
             h, hr, hp, hs = (keeps[1] * v for v in (kinds[1].weight, *kinds[1].sums))
             a[0][0] += rr - r * r / w
             a[0][1] += rp - r * p / w
@@ -232,9 +241,11 @@ class StepCost:
             a[2][2] += h - h * h / w
             a[2][3] += hs - h * s / w
             numbers = [keep * kind.count for keep, kind in zip(keeps, kinds, strict=True)]
-            num_pairs += numbers[0] * numbers[1] / sum(numbers)
+            num_pairs += numbers[0] * numbers[1] / max(sum(numbers), _NOTHING)
             weight += w
             count += sum(numbers)
+        if not count:
+            return _Fit()
         a[1][0], a[2][0], a[2][1] = a[0][1], a[0][2], a[1][2]
         for i in range(3):  # the ridge keeps what was never varied at zero
             a[i][i] = a[i][i] * (1.0 + 1e-6) + 1e-9

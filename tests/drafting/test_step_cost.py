@@ -103,3 +103,32 @@ def test_steps_grow_no_more_than_twofold() -> None:
     cost.observe(8, 24, 1.0)
     assert cost.room(8) == 2 * 32 - 8
     assert cost.room(40) == 40
+
+
+def test_sizes_not_seen_for_long_are_forgotten_and_nothing_else_happens() -> None:
+    cost = StepCost()
+    for _ in range(5):
+        cost.observe(200, 0, 0.02)
+        cost.observe(200, 40, 0.03)
+    cost._num_steps += 400_000  # steps of other sizes
+    cost.observe(4, 0, 0.01)
+    cost.observe(4, 4, 0.011)
+    for rows in (4, 200):
+        assert cost.plain(rows) is not None
+        cost.extra(rows, 8)
+        cost.room(rows)
+        cost.lacks_plain_steps(rows)
+
+
+def test_where_only_steps_with_proposals_were_seen_they_can_be_forgotten() -> None:
+    cost = StepCost()
+    for _ in range(6):
+        cost.observe(64, 0, 0.01)
+        cost.observe(64, 64, 0.08)
+        cost.observe(8, 64, 0.08)
+    assert cost.extra(64, 64) == pytest.approx(0.07, rel=0.3)
+    cost.observe(64, 64, 0.0102)  # it was not the proposals
+    assert cost.extra(64, 64) is None
+    assert cost.plain(8) is not None
+    cost.observe(8, 64, 0.0102)
+    assert cost.plain(8) is not None
