@@ -103,9 +103,11 @@ class Child:
 def serve(args: argparse.Namespace) -> None:
     """The child: an engine, and a loop that reads what to do."""
     from spec_rollout.engines.vllm import compat
+    from spec_rollout.engines.vllm.worker import ReuseWorker
 
     compat.install_worker()  # on CPUs its mends of vLLM's wheels serve every contender
     compat.keep_cpu_weights()
+    compat.attach_calls(ReuseWorker)
     import torch
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams

@@ -158,6 +158,17 @@ def test_unnamed_requests_draw_fresh_noise_and_share_their_prompts_history() -> 
     assert replica.admit(_arrival()).request.key != a.request.key
 
 
+def test_greedy_requests_follow_the_last_greedy_rollout() -> None:
+    past = np.array([4, 5], np.int32), np.array([0.0, np.nan], np.float32)
+    asked: list[int] = []
+    side = _side("drafting", lambda group, tag: asked.append(tag) or past)
+    greedy = side.admit(_arrival(temperature=0.0))
+    assert greedy.request.draft_ids.tolist() == [4, 5]
+    assert greedy.request.draft_logprobs is None
+    assert asked == [greedy.tag]
+    assert side.admit(_arrival()).tag is None
+
+
 def test_a_seed_decides_the_noise() -> None:
     side = _side("drafting")
     a, b, c = (side.admit(_arrival(seed=seed)).request.key for seed in (5, 5, 6))
@@ -189,8 +200,10 @@ def test_what_the_sampler_cannot_draw_is_passed_by_and_counted(values: dict[str,
 
 def test_coupled_samples_keep_their_noise_and_follow_their_last_rollout() -> None:
     past = np.array([4, 5], np.int32), np.array([-0.5, -1.0], np.float32)
-    side = _side("coupled", lambda group, sample: past if sample == 3 else None)
+    key = _side("coupled").admit(_arrival(name=SampleName(3))).request.key
+    side = _side("coupled", lambda group, tag: past if tag == key else None)
     first = side.admit(_arrival(name=SampleName(3)))
+    assert first.tag == first.request.key == key
     assert first.sample == 3
     assert first.request.draft_ids.tolist() == [4, 5]
     again = side.admit(_arrival(name=SampleName(3)))
@@ -209,7 +222,7 @@ def test_coupled_samples_keep_their_noise_and_follow_their_last_rollout() -> Non
 
 def test_lenient_samples_draw_new_noise_each_time() -> None:
     past = np.array([4, 5], np.int32), np.array([-0.5, -1.0], np.float32)
-    side = _side("lenient", lambda group, sample: past, log_lenience=0.5)
+    side = _side("lenient", lambda group, tag: past, log_lenience=0.5)
     first = side.admit(_arrival(name=SampleName(0)))
     assert first.request.rule == Lenient(0.5)
     assert first.request.draft_logprobs.tolist() == [-0.5, -1.0]
@@ -220,7 +233,7 @@ def test_lenient_samples_draw_new_noise_each_time() -> None:
 
 def test_log_probs_that_are_not_known_make_no_draft() -> None:
     past = np.array([4, 5], np.int32), np.array([-0.5, np.nan], np.float32)
-    side = _side("lenient", lambda group, sample: past)
+    side = _side("lenient", lambda group, tag: past)
     assert side.admit(_arrival(name=SampleName(0))).request.draft_ids.size == 0
 
 

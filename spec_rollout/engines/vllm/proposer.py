@@ -11,6 +11,7 @@ from typing import Any
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
+from spec_rollout.engines.vllm.worker.extension import ReuseWorker
 
 _CONFIG_SECTION = "spec_rollout"
 DEFAULT_FIRST_CHUNK = 16
@@ -30,6 +31,7 @@ class ReuseProposer(ChunkProposer):
 
     def __init__(self, vllm_config: Any) -> None:
         compat.install_worker()
+        compat.attach_calls(ReuseWorker)
         compat.check_state(vllm_config.model_config)
         options = (vllm_config.additional_config or {}).get(_CONFIG_SECTION, {})
         max_chunk = vllm_config.speculative_config.num_speculative_tokens

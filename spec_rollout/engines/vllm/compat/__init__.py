@@ -45,7 +45,7 @@ from spec_rollout.engines.vllm.compat.versions import (
     check_version,
     require_vllm,
 )
-from spec_rollout.engines.vllm.compat.watching import log, watch_weights
+from spec_rollout.engines.vllm.compat.watching import attach_calls, log, watch_weights
 from spec_rollout.engines.vllm.compat.workers import (
     finish_update,
     live_requests,
@@ -60,6 +60,7 @@ __all__ = [
     "PROPOSER",
     "WORKER",
     "Described",
+    "attach_calls",
     "check_plugged",
     "check_state",
     "check_version",

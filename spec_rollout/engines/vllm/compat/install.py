@@ -55,19 +55,10 @@ def install_worker() -> None:
     from vllm.compilation import decorators
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_model_runner
-    from vllm.v1.worker.worker_base import WorkerBase
 
-    from spec_rollout.engines.vllm.compat import (
-        cpu_wheels,
-        requests,
-        sampling,
-        shared_classes,
-        watching,
-    )
-    from spec_rollout.engines.vllm.worker.extension import ReuseWorker
+    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling, shared_classes
 
     replace(decorators, "_support_torch_compile", shared_classes.only_vllms)
-    watching.attach_calls(WorkerBase, ReuseWorker)
     replace(gpu_model_runner.GPUModelRunner, "_sample", sampling.sample)
     replace(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,13 +16,19 @@ def log(line: str) -> None:
     init_logger("vllm.plugins.spec_rollout").info(line)
 
 
-def attach_calls(worker_class: type, calls: type) -> None:
+@functools.cache
+def attach_calls(calls: type) -> None:
     """Lets `collective_rpc` find our calls on workers that have an extension of somebody else's.
 
     Found last, when the worker has nothing of that name: with `worker_extension_cls` vLLM insists
     that a worker's class has none of the extension's names.
+
+    Args:
+        calls: `ReuseWorker`.
     """
-    missing = getattr(worker_class, "__getattr__", None)
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    missing = getattr(WorkerBase, "__getattr__", None)
 
     def __getattr__(self: Any, name: str) -> Any:
         if name.startswith("spec_rollout_") and hasattr(calls, name):
@@ -30,7 +37,7 @@ def attach_calls(worker_class: type, calls: type) -> None:
             return missing(self, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    worker_class.__getattr__ = __getattr__  # type: ignore[attr-defined]
+    WorkerBase.__getattr__ = __getattr__
 
 
 def watch_weights(model: Any, side: EngineSide) -> None:

@@ -50,20 +50,18 @@ class EngineHistory(HistoryProposals):
         self._handle_of = np.empty(0, np.int64)
         self._free: list[int] = []
 
-    def join(self, group: bytes, stop_token_ids: Iterable[int], sample: int) -> int:
+    def join(self, group: bytes, stop_token_ids: Iterable[int], tag: int | None) -> int:
         """A request begins.
 
         Args:
             group: Key of its prompt.
             stop_token_ids: That end its response.
-            sample: Under which number `recall` finds what it generated; -1: it does not.
+            tag: Under which `recall` finds what it generated; None: it does not.
 
         Returns:
             Its slot, for `Row.history_id`.
         """
-        handle = self._lasting.join(
-            group, stop_token_ids=sorted(stop_token_ids), tag=sample if sample >= 0 else None
-        )
+        handle = self._lasting.join(group, stop_token_ids=sorted(stop_token_ids), tag=tag)
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -101,9 +99,9 @@ class EngineHistory(HistoryProposals):
         kept = self._lasting.followed_len(int(self._handle_of[slot]))
         return kept, min(kept + 1, row.draft_len, int(self._num_indexed[slot]))
 
-    def recall(self, group: bytes, sample: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """A sample's last rollout; see `Drafter.recall`."""
-        return self._lasting.recall(group, sample)
+    def recall(self, group: bytes, tag: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The last rollout with a tag; see `Drafter.recall`."""
+        return self._lasting.recall(group, tag)
 
     def followed(self) -> list[tuple[Row, int, int]]:
         """Nothing: requests are asked one by one when they leave."""

@@ -23,6 +23,7 @@ Recall = Callable[[bytes, int], tuple[np.ndarray, np.ndarray] | None]
 
 # Noise of different kinds of requests has nothing in common, whatever their numbers.
 _FRESH, _SEEDED, _NAMED = 1, 2, 3
+_GREEDY = -(2**62)  # tag of greedy rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class Served:
     Attributes:
         request: Key, rule and draft.
         group: Its history is that of the requests with the same one. 16 bytes.
-        sample: Under which number its rollout is remembered; -1: it is not.
+        sample: Its index within the prompt's group; -1: nobody said.
+        tag: Under which `recall` finds what it generates; None: it does not.
     """
 
     request: ReuseRequest
     group: bytes
     sample: int = -1
+    tag: int | None = None
 
 
 @dataclass(slots=True)
@@ -84,7 +87,7 @@ class EngineSide:
         options: Of the engine.
         engine_seed: vLLM's seed. Workers of one replica that share requests have the same.
         replica: Number of the data-parallel replica.
-        recall: Group and sample -> the last rollout, as token ids [len], int32, and log-probs
+        recall: Group and tag -> the last rollout, as token ids [len], int32, and log-probs
             [len], float32; or None. Set before the first request.
 
     Attributes:
@@ -137,16 +140,28 @@ class EngineSide:
         group = prompt_key(arrival.prompt_ids, user_key)
         sample = self._sample(group, name)
         if self.samples is None or sample < 0:
-            return Served(ReuseRequest(self._other_key(group, arrival.params), Coupled()), group)
+            return self._unnamed(group, arrival.params)
         self.counters.num_named += 1
         if not self.samples.begin(group, sample, self.weights_version):
             self.counters.num_repeated += 1
             return Served(ReuseRequest(self._fresh_key(group), Coupled()), group)
-        return Served(self._named(group, sample, name), group, sample)
+        request, tag = self._named(group, sample, name)
+        return Served(request, group, sample, tag)
 
     def info(self) -> dict[str, Any]:
         """Mode and counters."""
         return {"mode": self.options.mode, **asdict(self.counters)}
+
+    def _unnamed(self, group: bytes, params: Any) -> Served:
+        key = self._other_key(group, params)
+        if params.temperature > 0:
+            return Served(ReuseRequest(key, Coupled()), group)
+        # The same weights give the same text again, and others much of it.
+        draft = None if self.recall is None else self.recall(group, _GREEDY)
+        if draft is None or not draft[0].size:
+            return Served(ReuseRequest(key, Coupled()), group, tag=_GREEDY)
+        self.counters.num_with_draft += 1
+        return Served(ReuseRequest(key, Coupled(), draft[0]), group, tag=_GREEDY)
 
     def _sample(self, group: bytes, name: SampleName | None) -> int:
         if name is not None:
@@ -155,20 +170,24 @@ class EngineSide:
             return self.samples.next_sample(group, self.weights_version)
         return -1
 
-    def _named(self, group: bytes, sample: int, name: SampleName | None) -> ReuseRequest:
+    def _named(
+        self, group: bytes, sample: int, name: SampleName | None
+    ) -> tuple[ReuseRequest, int]:
+        """What a sample is served with, and the tag of its rollouts."""
         seed, epoch = self.options.seed, 0
         if name is not None:
             epoch = name.epoch
             seed = seed if name.seed is None else name.seed
         if self.rule.fresh_noise:  # the uniforms of a lenient test must be new each time
             key = self._fresh_key(group)
-        else:
-            key = _key(seed, _NAMED, epoch, group, sample)
-        draft = None if self.recall is None else self.recall(group, sample)
+            tag = sample
+        else:  # of other noise a rollout is no better a draft than anybody's
+            tag = key = _key(seed, _NAMED, epoch, group, sample)
+        draft = None if self.recall is None else self.recall(group, tag)
         if draft is None or not draft[0].size or np.isnan(draft[1]).any():
-            return ReuseRequest(key, self.rule)
+            return ReuseRequest(key, self.rule), tag
         self.counters.num_with_draft += 1
-        return ReuseRequest(key, self.rule, draft[0], draft[1])
+        return ReuseRequest(key, self.rule, draft[0], draft[1]), tag
 
     def _other_key(self, group: bytes, params: Any) -> int:
         """Of a request without a sample: by its own seed if it has one."""

@@ -62,7 +62,7 @@ class LiveRequests:
             return None
         if not self._rows:
             self.history.begin()
-        slot = self.history.join(served.group, stop_token_ids, served.sample)
+        slot = self.history.join(served.group, stop_token_ids, served.tag)
         is_drawn = arrival.params.temperature > 0
         row = Row(
             served.request,
