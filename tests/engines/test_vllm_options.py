@@ -198,6 +198,13 @@ def test_what_the_sampler_cannot_draw_is_passed_by_and_counted(values: dict[str,
     assert (side.counters.num_passed_by, side.counters.num_served) == (2, 0)
 
 
+def test_logits_in_place_of_log_probs_are_vllms_to_return() -> None:
+    options = EngineOptions(mode="drafting")
+    side = EngineSide(options, engine_seed=0, replica=0, logprobs_mode="raw_logits")
+    assert side.admit(_arrival(logprobs=1)) is None
+    assert side.admit(_arrival()) is not None
+
+
 def test_coupled_samples_keep_their_noise_and_follow_their_last_rollout() -> None:
     past = np.array([4, 5], np.int32), np.array([-0.5, -1.0], np.float32)
     key = _side("coupled").admit(_arrival(name=SampleName(3))).request.key

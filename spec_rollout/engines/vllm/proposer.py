@@ -55,6 +55,7 @@ class ReuseProposer(ChunkProposer):
                 engine_options,
                 engine_seed=vllm_config.model_config.seed or 0,
                 replica=vllm_config.parallel_config.data_parallel_rank,
+                logprobs_mode=vllm_config.model_config.logprobs_mode,
             )
             self.serve_by_itself(side, compat.log)
 

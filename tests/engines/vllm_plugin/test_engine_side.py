@@ -319,6 +319,7 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
             "SPEC_ROLLOUT=drafting: expected vLLM's Model Runner V1",
         ),
         ("drafting", {}, {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
+        ("drafting", {}, {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
         ("draughting", {}, {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
     ],
 )
@@ -393,3 +394,31 @@ def test_weights_that_others_load_are_used(
     assert found == pytest.approx(
         expected.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist(), abs=2e-3
     )
+
+
+def test_calls_of_our_engine_and_plain_requests_take_turns(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, even_steps: None
+) -> None:
+    """`VLLMEngine` on an engine that also remembers by itself."""
+    from dataclasses import replace
+
+    from vllm_samples import make_requests, rows_of
+
+    from spec_rollout.acceptance import Coupled
+    from spec_rollout.engines.vllm import VLLMEngine
+    from spec_rollout.types import History, SamplingParams
+
+    monkeypatch.setenv("SPEC_ROLLOUT", "drafting")
+    engine = VLLMEngine(str(model_dir), llm_args={**LLM_ARGS, "max_model_len": 200})
+    assert info(engine.llm)["mode"] == "drafting"
+    prompts, sampling = random_prompts(6), SamplingParams(max_tokens=20, stop_token_ids=(EOS,))
+    plain = engine.rollout(make_requests(prompts), sampling, Coupled())
+    generate(engine.llm, prompts_of(3))
+    again = engine.rollout(make_requests(prompts), sampling, Coupled())
+    groups = torch.arange(6)
+    past = History(plain.response_ids, plain.cu_response_lens, groups, groups)
+    drafted = engine.rollout(replace(make_requests(prompts), history=past), sampling, Coupled())
+    assert rows_of(plain) == rows_of(again) == rows_of(drafted)
+    assert drafted.stats.num_accepted_proposals > 0
+    greedy = generate(engine.llm, prompts_of(3), temperature=0.0)
+    assert generate(engine.llm, prompts_of(3), temperature=0.0) == greedy

@@ -111,7 +111,8 @@ def sweep(runner: Any, proposer: ChunkProposer) -> None:
 def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
     params = state.sampling_params
     request = admit(state.req_id, params) if params is not None else None
-    if not isinstance(request, ReuseRequest) and proposer.live is None:
+    # In a rollout call proposals are from the call's history, which knows the call's requests only.
+    if not isinstance(request, ReuseRequest) and (proposer.live is None or proposer.in_call):
         return None
     room = runner.max_model_len - state.num_prompt_tokens
     stops = set(params.stop_token_ids or ())

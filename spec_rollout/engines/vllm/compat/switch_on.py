@@ -76,6 +76,11 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         raise ValueError(
             f"{asked}: expected pipeline_parallel_size 1, got {engine_args.pipeline_parallel_size}"
         )
+    if engine_args.logits_processors:
+        raise ValueError(
+            f"{asked}: expected an engine without logits_processors, which vLLM allows together "
+            f"with no speculation, got {len(engine_args.logits_processors)}"
+        )
     given = dict(engine_args.speculative_config or {})
     method = given.get("method") or getattr(engine_args, "spec_method", None)
     model = given.get("model") or getattr(engine_args, "spec_model", None)

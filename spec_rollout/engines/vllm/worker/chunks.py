@@ -70,6 +70,12 @@ class ChunkProposer:
         self.sampler.record.standing_history = history
         self.sampler.begin(0, None)
 
+    @property
+    def in_call(self) -> bool:
+        """Whether a rollout call with a history of its own is in progress."""
+        record = self.sampler.record
+        return record.history is not None and record.history is not record.standing_history
+
     def begin(
         self,
         num_requests: int,
@@ -110,7 +116,7 @@ class ChunkProposer:
     ) -> Row:
         """Our state of a request that was seen for the first time; see `Row`."""
         record = self.sampler.record
-        history = record.history
+        history = record.history if self.in_call else None
         collect_id = record.claim(request.collect_id)
         history_id = -1
         if history is not None and collect_id < history.num_requests:

@@ -87,6 +87,7 @@ class EngineSide:
         options: Of the engine.
         engine_seed: vLLM's seed. Workers of one replica that share requests have the same.
         replica: Number of the data-parallel replica.
+        logprobs_mode: What log-probs vLLM is to return.
         recall: Group and tag -> the last rollout, as token ids [len], int32, and log-probs
             [len], float32; or None. Set before the first request.
 
@@ -102,12 +103,14 @@ class EngineSide:
         *,
         engine_seed: int,
         replica: int,
+        logprobs_mode: str = "raw_logprobs",
         recall: Recall | None = None,
     ) -> None:
         self.options = options
         self.recall = recall
         self._seed = engine_seed
         self._replica = replica
+        self._logprobs_mode = logprobs_mode
         self._num_fresh = 0
         self.counters = EngineCounters()
         self.samples = SampleNumbers() if options.mode in ("coupled", "lenient") else None
@@ -130,7 +133,8 @@ class EngineSide:
 
         Every worker of a replica gets the same requests in the same order, and so decides alike.
         """
-        if arrival.prompt_ids is None or why_not_ours(arrival.params) is not None:
+        refused = why_not_ours(arrival.params, self._logprobs_mode)
+        if arrival.prompt_ids is None or refused is not None:
             self.counters.num_passed_by += 1
             return None
         self.counters.num_served += 1
