@@ -111,7 +111,6 @@ def main() -> None:
                 shape={"requests": size, "prompts": args.prompts},
                 microseconds_per_token=round(1e6 * sum(seconds) / tokens, 2),
                 resident_mib=round(_resident_bytes() / 2**20, 1),
-                lookups_visits_per_token=None,
                 accepted_share=round(
                     counters["num_accepted_proposals"] / max(1, counters["num_proposed_tokens"]), 3
                 ),

@@ -18,7 +18,13 @@ from typing import Any
 
 from renderers.kernels import benchmark_table, gpu_summary_table, gpu_table
 from renderers.models import families_table
-from renderers.rollouts import drafting_table, rollout_drafting_table, rollout_table
+from renderers.rollouts import (
+    drafting_table,
+    rollout_drafting_table,
+    rollout_table,
+    serving_table,
+    soak_table,
+)
 from renderers.text import provenance
 from renderers.training import demo_seeds_table, demo_summary_table, demo_table
 
@@ -40,6 +46,8 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "rollout_vllm_tiny": rollout_table,
     "rollout_vllm_gpu": rollout_table,
     "rollout_vllm_drafting": rollout_drafting_table,
+    "serving": serving_table,
+    "soak_serving": soak_table,
 }
 
 

@@ -103,3 +103,50 @@ def rollout_drafting_table(content: Mapping[str, Any]) -> str:
         )
     header = ["requests", "rule", "mode", "tokens reused", "median", "vanilla / mode"]
     return markdown_table([*header, "engine steps", "computed per token"], lines)
+
+
+_PASSES = {
+    "first": "first pass",
+    "second": "second pass",
+    "updated": "after an update",
+    "nothing": "nothing comes twice",
+}
+
+
+def serving_table(content: Mapping[str, Any]) -> str:
+    """bench_serving.py: speed and engine steps beside those of stock vLLM, by what is asked."""
+    rows = {(r["shape"]["batch"], r["which"], r["contender"]): r for r in content["rows"]}
+    contenders = [name for name in dict.fromkeys(name for _, _, name in rows) if name != "stock"]
+    lines = []
+    for batch, which in dict.fromkeys((batch, which) for batch, which, _ in rows):
+        stock = rows[batch, which, "stock"]
+        line = [str(batch), _PASSES[which], f"{stock['engine_steps']:.0f}"]
+        for name in contenders:
+            row = rows.get((batch, which, name))
+            line.append(
+                ""
+                if row is None
+                else f"{speedup(row['tokens_per_second_over_stock'])}, "
+                f"{row['engine_steps_over_stock']:.0%} of the steps, "
+                f"{row['computed_per_token']:.2f}"
+            )
+        lines.append(line)
+    return markdown_table(["requests", "asked", "stock's steps", *contenders], lines)
+
+
+def soak_table(content: Mapping[str, Any]) -> str:
+    """soak_serving.py: the first, a middle and the last part of the requests."""
+    rows = content["rows"]
+    lines = [
+        [
+            row["op"].removeprefix("requests "),
+            f"{row['microseconds_per_token']:.1f} us",
+            f"{row['resident_mib']:,.0f} MiB",
+            f"{row['history_bytes'] / 2**20:.1f} MiB",
+            f"{row['num_groups']:,}",
+            f"{row['num_evicted_groups']:,}",
+        ]
+        for row in (rows[0], rows[len(rows) // 2], rows[-1])
+    ]
+    header = ["requests", "a token", "process", "history", "prompts remembered", "forgotten so far"]
+    return markdown_table(header, lines)
