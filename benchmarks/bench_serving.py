@@ -140,7 +140,6 @@ def serve(args: argparse.Namespace) -> None:
     llm = LLM(args.model or str(model_dir()), **settings)
     files = sorted(Path(args.weights).glob("*.safetensors"))
 
-    print("ANSWER {}", flush=True)
     for line in sys.stdin:
         what = json.loads(line)
         answer: dict[str, Any] = {}
