@@ -250,3 +250,13 @@ def test_arrivals_are_counted_where_that_was_asked_for() -> None:
     assert [_side("coupled").admit(_arrival()).sample for _ in range(2)] == [-1, -1]
     named = _side("drafting").admit(_arrival(name=SampleName(2)))
     assert named.sample == -1  # the mode knows no samples
+
+
+def test_seeded_and_greedy_arrivals_are_nobodys_sample() -> None:
+    side = _side("coupled", identity="arrival")
+    first, second = (side.admit(_arrival(seed=5)) for _ in range(2))
+    assert first.request.key == second.request.key
+    assert (first.sample, first.tag) == (-1, None)
+    assert side.admit(_arrival(temperature=0.0)).sample == -1
+    assert side.admit(_arrival(temperature=0.0, name=SampleName(1))).sample == -1
+    assert side.admit(_arrival()).sample == 0  # the first that is counted

@@ -142,7 +142,7 @@ class EngineSide:
         name = arrival.name
         user_key = arrival.namespace if name is None else f"{arrival.namespace}/{name.prompt_id}"
         group = prompt_key(arrival.prompt_ids, user_key)
-        sample = self._sample(group, name)
+        sample = self._sample(group, name, arrival.params)
         if self.samples is None or sample < 0:
             return self._unnamed(group, arrival.params)
         self.counters.num_named += 1
@@ -167,9 +167,13 @@ class EngineSide:
         self.counters.num_with_draft += 1
         return Served(ReuseRequest(key, Coupled(), draft[0]), group, tag=_GREEDY)
 
-    def _sample(self, group: bytes, name: SampleName | None) -> int:
+    def _sample(self, group: bytes, name: SampleName | None, params: Any) -> int:
+        if params.temperature == 0:  # greedy: the same of every sample
+            return -1
         if name is not None:
             return name.sample
+        if params.seed is not None:  # which says what its noise is to be
+            return -1
         if self.samples is not None and self.options.identity == "arrival":
             return self.samples.next_sample(group, self.weights_version)
         return -1
