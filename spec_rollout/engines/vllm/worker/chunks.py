@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from spec_rollout.drafting import HistoryDrafter
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.engine_history import EngineHistory
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
@@ -42,6 +43,7 @@ class ChunkProposer:
         self.token_budget = token_budget
         self.sampler = ReuseSampler(max_chunk)
         self.live: LiveRequests | None = None
+        self._is_drawn = True  # tokens of the call, with its requests' noise
         self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
 
     def serve_by_itself(self, side: EngineSide, write_log: Callable[[str], None]) -> None:
@@ -92,14 +94,13 @@ class ChunkProposer:
             keyed: Tokens are drawn with keyed noise, not greedily.
         """
         self.last_batch = ([], [])
+        self._is_drawn = keyed
         proposals = None
         if history is not None:
             proposals = HistoryProposals(
-                history,
-                stop_token_ids,
-                keyed,
+                HistoryDrafter(history, stop_token_ids, self.sampler.match_shares),
+                history.request_groups.numel(),
                 self.sampler.times.payoff,
-                self.sampler.match_shares,
                 max_proposal=self.sampler.max_chunk,
                 token_budget=self.token_budget,
             )
@@ -130,7 +131,7 @@ class ChunkProposer:
             first_chunk=self.first_chunk,
             masks=masks,
             history_id=history_id,
-            can_follow=history is not None and history.keyed and history_id >= 0,
+            is_drawn=self._is_drawn,
         )
         if row.draft_len:
             record.metrics.draft_added(row.draft_len)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spec_rollout.drafting import Drafter, MatchShares, Payoff, Proposals
-from spec_rollout.engines.vllm.worker.groups import Known
+from spec_rollout.drafting import Drafter, MatchShares, Payoff
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.engines.vllm.worker.request_state import Row
 
@@ -39,14 +38,13 @@ class EngineHistory(HistoryProposals):
         token_budget: int,
     ) -> None:
         table = min(max(int(max_bytes * _TABLE_SHARE), _LEAST_TABLE), _MOST_TABLE)
-        self._lasting = Drafter(
+        drafter = Drafter(
             max_bytes=max(max_bytes - table, 0),
             max_group_bytes=max(int(max_bytes * _GROUP_SHARE), _LEAST_GROUP),
             max_table_bytes=table,
             shares=shares,
         )
-        # Greedy requests have a key as well: it says nothing of what they draw, see `propose`.
-        self._set_up(self._lasting, 0, True, payoff, max_proposal, token_budget)
+        super().__init__(drafter, 0, payoff, max_proposal=max_proposal, token_budget=token_budget)
         self._handle_of = np.empty(0, np.int64)
         self._free: list[int] = []
 
@@ -61,7 +59,7 @@ class EngineHistory(HistoryProposals):
         Returns:
             Its slot, for `Row.history_id`.
         """
-        handle = self._lasting.join(group, stop_token_ids=sorted(stop_token_ids), tag=tag)
+        handle = self._drafter.join(group, stop_token_ids=sorted(stop_token_ids), tag=tag)
         if not self._free:
             self._grow()
         slot = self._free.pop()
@@ -79,7 +77,7 @@ class EngineHistory(HistoryProposals):
         self._outcomes = [
             (ids[ids != slot], accepted[ids != slot]) for ids, accepted in self._outcomes
         ]
-        self._lasting.leave(int(self._handle_of[slot]))
+        self._drafter.leave(int(self._handle_of[slot]))
         self._followers.pop(slot, None)
         self._proposed_at[slot] = -1
         self._free.append(slot)
@@ -88,7 +86,7 @@ class EngineHistory(HistoryProposals):
         """See `HistoryProposals.follow`."""
         assert row.draft_logprobs is not None
         handle = int(self._handle_of[row.history_id])
-        self._lasting.follow(handle, row.draft, row.draft_logprobs)
+        self._drafter.follow(handle, row.draft, row.draft_logprobs)
         self._followers[row.history_id] = row
 
     def followed_by(self, slot: int) -> tuple[int, int] | None:
@@ -96,12 +94,12 @@ class EngineHistory(HistoryProposals):
         row = self._followers.get(slot)
         if row is None:
             return None
-        kept = self._lasting.followed_len(int(self._handle_of[slot]))
+        kept = self._drafter.followed_len(int(self._handle_of[slot]))
         return kept, min(kept + 1, row.draft_len, int(self._num_indexed[slot]))
 
     def recall(self, group: bytes, tag: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The last rollout with a tag; see `Drafter.recall`."""
-        return self._lasting.recall(group, tag)
+        return self._drafter.recall(group, tag)
 
     def followed(self) -> list[tuple[Row, int, int]]:
         """Nothing: requests are asked one by one when they leave."""
@@ -109,50 +107,23 @@ class EngineHistory(HistoryProposals):
 
     def clear(self) -> None:
         """Forgets all but what live requests have generated."""
-        self._lasting.clear()
+        self._drafter.clear()
 
     def export_to(self, path: str) -> None:
         """Writes what is remembered to a file."""
-        self._lasting.save(path)
+        self._drafter.save(path)
 
     def import_from(self, path: str) -> None:
         """Adds what a file holds."""
-        self._lasting.load(path)
+        self._drafter.load(path)
 
     def info(self) -> dict[str, Any]:
         """What is remembered; `num_bytes` is the sum."""
-        info = self._lasting.info()
+        info = self._drafter.info()
         return {**asdict(info), "num_bytes": info.history_bytes + info.table_bytes}
 
     def _handles(self, requests: np.ndarray) -> np.ndarray:
         return self._handle_of[requests]
-
-    def _ask(
-        self,
-        batch: Known,
-        free: np.ndarray,
-        requests: np.ndarray,
-        indices: np.ndarray,
-        limits: np.ndarray,
-        budget: int,
-    ) -> Proposals:
-        """See `HistoryProposals._ask`; the noise of greedy requests does not decide."""
-        drawn = batch.is_drawn[free]
-        if drawn.all():
-            return super()._ask(batch, free, requests, indices, limits, budget)
-        handles, least = self._handles(requests), self._payoff.threshold(len(batch.rows))
-        if not drawn.any():
-            return self._drafter.propose(handles, limits, least, max_total=budget)
-        greedy = self._drafter.propose(handles[~drawn], limits[~drawn], least, max_total=budget)
-        sampled = self._drafter.propose(
-            handles[drawn],
-            limits[drawn],
-            least,
-            max_total=budget - greedy.token_ids.size,
-            keys=batch.keys[free][drawn],
-            positions=(batch.first_positions[free] + indices)[drawn],
-        )
-        return _interleaved(drawn, sampled, greedy)
 
     def _grow(self) -> None:
         old = self.num_requests
@@ -169,18 +140,3 @@ class EngineHistory(HistoryProposals):
 
 def _longer(values: np.ndarray, size: int, fill: int) -> np.ndarray:
     return np.concatenate([values, np.full(size - values.size, fill, values.dtype)])
-
-
-def _interleaved(is_first: np.ndarray, first: Proposals, other: Proposals) -> Proposals:
-    """A batch's proposals from those of two parts of it; `is_first` [count] says whose is whose."""
-
-    def by_request(name: str) -> np.ndarray:
-        values = np.empty(is_first.size, getattr(first, name).dtype)
-        values[is_first], values[~is_first] = getattr(first, name), getattr(other, name)
-        return values
-
-    lens = by_request("lens")
-    of_first = np.repeat(is_first, lens)
-    token_ids = np.empty(int(lens.sum()), np.int32)
-    token_ids[of_first], token_ids[~of_first] = first.token_ids, other.token_ids
-    return Proposals(token_ids, lens, by_request("own_lens"), by_request("expected"))

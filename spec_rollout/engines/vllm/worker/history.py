@@ -12,22 +12,19 @@ from itertools import chain
 
 import numpy as np
 
-from spec_rollout.drafting import Drafter, HistoryDrafter, MatchShares, Payoff, Proposals
+from spec_rollout.drafting import Drafter, Payoff, Proposals
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
-from spec_rollout.types import History
 
 
 class HistoryProposals:
-    """What is proposed to the live requests of one rollout call.
+    """What is proposed to live requests.
 
     Args:
-        history: Of the call.
-        stop_token_ids: Of the call; never proposed.
-        keyed: Whether the call draws with keyed noise, which then is looked at.
+        drafter: Knows the history; its requests are numbered as they are here.
+        num_requests: Of the rollout call.
         payoff: Decides with the drafter how much to propose, and whether to propose at all.
-        shares: How proposals fared so far.
         max_proposal: Most tokens for one request.
         token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody
             waits for another's.
@@ -35,36 +32,15 @@ class HistoryProposals:
 
     def __init__(
         self,
-        history: History,
-        stop_token_ids: list[int],
-        keyed: bool,
-        payoff: Payoff,
-        shares: MatchShares,
-        *,
-        max_proposal: int,
-        token_budget: int,
-    ) -> None:
-        self._set_up(
-            HistoryDrafter(history, stop_token_ids, shares),
-            history.request_groups.numel(),
-            keyed,
-            payoff,
-            max_proposal,
-            token_budget,
-        )
-
-    def _set_up(
-        self,
         drafter: Drafter,
         num_requests: int,
-        keyed: bool,
         payoff: Payoff,
+        *,
         max_proposal: int,
         token_budget: int,
     ) -> None:
         self.num_requests = num_requests
         self._drafter = drafter
-        self.keyed = keyed
         self._payoff = payoff
         self._max_proposal = max_proposal
         self._token_budget = token_budget
@@ -264,11 +240,37 @@ class HistoryProposals:
             limits: Most tokens for each. [count].
             budget: Most tokens for all.
         """
-        return self._drafter.propose(
-            self._handles(requests),
-            limits,
-            self._payoff.threshold(len(batch.rows)),
-            max_total=budget,
-            keys=batch.keys[free] if self.keyed else None,
-            positions=batch.first_positions[free] + indices,
-        )
+        handles, least = self._handles(requests), self._payoff.threshold(len(batch.rows))
+        positions = batch.first_positions[free] + indices
+
+        def ask(where: np.ndarray, with_noise: bool, max_total: int) -> Proposals:
+            return self._drafter.propose(
+                handles[where],
+                limits[where],
+                least,
+                max_total=max_total,
+                keys=batch.keys[free][where] if with_noise else None,
+                positions=positions[where] if with_noise else None,
+            )
+
+        # The noise says nothing of what greedy requests are given.
+        drawn = batch.is_drawn[free]
+        if drawn.all() or not drawn.any():
+            return ask(np.ones_like(drawn), bool(drawn.all()), budget)
+        greedy = ask(~drawn, False, budget)
+        return _interleaved(drawn, ask(drawn, True, budget - greedy.token_ids.size), greedy)
+
+
+def _interleaved(is_first: np.ndarray, first: Proposals, other: Proposals) -> Proposals:
+    """A batch's proposals from those of two parts of it; `is_first` [count] says whose is whose."""
+
+    def by_request(name: str) -> np.ndarray:
+        values = np.empty(is_first.size, getattr(first, name).dtype)
+        values[is_first], values[~is_first] = getattr(first, name), getattr(other, name)
+        return values
+
+    lens = by_request("lens")
+    of_first = np.repeat(is_first, lens)
+    token_ids = np.empty(int(lens.sum()), np.int32)
+    token_ids[of_first], token_ids[~of_first] = first.token_ids, other.token_ids
+    return Proposals(token_ids, lens, by_request("own_lens"), by_request("expected"))

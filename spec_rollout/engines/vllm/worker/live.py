@@ -63,7 +63,6 @@ class LiveRequests:
         if not self._rows:
             self.history.begin()
         slot = self.history.join(served.group, stop_token_ids, served.tag)
-        is_drawn = arrival.params.temperature > 0
         row = Row(
             served.request,
             prompt_len=prompt_len,
@@ -73,8 +72,7 @@ class LiveRequests:
             masks=masks,
             collect_id=-1,
             history_id=slot,
-            can_follow=is_drawn,
-            is_drawn=is_drawn,
+            is_drawn=arrival.params.temperature > 0,
         )
         if row.draft_len:
             self._metrics().draft_added(row.draft_len)

@@ -73,7 +73,6 @@ class Row:
         first_chunk: int,
         masks: Any,
         history_id: int = -1,
-        can_follow: bool = False,
         is_drawn: bool = True,
     ) -> None:
         draft = request.draft_ids[:max_response_len]
@@ -89,7 +88,8 @@ class Row:
         logprobs = request.draft_logprobs
         self.draft_logprobs = None if logprobs is None else logprobs[: draft.size]
         self.follows = (
-            can_follow
+            is_drawn
+            and history_id >= 0
             and draft.size > 0
             and self.draft_logprobs is not None
             and request.rule == Coupled()
