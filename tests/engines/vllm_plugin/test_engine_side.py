@@ -100,6 +100,25 @@ def test_greedy_tokens_are_stocks_in_fewer_steps(make_llm: MakeLLM, even_steps: 
     assert second["num_fully_reused"] == 8
 
 
+def test_greedy_and_drawn_requests_side_by_side(make_llm: MakeLLM, even_steps: None) -> None:
+    prompts = prompts_of(6)
+    expected = generate(make_llm("off"), prompts, temperature=0.0)
+    llm = make_llm("drafting")
+
+    def mixed() -> list[list[int]]:
+        each = {"each": lambda i: {"seed": i} if i % 2 else {"temperature": 0.0}}
+        return generate(llm, prompts, **each)
+
+    first = mixed()
+    assert first[::2] == expected[::2]
+    metrics(llm)
+    for _ in range(4):
+        assert mixed() == first
+    found = metrics(llm)
+    assert found["num_accepted_proposals"] > 0
+    assert found["num_fully_reused"] > 0
+
+
 def test_seeded_requests_repeat_exactly_whatever_is_remembered(
     make_llm: MakeLLM, even_steps: None
 ) -> None:
