@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/soak_serving.py
 
 200,000 requests over 5,000 prompts, drawn by Zipf's law as users' prompts are, go through a real
-vLLM on a tiny model. After every tenth of them: memory of the process, bytes and prompts
+vLLM on the demo's model. After every tenth of them: memory of the process, bytes and prompts
 remembered, prompts forgotten, and what a step took per token. Written to results/soak_serving.json.
 """
 
@@ -18,42 +18,16 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 import gc
 import json
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from _common import Results, Timing, parser
-
-VOCAB = 512
 
 
 def _resident_bytes() -> int:
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _model(folder: str) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
 def main() -> None:
@@ -69,64 +43,65 @@ def main() -> None:
     os.environ["SPEC_ROLLOUT"] = json.dumps(variable)
     from vllm import LLM, SamplingParams
 
+    from spec_rollout.demo import model_dir
+
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, VOCAB, rng.integers(4, 24)).tolist() for _ in range(args.prompts)]
+    vocab = json.loads((model_dir() / "config.json").read_text())["vocab_size"]
+    prompts = [rng.integers(3, vocab, rng.integers(4, 24)).tolist() for _ in range(args.prompts)]
     shares = 1.0 / np.arange(1, args.prompts + 1)
     results = Results("soak_serving", args.out)
-    with tempfile.TemporaryDirectory() as folder:
-        _model(folder)
-        llm = LLM(
-            folder,
-            skip_tokenizer_init=True,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=64,
-            max_num_seqs=256,
-            max_num_batched_tokens=8192,
-            block_size=32,
-            num_gpu_blocks_override=1024,
-            seed=0,
-        )
-        params = SamplingParams(temperature=0.5, max_tokens=args.max_tokens, detokenize=False)
-        size = args.requests // 40
-        for part in range(10):
-            seconds: list[float] = []
-            tokens = 0
-            for _ in range(4):
-                asked = rng.choice(args.prompts, size, p=shares / shares.sum())
-                start = time.perf_counter()
-                outputs = llm.generate(
-                    [{"prompt_token_ids": prompts[i]} for i in asked], params, use_tqdm=False
-                )
-                seconds.append(time.perf_counter() - start)
-                tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
-                del outputs
-            gc.collect()
-            info = llm.collective_rpc("spec_rollout_history")[0]
-            counters = llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
-            p20, p50, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
-            results.add(
-                f"requests {part * 4 * size:,} to {(part + 1) * 4 * size:,}",
-                timing=Timing(p20, p50, p80, len(seconds)),
-                shape={"requests": size, "prompts": args.prompts},
-                microseconds_per_token=round(1e6 * sum(seconds) / tokens, 2),
-                resident_mib=round(_resident_bytes() / 2**20, 1),
-                accepted_share=round(
-                    counters["num_accepted_proposals"] / max(1, counters["num_proposed_tokens"]), 3
-                ),
-                **{
-                    name: info[name]
-                    for name in (
-                        "history_bytes",
-                        "table_bytes",
-                        "num_groups",
-                        "num_sequences",
-                        "num_evicted_groups",
-                        "num_served",
-                        "num_live",
-                    )
-                },
+    llm = LLM(
+        str(model_dir()),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        block_size=32,
+        num_gpu_blocks_override=1024,
+        seed=0,
+    )
+    params = SamplingParams(temperature=0.5, max_tokens=args.max_tokens, detokenize=False)
+    size = args.requests // 40
+    for part in range(10):
+        seconds: list[float] = []
+        tokens = 0
+        for _ in range(4):
+            asked = rng.choice(args.prompts, size, p=shares / shares.sum())
+            start = time.perf_counter()
+            outputs = llm.generate(
+                [{"prompt_token_ids": prompts[i]} for i in asked], params, use_tqdm=False
             )
+            seconds.append(time.perf_counter() - start)
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            del outputs
+        gc.collect()
+        info = llm.collective_rpc("spec_rollout_history")[0]
+        counters = llm.collective_rpc("spec_rollout_metrics", args=(True,))[0]
+        p20, p50, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
+        results.add(
+            f"requests {part * 4 * size:,} to {(part + 1) * 4 * size:,}",
+            timing=Timing(p20, p50, p80, len(seconds)),
+            shape={"requests": size, "prompts": args.prompts},
+            microseconds_per_token=round(1e6 * sum(seconds) / tokens, 2),
+            resident_mib=round(_resident_bytes() / 2**20, 1),
+            accepted_share=round(
+                counters["num_accepted_proposals"] / max(1, counters["num_proposed_tokens"]), 3
+            ),
+            **{
+                name: info[name]
+                for name in (
+                    "history_bytes",
+                    "table_bytes",
+                    "num_groups",
+                    "num_sequences",
+                    "num_evicted_groups",
+                    "num_served",
+                    "num_live",
+                )
+            },
+        )
     results.write()
 
 

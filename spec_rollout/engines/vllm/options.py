@@ -26,6 +26,15 @@ _PROPOSAL = 15
 _CHUNK = 31
 
 
+def speculative_config(num_speculative_tokens: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` for our proposer."""
+    return {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": num_speculative_tokens,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What an engine does with requests that do not come from `VLLMEngine`.
@@ -142,11 +151,7 @@ class EngineOptions:
     def vllm_arguments(self) -> dict[str, Any]:
         """Arguments of `vllm.LLM` and, as JSON, flags of `vllm serve` that say the same."""
         return {
-            "speculative_config": {
-                "method": "custom_class",
-                "model": PROPOSER,
-                "num_speculative_tokens": self.max_proposal,
-            },
+            "speculative_config": speculative_config(self.max_proposal),
             "additional_config": {SECTION: self.as_dict()},
         }
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.options import SECTION
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.extension import ReuseWorker
 
-_CONFIG_SECTION = "spec_rollout"
 DEFAULT_FIRST_CHUNK = 16
 
 
@@ -22,7 +22,7 @@ class ReuseProposer(ChunkProposer):
 
     Args:
         vllm_config: vLLM's `VllmConfig`. `additional_config={"spec_rollout": {"first_chunk": n}}`
-            changes the first chunk (16).
+            changes the first chunk (16); the rest of that section is `EngineOptions`.
 
     Raises:
         ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
@@ -33,7 +33,7 @@ class ReuseProposer(ChunkProposer):
         compat.install_worker()
         compat.attach_calls(ReuseWorker)
         compat.check_state(vllm_config.model_config)
-        options = (vllm_config.additional_config or {}).get(_CONFIG_SECTION, {})
+        options = (vllm_config.additional_config or {}).get(SECTION, {})
         max_chunk = vllm_config.speculative_config.num_speculative_tokens
         first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)
         if not isinstance(first_chunk, int) or first_chunk < 1:

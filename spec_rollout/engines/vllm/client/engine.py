@@ -16,6 +16,7 @@ from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requ
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
 from spec_rollout.engines.vllm.client.weights import Weights
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.options import SECTION, speculative_config
 from spec_rollout.engines.vllm.packed_history import pack_history
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
@@ -59,17 +60,13 @@ def engine_args(
     compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
     compat.install()
     args: dict[str, Any] = {
-        "speculative_config": {
-            "method": "custom_class",
-            "model": compat.PROPOSER,
-            "num_speculative_tokens": num_speculative_tokens,
-        },
+        "speculative_config": speculative_config(num_speculative_tokens),
         "worker_extension_cls": compat.WORKER,
     }
     if logprobs_mode is not None:
         args["logprobs_mode"] = logprobs_mode
     if first_chunk is not None:
-        args["additional_config"] = {"spec_rollout": {"first_chunk": first_chunk}}
+        args["additional_config"] = {SECTION: {"first_chunk": first_chunk}}
     return args
 
 
