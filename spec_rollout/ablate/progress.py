@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
+from spec_rollout.runs.progress import Ticker, clock_time
+
 Row = Mapping[str, Any]
-
-
-def minutes(seconds: float) -> str:
-    """1:05 for 65 seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _before(row: Row) -> str:
@@ -28,7 +23,7 @@ def _before(row: Row) -> str:
     return f"accuracy before training: {', '.join(found)}"
 
 
-class Progress:
+class Progress(Ticker):
     """Says what is going on: figures after every epoch, and a sign of life in between.
 
     On a terminal a bar, moving with every step of a run; elsewhere a line when nothing was said for
@@ -57,6 +52,7 @@ class Progress:
         bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__()
         self._turns = [list(names) for names in turns]
         self._names = [name for names in self._turns for name in names]
         self._num_steps = num_steps
@@ -65,8 +61,6 @@ class Progress:
         self._stream = sys.stdout if stream is None else stream
         self._every = every
         self._clock = clock
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._rows: dict[str, list[Row]] = {name: [] for name in self._names}
         self._eval_seconds = 0.0
         self._begin = self._said = clock()
@@ -79,17 +73,8 @@ class Progress:
             total = len(self._names) * num_steps
             self._bar = tqdm(total=total, bar_format=shape, dynamic_ncols=True, file=sys.stderr)
 
-    def __enter__(self) -> Progress:
-        threading.Thread(target=self._tick, name="progress", daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         if self._bar is not None:
             self._bar.close()
 
@@ -124,14 +109,14 @@ class Progress:
     def status(self) -> str:
         """What is going on now, in one line."""
         unfinished = [name for name in self._names if len(self._rows[name]) < self._num_steps]
-        gone = minutes(self._clock() - self._begin)
+        gone = clock_time(self._clock() - self._begin)
         if not unfinished:
             return f"{gone} gone: evaluating"
         together = next(names for names in self._turns if unfinished[0] in names)
         name = min(together, key=lambda n: len(self._rows[n]))
         step = len(self._rows[name]) + 1
         left = self.left()
-        rest = "the first step tells how long" if left is None else f"about {minutes(left)} left"
+        rest = "the first step tells how long" if left is None else f"about {clock_time(left)} left"
         rows = self._rows[name]
         rate = ""
         if rows:
@@ -164,7 +149,7 @@ class Progress:
         left = self.left() or 0.0
         return (
             f"{what}: rollout seconds {', '.join(figures)}{note}; "
-            f"{minutes(self._clock() - self._begin)} gone, about {minutes(left)} left"
+            f"{clock_time(self._clock() - self._begin)} gone, about {clock_time(left)} left"
         )
 
     def _say(self, line: str) -> None:
@@ -178,11 +163,7 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self.status())
 
-    def _tick(self) -> None:
-        while not self._stop.wait(1.0):
-            self._tick_once()
-
-    def _tick_once(self) -> None:
+    def tick_once(self) -> None:
         """Keeps the bar's clock going; elsewhere breaks a silence that lasts too long."""
         with self._lock:
             if self._stop.is_set():

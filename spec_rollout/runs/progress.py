@@ -7,8 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO
 
 EVERY = 30.0  # seconds between lines
 
@@ -44,7 +43,30 @@ def progress(
     return ProgressLines(total, unit, initial=initial, every=every)
 
 
-class ProgressLines:
+class Ticker:
+    """A context in which a thread calls `tick_once` every second."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._tick, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    def tick_once(self) -> None:
+        """What is done every second."""
+        raise NotImplementedError
+
+    def _tick(self) -> None:
+        while not self._stop.wait(1.0):
+            self.tick_once()
+
+
+class ProgressLines(Ticker):
     """Says on stderr how far it is, at most once in `every` seconds, and so often at least.
 
     Nothing is said of what takes less time than that.
@@ -66,30 +88,19 @@ class ProgressLines:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__()
         self._total = total
         self._unit = unit
         self._first = self._done = initial
         self._every = every
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._begin = self._said = clock()
         self._doing = ""
         self._figures: dict[str, str] = {}
 
-    def __enter__(self) -> ProgressLines:
-        if self._every != float("inf"):
-            threading.Thread(target=self._tick, name="progress", daemon=True).start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
+    def __enter__(self) -> Self:
+        return self if self._every == float("inf") else super().__enter__()
 
     def update(self, n: int) -> None:
         """So many more are done."""
@@ -115,6 +126,10 @@ class ProgressLines:
         parts += [f"{name.replace('_', ' ')} {value}" for name, value in self._figures.items()]
         return (f"{self._doing}: " if self._doing else "") + ", ".join(parts)
 
+    def tick_once(self) -> None:
+        """See `Ticker`."""
+        self.say_if_due()
+
     def say_if_due(self) -> None:
         """A line, if the last one is `every` seconds old."""
         with self._lock:
@@ -124,7 +139,3 @@ class ProgressLines:
             self._said = now
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 print(self.line(), file=self._stream, flush=True)
-
-    def _tick(self) -> None:
-        while not self._stop.wait(1.0):
-            self.say_if_due()

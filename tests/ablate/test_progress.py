@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spec_rollout.ablate.progress import Progress, minutes
+from spec_rollout.ablate.progress import Progress
 
 
 class Clock:
@@ -34,10 +34,6 @@ def progress(out: io.StringIO, clock: Clock, **settings: Any) -> Progress:
     """Two runs that take turns: two epochs of two steps each."""
     arguments: dict[str, Any] = {"turns": [["a", "b"]], "num_steps": 4, "num_epochs": 2}
     return Progress(**{**arguments, **settings}, stream=out, bar=False, clock=clock)
-
-
-def test_minutes() -> None:
-    assert [minutes(s) for s in (0.0, 65.9, 600.0)] == ["0:00", "1:05", "10:00"]
 
 
 def test_figures_come_after_every_epoch_of_all_runs() -> None:
@@ -123,14 +119,14 @@ def test_a_long_silence_is_broken() -> None:
     out, clock = io.StringIO(), Clock()
     with progress(out, clock, every=30.0) as shown:
         clock.now += 29.0
-        shown._tick_once()
+        shown.tick_once()
         assert out.getvalue() == ""
         clock.now += 1.0
         deadline = time.monotonic() + 60
         while not out.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)  # the thread looks every second
         clock.now += 29.0
-        shown._tick_once()
+        shown.tick_once()
     assert out.getvalue() == "0:30 gone, the first step tells how long: a, step 1 of 4\n"
 
 

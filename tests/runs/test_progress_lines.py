@@ -23,7 +23,14 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0:00"), (65.9, "1:05"), (3599, "59:59"), (3600, "1:00:00"), (7384, "2:03:04")],
+    [
+        (0, "0:00"),
+        (65.9, "1:05"),
+        (600, "10:00"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (7384, "2:03:04"),
+    ],
 )
 def test_times_are_those_of_a_clock(seconds: float, text: str) -> None:
     assert clock_time(seconds) == text
