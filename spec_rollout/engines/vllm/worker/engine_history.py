@@ -64,7 +64,7 @@ class EngineHistory(HistoryProposals):
             self._grow()
         slot = self._free.pop()
         self._handle_of[slot] = handle
-        self._num_indexed[slot] = 0
+        self._num_known[slot] = 0
         self._proposed_at[slot] = -1
         return slot
 
@@ -77,6 +77,7 @@ class EngineHistory(HistoryProposals):
         self._outcomes = [
             (ids[ids != slot], accepted[ids != slot]) for ids, accepted in self._outcomes
         ]
+        self._tell_late()
         self._drafter.leave(int(self._handle_of[slot]))
         self._followers.pop(slot, None)
         self._proposed_at[slot] = -1
@@ -94,8 +95,9 @@ class EngineHistory(HistoryProposals):
         row = self._followers.get(slot)
         if row is None:
             return None
+        self._tell_late()
         kept = self._drafter.followed_len(int(self._handle_of[slot]))
-        return kept, min(kept + 1, row.draft_len, int(self._num_indexed[slot]))
+        return kept, min(kept + 1, row.draft_len, int(self._num_known[slot]))
 
     def recall(self, group: bytes, tag: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The last rollout with a tag; see `Drafter.recall`."""
@@ -107,6 +109,7 @@ class EngineHistory(HistoryProposals):
 
     def clear(self) -> None:
         """Forgets all but what live requests have generated."""
+        self._tell_late()
         self._drafter.clear()
 
     def export_to(self, path: str) -> None:
@@ -119,6 +122,7 @@ class EngineHistory(HistoryProposals):
 
     def info(self) -> dict[str, Any]:
         """What is remembered; `num_bytes` is the sum."""
+        self._tell_late()
         info = self._drafter.info()
         return {**asdict(info), "num_bytes": info.history_bytes + info.table_bytes}
 
@@ -129,7 +133,10 @@ class EngineHistory(HistoryProposals):
         old = self.num_requests
         self.num_requests = new = max(64, 2 * old)
         self._handle_of = _longer(self._handle_of, new, 0)
-        self._num_indexed = _longer(self._num_indexed, new, 0)
+        self._num_known = _longer(self._num_known, new, 0)
+        self._num_late = _longer(self._num_late, new, 0)
+        self._late_ids = _longer(self._late_ids, new, 0)
+        self._late_logprobs = _longer(self._late_logprobs, new, 0)
         self._proposed_at = _longer(self._proposed_at, new, -1)
         self._lens = _longer(self._lens, new, 0)
         self._own_lens = _longer(self._own_lens, new, 0)
@@ -139,4 +146,5 @@ class EngineHistory(HistoryProposals):
 
 
 def _longer(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    return np.concatenate([values, np.full(size - values.size, fill, values.dtype)])
+    added = np.full((size - len(values), *values.shape[1:]), fill, values.dtype)
+    return np.concatenate([values, added])

@@ -46,6 +46,7 @@ class Known:
     history_ids: np.ndarray
     max_response_lens: np.ndarray
     any_collected: bool
+    all_in_history: bool
     is_drawn: np.ndarray
     is_plain: bool = False  # found by `needs_only_draws`
     # Step that gave the request that has run longest its first token, once all have theirs.
@@ -80,6 +81,7 @@ class Known:
             history_ids=history_ids,
             max_response_lens=limits,
             any_collected=bool((collect_ids >= 0).any()),
+            all_in_history=len(rows) > 0 and bool((history_ids >= 0).all()),
             is_drawn=np.array([row is None or row.is_drawn for row in rows], bool),
         )
 

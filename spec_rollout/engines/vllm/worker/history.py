@@ -17,6 +17,10 @@ from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
 
+# Steps whose tokens the drafter is told at once, as long as it is not asked for proposals. Telling
+# it takes most of what a step costs that proposes nothing.
+_MOST_LATE = 32
+
 
 class HistoryProposals:
     """What is proposed to live requests.
@@ -45,7 +49,12 @@ class HistoryProposals:
         self._max_proposal = max_proposal
         self._token_budget = token_budget
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
-        self._num_indexed = np.zeros(self.num_requests, np.int64)  # tokens that the drafter knows
+        self._num_known = np.zeros(self.num_requests, np.int64)  # tokens, late ones too
+        # Tokens that the drafter is yet to be told, and their log-probs.
+        self._num_late = np.zeros(self.num_requests, np.int64)
+        self._late_ids = np.empty((self.num_requests, _MOST_LATE), np.int32)
+        self._late_logprobs = np.empty((self.num_requests, _MOST_LATE), np.float32)
+        self._has_proposed = False  # in the last step
         # The last proposals: by request, for which token of the response they start (-1: none), how
         # many tokens, how many of these are the request's draft's, where they stand in the flat
         # list, and how many are expected to pass.
@@ -69,12 +78,13 @@ class HistoryProposals:
 
     def followed(self) -> list[tuple[Row, int, int]]:
         """Of each request that `follow` was called for: (row, tokens kept of its draft, tested)."""
+        self._tell_late()
         lens = {i: self._drafter.followed_len(i) for i in self._followers}
         return [
             (
                 row,
                 lens[i],
-                min(int(lens[i]) + 1, row.draft_len, int(self._num_indexed[i])),
+                min(int(lens[i]) + 1, row.draft_len, int(self._num_known[i])),
             )
             for i, row in self._followers.items()
         ]
@@ -139,10 +149,6 @@ class HistoryProposals:
             tokens = tokens[: int(invented[0])]
         return tokens, -1, 0
 
-    def pays(self, num_rows: int) -> bool:
-        """Whether to propose anything in the next step of so many requests."""
-        return self._payoff.pays(num_rows)
-
     def propose(
         self,
         batch: Known,
@@ -160,15 +166,20 @@ class HistoryProposals:
                 finished.
             logprobs: Of these tokens, NaN where not known; None: not known at all. [batch, most
                 tokens], float32.
-            ends: Tokens of prompt and response so far. [batch].
+            ends: Tokens of prompt and response so far. [at least batch].
             token_ids: Those tokens. [batch, longest].
             drafts: Per request; lists are replaced.
         """
-        self._proposed_at.fill(-1)
+        if self._has_proposed:
+            self._proposed_at.fill(-1)
+            self._has_proposed = False
         for history_ids, accepted in self._outcomes:
             self._drafter.observe(self._handles(history_ids), accepted)
             self._payoff.tested(float(self._expected[history_ids].sum()), int(accepted.sum()))
         self._outcomes = []
+        asks = self._payoff.pays(len(batch.rows))
+        if not asks and self._noted(batch, sampled, logprobs, ends):
+            return
         given = np.fromiter(map(len, sampled), np.int64, len(sampled))
         where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
         if not where.size:
@@ -176,19 +187,9 @@ class HistoryProposals:
         requests = batch.history_ids[where]
         # Not simply what was sampled: it may have been cut, or part of the tokens came another way.
         indices = ends[where] - batch.prompt_lens[where]
-        known = self._num_indexed[requests]
-        new = indices - known
-        self._num_indexed[requests] = indices
-        rows, offsets = np.repeat(where, new), ranges(new)
-        tokens = token_ids[rows, np.repeat(batch.prompt_lens[where] + known, new) + offsets]
-        known_logprobs = None
-        if logprobs is not None:
-            # What came another way has none.
-            fits = np.repeat(new == given[where], new)
-            known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
-        self._drafter.extend(
-            self._handles(requests), tokens.astype(np.int32, copy=False), new, known_logprobs
-        )
+        self._tell(batch, where, indices, given, logprobs, token_ids)
+        if not asks:
+            return
         # The token drawn behind the proposal needs room, too.
         limits = np.minimum(batch.max_response_lens[where] - 1 - indices, self._max_proposal)
         is_free = limits > 0
@@ -196,7 +197,7 @@ class HistoryProposals:
             is_free &= np.array(
                 [(row := batch.rows[r]) is None or not row.alive for r in where.tolist()], bool
             )
-        if not is_free.any() or not self.pays(len(batch.rows)):
+        if not is_free.any():
             return
         free, requests, indices = where[is_free], requests[is_free], indices[is_free]
         budget = min(
@@ -208,6 +209,7 @@ class HistoryProposals:
         if not self._payoff.worth(len(batch.rows), proposals.token_ids.size, expected):
             return
         starts = np.cumsum(proposals.lens) - proposals.lens
+        self._has_proposed = True
         self._proposed_at[requests] = indices
         self._lens[requests] = proposals.lens
         self._own_lens[requests] = proposals.own_lens
@@ -220,6 +222,76 @@ class HistoryProposals:
         ):
             if n:
                 drafts[r] = flat[start : start + n]
+
+    def _noted(
+        self,
+        batch: Known,
+        sampled: list[list[int]],
+        logprobs: np.ndarray | None,
+        ends: np.ndarray,
+    ) -> bool:
+        """Keeps one token of every request for later; False, and nothing is done, where the step
+        gave anything else. Arguments as in `propose`."""
+        slots = batch.history_ids
+        if not (batch.is_plain and batch.all_in_history):
+            return False
+        indices, late = ends[: slots.size] - batch.prompt_lens, self._num_late[slots]
+        if late.max() == _MOST_LATE or (indices != self._num_known[slots] + 1).any():
+            return False
+        tokens = np.fromiter(chain.from_iterable(sampled), np.int32)
+        if tokens.size != slots.size:
+            return False
+        self._late_ids[slots, late] = tokens
+        self._late_logprobs[slots, late] = np.nan if logprobs is None else logprobs[:, 0]
+        self._num_late[slots] = late + 1
+        self._num_known[slots] = indices
+        return True
+
+    def _tell_late(self) -> None:
+        """Now the drafter is told what was kept for later."""
+        slots = np.flatnonzero(self._num_late)
+        if not slots.size:
+            return
+        lens = self._num_late[slots]
+        where = np.repeat(slots, lens), ranges(lens)
+        self._drafter.extend(
+            self._handles(slots), self._late_ids[where], lens, self._late_logprobs[where]
+        )
+        self._num_late[slots] = 0
+
+    def _tell(
+        self,
+        batch: Known,
+        where: np.ndarray,
+        indices: np.ndarray,
+        given: np.ndarray,
+        logprobs: np.ndarray | None,
+        token_ids: np.ndarray,
+    ) -> None:
+        """Tells the drafter what requests were given.
+
+        Args:
+            batch: The requests of the step.
+            where: Those that were given tokens: their places in the batch. [count].
+            indices: Tokens of their responses so far. [count].
+            given: Tokens that each request was given in this step. [batch].
+            logprobs, token_ids: As in `propose`.
+        """
+        self._tell_late()
+        requests = batch.history_ids[where]
+        known = self._num_known[requests]
+        new = indices - known
+        self._num_known[requests] = indices
+        rows, offsets = np.repeat(where, new), ranges(new)
+        tokens = token_ids[rows, np.repeat(batch.prompt_lens[where] + known, new) + offsets]
+        known_logprobs = None
+        if logprobs is not None:
+            # What came another way has none.
+            fits = np.repeat(new == given[where], new)
+            known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
+        self._drafter.extend(
+            self._handles(requests), tokens.astype(np.int32, copy=False), new, known_logprobs
+        )
 
     def _ask(
         self,
