@@ -1,0 +1,1 @@
+"""Adapters for trainers: each in one file, which alone imports its trainer."""
