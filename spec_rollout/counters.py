@@ -15,6 +15,10 @@ def _count(label: str, note: str = "") -> Any:
     return field(default=0, metadata={"label": label, "note": note})
 
 
+def _sum(label: str, note: str = "") -> Any:
+    return field(default=0.0, metadata={"label": label, "note": note})
+
+
 def _seconds(label: str, note: str = "") -> Any:
     return field(default=0.0, metadata={"label": label, "note": note})
 
@@ -60,6 +64,23 @@ class RolloutStats:
         "steps of the longest rollout", "Decoding steps; of several calls, the sum."
     )
     num_cache_misses: int = _count("cache misses", "Rows without a cached rollout.")
+    num_groups: int = _count("prompts", "Rows of the same prompt count once.")
+    num_distinct_responses: int = _count(
+        "different responses", "Equal ones of a prompt count once."
+    )
+    num_new_responses: int = _count(
+        "new responses",
+        "Different ones that were not in the prompt's cached rollouts. Summed over a run and "
+        "divided by the prompts of the data: how many responses of a prompt training has seen.",
+    )
+    sum_ages: int = _count(
+        "sum of ages", "Epochs since each response token was drawn, summed over the tokens."
+    )
+    sum_kl_reused: float = _sum(
+        "divergence of reused tokens",
+        "Of the policies that first drew them to the current one: k3 estimates, nats, summed; 0 "
+        "where the cache does not keep what they were drawn with.",
+    )
     rollout_seconds: float = _seconds(
         "rollout seconds", "Wall time of everything below and between."
     )
@@ -100,6 +121,26 @@ class RolloutStats:
         """Mean accepted prefix over the rows that had a draft."""
         return self.num_reused_tokens / max(1, self.num_drafts)
 
+    @property
+    def kl_reused(self) -> float:
+        """Nats per reused token: how far the policy has moved from those that drew them."""
+        return self.sum_kl_reused / max(1, self.num_reused_tokens)
+
+    @property
+    def mean_age(self) -> float:
+        """Epochs since a response token was drawn, on average; fresh ones count 0."""
+        return self.sum_ages / max(1, self.num_response_tokens)
+
+    @property
+    def distinct_per_prompt(self) -> float:
+        """Different responses per prompt."""
+        return self.num_distinct_responses / max(1, self.num_groups)
+
+    @property
+    def new_per_prompt(self) -> float:
+        """Responses per prompt that are new: unlike each other and unlike the cached ones."""
+        return self.num_new_responses / max(1, self.num_groups)
+
     def ratios(self) -> dict[str, float]:
         """What follows from the counts, by name (`RATIOS`)."""
         return {name: getattr(self, name) for name in RATIOS}
@@ -126,6 +167,10 @@ RATIOS: Mapping[str, str] = {
     "fully_reused_fraction": "share of rollouts fully reused",
     "mean_accepted_len": "mean accepted length",
     "tokens_per_step": "tokens per decoding step",
+    "kl_reused": "divergence per reused token",
+    "mean_age": "mean age of tokens",
+    "distinct_per_prompt": "different responses per prompt",
+    "new_per_prompt": "new responses per prompt",
 }
 _BY_NAME = {f.name: f for f in COUNTERS}
 

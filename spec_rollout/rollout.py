@@ -18,6 +18,7 @@ from spec_rollout.cache import RolloutCache
 from spec_rollout.checks import as_array, integer, items, of_kind, shown, whole
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import TokenIds, noise_keys, prompt_key
+from spec_rollout.origins import count_responses, kl_sum, with_origins
 from spec_rollout.packed import cu_lens_from, lens_to_stop
 from spec_rollout.types import Drafts, History, RolloutRequests, Rollouts, SamplingParams
 
@@ -202,16 +203,23 @@ class RolloutSession:
         store_start = time.perf_counter()
         if reuse or self.drafting:
             self.cache.store(batch.keys, batch.sample_ids, rollouts)
-        end = time.perf_counter()
+        store_end = time.perf_counter()
+        responses = count_responses(batch.keys, rollouts, cached)
+        assert rollouts.ages is not None
         stats = replace(
             rollouts.stats,
+            num_groups=responses.num_groups,
+            num_distinct_responses=responses.num_distinct,
+            num_new_responses=responses.num_new,
+            sum_ages=int(rollouts.ages.sum(dtype=torch.int64)),
+            sum_kl_reused=kl_sum(rollouts),
             num_drafts=int((draft_lens > 0).sum()),
             num_draft_tokens=int(draft_lens.sum()),
             num_cache_misses=num_misses,
-            rollout_seconds=end - start,
             lookup_seconds=lookup_end - lookup_start,
-            store_seconds=end - store_start,
+            store_seconds=store_end - store_start,
         )
+        stats.rollout_seconds = time.perf_counter() - start
         return replace(rollouts, stats=stats)
 
     def evaluate(
@@ -262,7 +270,7 @@ class RolloutSession:
                 f"engine {type(self.engine).__name__}: expected the {batch.size} requests back in "
                 f"order, got {rollouts.batch} rows of other prompts"
             )
-        return rollouts
+        return rollouts if rollouts.ages is not None else with_origins(rollouts, drafts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ tensors are on the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -15,6 +16,24 @@ import torch
 from spec_rollout.checks import integer, items, of_kind, real, tensors
 from spec_rollout.counters import RolloutStats
 from spec_rollout.packed import check_packed, cu_lens_from
+
+
+def _check_per_token(
+    record: object, token_ids: torch.Tensor, floats: Sequence[str], shorts: Sequence[str] = ()
+) -> None:
+    """Raises ValueError, naming the field, unless each that is not None has one float32 (`floats`)
+    or int16 (`shorts`) per token."""
+    for names, dtype in ((floats, torch.float32), (shorts, torch.int16)):
+        for name in names:
+            values = getattr(record, name)
+            if values is None:
+                continue
+            tensors(**{name: values})
+            if values.shape != token_ids.shape or values.dtype != dtype:
+                raise ValueError(
+                    f"{name}: expected {str(dtype).removeprefix('torch.')} of shape "
+                    f"{list(token_ids.shape)}, got {values.dtype} of shape {list(values.shape)}"
+                )
 
 
 class FinishReason(IntEnum):
@@ -78,20 +97,25 @@ class Drafts:
         token_ids: [num_draft_tokens], int32.
         cu_lens: [batch + 1], int64.
         logprobs: Natural log, of the sampling distribution of the policy that drew them.
-            [num_draft_tokens], float32; None if not known.
+            [num_draft_tokens], float32; None if not known. Of a token that was reused they are
+            those of the last policy that accepted it.
         finished: Whether the row's last token is a stop token (nothing follows if all of it is
             accepted). [batch], bool.
+        behaviour_logprobs: Those with which each token was first drawn, however often it was reused
+            since. [num_draft_tokens], float32; None if they are `logprobs`.
+        ages: Epochs since each token was drawn. [num_draft_tokens], int16, at least 1; None if all
+            are 1.
     """
 
     token_ids: torch.Tensor
     cu_lens: torch.Tensor
     logprobs: torch.Tensor | None
     finished: torch.Tensor
+    behaviour_logprobs: torch.Tensor | None = None
+    ages: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors(token_ids=self.token_ids, cu_lens=self.cu_lens, finished=self.finished)
-        if self.logprobs is not None:
-            tensors(logprobs=self.logprobs)
         batch = self.finished.numel()
         if self.finished.shape != (batch,) or self.finished.dtype != torch.bool:
             raise ValueError(
@@ -101,13 +125,7 @@ class Drafts:
         check_packed("token_ids", self.token_ids, "cu_lens", self.cu_lens, batch)
         if self.token_ids.dtype != torch.int32:
             raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
-        if self.logprobs is not None and (
-            self.logprobs.shape != self.token_ids.shape or self.logprobs.dtype != torch.float32
-        ):
-            raise ValueError(
-                f"logprobs: expected float32 of shape {list(self.token_ids.shape)}, "
-                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
-            )
+        _check_per_token(self, self.token_ids, ("logprobs", "behaviour_logprobs"), ("ages",))
 
     @classmethod
     def none(cls, batch: int) -> Drafts:
@@ -154,6 +172,10 @@ class Drafts:
             cu_lens=cu_lens_from(lens),
             logprobs=None if self.logprobs is None else cut(self.logprobs),
             finished=self.finished & (lens == self.lens),
+            behaviour_logprobs=(
+                None if self.behaviour_logprobs is None else cut(self.behaviour_logprobs)
+            ),
+            ages=None if self.ages is None else cut(self.ages),
         )
 
 
@@ -197,13 +219,7 @@ class History:
             raise ValueError(f"token_ids: expected int32, got {self.token_ids.dtype}")
         if self.token_ids.numel() and int(self.token_ids.min()) < 0:
             raise ValueError(f"token_ids: expected ids >= 0, got {int(self.token_ids.min())}")
-        if self.logprobs is not None and (
-            self.logprobs.shape != self.token_ids.shape or self.logprobs.dtype != torch.float32
-        ):
-            raise ValueError(
-                f"logprobs: expected float32 of shape {list(self.token_ids.shape)}, "
-                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
-            )
+        _check_per_token(self, self.token_ids, ("logprobs",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +288,11 @@ class Rollouts:
         stats: What the call cost.
         running: Seconds since the engine began, and requests in verification or decoding then,
             after each of its steps; None if the engine does not say. [steps, 2], float64.
+        behaviour_logprobs: Those with which each token was first drawn: `logprobs` of a fresh one,
+            carried along with a reused one through any number of epochs. [num_response_tokens],
+            float32; None if they are not known (drafts without log-probs).
+        ages: Epochs since each token was drawn, 0 for fresh ones. [num_response_tokens], int16;
+            None if not known.
     """
 
     prompt_ids: torch.Tensor
@@ -284,6 +305,8 @@ class Rollouts:
     policy_version: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
     running: torch.Tensor | None = None
+    behaviour_logprobs: torch.Tensor | None = None
+    ages: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -321,11 +344,7 @@ class Rollouts:
         for name, values in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
             if values.dtype != torch.int32:
                 raise ValueError(f"{name}: expected int32, got {values.dtype}")
-        if self.logprobs.shape != self.response_ids.shape or self.logprobs.dtype != torch.float32:
-            raise ValueError(
-                f"logprobs: expected float32 of shape {list(self.response_ids.shape)}, "
-                f"got {self.logprobs.dtype} of shape {list(self.logprobs.shape)}"
-            )
+        _check_per_token(self, self.response_ids, ("logprobs", "behaviour_logprobs"), ("ages",))
         if bool((self.accepted_lens > self.response_lens).any()) or bool(
             (self.accepted_lens < 0).any()
         ):

@@ -39,12 +39,21 @@ def test_ratios_of_hand_made_counts() -> None:
         num_response_tokens=120,
         num_generated_tokens=90,
         num_accepted_proposals=45,
+        num_groups=2,
+        num_distinct_responses=3,
+        num_new_responses=1,
+        sum_ages=60,
+        sum_kl_reused=1.5,
     )
     assert stats.ratios() == {
         "reused_fraction": 0.25,
         "fully_reused_fraction": 0.25,
         "mean_accepted_len": 15.0,
         "tokens_per_step": 2.0,
+        "kl_reused": 0.05,
+        "mean_age": 0.5,
+        "distinct_per_prompt": 1.5,
+        "new_per_prompt": 0.5,
     }
     assert RolloutStats().ratios() == dict.fromkeys(RATIOS, 0.0)
 

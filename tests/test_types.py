@@ -88,6 +88,8 @@ def test_greedy_and_the_borders_of_sampling_params_are_allowed() -> None:
         ({"cu_lens": torch.tensor([1, 3, 3, 5])}, "cu_lens: expected non-decreasing values from 0"),
         ({"logprobs": torch.zeros(4)}, r"logprobs: expected float32 of shape \[5\].*\[4\]"),
         ({"logprobs": torch.zeros(5, dtype=torch.float64)}, "logprobs: .*float64"),
+        ({"behaviour_logprobs": torch.zeros(4)}, r"behaviour_logprobs: .* \[5\], got .*\[4\]"),
+        ({"ages": torch.zeros(5)}, r"ages: expected int16 of shape \[5\], got torch.float32"),
         ({"finished": torch.zeros(3, dtype=torch.uint8)}, "finished: expected bool.*uint8"),
         ({"finished": torch.zeros(3, 1, dtype=torch.bool)}, r"finished: .*\[3, 1\]"),
     ],
@@ -113,6 +115,10 @@ def test_cutting_drafts_keeps_prefixes_and_unfinishes_what_was_cut() -> None:
     assert cut.cu_lens.tolist() == [0, 2, 2, 4]
     assert cut.finished.tolist() == [False, False, True]
     assert drafts.cut_to(drafts.lens) is drafts
+    ages = torch.tensor([5, 4, 3, 2, 1], dtype=torch.int16)
+    known = replace(drafts, behaviour_logprobs=-ages.float(), ages=ages).cut_to(cut.lens)
+    assert known.behaviour_logprobs.tolist() == [-5.0, -4.0, -2.0, -1.0]
+    assert known.ages.tolist() == [5, 4, 2, 1]
     none = drafts.cut_to(torch.tensor([0, 0, 0]))
     assert none.token_ids.numel() == none.logprobs.numel() == 0
     assert not none.finished.any()

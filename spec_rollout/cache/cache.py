@@ -11,6 +11,14 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import file
+from spec_rollout.cache.arrays import (
+    Origins,
+    ages_of,
+    behaviour_of,
+    join,
+    join_known,
+    view_bytes,
+)
 from spec_rollout.cache.entry import Entry, is_sound, make_entry
 from spec_rollout.cache.memory import MemoryStore
 from spec_rollout.cache.store import Store
@@ -54,8 +62,12 @@ class RolloutCache:
 
     Args:
         max_bytes: Bound on `stats.num_bytes`; None is no bound.
-        keep_logprobs: False drops the engine's log-probs and halves the memory, for rules that read
-            no draft log-probs (`Coupled`, `OneHot`).
+        keep_logprobs: False drops the engine's log-probs, for rules that read no draft log-probs
+            (`Coupled`, `OneHot`).
+        keep_behaviour: Keep who drew each token and when (`Rollouts.behaviour_logprobs`, `ages`);
+            None does so where log-probs are kept. A token takes 4 bytes, 4 more with log-probs;
+            with behaviour 6 more in a rollout of which something was reused, and 4 more in others
+            if log-probs are not kept.
         store: What holds the rollouts; None is a `MemoryStore`. What it holds already is cached
             from the start. Caches that share a store share rollouts and bytes, not counters.
     """
@@ -65,12 +77,14 @@ class RolloutCache:
         max_bytes: int | None = None,
         *,
         keep_logprobs: bool = True,
+        keep_behaviour: bool | None = None,
         store: Store | None = None,
     ) -> None:
         if max_bytes is not None and whole("max_bytes", max_bytes) < 0:
             raise ValueError(f"max_bytes: expected >= 0 or None (no bound), got {max_bytes}")
         self.max_bytes = max_bytes
         self.keep_logprobs = keep_logprobs
+        self.keep_behaviour = keep_logprobs if keep_behaviour is None else keep_behaviour
         self._store: Store = MemoryStore() if store is None else store
         self._lock = threading.Lock()  # of the counters
         self._hits = self._misses = self._evictions = self._corrupt = 0
@@ -110,7 +124,8 @@ class RolloutCache:
 
         Returns:
             Drafts with a row per (key, sample id); what is not cached, or fails its checksum, is an
-            empty row. `logprobs` is None if any non-empty row lacks them.
+            empty row. `logprobs` is None if any non-empty row lacks them. A token is one epoch
+            older than when it was stored.
 
         Raises:
             ValueError: naming the argument.
@@ -129,12 +144,13 @@ class RolloutCache:
             lens[rows] = full_lens.clamp(max=max_tokens)
             finished[rows] = (reasons == FinishReason.STOP) & (full_lens <= max_tokens)
         kept = [entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found]
-        known = [array for array in kept if array is not None]
         return Drafts(
-            token_ids=_join([entry.token_ids for entry in found], max_tokens, np.int32),
+            token_ids=join([entry.token_ids for entry in found], max_tokens, np.int32),
             cu_lens=cu_lens_from(lens),
-            logprobs=_join(known, max_tokens, np.float32) if len(known) == len(found) else None,
+            logprobs=join_known(kept, max_tokens),
             finished=finished,
+            behaviour_logprobs=behaviour_of(found, max_tokens, trainer_logprobs),
+            ages=ages_of(found, max_tokens),
         )
 
     def store(
@@ -153,6 +169,7 @@ class RolloutCache:
             prompt_keys: As in `lookup`.
             sample_ids: As in `lookup`.
             rollouts: Any `requires_grad` is ignored; nothing of it is referenced afterwards.
+                Without `behaviour_logprobs` or `ages` its tokens count as drawn now.
             trainer_logprobs: Of every response token, from the trainer's own forward.
                 [num_response_tokens], float32.
 
@@ -163,19 +180,20 @@ class RolloutCache:
         of_kind("rollouts", rollouts, Rollouts, "Rollouts")
         if rollouts.batch != len(ids):
             raise ValueError(f"rollouts: expected {len(ids)} rows, got {rollouts.batch}")
-        token_bytes = _view_bytes("rollouts.response_ids", rollouts.response_ids, torch.int32)
+        token_bytes = view_bytes("rollouts.response_ids", rollouts.response_ids, torch.int32)
         num_tokens = len(token_bytes) // 4
         logprob_bytes = trainer_bytes = None
         if self.keep_logprobs:
-            logprob_bytes = _view_bytes(
+            logprob_bytes = view_bytes(
                 "rollouts.logprobs", rollouts.logprobs, torch.float32, num_tokens
             )
         if trainer_logprobs is not None:
             tensors(trainer_logprobs=trainer_logprobs)
-            trainer_bytes = _view_bytes(
+            trainer_bytes = view_bytes(
                 "trainer_logprobs", trainer_logprobs, torch.float32, num_tokens
             )
 
+        origins = Origins(rollouts, self.keep_behaviour, num_tokens)
         cu = rollouts.cu_response_lens.tolist()
         reasons = rollouts.finish_reasons.tolist()
         rows_of: dict[bytes, list[int]] = {}
@@ -193,6 +211,7 @@ class RolloutCache:
                 trainer_logprobs=bytes(trainer_bytes[span]) if trainer_bytes else None,
                 finish_reason=reasons[row],
                 policy_version=rollouts.policy_version,
+                **origins.of(row, cu[row], cu[row + 1], has_logprobs=logprob_bytes is not None),
             )
 
         # Made as the store asks for them: what a group replaces goes before the next one is made.
@@ -298,30 +317,3 @@ def _check_rows(
             raise ValueError(f"prompt_keys: expected non-empty bytes, row {row} is {shown(key)}")
     rows: list[int] = ids.tolist()
     return rows
-
-
-def _view_bytes(
-    name: str, values: torch.Tensor, dtype: torch.dtype, num_tokens: int | None = None
-) -> memoryview:
-    """A 1-D tensor as bytes, without a copy if it is contiguous."""
-    expected = "[num_response_tokens]" if num_tokens is None else f"[{num_tokens}]"
-    wrong_size = num_tokens is not None and values.numel() != num_tokens
-    if values.dim() != 1 or values.dtype != dtype or wrong_size:
-        raise ValueError(
-            f"{name}: expected {dtype} of shape {expected}, "
-            f"got {values.dtype} of shape {list(values.shape)}"
-        )
-    return values.detach().cpu().contiguous().numpy().view(np.uint8).data
-
-
-def _join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> torch.Tensor:
-    """Packs arrays of 4-byte values, each cut to `max_tokens`, with one copy per row."""
-    limit = 4 * max_tokens
-    sizes = [min(len(array), limit) for array in arrays]
-    # NumPy asks for huge pages: at 50 MB twice as fast as filling a bytearray or a torch.empty.
-    packed = np.empty(sum(sizes) // 4, dtype=dtype)
-    view, end = packed.view(np.uint8).data, 0
-    for array, size in zip(arrays, sizes, strict=True):
-        start, end = end, end + size
-        view[start:end] = array if len(array) == size else memoryview(array)[:size]
-    return torch.from_numpy(packed)

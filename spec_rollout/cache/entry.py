@@ -10,7 +10,7 @@ from typing import NamedTuple
 # What describes an entry beside its arrays, in memory checksums and in files alike:
 # sample_id, policy_version, num_tokens, finish_reason, arrays present.
 DESCRIPTION = struct.Struct("<qqQBB")
-_HAS_LOGPROBS, _HAS_TRAINER_LOGPROBS = 1, 2
+_HAS_LOGPROBS, _HAS_TRAINER_LOGPROBS, _HAS_BEHAVIOUR_LOGPROBS, _HAS_AGES = 1, 2, 4, 8
 
 # What CPython spends on an entry and on a group beside the token arrays: object headers, dictionary
 # slots, boxed integers. `num_bytes` counts it, so that a byte bound also holds for many short
@@ -22,7 +22,9 @@ GROUP_OVERHEAD_BYTES = 448
 class Entry(NamedTuple):
     """An immutable rollout.
 
-    The arrays are `bytes` (native int32 and float32), so nothing outside can alias them.
+    The arrays are `bytes` (native int32, float32, ages int16), so nothing outside can alias them.
+    A rollout of which nothing was reused has no `ages`, and no `behaviour_logprobs` beside its
+    `logprobs`: they are the same.
     """
 
     token_ids: bytes
@@ -31,21 +33,19 @@ class Entry(NamedTuple):
     finish_reason: int
     policy_version: int
     checksum: int  # `checksum_of`, taken when the entry was stored
+    behaviour_logprobs: bytes | None = None  # None: `logprobs`, if those are kept
+    ages: bytes | None = None  # epochs from a token's draw to this entry's; None: all 0
 
     @property
     def arrays(self) -> tuple[bytes, ...]:
-        """The arrays present: token ids, log-probs, trainer log-probs."""
-        return tuple(a for a in self[:3] if a is not None)
+        """The arrays present, in the order of a file."""
+        optional = (self.logprobs, self.trainer_logprobs, self.behaviour_logprobs, self.ages)
+        return (self.token_ids, *(array for array in optional if array is not None))
 
     @property
     def num_bytes(self) -> int:
         """Memory of the entry, CPython's share included."""
-        num_bytes = ENTRY_OVERHEAD_BYTES + len(self.token_ids)
-        if self.logprobs is not None:
-            num_bytes += len(self.logprobs)
-        if self.trainer_logprobs is not None:
-            num_bytes += len(self.trainer_logprobs)
-        return num_bytes
+        return ENTRY_OVERHEAD_BYTES + sum(map(len, self.arrays))
 
 
 # Stands for a record that a store holds but cannot take apart. A CRC-32 is never negative, so the
@@ -60,28 +60,44 @@ def group_bytes(samples: Mapping[int, Entry]) -> int:
 
 def describe(sample_id: int, entry: Entry) -> bytes:
     """`DESCRIPTION` of an entry."""
-    token_ids, logprobs, trainer_logprobs, finish_reason, policy_version, _ = entry
-    present = (_HAS_LOGPROBS if logprobs is not None else 0) | (
-        _HAS_TRAINER_LOGPROBS if trainer_logprobs is not None else 0
+    present = sum(
+        flag
+        for flag, array in (
+            (_HAS_LOGPROBS, entry.logprobs),
+            (_HAS_TRAINER_LOGPROBS, entry.trainer_logprobs),
+            (_HAS_BEHAVIOUR_LOGPROBS, entry.behaviour_logprobs),
+            (_HAS_AGES, entry.ages),
+        )
+        if array is not None
     )
-    return DESCRIPTION.pack(sample_id, policy_version, len(token_ids) // 4, finish_reason, present)
+    num_tokens = len(entry.token_ids) // 4
+    return DESCRIPTION.pack(
+        sample_id, entry.policy_version, num_tokens, entry.finish_reason, present
+    )
 
 
-def arrays_present(present: int) -> tuple[bool, bool]:
-    """(log-probs, trainer log-probs) of a description's last field; ValueError on unknown bits."""
-    if present & ~(_HAS_LOGPROBS | _HAS_TRAINER_LOGPROBS):
-        raise ValueError(f"arrays present: expected 0 to 3, got {present}")
-    return bool(present & _HAS_LOGPROBS), bool(present & _HAS_TRAINER_LOGPROBS)
+class Present(NamedTuple):
+    """Which arrays follow an entry's token ids."""
+
+    logprobs: bool
+    trainer_logprobs: bool
+    behaviour_logprobs: bool
+    ages: bool
+
+
+def arrays_present(present: int, most: int = 15) -> Present:
+    """What a description's last field says; ValueError if it is above `most`."""
+    if present > most:
+        raise ValueError(f"arrays present: expected 0 to {most}, got {present}")
+    flags = (_HAS_LOGPROBS, _HAS_TRAINER_LOGPROBS, _HAS_BEHAVIOUR_LOGPROBS, _HAS_AGES)
+    return Present(*(bool(present & flag) for flag in flags))
 
 
 def checksum_of(prompt_key: bytes, sample_id: int, entry: Entry) -> int:
     """CRC-32 over the key, the description and every array of an entry."""
     crc = zlib.crc32(describe(sample_id, entry), zlib.crc32(prompt_key))
-    crc = zlib.crc32(entry.token_ids, crc)
-    if entry.logprobs is not None:
-        crc = zlib.crc32(entry.logprobs, crc)
-    if entry.trainer_logprobs is not None:
-        crc = zlib.crc32(entry.trainer_logprobs, crc)
+    for array in entry.arrays:
+        crc = zlib.crc32(array, crc)
     return crc
 
 
@@ -99,7 +115,18 @@ def make_entry(
     trainer_logprobs: bytes | None,
     finish_reason: int,
     policy_version: int,
+    behaviour_logprobs: bytes | None = None,
+    ages: bytes | None = None,
 ) -> Entry:
     """An entry with its checksum."""
-    entry = Entry(token_ids, logprobs, trainer_logprobs, finish_reason, policy_version, 0)
-    return Entry(*entry[:5], checksum_of(prompt_key, sample_id, entry))
+    entry = Entry(
+        token_ids,
+        logprobs,
+        trainer_logprobs,
+        finish_reason,
+        policy_version,
+        0,
+        behaviour_logprobs,
+        ages,
+    )
+    return entry._replace(checksum=checksum_of(prompt_key, sample_id, entry))

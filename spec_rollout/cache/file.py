@@ -1,12 +1,14 @@
-"""A whole cache as one file (format version 2, little-endian, no padding).
+"""A whole cache as one file (format version 3, little-endian, no padding).
 
     header   magic 8s, version u32, num_groups u64, file size u64, pass i64 (-1: not known), CRC-32
              u32 of all before it
     group    key length u32, num_samples u32, key, CRC-32 u32 of all before it in the group's header
-    entry    `entry.DESCRIPTION`, CRC-32 u32 (`entry.checksum_of`), token ids i32, log-probs f32
+    entry    `entry.DESCRIPTION`, CRC-32 u32 (`entry.checksum_of`), token ids i32, then those that
+             are present of: log-probs, trainer log-probs, behaviour log-probs f32, ages i16
 
 Groups follow each other from the least to the most recently used, entries follow their group.
-Version 1, which is read too, has no pass.
+Versions 1 and 2 are read, too: version 1 has no pass, neither has behaviour log-probs and ages, so
+their rollouts count as drawn when they were stored.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from spec_rollout.files import replacing
 from spec_rollout.types import FinishReason
 
 MAGIC = b"SPECROLL"
-VERSION = 2
+VERSION = 3
 _PREAMBLE = struct.Struct("<8sI")
-_COUNTS = {1: struct.Struct("<QQ"), 2: struct.Struct("<QQq")}  # by version
+# By version.
+_COUNTS = {1: struct.Struct("<QQ"), 2: struct.Struct("<QQq"), 3: struct.Struct("<QQq")}
+_MOST_ARRAYS = {1: 3, 2: 3, 3: 15}
 _GROUP = struct.Struct("<II")
 _CRC = struct.Struct("<I")
 _HEADER_BYTES = _PREAMBLE.size + _COUNTS[VERSION].size + _CRC.size
@@ -90,6 +94,7 @@ class _Reader:
         self._stream = stream
         self._size = os.fstat(stream.fileno()).st_size
         self._offset = 0
+        self._version = VERSION
 
     def contents(self) -> Contents:
         num_groups, pass_index = self._header()
@@ -116,7 +121,8 @@ class _Reader:
         if magic != MAGIC:
             raise self._error(0, f"the magic {MAGIC!r} of a rollout cache", repr(magic))
         if version not in _COUNTS:
-            raise self._error(len(MAGIC), f"format version 1 or {VERSION}", str(version))
+            raise self._error(len(MAGIC), f"format version 1 to {VERSION}", str(version))
+        self._version = version
         counts = self._take(_COUNTS[version].size, "a header")
         self._check_crc(zlib.crc32(preamble + counts), self._take(_CRC.size, "a header"))
         num_groups, size, *passes = _COUNTS[version].unpack(counts)
@@ -145,16 +151,22 @@ class _Reader:
             description
         )
         (checksum,) = _CRC.unpack(self._take(_CRC.size, "an entry header"))
+        most = _MOST_ARRAYS[self._version]
         try:
-            has_logprobs, has_trainer_logprobs = arrays_present(present)
+            has = arrays_present(present, most)
         except ValueError as error:
-            raise self._error(
-                start + DESCRIPTION.size - 1, "arrays 0 to 3", str(present)
-            ) from error
+            offset = start + DESCRIPTION.size - 1
+            raise self._error(offset, f"arrays 0 to {most}", str(present)) from error
         token_ids = self._take(4 * num_tokens, "token ids")
-        logprobs = self._take(4 * num_tokens, "log-probs") if has_logprobs else None
-        trainer = self._take(4 * num_tokens, "trainer log-probs") if has_trainer_logprobs else None
-        entry = Entry(token_ids, logprobs, trainer, finish_reason, policy_version, checksum)
+        logprobs = self._take(4 * num_tokens, "log-probs") if has.logprobs else None
+        trainer = self._take(4 * num_tokens, "trainer log-probs") if has.trainer_logprobs else None
+        behaviour = (
+            self._take(4 * num_tokens, "behaviour log-probs") if has.behaviour_logprobs else None
+        )
+        ages = self._take(2 * num_tokens, "ages") if has.ages else None
+        entry = Entry(
+            token_ids, logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages
+        )
         self._check_crc(checksum_of(key, sample_id, entry), _CRC.pack(checksum), start)
         if (
             sample_id < 0

@@ -44,6 +44,10 @@ PANELS = (
     _counted("reused_fraction", percent=True),
     _counted("fully_reused_fraction", percent=True),
     _counted("mean_accepted_len"),
+    _counted("kl_reused"),
+    _counted("mean_age"),
+    _counted("distinct_per_prompt"),
+    _counted("new_per_prompt"),
     Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
     Panel(
         "approx_kl",
@@ -99,7 +103,14 @@ def _reported(run: Run, key: str, group: str | None = None) -> float | None:
     return number(value.get(group) if group and isinstance(value, dict) else value)
 
 
+def _seen_per_prompt(run: Run) -> float | None:
+    """New responses of all steps per prompt of the data."""
+    new, num_prompts = _total(run, "num_new_responses"), _reported(run, "num_prompts")
+    return new / num_prompts if new is not None and num_prompts else None
+
+
 _NONE = "\N{EN DASH}"
+_REUSED = "num_reused_tokens"
 
 
 def _text(value: float | None, form: str) -> str:
@@ -138,8 +149,11 @@ _QUANTITIES: tuple[_Quantity, ...] = (
     ),
     _sum_of("num_response_tokens", ",.0f"),
     _sum_of("num_generated_tokens", ",.0f"),
-    ("reused tokens", ".1%", lambda run: _share(run, "num_reused_tokens", "num_response_tokens")),
+    ("reused tokens", ".1%", lambda run: _share(run, _REUSED, "num_response_tokens")),
     ("fully reused rollouts", ".1%", lambda run: _share(run, "num_fully_reused", "num_rollouts")),
+    ("divergence per reused token", ".4f", lambda r: _share(r, "sum_kl_reused", _REUSED)),
+    ("mean age of tokens", ".2f", lambda run: _share(run, "sum_ages", "num_response_tokens")),
+    ("responses of a prompt that training saw", ".1f", _seen_per_prompt),
     ("reward at the last step", ".3f", lambda run: _last(run, "reward")),
     _accuracy("train", "training", "before"),
     _accuracy("train", "training", "after"),

@@ -17,7 +17,9 @@ def load_cache(config: RunConfig, store: StepStore, *, fresh: bool) -> RolloutCa
     """
     rollout = config.rollout
     keep_logprobs = rollout.acceptance().needs_draft_logprobs
-    cache = RolloutCache(rollout.cache_max_bytes, keep_logprobs=keep_logprobs, store=store)
+    cache = RolloutCache(
+        rollout.cache_max_bytes, keep_logprobs=keep_logprobs, keep_behaviour=True, store=store
+    )
     if fresh and rollout.cache_path is not None:
         path = Path(rollout.cache_path)
         if not path.is_file():

@@ -33,9 +33,8 @@ from spec_rollout.train.components import Components
 from spec_rollout.train.interrupt import RunInterrupted, StopRequest
 from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
+from spec_rollout.train.watch import TrainingWatch
 from spec_rollout.types import FinishReason, Rollouts
-
-_MOST_IDLE = 20
 
 
 class TrainingRun:
@@ -57,7 +56,7 @@ class TrainingRun:
         self._keeper = CheckpointKeeper(config.checkpoint, run_dir / CHECKPOINTS, parts)
         # Optimizer steps begun when weights and moments last were those of a whole step.
         self._num_begun = parts.updater.num_begun
-        self._num_idle = 0
+        self._watch = TrainingWatch(str(run_dir), parts.order.steps_per_epoch, config.rollout.rule)
         self._step = parts.state.step
         # The row of the last step while its evaluation is still to come.
         self._pending: Row | None = parts.state.pending_row
@@ -157,7 +156,7 @@ class TrainingRun:
                 values,
             )
         )
-        self._note_idle(bool(trained.advantages.any()))
+        self._watch.idle(bool(trained.advantages.any()))
         train_start = time.perf_counter()
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
         update = parts.updater.update(
@@ -187,6 +186,7 @@ class TrainingRun:
         end = time.perf_counter()
         row["train_seconds"] = end - train_start
         row["step_seconds"] = end - start
+        self._watch.repeated(row)
         for sample in sample_rows(
             self._step,
             rollouts,
@@ -198,18 +198,6 @@ class TrainingRun:
         if rollouts.running is not None:
             self._running.write({"step": self._step, **thinned(rollouts.running)})
         return row
-
-    def _note_idle(self, has_advantage: bool) -> None:
-        """Says once, after many steps of which nothing was learned, that this is so."""
-        self._num_idle = 0 if has_advantage else self._num_idle + 1
-        if self._num_idle == _MOST_IDLE:
-            print(
-                f"note: {self._run_dir}: no response of the last {_MOST_IDLE} steps had an "
-                "advantage (all rewards of a prompt are equal, or skipped): nothing is learned "
-                "from them",
-                file=sys.stderr,
-                flush=True,
-            )
 
     def _step_done(self, row: Row) -> None:
         """From here on the step is not done again, whatever fails."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,16 @@ def make_rollouts(
         accepted_lens=torch.zeros(batch, dtype=torch.int32),
         finish_reasons=torch.tensor([int(f) for f in finish_reasons], dtype=torch.uint8),
         policy_version=policy_version,
+    )
+
+
+def reused(rollouts: Rollouts) -> Rollouts:
+    """The same with all tokens reused: drawn 3 epochs ago with log-probs that are 1 higher."""
+    return replace(
+        rollouts,
+        accepted_lens=rollouts.response_lens.int(),
+        behaviour_logprobs=rollouts.logprobs + 1,
+        ages=torch.full((rollouts.response_ids.numel(),), 3, dtype=torch.int16),
     )
 
 

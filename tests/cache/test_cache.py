@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cache_samples import check_integrity, logprob_rows_of, make_rollouts, rows_of
+from cache_samples import check_integrity, logprob_rows_of, make_rollouts, reused, rows_of
 
 from spec_rollout.cache import MemoryStore, RolloutCache, Store, file
 from spec_rollout.cache.entry import UNREADABLE
@@ -221,11 +221,14 @@ def _corrupt(store: Store, key: bytes, sample_id: int, field: str) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["token_ids", "logprobs", "trainer_logprobs", "finish_reason", "policy_version", "checksum"],
+    [
+        *("token_ids", "logprobs", "trainer_logprobs", "finish_reason", "policy_version"),
+        *("checksum", "behaviour_logprobs", "ages"),
+    ],
 )
 def test_a_corrupt_entry_is_a_miss_is_counted_and_is_gone(store: Store, field: str) -> None:
     cache = RolloutCache(store=store)
-    rollouts = make_rollouts([[1, 2], [3], [4]])
+    rollouts = reused(make_rollouts([[1, 2], [3], [4]]))
     cache.store([A, A, B], [0, 1, 0], rollouts, rollouts.logprobs * 2)
     _corrupt(store, A, 0, field)
     _corrupt(store, B, 0, field)
@@ -285,6 +288,34 @@ def test_without_logprobs_drafts_have_none() -> None:
     assert rows_of(drafts) == [[1, 2]]
     assert cache.lookup([A], [0], max_tokens=9, trainer_logprobs=True).logprobs is None
     assert cache.stats.num_bytes == _group_bytes(1, 2) - 8
+
+
+def test_a_rollout_takes_the_bytes_that_say_something() -> None:
+    rollouts = make_rollouts([[1, 2, 3]])
+    for options, fresh, partly_reused in (
+        ({}, 8, 14),  # ids and log-probs; behaviour log-probs and ages beside them
+        ({"keep_behaviour": False}, 8, 8),
+        ({"keep_logprobs": False}, 4, 4),
+        ({"keep_logprobs": False, "keep_behaviour": True}, 8, 10),
+    ):
+        for given, num_bytes in ((rollouts, fresh), (reused(rollouts), partly_reused)):
+            cache = RolloutCache(**options)
+            cache.store([A], [0], given)
+            assert cache.stats.num_bytes == _group_bytes(1, 1) - 8 + 3 * num_bytes
+
+
+def test_origins_come_back_an_epoch_older(store: Store) -> None:
+    cache = RolloutCache(store=store)
+    cache.store([A, B], [0, 0], make_rollouts([[1, 2], [3]]))
+    drafts = cache.lookup([A, B], [0, 0], max_tokens=9)
+    assert (drafts.behaviour_logprobs, drafts.ages) == (None, None)  # log-probs; 1 each
+    cache.store([A], [0], reused(make_rollouts([[1, 2]])))
+    drafts = cache.lookup([B, A, C, A], [0, 0, 0, 0], max_tokens=1)
+    assert drafts.behaviour_logprobs is not None
+    assert drafts.ages is not None
+    # B is of log-probs -3/8; A was reused, with 1 added to its log-probs of -1/8 and -2/8.
+    assert drafts.behaviour_logprobs.tolist() == [-3 / 8, 7 / 8, 7 / 8]
+    assert drafts.ages.tolist() == [1, 4, 4]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cache_samples import logprob_rows_of, make_rollouts, rows_of
 
 from spec_rollout.cache import CacheStats, RolloutCache
@@ -16,10 +18,10 @@ from spec_rollout.types import FinishReason
 
 A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
 
-# Format version 2, byte by byte: one group of one response, with the three checksums left zero.
+# Format version 3, byte by byte: one group of one response, with the three checksums left zero.
 # A change here is a new format version.
 GOLDEN = bytes.fromhex(
-    "53504543524f4c4c02000000"  # magic, version
+    "53504543524f4c4c03000000"  # magic, version
     "01000000000000006a00000000000000"  # groups, bytes in all
     "ffffffffffffffff"  # pass not known
     "00000000"
@@ -34,7 +36,8 @@ GOLDEN = bytes.fromhex(
 )
 
 
-# The same as version 1 had it: no pass.
+# The same as versions 2 and 1 had it; 1 has no pass.
+GOLDEN_2 = GOLDEN[:8] + b"\2" + GOLDEN[9:]
 GOLDEN_1 = b"SPECROLL\1" + GOLDEN[9:20] + b"\x62" + GOLDEN[21:28] + GOLDEN[36:]
 
 
@@ -156,6 +159,42 @@ def test_the_pass_that_was_saved_is_what_loading_says(tmp_path: Path) -> None:
     assert RolloutCache().load(path) == 2**62
 
 
+def test_who_drew_what_survives_and_is_where_the_format_says(tmp_path: Path) -> None:
+    path, cache, loaded = tmp_path / "cache", RolloutCache(), RolloutCache()
+    rollouts = replace(
+        make_rollouts([[7, 8]], logprobs=[[-0.5, -1.0]], policy_version=2),
+        accepted_lens=torch.tensor([1], dtype=torch.int32),
+        behaviour_logprobs=torch.tensor([-0.25, -1.0]),
+        ages=torch.tensor([258, 0], dtype=torch.int16),
+    )
+    cache.store([A], [3], rollouts)
+    cache.save(path)
+    arrays = bytes.fromhex("000080be000080bf02010000")  # -0.25, -1.0; 258, 0
+    blob = GOLDEN[:20] + struct.pack("<Q", 0x6A + 12) + GOLDEN[28:85] + b"\x0d" + GOLDEN[86:]
+    assert path.read_bytes() == _sealed(blob + arrays)
+    loaded.load(path)
+    drafts = loaded.lookup([A], [3], max_tokens=9)
+    assert drafts.logprobs is not None
+    assert drafts.behaviour_logprobs is not None
+    assert drafts.ages is not None
+    assert drafts.logprobs.tolist() == [-0.5, -1.0]
+    assert drafts.behaviour_logprobs.tolist() == [-0.25, -1.0]
+    assert drafts.ages.tolist() == [259, 1]
+
+
+def test_rollouts_of_a_file_of_version_2_count_as_drawn_when_they_were_stored(
+    tmp_path: Path,
+) -> None:
+    path, cache, same = tmp_path / "cache", RolloutCache(), RolloutCache()
+    path.write_bytes(_sealed(GOLDEN_2))
+    assert cache.load(path) is None
+    path.write_bytes(_sealed(GOLDEN))
+    same.load(path)
+    assert _content(cache) == _content(same)
+    drafts = cache.lookup([A], [3], max_tokens=9)
+    assert (drafts.behaviour_logprobs, drafts.ages) == (None, None)
+
+
 def test_a_file_of_version_1_is_read(tmp_path: Path) -> None:
     path, cache, same = tmp_path / "cache", RolloutCache(), RolloutCache()
     path.write_bytes(_sealed(GOLDEN_1, 28))
@@ -213,9 +252,9 @@ def test_other_files_and_versions_are_refused(tmp_path: Path) -> None:
     blob = path.read_bytes()
     _assert_refused(path, b"PK\3\4 something else" * 9, "expected the magic .* at byte 0, got")
     # A later version may have another header: its checksum is no reason to call it damaged.
-    for version in (0, 3):
+    for version in (0, 4):
         newer = blob[:8] + struct.pack("<I", version) + blob[12:]
-        _assert_refused(path, newer, f"expected format version 1 or 2 at byte 8, got {version}")
+        _assert_refused(path, newer, f"expected format version 1 to 3 at byte 8, got {version}")
 
 
 def test_a_wrong_checksum_names_the_entry_it_belongs_to(tmp_path: Path) -> None:
@@ -234,7 +273,10 @@ def test_a_wrong_checksum_names_the_entry_it_belongs_to(tmp_path: Path) -> None:
         ({60: struct.pack("<q", -1)}, "expected a finished rollout at byte 60, got sample -1"),
         ({84: bytes([FinishReason.ABORT])}, "expected a finished rollout .*finish reason 2"),
         ({84: b"\x09"}, "expected a finished rollout .*finish reason 9"),
-        ({85: b"\x04"}, "expected arrays 0 to 3 at byte 85, got 4"),
+        ({85: b"\x10"}, "expected arrays 0 to 15 at byte 85, got 16"),
+        ({8: b"\x02", 85: b"\x04"}, "expected arrays 0 to 3 at byte 85, got 4"),
+        ({85: b"\x05"}, "expected behaviour log-probs of 8 bytes at byte 106"),
+        ({85: b"\x09"}, "expected ages of 4 bytes at byte 106"),
         (
             {76: struct.pack("<Q", 2**61)},
             "expected token ids of 9223372036854775808 bytes at byte 90",

@@ -86,6 +86,16 @@ def test_logprobs_are_a_plain_forwards(name: str, temperature: float) -> None:
         ]
         expected = full_logprobs(new, prompt, response, temperature)
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+        # Reused tokens bring along what they were drawn with, under the old weights.
+        num, start, draft = (
+            int(values[row])
+            for values in (rollouts.accepted_lens, rollouts.cu_response_lens, drafts.cu_lens)
+        )
+        drawn = rollouts.behaviour_logprobs[start : start + len(response)]
+        assert torch.equal(drawn[:num], drafts.logprobs[draft : draft + num])
+        assert torch.equal(drawn[num:], actual[num:])
+        ages = rollouts.ages[start : start + len(response)].tolist()
+        assert ages == [1] * num + [0] * (len(response) - num)
 
 
 def test_top_k_and_top_p_limit_the_tokens() -> None:

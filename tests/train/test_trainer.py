@@ -6,6 +6,7 @@ Learning, files, errors before anything is written, interruption and resumption.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -317,8 +318,33 @@ def test_a_run_that_learns_nothing_says_so_once(make_config, capsys):
         eval={"num_train_prompts": 0},
     )
     seen = []
-    run(config, on_step=lambda row: seen.append("note: " in capsys.readouterr().err))
+    run(config, on_step=lambda row: seen.append("had an advantage" in capsys.readouterr().err))
     assert [index + 1 for index, said in enumerate(seen) if said] == [20]
+
+
+@pytest.mark.parametrize("log_lenience", [math.inf, -math.inf])
+def test_a_run_that_repeats_itself_says_so_once(make_config, capsys, log_lenience):
+    config = make_config(
+        rollout={"rule": "lenient", "log_lenience": log_lenience},
+        train={"epochs": 4},
+        eval={"num_train_prompts": 0},
+    )
+    rows, said = [], []
+
+    def look(row):
+        rows.append(row)
+        said.append("training repeats itself" in capsys.readouterr().err)
+
+    run(config, on_step=look)
+    if log_lenience > 0:
+        # Two steps an epoch: the second epoch has been seen whole after step 4.
+        assert [index + 1 for index, s in enumerate(said) if s] == [4]
+        assert [row["num_new_responses"] for row in rows[2:]] == [0] * 6
+        assert [row["mean_age"] for row in rows] == pytest.approx([0, 0, 1, 1, 2, 2, 3, 3])
+        assert all(row["kl_reused"] > 0 for row in rows[2:])
+    else:
+        assert not any(said)
+        assert all(row["num_new_responses"] == row["num_distinct_responses"] for row in rows)
 
 
 # ---- interruption

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from spec_rollout.engines.transformers.requests import Plan
+from spec_rollout.origins import with_origins
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import FinishReason, RolloutRequests, Rollouts, RolloutStats
 
@@ -63,7 +64,7 @@ class Results:
         stats.num_fully_reused = int((plan.draft_ends & (accepted == plan.draft_lens)).sum())
         stats.num_response_tokens = response_ids.size
         stats.num_generated_tokens = response_ids.size - stats.num_reused_tokens
-        return Rollouts(
+        rollouts = Rollouts(
             prompt_ids=requests.prompt_ids,
             cu_prompt_lens=requests.cu_prompt_lens,
             response_ids=torch.from_numpy(response_ids),
@@ -76,3 +77,4 @@ class Results:
             policy_version=policy_version,
             stats=stats,
         )
+        return with_origins(rollouts, requests.drafts)

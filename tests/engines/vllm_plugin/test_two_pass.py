@@ -35,6 +35,12 @@ def test_same_rollouts_as_in_flight(engine: Any, make_engine: Any, log_lenience:
     assert found.accepted_lens.tolist() == expected.accepted_lens.tolist()
     assert found.finish_reasons.tolist() == expected.finish_reasons.tolist()
     torch.testing.assert_close(found.logprobs, expected.logprobs, atol=2e-5, rtol=0)
+    for rollouts in (expected, found):  # reused tokens bring along what they were drawn with
+        is_reused = rollouts.ages == 1
+        assert int(is_reused.sum()) == rollouts.stats.num_reused_tokens
+        assert bool((rollouts.behaviour_logprobs[is_reused] == -2.5).all())
+        is_fresh = rollouts.ages == 0
+        assert torch.equal(rollouts.behaviour_logprobs[is_fresh], rollouts.logprobs[is_fresh])
     if log_lenience == 0.0:
         assert 0 < expected.stats.num_reused_tokens < expected.stats.num_response_tokens
         assert found.stats.num_computed_tokens > expected.stats.num_computed_tokens

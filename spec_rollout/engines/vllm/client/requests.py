@@ -13,6 +13,7 @@ import torch
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.wire import ReuseRequest, extra_args
+from spec_rollout.origins import with_origins
 from spec_rollout.packed import lens_to_stop
 from spec_rollout.types import (
     Drafts,
@@ -207,7 +208,7 @@ class Responses:
 
     def pack(self, requests: RolloutRequests, policy_version: int, stats: RolloutStats) -> Rollouts:
         """As rollouts of the requests the job was made from."""
-        return Rollouts(
+        rollouts = Rollouts(
             prompt_ids=requests.prompt_ids,
             cu_prompt_lens=requests.cu_prompt_lens,
             response_ids=self.ids,
@@ -218,6 +219,7 @@ class Responses:
             policy_version=policy_version,
             stats=stats,
         )
+        return with_origins(rollouts, requests.drafts)
 
     def stats(self, drafts: Drafts, metrics: ReuseMetrics) -> RolloutStats:
         """Counts; the seconds are left to the caller."""

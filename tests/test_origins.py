@@ -1,0 +1,183 @@
+"""Who drew each token, how long ago, and which responses are new."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from markov_engine import MarkovEngine
+
+from spec_rollout.acceptance import Coupled, Lenient, NoReuse
+from spec_rollout.cache import RolloutCache
+from spec_rollout.origins import MAX_AGE, aged, count_responses, kl_sum, with_origins
+from spec_rollout.packed import cu_lens_from
+from spec_rollout.rollout import RolloutSession
+from spec_rollout.types import Drafts, Rollouts, SamplingParams
+
+
+def _drafts(rows: list[list[int]], **given: torch.Tensor | None) -> Drafts:
+    ids = torch.tensor([t for row in rows for t in row], dtype=torch.int32)
+    fields = {
+        "token_ids": ids,
+        "cu_lens": cu_lens_from(torch.tensor([len(row) for row in rows])),
+        "logprobs": -ids.float(),
+        "finished": torch.zeros(len(rows), dtype=torch.bool),
+    }
+    return Drafts(**{**fields, **given})  # type: ignore[arg-type]
+
+
+def _rollouts(rows: list[list[int]], accepted: list[int]) -> Rollouts:
+    ids = torch.tensor([t for row in rows for t in row], dtype=torch.int32)
+    batch = len(rows)
+    return Rollouts(
+        prompt_ids=torch.ones(batch, dtype=torch.int32),
+        cu_prompt_lens=torch.arange(batch + 1),
+        response_ids=ids,
+        cu_response_lens=cu_lens_from(torch.tensor([len(row) for row in rows])),
+        logprobs=-ids.float() / 2,
+        accepted_lens=torch.tensor(accepted, dtype=torch.int32),
+        finish_reasons=torch.zeros(batch, dtype=torch.uint8),
+    )
+
+
+ROWS = [[1, 2, 3], [4, 5], [6], [7, 8]]
+ACCEPTED = [2, 0, 1, 2]
+# Longer than what was accepted, or than the whole response.
+DRAFTS = [[1, 2, 9, 9], [9, 9, 9], [6, 9], [7, 8]]
+
+
+def test_reused_tokens_keep_what_they_were_drawn_with() -> None:
+    behaviour = torch.arange(11) / -8
+    ages = torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 1, 2, 1], dtype=torch.int16)
+    drafts = _drafts(DRAFTS, behaviour_logprobs=behaviour, ages=ages)
+    out = with_origins(_rollouts(ROWS, ACCEPTED), drafts)
+    assert out.behaviour_logprobs is not None
+    assert out.ages is not None
+    # Row 0 takes draft tokens 0 and 1, row 2 the seventh, row 3 the last two; others are fresh.
+    assert out.behaviour_logprobs.tolist() == [
+        *(0.0, -1 / 8, -1.5), *(-2.0, -2.5), -7 / 8, *(-9 / 8, -10 / 8),
+    ]  # fmt: skip
+    assert out.ages.tolist() == [9, 8, 0, 0, 0, 2, 2, 1]
+    assert out.logprobs.tolist() == [-0.5, -1.0, -1.5, -2.0, -2.5, -3.0, -3.5, -4.0]
+
+
+def test_drafts_that_say_no_more_were_drawn_an_epoch_ago_with_their_logprobs() -> None:
+    out = with_origins(_rollouts(ROWS, ACCEPTED), _drafts(DRAFTS))
+    assert out.behaviour_logprobs is not None
+    assert out.ages is not None
+    assert out.behaviour_logprobs.tolist() == [-1.0, -2.0, -1.5, -2.0, -2.5, -6.0, -7.0, -8.0]
+    assert out.ages.tolist() == [1, 1, 0, 0, 0, 1, 1, 1]
+
+
+def test_what_is_not_known_is_none() -> None:
+    drafts = _drafts(DRAFTS, logprobs=None)
+    out = with_origins(_rollouts(ROWS, ACCEPTED), drafts)
+    assert out.behaviour_logprobs is None
+    assert out.ages is not None
+    assert int(out.ages.sum()) == 5
+    assert kl_sum(out) == 0.0
+    fresh = with_origins(_rollouts(ROWS, [0] * 4), drafts)
+    assert fresh.behaviour_logprobs is not None
+    assert torch.equal(fresh.behaviour_logprobs, fresh.logprobs)
+
+
+def test_ages_stop_at_the_largest() -> None:
+    ages = torch.tensor([0, 5, MAX_AGE - 1, MAX_AGE], dtype=torch.int16)
+    assert aged(ages).tolist() == [1, 6, MAX_AGE, MAX_AGE]
+
+
+def test_kl_by_hand() -> None:
+    rollouts = _rollouts([[1, 2, 3]], [2])
+    now = torch.tensor([math.log(0.5), math.log(0.2), -1.0])
+    drawn = torch.tensor([math.log(0.25), math.log(0.4), -1.0])
+    rollouts = replace(rollouts, logprobs=now, behaviour_logprobs=drawn)
+    # r = 2: 2 - 1 - ln 2; r = 0.5: 0.5 - 1 + ln 2; r = 1: 0.
+    assert kl_sum(rollouts) == pytest.approx((1 - math.log(2)) + (math.log(2) - 0.5), abs=1e-6)
+    never = replace(rollouts, logprobs=torch.tensor([-math.inf, math.log(0.4), -1.0]))
+    assert kl_sum(never) == pytest.approx(math.exp(-20) - 1 + 20, rel=1e-5)
+
+
+def test_kl_is_that_of_the_distributions_on_average() -> None:
+    q, p = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(q, 200_000, replacement=True, generator=torch.manual_seed(0))
+    rollouts = replace(
+        _rollouts([[0] * tokens.numel()], [0]),
+        logprobs=p.log()[tokens],
+        behaviour_logprobs=q.log()[tokens],
+    )
+    expected = float((q * (q / p).log()).sum())
+    assert kl_sum(rollouts) / tokens.numel() == pytest.approx(expected, rel=0.02)
+
+
+def test_responses_are_counted_per_prompt() -> None:
+    rollouts = _rollouts([[1, 2], [1, 2], [3], [3], [1, 2], [4]], [0] * 6)
+    groups = ["a", "a", "a", "b", "b", "b"]
+    nothing = Drafts.none(6)
+    assert count_responses(groups, rollouts, nothing) == (2, 5, 5)
+    # Prompt a knew [3] from another of its rows; what b knew is a's only, or the start of its own.
+    cached = _drafts([[3], [], [9], [1], [], []])
+    assert count_responses(groups, rollouts, cached) == (2, 5, 4)
+
+
+SAMPLING = SamplingParams(max_tokens=6, stop_token_ids=(4,))
+
+
+def _policy(seed: int, drift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, 5, generator=generator)
+    return logits + drift * torch.randn(5, 5, generator=generator)
+
+
+@pytest.mark.parametrize("keep_logprobs", [True, False])
+def test_origins_are_carried_through_epochs(keep_logprobs: bool) -> None:
+    """Against a record of every token's first draw, kept beside the session."""
+    rule = Lenient(0.5) if keep_logprobs else Coupled(0.5)
+    engine = MarkovEngine(_policy(1))
+    cache = RolloutCache(keep_logprobs=keep_logprobs, keep_behaviour=True)
+    session = RolloutSession(engine, rule, cache=cache, seed=3)
+    num_rows = 12
+    drawn: list[list[tuple[float, int]]] = [[] for _ in range(num_rows)]
+    oldest = 0
+    for epoch in range(5):
+        rollouts = session.rollout([[0], [1], [2]], 4, SAMPLING, step=epoch, epoch=epoch)
+        assert rollouts.behaviour_logprobs is not None
+        assert rollouts.ages is not None
+        cu = rollouts.cu_response_lens.tolist()
+        for row, accepted in enumerate(rollouts.accepted_lens.tolist()):
+            fresh = rollouts.logprobs[cu[row] + accepted : cu[row + 1]].tolist()
+            drawn[row] = drawn[row][:accepted] + [(value, epoch) for value in fresh]
+            span = slice(cu[row], cu[row + 1])
+            assert rollouts.behaviour_logprobs[span].tolist() == [v for v, _ in drawn[row]]
+            assert rollouts.ages[span].tolist() == [epoch - born for _, born in drawn[row]]
+        stats = rollouts.stats
+        ages = [epoch - born for row in drawn for _, born in row]
+        oldest = max(oldest, *ages)
+        assert stats.sum_ages == sum(ages)
+        assert stats.num_reused_tokens == sum(age > 0 for age in ages)
+        assert stats.sum_kl_reused == pytest.approx(kl_sum(rollouts))
+        assert (stats.sum_kl_reused > 0) == (stats.num_reused_tokens > 0)
+        assert stats.num_groups == 3
+        engine.update_weights([("logits", _policy(1, drift=0.3 * (epoch + 1)))])
+    assert oldest > 2  # it took several epochs
+
+
+def test_new_responses_are_those_that_the_cache_had_not() -> None:
+    engine = MarkovEngine(_policy(1))
+    session = RolloutSession(engine, Lenient(float("inf")), seed=3)
+    first = session.rollout([[0], [1]], 4, SAMPLING, step=0, epoch=0).stats
+    assert first.num_new_responses == first.num_distinct_responses
+    again = session.rollout([[0], [1]], 4, SAMPLING, step=1, epoch=1).stats
+    assert again.num_distinct_responses == first.num_distinct_responses
+    assert (again.num_new_responses, again.new_per_prompt) == (0, 0.0)
+
+
+def test_without_a_cache_everything_is_fresh() -> None:
+    session = RolloutSession(MarkovEngine(_policy(1)), NoReuse(), seed=3)
+    rollouts = session.rollout([[0]], 3, SAMPLING, step=0, epoch=0)
+    assert rollouts.ages is not None
+    assert not rollouts.ages.any()
+    assert rollouts.behaviour_logprobs is not None
+    assert torch.equal(rollouts.behaviour_logprobs, rollouts.logprobs)
+    assert (rollouts.stats.mean_age, rollouts.stats.kl_reused) == (0.0, 0.0)
