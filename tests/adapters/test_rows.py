@@ -123,7 +123,7 @@ def test_a_row_finds_its_draft_on_the_other_rank(shared: bool) -> None:
             rollouts = session.rollout_rows(rows, [0, 1, 2], SAMPLING, step=epoch, epoch=epoch)
             if shared:
                 named = NamedRollouts([prompt_key(row) for row in rows], np.arange(3), rollouts)
-                share(cache, named, ranks.gather(rank), rank)
+                share(cache, [named], ranks.gather(rank), rank)
             responses.append(split_rows(rollouts.response_ids, rollouts.cu_response_lens))
             reused = rollouts.stats.num_reused_tokens
         return responses[0], responses[1], reused
@@ -140,11 +140,11 @@ def test_a_rank_that_generated_nothing_still_gets_the_others_rollouts() -> None:
 
     def work(rank: int) -> int:
         cache = RolloutCache()
-        named = None
+        named = []
         if rank == 0:
             session = RolloutSession(TransformersEngine(build("llama")), Coupled(), cache=cache)
             rollouts = session.rollout_rows([[5, 6]], [4], SAMPLING, step=0, epoch=0)
-            named = NamedRollouts([prompt_key([5, 6])], np.array([4]), rollouts)
+            named = [NamedRollouts([prompt_key([5, 6])], np.array([4]), rollouts)]
         share(cache, named, ranks.gather(rank), rank)
         return cache.lookup([prompt_key([5, 6])], [4], max_tokens=99).token_ids.numel()
 
