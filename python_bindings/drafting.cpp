@@ -151,11 +151,11 @@ py::bytes bytes_of(const void* data, size_t size) {
   return py::bytes(static_cast<const char*>(data), size);
 }
 
-// A row's tokens int32, and the upper halves of their log-probs.
+// A row's tokens, int32, and their log-probs, float32.
 py::tuple row_of(const Group& group, int64_t row) {
   const auto len = static_cast<size_t>(group.index.row_len(row));
   return py::make_tuple(bytes_of(group.index.row_tokens(row), len * sizeof(int32_t)),
-                        bytes_of(group.index.row_logprobs(row), len * sizeof(uint16_t)));
+                        bytes_of(group.index.row_logprobs(row), len * sizeof(float)));
 }
 
 py::object recall(const HistoryDrafter& drafter, py::handle groups, int64_t tag) {

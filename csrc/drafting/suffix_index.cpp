@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "spec_rollout/bfloat16_bits.h"
 #include "spec_rollout/check.h"
 
 namespace spec_rollout {
@@ -64,7 +63,7 @@ void SuffixIndex::append(int64_t row_number, int32_t token, float logprob) {
   }
   if (size == row.tokens.capacity()) reserve(row, 2 * static_cast<int64_t>(size));
   row.tokens.push_back(token);
-  row.logprobs.push_back(upper_half(logprob));
+  row.logprobs.push_back(logprob);
   row.links.emplace_back();
   ++num_tokens_;
   row.ended = num_appended_++;
@@ -256,7 +255,7 @@ int SuffixIndex::followers(const int32_t* context, int max_followers, Follower* 
     for (; at > 0 && out[at - 1].match < len; --at) out[at] = out[at - 1];
     const Row& row = rows_[id >> kOffsetBits];
     const uint32_t next = (id & ((1u << kOffsetBits) - 1)) + 1;
-    out[at] = {row.tokens[next], len, from_upper_half(row.logprobs[next])};
+    out[at] = {row.tokens[next], len, row.logprobs[next]};
     return true;
   };
   int32_t less_len = 0, greater_len = 0;

@@ -11,7 +11,7 @@
 // A row can be removed again: each of its nodes is looked up and unlinked, and the trees below it
 // are merged with the newer nodes on top, which takes about as long as inserting it did.
 //
-// Memory: 4 bytes for the token, 2 for its log-probability, 12 for the three links.
+// Memory: 4 bytes for the token, 4 for its log-probability, 12 for the three links.
 #pragma once
 
 #include <cmath>
@@ -67,10 +67,10 @@ class SuffixIndex {
   // The last token of a row; tokens before it follow downwards, to a kStart.
   const int32_t* last(int64_t row) const { return &rows_[row].tokens.back(); }
 
-  // The tokens of a row and their log-probs (upper halves of float32).
+  // The tokens of a row and their log-probs.
   int64_t row_len(int64_t row) const { return static_cast<int64_t>(rows_[row].tokens.size()) - 1; }
   const int32_t* row_tokens(int64_t row) const { return rows_[row].tokens.data() + 1; }
-  const uint16_t* row_logprobs(int64_t row) const { return rows_[row].logprobs.data() + 1; }
+  const float* row_logprobs(int64_t row) const { return rows_[row].logprobs.data() + 1; }
   // Memory that the row alone takes.
   int64_t row_bytes(int64_t row) const;
 
@@ -93,11 +93,11 @@ class SuffixIndex {
   };
   struct Row {
     std::vector<int32_t> tokens;
-    std::vector<uint16_t> logprobs;  // upper halves of float32
+    std::vector<float> logprobs;
     std::vector<Links> links;
     int64_t began = 0, ended = 0;  // of all tokens ever appended here: those before its first, last
   };
-  static constexpr int64_t kTokenBytes = sizeof(int32_t) + sizeof(uint16_t) + sizeof(Links);
+  static constexpr int64_t kTokenBytes = sizeof(int32_t) + sizeof(float) + sizeof(Links);
   const int32_t* token_at(NodeId id) const {
     return rows_[id >> kOffsetBits].tokens.data() + (id & ((1u << kOffsetBits) - 1));
   }

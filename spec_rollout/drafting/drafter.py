@@ -95,7 +95,7 @@ class Drafter:
     Calls on one drafter must not overlap.
 
     Args:
-        max_bytes: Most memory for rollouts, about 19 bytes a token.
+        max_bytes: Most memory for rollouts, about 21 bytes a token.
         max_group_bytes: Most memory for the kept rollouts of one prompt.
         max_table_bytes: Most memory for the n-gram table; the largest power of two of lines within
             it is taken.
@@ -193,13 +193,13 @@ class Drafter:
         """The newest kept rollout of a prompt with this tag.
 
         Returns:
-            Token ids [len], int32, and the log-probs they were drawn with, to 8 bits of mantissa,
-            NaN where not known [len], float32. None if there is no such rollout.
+            Token ids [len], int32, and the log-probs they were drawn with, NaN where not known
+            [len], float32. None if there is no such rollout.
         """
         found = self._native.recall(_words([group_key]), tag)
         if found is None:
             return None
-        return np.frombuffer(found[0], np.int32), history_file.widened(found[1])
+        return np.frombuffer(found[0], np.int32), np.frombuffer(found[1], np.float32)
 
     def follow(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Gives a request its own earlier rollout, which was drawn with the same noise (`Coupled`).

@@ -1,4 +1,4 @@
-"""A drafter's history as bytes (format version 1, little-endian, no padding).
+"""A drafter's history as bytes (format version 2, little-endian, no padding).
 
     header    magic 8s, version u32, CRC-32 u32 of all after the header, size u64 of that,
               num_rows u64, num_tokens u64
@@ -6,9 +6,10 @@
     tags      num_rows i64
     lens      num_rows u32
     tokens    num_tokens i32
-    logprobs  num_tokens u16, the upper halves of float32
+    logprobs  num_tokens f32
 
-Rows of the least recently used group come first, of a group the oldest.
+Rows of the least recently used group come first, of a group the oldest. Version 1 had only the
+upper halves of log-probs; it is read, too.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import numpy as np
 from spec_rollout.files import replacing
 
 MAGIC = b"SPECHIST"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<8sIIQQQ")
 _ROW_BYTES = 16 + 8 + 4
-_TOKEN_BYTES = 4 + 2
+_TOKEN_BYTES = {1: 4 + 2, 2: 4 + 4}  # by version
 MAX_ROW_TOKENS = 2**20 - 2  # of a suffix index (csrc/drafting/suffix_index.h)
 
 
@@ -51,7 +52,7 @@ class KeptRows:
 
     @classmethod
     def of(cls, groups: Sequence[tuple[bytes, Sequence[tuple[int, bytes, bytes]]]]) -> KeptRows:
-        """From the extension: per group its key, and of each row tag, tokens and halves."""
+        """From the extension: per group its key, and of each row tag, tokens and log-probs."""
         rows = [(key, *row) for key, group in groups for row in group]
         lens = np.array([len(tokens) // 4 for _, _, tokens, _ in rows], np.int64)
         return cls(
@@ -59,25 +60,24 @@ class KeptRows:
             np.array([row[1] for row in rows], np.int64),
             np.concatenate([[0], np.cumsum(lens)]).astype(np.int64),
             np.frombuffer(b"".join(row[2] for row in rows), np.int32),
-            widened(b"".join(row[3] for row in rows)),
+            np.frombuffer(b"".join(row[3] for row in rows), np.float32),
         )
 
 
-def widened(halves: bytes) -> np.ndarray:
+def _widened(halves: memoryview) -> np.ndarray:
     """Upper halves of float32 as float32."""
     return (np.frombuffer(halves, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def packed(rows: KeptRows) -> bytes:
     """All of it."""
-    halves = (rows.logprobs.view(np.uint32) >> 16).astype("<u2")
     body = b"".join(
         (
             rows.keys.astype("<i8").tobytes(),
             rows.tags.astype("<i8").tobytes(),
             np.diff(rows.cu_lens).astype("<u4").tobytes(),
             rows.token_ids.astype("<i4").tobytes(),
-            halves.tobytes(),
+            rows.logprobs.astype("<f4").tobytes(),
         )
     )
     head = _HEADER.pack(
@@ -95,13 +95,13 @@ def unpacked(data: bytes) -> KeptRows:
     if len(data) < _HEADER.size:
         raise ValueError(f"history: expected at least {_HEADER.size} bytes, got {len(data)}")
     magic, version, checksum, size, num_rows, num_tokens = _HEADER.unpack_from(data)
-    if magic != MAGIC or version != VERSION:
+    if magic != MAGIC or version not in _TOKEN_BYTES:
         raise ValueError(
-            f"history: expected {MAGIC!r} version {VERSION}, got {magic!r} version {version}"
+            f"history: expected {MAGIC!r} version 1 or {VERSION}, got {magic!r} version {version}"
         )
     # Sizes are believed only once they agree with what is there.
     found = len(data) - _HEADER.size
-    if size != found or size != num_rows * _ROW_BYTES + num_tokens * _TOKEN_BYTES:
+    if size != found or size != num_rows * _ROW_BYTES + num_tokens * _TOKEN_BYTES[version]:
         raise ValueError(
             f"history: expected {size} bytes of {num_rows} rows and {num_tokens} tokens after the "
             f"header, got {found}"
@@ -109,8 +109,9 @@ def unpacked(data: bytes) -> KeptRows:
     body = memoryview(data)[_HEADER.size :]
     if zlib.crc32(body) != checksum:
         raise ValueError(f"history: expected checksum {checksum}, got {zlib.crc32(body)}")
-    ends = np.cumsum([16 * num_rows, 8 * num_rows, 4 * num_rows, 4 * num_tokens, 2 * num_tokens])
-    keys, tags, lens, tokens, halves = (
+    logprob_bytes = (_TOKEN_BYTES[version] - 4) * num_tokens
+    ends = np.cumsum([16 * num_rows, 8 * num_rows, 4 * num_rows, 4 * num_tokens, logprob_bytes])
+    keys, tags, lens, tokens, logprobs = (
         body[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)
     )
     row_lens = np.frombuffer(lens, "<u4").astype(np.int64)
@@ -127,7 +128,7 @@ def unpacked(data: bytes) -> KeptRows:
         np.frombuffer(tags, "<i8").astype(np.int64),
         np.concatenate([[0], np.cumsum(row_lens)]).astype(np.int64),
         token_ids,
-        widened(bytes(halves)),
+        _widened(logprobs) if version == 1 else np.frombuffer(logprobs, "<f4").astype(np.float32),
     )
 
 

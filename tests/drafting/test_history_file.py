@@ -19,7 +19,7 @@ def filled() -> Drafter:
         finish(drafter, key, tokens, tag)
     handle = drafter.join(Y)
     drafter.extend(
-        np.array([handle]), np.array([D, A], np.int32), np.array([2]), np.float32([-0.25, np.nan])
+        np.array([handle]), np.array([D, A], np.int32), np.array([2]), np.float32([-0.3, np.nan])
     )
     drafter.leave(handle)
     return drafter
@@ -42,7 +42,7 @@ def test_exported_history_is_imported_with_its_order_and_tags(tmp_path: Path) ->
         assert found[0].tolist() == [D]
     assert np.isnan(by_file.recall(X, 3)[1]).all()  # type: ignore[index]
     logprobs = by_file._native.kept_rows()[2][1][1][2]
-    assert np.frombuffer(logprobs, "<u2")[0] == np.float32(-0.25).view(np.uint32) >> 16
+    np.testing.assert_array_equal(np.frombuffer(logprobs, np.float32), np.float32([-0.3, np.nan]))
     # Where there is no room for all, the last used stay.
     for key in (X, Z):
         by_bytes.leave(by_bytes.join(key))

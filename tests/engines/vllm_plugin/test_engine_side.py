@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,44 @@ def test_aborted_requests_leave_and_the_others_go_on(make_llm: MakeLLM) -> None:
     assert info(llm)["num_groups"] == 5
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_lack_of_room_changes_no_token(
+    make_llm: MakeLLM, even_steps: None, prefix_caching: bool
+) -> None:
+    """Requests are preempted and prompts computed in chunks; proposals go on."""
+    # Longer than a step has room for.
+    prompts = [
+        {"prompt_token_ids": 3 * prompt["prompt_token_ids"]} for prompt in prompts_of(12, seed=2)
+    ]
+    seeds = {"max_tokens": 60, "each": lambda i: {"seed": i}}
+    expected = generate(make_llm("drafting"), prompts, **seeds)
+    llm = make_llm(
+        "drafting",
+        num_gpu_blocks_override=14,
+        max_num_batched_tokens=48,
+        max_model_len=160,
+        enable_prefix_caching=prefix_caching,
+    )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempt, count = scheduler._preempt_request, []
+
+    def counting(*args: Any, **kw: Any) -> Any:
+        count.append(None)
+        return preempt(*args, **kw)
+
+    scheduler._preempt_request = counting
+    try:
+        metrics(llm)
+        for _ in range(3):
+            assert generate(llm, prompts, **seeds) == expected
+    finally:
+        scheduler._preempt_request = preempt
+    assert len(count) >= 3
+    assert metrics(llm)["num_accepted_proposals"] > 50
+    generate(llm, prompts_of(1, seed=5))  # lets go of them
+    assert info(llm)["num_live"] <= 1
+
+
 def test_history_is_kept_apart_by_cache_salt(make_llm: MakeLLM) -> None:
     llm = make_llm("drafting")
     before = info(llm)["num_groups"]
@@ -257,6 +296,53 @@ def test_history_is_written_read_and_forgotten(
     ):
         with pytest.raises((ValueError, OSError), match=message):
             llm.collective_rpc("spec_rollout_history", args=args)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_what_is_remembered_is_what_was_generated(
+    make_llm: MakeLLM,
+    even_steps: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    asks: bool,
+) -> None:
+    """Tokens and log-probs, which a lenient test needs as they were; told the drafter at once, or
+    late where it is not asked for proposals."""
+    from vllm import SamplingParams
+
+    from spec_rollout.drafting import Payoff, history_file
+    from spec_rollout.engines.vllm.worker.late_tokens import LateTokens
+
+    late = []
+    take = LateTokens.take
+    monkeypatch.setattr(LateTokens, "take", lambda self: late.append(len(self)) or take(self))
+    if not asks:
+        monkeypatch.setattr(Payoff, "pays", lambda self, rows: False)
+    llm = make_llm('{"mode": "coupled", "identity": "arrival"}')
+    same_weights_again(llm)
+    # Of different lengths, so that some leave while others go on.
+    params = [
+        SamplingParams(
+            max_tokens=5 + 9 * i, temperature=1.0, logprobs=0, detokenize=False, ignore_eos=True
+        )
+        for i in range(8)
+    ]
+    outputs = llm.generate([p for p in prompts_of(2) for _ in range(4)], params, use_tqdm=False)
+    generate(llm, prompts_of(1, seed=5))  # lets go of them
+    path = str(tmp_path / "history")
+    llm.collective_rpc("spec_rollout_history", args=("export", path))
+    rows = history_file.read(path)
+    ends = rows.cu_lens.tolist()
+    found = {
+        tuple(rows.token_ids[begin:end].tolist()): rows.logprobs[begin:end]
+        for begin, end in itertools.pairwise(ends)
+    }
+    for output in outputs:
+        choice = output.outputs[0]
+        ids = tuple(choice.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(choice.logprobs, ids, strict=True)]
+        np.testing.assert_allclose(found[ids], logprobs, rtol=0.0, atol=2e-6)
+    assert (max(late, default=0) > 8) == (not asks)
 
 
 def test_coupled_arrivals_redraw_their_last_rollout(make_llm: MakeLLM, even_steps: None) -> None:

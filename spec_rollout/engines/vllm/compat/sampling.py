@@ -97,6 +97,11 @@ def _rows(runner: Any, proposer: ChunkProposer) -> list[Row | None]:
                 rows[i] = _new_row(runner, proposer, state)
                 # On vLLM's own record, which lives exactly as long as the request.
                 setattr(state, _ROW, rows[i])
+                if rows[i] is not None:
+                    # A draw of ours needs none, and vLLM fails on those of CPUs where the prompt of
+                    # a request with a seed is computed in chunks.
+                    state.generator = None
+                    runner.input_batch.generators.pop(i, None)
     proposer.last_batch = (states, rows)
     return rows
 

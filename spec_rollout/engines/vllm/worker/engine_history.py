@@ -134,9 +134,7 @@ class EngineHistory(HistoryProposals):
         self.num_requests = new = max(64, 2 * old)
         self._handle_of = _longer(self._handle_of, new, 0)
         self._num_known = _longer(self._num_known, new, 0)
-        self._num_late = _longer(self._num_late, new, 0)
-        self._late_ids = _longer(self._late_ids, new, 0)
-        self._late_logprobs = _longer(self._late_logprobs, new, 0)
+        self._late.grow(new)
         self._proposed_at = _longer(self._proposed_at, new, -1)
         self._lens = _longer(self._lens, new, 0)
         self._own_lens = _longer(self._own_lens, new, 0)
@@ -146,5 +144,4 @@ class EngineHistory(HistoryProposals):
 
 
 def _longer(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-    added = np.full((size - len(values), *values.shape[1:]), fill, values.dtype)
-    return np.concatenate([values, added])
+    return np.concatenate([values, np.full(size - values.size, fill, values.dtype)])

@@ -11,15 +11,13 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
+import torch
 
 from spec_rollout.drafting import Drafter, Payoff, Proposals
 from spec_rollout.engines.vllm.worker.groups import Known
+from spec_rollout.engines.vllm.worker.late_tokens import LateTokens
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.packed import ranges
-
-# Steps whose tokens the drafter is told at once, as long as it is not asked for proposals. Telling
-# it takes most of what a step costs that proposes nothing.
-_MOST_LATE = 32
 
 
 class HistoryProposals:
@@ -50,10 +48,7 @@ class HistoryProposals:
         self._token_budget = token_budget
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_known = np.zeros(self.num_requests, np.int64)  # tokens, late ones too
-        # Tokens that the drafter is yet to be told, and their log-probs.
-        self._num_late = np.zeros(self.num_requests, np.int64)
-        self._late_ids = np.empty((self.num_requests, _MOST_LATE), np.int32)
-        self._late_logprobs = np.empty((self.num_requests, _MOST_LATE), np.float32)
+        self._late = LateTokens(self.num_requests)
         self._has_proposed = False  # in the last step
         # The last proposals: by request, for which token of the response they start (-1: none), how
         # many tokens, how many of these are the request's draft's, where they stand in the flat
@@ -153,7 +148,7 @@ class HistoryProposals:
         self,
         batch: Known,
         sampled: list[list[int]],
-        logprobs: np.ndarray | None,
+        logprobs: np.ndarray | torch.Tensor | None,
         ends: np.ndarray,
         token_ids: np.ndarray,
         drafts: list[list[int]],
@@ -164,8 +159,8 @@ class HistoryProposals:
             batch: The requests.
             sampled: Tokens that each request was given in this step; none while its prefill is not
                 finished.
-            logprobs: Of these tokens, NaN where not known; None: not known at all. [batch, most
-                tokens], float32.
+            logprobs: Of these tokens, NaN where not known; None: not known at all. On any device.
+                [batch, most tokens], float32.
             ends: Tokens of prompt and response so far. [at least batch].
             token_ids: Those tokens. [batch, longest].
             drafts: Per request; lists are replaced.
@@ -227,37 +222,31 @@ class HistoryProposals:
         self,
         batch: Known,
         sampled: list[list[int]],
-        logprobs: np.ndarray | None,
+        logprobs: np.ndarray | torch.Tensor | None,
         ends: np.ndarray,
     ) -> bool:
         """Keeps one token of every request for later; False, and nothing is done, where the step
         gave anything else. Arguments as in `propose`."""
         slots = batch.history_ids
-        if not (batch.is_plain and batch.all_in_history):
+        if self._late.is_full or not (batch.is_plain and batch.all_in_history):
             return False
-        indices, late = ends[: slots.size] - batch.prompt_lens, self._num_late[slots]
-        if late.max() == _MOST_LATE or (indices != self._num_known[slots] + 1).any():
+        indices = ends[: slots.size] - batch.prompt_lens
+        if (indices != self._num_known[slots] + 1).any():
             return False
         tokens = np.fromiter(chain.from_iterable(sampled), np.int32)
         if tokens.size != slots.size:
             return False
-        self._late_ids[slots, late] = tokens
-        self._late_logprobs[slots, late] = np.nan if logprobs is None else logprobs[:, 0]
-        self._num_late[slots] = late + 1
+        # As a tensor, wherever it is.
+        known = None if logprobs is None else torch.as_tensor(logprobs)[:, 0]
+        self._late.add(slots, tokens, known)
         self._num_known[slots] = indices
         return True
 
     def _tell_late(self) -> None:
         """Now the drafter is told what was kept for later."""
-        slots = np.flatnonzero(self._num_late)
-        if not slots.size:
-            return
-        lens = self._num_late[slots]
-        where = np.repeat(slots, lens), ranges(lens)
-        self._drafter.extend(
-            self._handles(slots), self._late_ids[where], lens, self._late_logprobs[where]
-        )
-        self._num_late[slots] = 0
+        if self._late:
+            slots, lens, tokens, logprobs = self._late.take()
+            self._drafter.extend(self._handles(slots), tokens, lens, logprobs)
 
     def _tell(
         self,
@@ -265,7 +254,7 @@ class HistoryProposals:
         where: np.ndarray,
         indices: np.ndarray,
         given: np.ndarray,
-        logprobs: np.ndarray | None,
+        logprobs: np.ndarray | torch.Tensor | None,
         token_ids: np.ndarray,
     ) -> None:
         """Tells the drafter what requests were given.
@@ -288,7 +277,8 @@ class HistoryProposals:
         if logprobs is not None:
             # What came another way has none.
             fits = np.repeat(new == given[where], new)
-            known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
+            on_host = torch.as_tensor(logprobs).cpu().numpy()
+            known_logprobs = np.where(fits, on_host[rows, np.where(fits, offsets, 0)], np.nan)
         self._drafter.extend(
             self._handles(requests), tokens.astype(np.int32, copy=False), new, known_logprobs
         )

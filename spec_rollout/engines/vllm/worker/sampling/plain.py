@@ -34,8 +34,8 @@ class PlainDraws:
         )
         if known.any_collected:
             record.collector.add(known.collect_ids, indices.astype(np.int32), result.logprobs)
-        if record.history is not None and not result.logprobs.is_cuda:  # there: not worth a wait
-            record.given_logprobs = result.logprobs.numpy()[:, None]
+        if record.history is not None:  # which fetches them when it is next asked
+            record.given_logprobs = result.logprobs[:, None]
         tokens = result.token_ids[:, None]
         if step.logprobs is None:
             return tokens, None

@@ -21,8 +21,8 @@ class Record:
         collector: Log-probs and reused tokens, for the engine to fetch.
         history: What is proposed from in this call, or None.
         standing_history: What is proposed from between calls, or None.
-        given_logprobs: Of the tokens given out in this step, where the host knows them.
-            [batch, most tokens], float32, or None.
+        given_logprobs: Of the tokens given out in this step, where somebody wants them: a tensor
+            where they may still be on the logits' device. [batch, most tokens], float32, or None.
         num_kept: Tokens of proposals kept in this step.
     """
 
@@ -39,7 +39,7 @@ class Record:
         self.collector = Collector()
         self._unclaimed = set(range(num_requests))
         self.history = self.standing_history if history is None else history
-        self.given_logprobs: np.ndarray | None = None
+        self.given_logprobs: np.ndarray | torch.Tensor | None = None
         self.num_kept = 0
 
     def claim(self, collect_id: int) -> int:
