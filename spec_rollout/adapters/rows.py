@@ -101,7 +101,10 @@ class NamedRollouts:
 
 
 def share(
-    cache: RolloutCache, mine: NamedRollouts | None, gather: Gather = alone, rank: int = 0
+    cache: RolloutCache,
+    mine: Sequence[NamedRollouts],
+    gather: Gather = alone,
+    rank: int = 0,
 ) -> None:
     """Stores what the other ranks generated, so that a prompt finds its drafts on any rank.
 
@@ -110,12 +113,13 @@ def share(
 
     Args:
         cache: Of this rank; it holds this rank's rollouts already.
-        mine: None if this rank generated nothing.
+        mine: What this rank generated since the last call; may be empty.
         gather, rank: As of `RowNumbers`.
     """
-    for other, theirs in enumerate(gather(mine)):
-        if other != rank and theirs is not None:
-            cache.store(theirs.keys, theirs.sample_ids, theirs.rollouts)
+    for other, theirs in enumerate(gather(list(mine))):
+        if other != rank:
+            for named in theirs:
+                cache.store(named.keys, named.sample_ids, named.rollouts)
 
 
 def split_rows(values: torch.Tensor, cu_lens: torch.Tensor) -> list[list[Any]]:
