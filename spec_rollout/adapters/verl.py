@@ -226,7 +226,7 @@ class ReuseWorker(_WorkerTQ):
     def __init__(self, config: Any, llm_client: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, llm_client, *args, **kwargs)
         self._reuse = Reuse(reuse_settings(config), _max_chunk(config))
-        self.llm_client = naming_client(self.llm_client, self._reuse)
+        self.llm_client: Any = naming_client(llm_client, self._reuse)
 
     async def _run_agent_loop(
         self, sampling_params: dict[str, Any], trajectory: dict[str, Any], **row: Any

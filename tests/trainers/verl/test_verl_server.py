@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from verl_runs import HERE, environment, run_bounded
-from verl_session import LENGTH
+from verl_session import CHUNK, LENGTH
 
 from spec_rollout.adapters.turns import COUNT_NAMES
 
@@ -24,9 +24,9 @@ pytestmark = pytest.mark.slow
 def session(folder: Path) -> dict[str, Any]:
     ray_folder = Path(tempfile.mkdtemp(prefix="ray"))
     log_path = folder / "session.log"
-    variable = '{"mode": "coupled", "log_seconds": 0}'
+    options = {"mode": "coupled", "log_seconds": 0, "num_speculative_tokens": CHUNK}
     # Functions are sent to the engine as they are.
-    env = {**environment(variable), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    env = {**environment(json.dumps(options)), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     env["PYTHONPATH"] = f"{HERE}:{HERE.parents[1]}"
     command = [sys.executable, str(HERE / "verl_session.py"), str(folder), str(ray_folder)]
     try:
@@ -80,13 +80,15 @@ def test_actors_give_drafts_that_are_followed(session: dict[str, Any]) -> None:
     pooled = session["pooled"]
     assert pooled["followed"] == pooled["whole"]
     for counts in pooled["followed_counts"]:
-        # 16 + 31 * 5 tokens: chunks of a draft that is accepted whole.
-        assert [counts[name] for name in COUNT_NAMES] == [LENGTH, LENGTH, 6]
+        # In chunks, all of them accepted whole.
+        steps = -(-LENGTH // CHUNK)
+        assert [counts[name] for name in COUNT_NAMES] == [LENGTH, LENGTH, steps]
 
 
 def test_an_aborted_request_gives_what_it_would_have_given(session: dict[str, Any]) -> None:
     """Its key goes on at its place in the response, its draft behind what it gave."""
     pooled = session["pooled"]
+    assert session["num_aborted"] == [4, 4, 4]
     assert pooled["aborted"] == pooled["whole"]
     assert pooled["aborted_drafts"] == pooled["whole"]
 

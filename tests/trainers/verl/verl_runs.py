@@ -118,7 +118,7 @@ class PPORun:
 
     Attributes:
         metrics: Of each step, as verl's file logger has them.
-        log: What main_ppo and its workers wrote.
+        log: What Ray's processes wrote.
         responses: Prompts and responses of each step, as text.
     """
 
@@ -221,7 +221,7 @@ def environment(variable: str | None) -> dict[str, str]:
     """
     values = {
         **os.environ,
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
@@ -269,12 +269,12 @@ def run_ppo(folder: Path, name: str, variable: str | None, *more: str) -> PPORun
                 log,
                 cwd=folder,
             )
-        text = log_path.read_text()
-        for path in sorted(ray_folder.glob("session_latest/logs/worker-*.err")):
-            text += path.read_text()
+        # The driver shows what Ray's processes write, too, but not to the end.
+        outputs = sorted(ray_folder.glob("session_latest/logs/worker-*.[oe][ur][tr]"))
+        text = "".join(path.read_text() for path in outputs)
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
-    assert status == 0, text[-6000:]
+    assert status == 0, log_path.read_text()[-6000:]
     lines = metrics_path.read_text().splitlines()
     responses = []
     for step in range(1, len(lines) + 1):

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LENGTH = 160
+LENGTH = 200
+CHUNK = 7  # of the engine; a draft that is followed takes its time, too
 PARAMS = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -39,13 +40,14 @@ class Session:
         from spec_rollout.adapters.verl import naming_client
 
         self.server = manager.server_handles[0]
+        self.num_aborted: list[int] = []
         self._client = manager.get_client(client_cls=FullyAsyncLLMServerClient)
         self._naming_client = naming_client
         self._settings, self._reuse = ReuseSettings, Reuse
 
     def client(self, **settings: Any) -> tuple[Any, Any]:
         """A client that names its requests, and what it counts."""
-        reuse = self._reuse(self._settings(**settings), max_chunk=31)
+        reuse = self._reuse(self._settings(**settings), max_chunk=CHUNK)
         return self._naming_client(self._client, reuse), reuse
 
     async def history(self) -> dict[str, Any]:
@@ -79,7 +81,8 @@ class Session:
             "num_engine_steps"
         ] < self.steps_before + 3:
             await asyncio.sleep(0.005)
-        await self.server.abort_all_requests.remote()
+        aborted = await self.server.abort_all_requests.remote()
+        self.num_aborted.append(aborted["aborted_count"])
         await self.server.resume_generation.remote()
         return await rolling
 
@@ -161,6 +164,7 @@ async def pooled(session: Session, prompts: list[list[int]]) -> dict[str, Any]:
 async def main(folder: Path) -> None:
     from byte_tokenizer import byte_tokenizer
     from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
     from verl.workers.rollout.llm_server import LLMServerManager
     from verl_runs import TEMPLATE, make_prompt, overrides
 
@@ -168,6 +172,7 @@ async def main(folder: Path) -> None:
         rollout = "actor_rollout_ref.rollout"
         more = [f"{rollout}.nnodes=1", f"{rollout}.n_gpus_per_node=1"]
         config = compose("ppo_trainer", [*overrides(folder), *more])
+    OmegaConf.resolve(config)
     tokenizer = byte_tokenizer(TEMPLATE)
     prompts = [
         tokenizer.encode(
@@ -183,6 +188,7 @@ async def main(folder: Path) -> None:
     session = Session(manager, config)
     found = {"prompts": prompts, "named": await named(session, prompts)}
     found["pooled"] = await pooled(session, prompts)
+    found["num_aborted"] = session.num_aborted
     print("RESULT " + json.dumps(found, default=int))
 
 
