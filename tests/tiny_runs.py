@@ -78,7 +78,7 @@ def make_config(tmp_path: Path, model_dir: Path, write_rows):
             "data": {"path": str(write_rows(rows, "train.jsonl"))},
             "rollout": {"num_samples": 4, "max_tokens": 12, "num_slots": 8},
             "reward": {"functions": [f"{__name__}:count_digits"]},
-            "train": {"prompts_per_step": 3, "epochs": 3, "lr": 3e-3, "seed": 7},
+            "train": {"prompts_per_step": 3, "epochs": 3, "lr": 3e-3, "kl_coef": 0.0, "seed": 7},
             "eval": {"num_train_prompts": 4, "num_samples": 2, "correct_at": 0.5},
             "log": {"run_dir": str(tmp_path / "run"), "progress": "off"},
         }

@@ -37,7 +37,8 @@ class RolloutConfig:
         drafting: Propose from the prompt's other rollouts where there is no draft to follow
             (`RolloutSession`): fewer decoding steps, the same tokens.
         rule: Acceptance rule (classes of `spec_rollout.acceptance`).
-        log_lenience: Of the rules lenient and coupled; None is the rule's usual value (0.5 and 0).
+        log_lenience: Of the rules lenient and coupled; None is 0 for coupled, and for lenient what
+            is published for the algorithm (GRPO 0.5, PPO 0.3, DAPO 0.15).
         scale, min_target_prob: Of the rule lenient.
         reuse_prob: Of the rule random_reuse.
         start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over

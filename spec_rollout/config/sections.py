@@ -6,7 +6,7 @@ relative to the working directory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spec_rollout.config.checks import ConfigError, require
 from spec_rollout.config.inputs import DataConfig, ModelConfig, RewardConfig
@@ -50,6 +50,13 @@ class RunConfig:
             "false with vllm.strategy = 'two_pass', which does not propose from history",
             self.rollout.drafting,
         )
+        buffer, max_tokens = self.train.overlong_buffer, self.rollout.max_tokens
+        require(
+            buffer is None or buffer <= max_tokens,
+            "train.overlong_buffer",
+            f"at most rollout.max_tokens ({max_tokens})",
+            buffer,
+        )
         if self.train.recompute_logprobs:
             return
         for key, off in (("top_k", 0), ("top_p", 1.0)):
@@ -60,3 +67,10 @@ class RunConfig:
                     "engine's log-probs are "
                     f"of the filtered distribution, the trainer's of the whole), got {value!r}"
                 )
+
+    def settled(self) -> RunConfig:
+        """The same with the published values of its algorithm written out where they are meant."""
+        rollout = self.rollout
+        if rollout.rule == "lenient" and rollout.log_lenience is None:
+            rollout = replace(rollout, log_lenience=self.train.numbers().log_lenience)
+        return replace(self, train=self.train.settled(), rollout=rollout)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from spec_rollout.config.checks import at_least, require
+from spec_rollout.config.published import Published, published
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
     """The policy update.
 
+    Where None stands for the published value, it is that of the algorithm (`config.published`).
+
     Attributes:
-        algorithm: Name of the algorithm (`spec_rollout.train.algorithms`), which has its settings
+        algorithm: "grpo", "ppo" or "dapo" (`spec_rollout.train.algorithms`), which has its settings
             from this section.
         seed: Of data order, noise and everything else.
         prompts_per_step: Prompts (groups) per step.
@@ -23,14 +26,31 @@ class TrainConfig:
         minibatches: Optimizer steps a batch of rollouts is split into, group by group.
         micro_batch_tokens: Tokens (padding included) of one forward and backward pass; gradients
             accumulate.
-        lr, betas, eps, weight_decay: Of AdamW; weight decay spares vectors (norms, biases).
+        lr: Learning rate; None is the published one, 5e-7.
+        critic_lr: Of the value head of PPO; None is the published one, 1e-5.
+        betas, eps, weight_decay: Of AdamW; weight decay spares vectors (norms, biases).
         warmup_steps: Steps of linear warm-up.
-        grad_clip: Largest gradient norm; None does not clip.
-        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
-        kl_coef: Weight of the KL to the reference; 0 needs no reference.
-        loss_aggregation: "token_mean" over all tokens of a minibatch, or "seq_mean": over responses
-            of their means.
-        normalize_advantages: Divide by the group's standard deviation.
+        grad_clip: Largest gradient norm, of policy and value head each; None does not clip.
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high]; None is the
+            published range, 0.2 and 0.2, of DAPO 0.2 and 0.28.
+        kl_coef: Weight of the KL to the reference; 0 needs no reference. None is the published one,
+            1e-4 of GRPO and 0 of others.
+        loss_aggregation: "token_mean" over all tokens of a minibatch; "seq_mean": over responses of
+            their means; "constant": every token weighs 1 / (responses * rollout.max_tokens), with
+            normalize_advantages = false the form of Dr. GRPO.
+        normalize_advantages: GRPO and DAPO divide by the group's standard deviation; PPO makes the
+            advantages of a batch those of mean 0 and variance 1.
+        gamma, gae_lambda: Discount of rewards, and of the errors of the value head (PPO).
+        clip_value: Farthest that a value may move in an update before its loss stops counting the
+            move as progress (PPO).
+        value_coef: Weight of the value loss beside the policy's (PPO). Its gradient reaches the
+            policy's weights, too.
+        refill_rounds: How often a step draws other prompts in the place of those whose rewards are
+            all equal; 0 never does (DAPO).
+        overlong_buffer: The last so many tokens before rollout.max_tokens cost reward, the more the
+            longer a response is (DAPO). None is a fifth of rollout.max_tokens, as published; 0 is
+            off.
+        overlong_penalty: What a response of rollout.max_tokens loses by that (DAPO).
         recompute_logprobs: Take old log-probs from a forward pass of the trainer instead of the
             engine's own pass.
         skip_zero_advantage: Leave responses without advantage out of the forward pass. Same
@@ -46,17 +66,25 @@ class TrainConfig:
     max_steps: int | None = None
     minibatches: int = 1
     micro_batch_tokens: int = 4096
-    lr: float = 1e-6
+    lr: float | None = None
+    critic_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 0
     grad_clip: float | None = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-    loss_aggregation: Literal["token_mean", "seq_mean"] = "token_mean"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coef: float | None = None
+    loss_aggregation: Literal["token_mean", "seq_mean", "constant"] = "token_mean"
     normalize_advantages: bool = True
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    clip_value: float = 0.5
+    value_coef: float = 0.1
+    refill_rounds: int = 3
+    overlong_buffer: int | None = None
+    overlong_penalty: float = 1.0
     recompute_logprobs: bool = False
     skip_zero_advantage: bool = False
     threads: int | None = None
@@ -75,19 +103,46 @@ class TrainConfig:
             "a number, since train.max_steps is left out",
             None,
         )
-        require(0 <= self.lr < math.inf, "train.lr", "a finite number >= 0", self.lr)
+        numbers = self.numbers()
+        for key in ("lr", "critic_lr"):
+            value = getattr(numbers, key)
+            require(0 <= value < math.inf, f"train.{key}", "a finite number >= 0", value)
         require(all(0 <= b < 1 for b in self.betas), "train.betas", "0 <= value < 1", self.betas)
         require(self.eps > 0, "train.eps", "a positive number", self.eps)
-        at_least(0, "train", self, "weight_decay", "warmup_steps", "kl_coef")
+        at_least(0, "train", self, "weight_decay", "warmup_steps", "kl_coef", "refill_rounds")
+        at_least(0, "train", self, "overlong_buffer", "overlong_penalty")
         grad_clip_ok = self.grad_clip is None or self.grad_clip > 0
         require(grad_clip_ok, "train.grad_clip", "a positive number", self.grad_clip)
-        require(0 < self.clip_low <= 1, "train.clip_low", "0 < value <= 1", self.clip_low)
-        require(self.clip_high > 0, "train.clip_high", "a positive number", self.clip_high)
+        clip_low, clip_high = numbers.clip_low, numbers.clip_high
+        require(0 < clip_low <= 1, "train.clip_low", "0 < value <= 1", clip_low)
+        require(clip_high > 0, "train.clip_high", "a positive number", clip_high)
+        for key in ("gamma", "gae_lambda"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"train.{key}", "0 <= value <= 1", value)
+        for key in ("clip_value", "value_coef"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"train.{key}", "a positive finite number", value)
+        given = "" if self.kl_coef is not None else f" (published for {self.algorithm}: "
+        given += "" if self.kl_coef is not None else f"{numbers.kl_coef}; set it to 0)"
         require(
-            not (self.skip_zero_advantage and self.kl_coef > 0),
+            not (self.skip_zero_advantage and numbers.kl_coef > 0),
             "train.skip_zero_advantage",
-            "false when train.kl_coef > 0 (such responses then have a gradient)",
+            f"false when train.kl_coef > 0{given} (such responses then have a gradient)",
             True,
+        )
+
+    def numbers(self) -> Published:
+        """What is set here, and the published values of what is not."""
+        values = published(self.algorithm)
+        given = {f.name: getattr(self, f.name, None) for f in fields(values)}
+        return replace(values, **{name: v for name, v in given.items() if v is not None})
+
+    def settled(self) -> TrainConfig:
+        """The same with the published values written out."""
+        numbers = self.numbers()
+        own = {f.name for f in fields(self)}
+        return replace(
+            self, **{f.name: getattr(numbers, f.name) for f in fields(numbers) if f.name in own}
         )
 
 

@@ -132,6 +132,7 @@ def demo_grid(
             epochs=size.epochs,
             lr=size.lr,
             betas=(0.9, 0.95),
+            kl_coef=0.0,
             micro_batch_tokens=4096,
             threads=size.threads,
         ),

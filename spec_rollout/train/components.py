@@ -93,6 +93,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was
             found.
     """
+    config = config.settled()
     check_engine(config.rollout)
     algorithm = algorithms.make(config.train)
     check_group_size(config, algorithm)
@@ -199,6 +200,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             train,
             algorithm,
             temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
             reference=reference,
             value_head=value_head,
         ),

@@ -8,14 +8,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spec_rollout.config.sections import RunConfig
-from spec_rollout.evals.sampling import evaluate, score
+from spec_rollout.evals.sampling import evaluate
+from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.environment import environment
 from spec_rollout.runs.files import (
     CHECKPOINTS,
@@ -30,6 +31,7 @@ from spec_rollout.runs.progress import progress
 from spec_rollout.runs.summary import RunSummary, summarize
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.components import Components
+from spec_rollout.train.experience import gather
 from spec_rollout.train.interrupt import RunInterrupted, StopRequest
 from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
@@ -122,34 +124,29 @@ class TrainingRun:
         parts, config = self._parts, self._config
         start = time.perf_counter()
         epoch = parts.order.epoch_of(self._step)
-        rows = [parts.data.rows[i] for i in parts.order.rows_of(self._step)]
-        num_samples = config.rollout.num_samples
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} rollout")
-        with stop.aborting(parts.engine):
-            rollouts = parts.session.rollout(
-                [row.prompt_ids for row in rows],
-                num_samples,
-                parts.sampling,
-                step=self._step,
-                epoch=epoch,
-                user_keys=[row.user_key for row in rows],
-            )
-        if self._on_rollouts is not None:
-            self._on_rollouts(self._step + 1, rollouts)
-        reward_start = time.perf_counter()
-        scores = score(
-            parts.rewards,
-            parts.policy.tokenizer,
-            rollouts,
-            rows,
-            num_samples,
-            keep_special_tokens=config.reward.keep_special_tokens,
-        )
-        rewards = scores.total
+
+        def roll(rows: Sequence[PromptRow]) -> Rollouts:
+            with stop.aborting(parts.engine):
+                rollouts = parts.session.rollout(
+                    [row.prompt_ids for row in rows],
+                    config.rollout.num_samples,
+                    parts.sampling,
+                    step=self._step,
+                    epoch=epoch,
+                    user_keys=[row.user_key for row in rows],
+                )
+            if self._on_rollouts is not None:
+                self._on_rollouts(self._step + 1, rollouts)
+            return rollouts
+
+        seen = gather(parts, self._step, roll)
+        rollouts = seen.trained
+        advantage_start = time.perf_counter()
         values = parts.updater.values(rollouts)
         trained = parts.algorithm.advantages(
             AdvantageInputs(
-                rewards,
+                seen.rewards,
                 rollouts.response_lens,
                 rollouts.finish_reasons == FinishReason.LENGTH,
                 parts.sampling.max_tokens,
@@ -162,7 +159,7 @@ class TrainingRun:
         update = parts.updater.update(
             rollouts,
             trained,
-            _trainable_rows(rollouts, rewards),
+            _trainable_rows(rollouts, seen.rewards),
             step=self._step,
             values=values,
         )
@@ -171,13 +168,14 @@ class TrainingRun:
             **step_row(
                 self._step + 1,
                 epoch,
-                rollouts,
-                scores,
+                seen.rollouts,
+                seen.scores,
                 trained,
                 update,
                 parts.engine.last_counters,
             ),
-            "reward_seconds": train_start - reward_start,
+            **seen.metrics,
+            "reward_seconds": seen.seconds + train_start - advantage_start,
             "train_seconds": end - train_start,
             "step_seconds": end - start,
         }
@@ -189,14 +187,14 @@ class TrainingRun:
         self._watch.repeated(row)
         for sample in sample_rows(
             self._step,
-            rollouts,
-            rewards,
-            rows[: config.log.samples_per_step],
+            seen.rollouts,
+            seen.scores.total,
+            seen.rows[: config.log.samples_per_step],
             parts.policy.tokenizer.decode,
         ):
             self._samples.write(sample)
-        if rollouts.running is not None:
-            self._running.write({"step": self._step, **thinned(rollouts.running)})
+        if seen.rollouts.running is not None:
+            self._running.write({"step": self._step, **thinned(seen.rollouts.running)})
         return row
 
     def _step_done(self, row: Row) -> None:

@@ -30,7 +30,7 @@ class UpdateResult:
         loss: Mean over the minibatches.
         means: `entropy` of the sampling distribution, nats per token, and the algorithm's own sums
             (`Algorithm.sum_names`) per token.
-        grad_norm: Before clipping, mean over the minibatches.
+        grad_norm: Of the policy before clipping, mean over the minibatches.
         lr: Learning rate.
         logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
             first optimizer step: rounding, unless something is wrong.
@@ -63,38 +63,48 @@ class DivergedError(ValueError):
 def make_optimizer(
     model: torch.nn.Module, config: TrainConfig, value_head: ValueHead | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases)."""
-    trainable = _trainable(model, value_head)
-    groups = [
-        {
-            "params": [(name, p) for name, p in trainable if p.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [(name, p) for name, p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    """AdamW over all trainable parameters; weight decay spares vectors (norms, biases).
+
+    The value head's have a learning rate of their own. `base_lr` of a group is that after warm-up.
+    """
+    numbers = config.numbers()
+    groups = []
+    for parameters, lr in (
+        (_trainable(model), numbers.lr),
+        ([] if value_head is None else _head_parameters(value_head), numbers.critic_lr),
+    ):
+        matrices = [(name, p) for name, p in parameters if p.dim() >= 2]
+        vectors = [(name, p) for name, p in parameters if p.dim() < 2]
+        rate = {"lr": lr, "base_lr": lr}
+        groups += [
+            {"params": matrices, "weight_decay": config.weight_decay, **rate},
+            {"params": vectors, "weight_decay": 0.0, **rate},
+        ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
-        lr=config.lr,
+        lr=numbers.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
 
 
-def _trainable(
-    model: torch.nn.Module, value_head: ValueHead | None
-) -> list[tuple[str, torch.nn.Parameter]]:
-    named = [*model.named_parameters()]
-    if value_head is not None:
-        named += value_head.named_parameters(prefix="value_head")
-    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _head_parameters(value_head: ValueHead) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(value_head.named_parameters(prefix="value_head"))
+
+
+def warm_up(config: TrainConfig, step: int) -> float:
+    """Share of the learning rate: linear at first, then 1; `step` is 0-based."""
+    return min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Constant after a linear warm-up; `step` is 0-based."""
-    return (
-        config.lr * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else config.lr
-    )
+    """Of the policy; constant after a linear warm-up; `step` is 0-based."""
+    return config.numbers().lr * warm_up(config, step)
 
 
 class PolicyUpdater:
@@ -106,6 +116,7 @@ class PolicyUpdater:
         config: See `TrainConfig`.
         algorithm: Gives the loss.
         temperature: Of the sampling distribution that the rollouts' log-probs are of.
+        max_tokens: Longest response allowed.
         reference: Frozen model; None unless the algorithm needs one.
         value_head: Its parameters are the optimizer's, too; None unless the algorithm needs one.
 
@@ -125,6 +136,7 @@ class PolicyUpdater:
         algorithm: Algorithm,
         *,
         temperature: float,
+        max_tokens: int,
         reference: PreTrainedModel | None = None,
         value_head: ValueHead | None = None,
     ) -> None:
@@ -141,10 +153,15 @@ class PolicyUpdater:
         self._config = config
         self._algorithm = algorithm
         self._temperature = temperature
+        self._max_tokens = max_tokens
         self._reference = reference
         self._value_head = value_head
-        self._named = _trainable(model, value_head)
+        policy = _trainable(model)
+        head = [] if value_head is None else _head_parameters(value_head)
+        self._named = policy + head
         self._parameters = [parameter for _, parameter in self._named]
+        # Clipped each for itself: a value head that still learns would slow the policy down.
+        self._clipped = [[p for _, p in part] for part in (policy, head) if part]
         self.num_begun = 0
         self._num_barren = 0
         self._device = next(model.parameters()).device
@@ -181,9 +198,9 @@ class PolicyUpdater:
                     f"token), got {list(tensor.shape)}"
                 )
         config = self._config
-        lr = learning_rate(config, step)
+        lr, warm = learning_rate(config, step), warm_up(config, step)
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group.get("base_lr", config.numbers().lr) * warm
         all_rows = [row for group in groups for row in group]
         _check_logprobs(rollouts, all_rows)
         old_logprobs = rollouts.logprobs
@@ -204,16 +221,14 @@ class PolicyUpdater:
                     rollouts, old_logprobs, trained, values, rows, sums, first=start == 0
                 )
             )
-            norm = float(
-                torch.nn.utils.clip_grad_norm_(
-                    self._parameters,
-                    math.inf if config.grad_clip is None else config.grad_clip,
-                )
-            )
-            if math.isfinite(norm):
+            most = math.inf if config.grad_clip is None else config.grad_clip
+            part_norms = [
+                float(torch.nn.utils.clip_grad_norm_(part, most)) for part in self._clipped
+            ]
+            if all(map(math.isfinite, part_norms)):
                 self.num_begun += 1
                 self._optimizer.step()
-                norms.append(norm)
+                norms.append(part_norms[0])
             else:
                 skipped += 1
         self._optimizer.zero_grad(set_to_none=True)
@@ -260,7 +275,9 @@ class PolicyUpdater:
     ) -> float:
         """Gradients of one minibatch into `.grad`; its loss."""
         weights = torch.zeros(rollouts.batch)
-        weights[rows] = self._algorithm.token_weights(rollouts.response_lens[rows])
+        weights[rows] = self._algorithm.token_weights(
+            rollouts.response_lens[rows], self._max_tokens
+        )
         if self._config.skip_zero_advantage:
             cu = rollouts.cu_response_lens
             rows = [row for row in rows if bool(trained.advantages[cu[row] : cu[row + 1]].any())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -83,7 +83,7 @@ def test_every_default_survives_the_round_trip(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config_with()))
     assert load_config(path) == config_with()
-    assert to_dict(config_with())["train"]["clip_low"] == 0.2
+    assert to_dict(config_with())["train"]["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,21 @@ def test_every_default_survives_the_round_trip(tmp_path):
             {"train": {"kl_coef": 0.1, "skip_zero_advantage": True}},
             r"train\.skip_zero_advantage: expected false when train\.kl_coef > 0",
         ),
+        (
+            {"train": {"skip_zero_advantage": True}},
+            r"expected false when train\.kl_coef > 0 \(published for grpo: 0\.0001; set it to 0\)",
+        ),
+        ({"train": {"gamma": 1.5}}, r"train\.gamma: expected 0 <= value <= 1, got 1\.5"),
+        ({"train": {"gae_lambda": -1}}, r"train\.gae_lambda: expected 0 <= value <= 1"),
+        ({"train": {"clip_value": 0}}, r"train\.clip_value: expected a positive finite number"),
+        ({"train": {"value_coef": 0}}, r"train\.value_coef: expected a positive finite number"),
+        ({"train": {"critic_lr": -1}}, r"train\.critic_lr: expected a finite number >= 0"),
+        ({"train": {"refill_rounds": -1}}, r"train\.refill_rounds: expected at least 0, got -1"),
+        ({"train": {"overlong_penalty": -1}}, r"train\.overlong_penalty: expected at least 0"),
+        (
+            {"train": {"overlong_buffer": 257}},
+            r"train\.overlong_buffer: expected at most rollout\.max_tokens \(256\), got 257",
+        ),
     ],
 )
 def test_mistakes_are_named(sections, message):
@@ -170,7 +185,7 @@ def test_mistakes_are_named(sections, message):
         ("lr=1", "expected section.key=value"),
         ("train.lrr=none", r"train\.lrr: unknown key; did you mean train\.lr\?"),
         ("train.lr=[1]", r"train\.lr: expected a number, got list"),
-        ("train.lr=none", r"train\.lr: expected a number, got str 'none'"),
+        ("train.weight_decay=none", r"train\.weight_decay: expected a number, got str 'none'"),
     ],
 )
 def test_override_mistakes_are_named(override, message):
@@ -222,3 +237,37 @@ def test_there_are_examples():
 def test_frozen():
     with pytest.raises(FrozenInstanceError):
         config_with().train.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "values"),
+    [
+        # arXiv 2509.23232, appendix A.1: lenience, learning rates, KL, clip range.
+        ("grpo", (0.5, 5e-7, 1e-5, 1e-4, 0.2, 0.2)),
+        ("ppo", (0.3, 5e-7, 1e-5, 0.0, 0.2, 0.2)),
+        ("dapo", (0.15, 5e-7, 1e-5, 0.0, 0.2, 0.28)),
+    ],
+)
+def test_what_is_left_out_is_published(algorithm, values):
+    config = config_with(train={"algorithm": algorithm}, rollout={"rule": "lenient"})
+    assert config.rollout.log_lenience is None
+    settled = config.settled()
+    train = settled.train
+    assert values == (
+        *(settled.rollout.log_lenience, train.lr, train.critic_lr),
+        *(train.kl_coef, train.clip_low, train.clip_high),
+    )
+    assert settled.rollout.acceptance() == Lenient(values[0])
+    assert settled.settled() == settled
+    # Another algorithm has its own values, as long as they are not written out.
+    changed = replace(config, train=replace(config.train, algorithm="dapo")).settled()
+    assert changed.train.clip_high == 0.28
+
+
+def test_what_is_given_is_kept():
+    given = {"lr": 0.0, "kl_coef": 0.0, "clip_high": 0.5, "critic_lr": 1.0}
+    config = config_with(train=given, rollout={"rule": "lenient", "log_lenience": 0.0})
+    settled = config.settled()
+    assert {key: getattr(settled.train, key) for key in given} == given
+    assert settled.rollout.log_lenience == 0.0
+    assert config_with(rollout={"rule": "coupled"}).settled().rollout.log_lenience is None

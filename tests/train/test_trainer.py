@@ -202,7 +202,7 @@ class Reinforce:
         rewards = per_token(inputs.rewards.float().flatten(), inputs.response_lens)
         return Advantages(places * rewards, metrics={"longest": float(inputs.response_lens.max())})
 
-    def token_weights(self, response_lens):
+    def token_weights(self, response_lens, max_tokens):
         return torch.full((response_lens.numel(),), 1.0 / float(response_lens.sum()))
 
     def loss(self, inputs):
@@ -224,7 +224,7 @@ class ActorCritic:
         assert inputs.values.shape == returns.shape
         return Advantages(returns - inputs.values, returns)
 
-    def token_weights(self, response_lens):
+    def token_weights(self, response_lens, max_tokens):
         return torch.full((response_lens.numel(),), 1.0 / float(response_lens.sum()))
 
     def loss(self, inputs):
@@ -241,7 +241,7 @@ def test_a_value_head_learns_and_is_resumed(make_config, monkeypatch, tmp_path):
     rows = []
     for name in ("whole", "resumed"):
         config = make_config(
-            train={"algorithm": "actor_critic", "lr": 3e-3, "epochs": 4},
+            train={"algorithm": "actor_critic", "lr": 3e-3, "critic_lr": 3e-3, "epochs": 4},
             log={"run_dir": str(tmp_path / name)},
         )
         if name == "resumed":

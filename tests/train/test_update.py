@@ -17,6 +17,7 @@ from spec_rollout.train import algorithms
 from spec_rollout.train.algorithms.advantages import per_token
 from spec_rollout.train.forward import response_logits
 from spec_rollout.train.update import DivergedError, PolicyUpdater, learning_rate, make_optimizer
+from spec_rollout.train.value_head import ValueHead
 
 TEMPERATURE = 0.8
 GROUPS = [[0, 1, 2], [3, 5], []]  # row 4 had no reward, the last prompt none at all
@@ -64,8 +65,16 @@ def plain_loss(model, rollouts, old, rows, aggregation, reference=None, kl_coef=
             loss = -torch.min(ratio * ADVANTAGES[r], clipped * ADVANTAGES[r])
             if ref is not None:
                 loss = loss + kl_coef * (torch.exp(ref[t] - new[t]) - 1 - (ref[t] - new[t]))
-            total = total + loss / (
-                num_tokens if aggregation == "token_mean" else len(new) * len(rows)
+            total = (
+                total
+                + loss
+                / (
+                    {
+                        "token_mean": num_tokens,
+                        "seq_mean": len(new) * len(rows),
+                        "constant": 9 * len(rows),
+                    }[aggregation]
+                )
             )
     return total
 
@@ -90,6 +99,7 @@ def make_updater(model, optimizer, config, reference=None):
         config,
         algorithms.make(config),
         temperature=TEMPERATURE,
+        max_tokens=9,
         reference=reference,
     )
 
@@ -102,7 +112,7 @@ def updated(model, rollouts, config, reference=None):
 
 
 def sgd_config(**changes):
-    base = TrainConfig(lr=1.0, grad_clip=None, clip_low=0.2, clip_high=0.3)
+    base = TrainConfig(lr=1.0, grad_clip=None, clip_low=0.2, clip_high=0.3, kl_coef=0.0)
     return replace(base, **changes)
 
 
@@ -140,7 +150,7 @@ def test_what_an_algorithm_needs_must_be_there(model):
     config = sgd_config()
     with_values = SimpleNamespace(needs=algorithms.Needs(values=True))
     with pytest.raises(ValueError, match="value_head: expected a model, which SimpleNamespace"):
-        PolicyUpdater(model, optimizer, config, with_values, temperature=1.0)
+        PolicyUpdater(model, optimizer, config, with_values, temperature=1.0, max_tokens=9)
 
 
 def test_there_must_be_an_advantage_for_every_token(model, rollouts):
@@ -149,7 +159,7 @@ def test_there_must_be_an_advantage_for_every_token(model, rollouts):
         updater.update(rollouts, algorithms.Advantages(ADVANTAGES), GROUPS, step=0)
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "constant"])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 def test_gradient_is_the_plain_one(model, rollouts, aggregation, micro_batch_tokens, kl_coef):
@@ -320,6 +330,41 @@ def test_weight_decay_spares_vectors(model):
     assert all(p.dim() >= 2 for p in decayed["params"])
     assert all(p.dim() < 2 for p in spared["params"])
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_a_value_head_has_its_own_rate_and_its_own_clip(model, rollouts):
+    config = TrainConfig("ppo", lr=0.25, critic_lr=4.0, warmup_steps=2, grad_clip=1e-3)
+    head = ValueHead(model)
+    optimizer = make_optimizer(model, config, head)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25, 4.0, 4.0]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": list(model.parameters()), "base_lr": 0.25},
+            {"params": list(head.parameters()), "base_lr": 4.0},
+        ],
+        lr=9.0,
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    updater = PolicyUpdater(
+        model,
+        optimizer,
+        config,
+        algorithms.make(config),
+        temperature=TEMPERATURE,
+        max_tokens=9,
+        value_head=head,
+    )
+    values = updater.values(rollouts)
+    assert torch.equal(values, torch.zeros_like(rollouts.logprobs))
+    advantages = per_token(ADVANTAGES, rollouts.response_lens)
+    trained = algorithms.Advantages(advantages, torch.ones_like(values))
+    result = updater.update(rollouts, trained, GROUPS, step=0, values=values)
+    assert (result.lr, result.means["value_loss"]) == (0.125, pytest.approx(0.5))
+    # Gradients are clipped to 1e-3 each; half of the rates in the first of two warm-up steps.
+    moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in model.named_parameters()])
+    assert float(moved.norm()) == pytest.approx(0.125e-3, rel=1e-2)
+    head_moved = torch.cat([p.detach().flatten() for p in head.parameters()])
+    assert float(head_moved.norm()) == pytest.approx(2e-3, rel=1e-2)
 
 
 def test_warmup():

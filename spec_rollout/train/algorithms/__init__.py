@@ -1,7 +1,7 @@
 """Algorithms of reinforcement learning, by name.
 
-`base` says what an algorithm is; a file per algorithm; `advantages` and `losses` are the pure
-functions they are made of. A new algorithm is a file here and a line in `_ALGORITHMS`.
+`base` says what an algorithm is; a file per algorithm; `advantages`, `gae` and `losses` are the
+pure functions they are made of. A new algorithm is a file here and a line in `_ALGORITHMS`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from spec_rollout.train.algorithms.base import (
     LossOutputs,
     Needs,
 )
+from spec_rollout.train.algorithms.dapo import DAPO
 from spec_rollout.train.algorithms.grpo import GRPO
+from spec_rollout.train.algorithms.ppo import PPO
 
 __all__ = [
+    "DAPO",
     "GRPO",
+    "PPO",
     "AdvantageInputs",
     "Advantages",
     "Algorithm",
@@ -32,7 +36,11 @@ __all__ = [
     "names",
 ]
 
-_ALGORITHMS: Mapping[str, Callable[[TrainConfig], Algorithm]] = {"grpo": GRPO}
+_ALGORITHMS: Mapping[str, Callable[[TrainConfig], Algorithm]] = {
+    "grpo": GRPO,
+    "ppo": PPO,
+    "dapo": DAPO,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -24,12 +24,15 @@ class Needs:
         values: `AdvantageInputs.values` and `LossInputs.values`, from a value head that is trained
             with the policy.
         group_size: Responses per prompt; with fewer nothing would be learned.
+        refill_rounds: How often a step draws other prompts in the place of those whose rewards are
+            all equal; what is left of these then is no part of the update.
     """
 
     reference: bool = False
     recomputed_logprobs: bool = False
     values: bool = False
     group_size: int = 1
+    refill_rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,12 @@ class Algorithm(Protocol):
         """Advantages of a whole batch, from its rewards."""
         ...
 
-    def token_weights(self, response_lens: torch.Tensor) -> torch.Tensor:
-        """Weight of each token of a minibatch in its loss; its tokens' weights sum to 1.
+    def token_weights(self, response_lens: torch.Tensor, max_tokens: int) -> torch.Tensor:
+        """Weight of each token of a minibatch in its loss; its tokens' weights sum to 1 at most.
 
         Args:
             response_lens: Of all responses of the minibatch. [batch], int64, at least 1 each.
+            max_tokens: Longest response allowed.
 
         Returns:
             One weight per response; its tokens all have it. [batch], float32.

@@ -1,4 +1,9 @@
-"""GRPO (Shao et al., 2024, arXiv 2402.03300): a group's rewards are each other's baseline."""
+"""GRPO (Shao et al., 2024, arXiv 2402.03300): a group's rewards are each other's baseline.
+
+With `normalize_advantages = false` and `loss_aggregation = "constant"` it is Dr. GRPO (Liu et al.,
+2025, arXiv 2503.20783), which divides neither by the deviation of a group's rewards nor by the
+length of a response.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +26,12 @@ class GRPO:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
+        self._numbers = config.numbers()
 
     @property
     def needs(self) -> Needs:
         return Needs(
-            reference=self._config.kl_coef > 0,
+            reference=self._numbers.kl_coef > 0,
             recomputed_logprobs=self._config.recompute_logprobs,
             group_size=2,
         )
@@ -44,14 +50,14 @@ class GRPO:
             },
         )
 
-    def token_weights(self, response_lens: torch.Tensor) -> torch.Tensor:
-        return token_weights(response_lens, self._config.loss_aggregation)
+    def token_weights(self, response_lens: torch.Tensor, max_tokens: int) -> torch.Tensor:
+        return token_weights(response_lens, self._config.loss_aggregation, max_tokens)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        config = self._config
+        numbers = self._numbers
         return policy_loss(
             inputs,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            kl_coef=config.kl_coef,
+            clip_low=numbers.clip_low,
+            clip_high=numbers.clip_high,
+            kl_coef=numbers.kl_coef,
         )

@@ -14,13 +14,14 @@ _MAX_LOG_RATIO = 20.0
 _ENTROPY_ELEMENTS = 1 << 24
 
 
-def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor:
-    """Weight of each token in a minibatch's loss; they sum to 1.
+def token_weights(response_lens: torch.Tensor, aggregation: str, max_tokens: int) -> torch.Tensor:
+    """Weight of each token in a minibatch's loss; they sum to 1, of "constant" to less.
 
     Args:
         response_lens: Of all responses of the minibatch. [batch], integer, at least 1 each.
         aggregation: "token_mean": each token counts the same. "seq_mean": each response does (its
-            tokens share).
+            tokens share). "constant": each token counts 1 / (responses * max_tokens).
+        max_tokens: Longest response allowed.
 
     Returns:
         One weight per response; its tokens all have it. [batch], float32.
@@ -30,7 +31,9 @@ def token_weights(response_lens: torch.Tensor, aggregation: str) -> torch.Tensor
         return (torch.ones_like(lens) / lens.sum()).float()
     if aggregation == "seq_mean":
         return (1.0 / (lens * lens.numel())).float()
-    raise ValueError(f"aggregation: expected token_mean or seq_mean, got {aggregation!r}")
+    if aggregation == "constant":
+        return torch.full_like(lens, 1.0 / (max_tokens * lens.numel())).float()
+    raise ValueError(f"aggregation: expected token_mean, seq_mean or constant, got {aggregation!r}")
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -91,6 +94,45 @@ def policy_loss(
         sums["clip_fraction"] = (clipped < plain).sum()
         sums["approx_kl"] = k3(log_ratio).sum()
     return LossOutputs((inputs.weights * per_token).sum(), sums)
+
+
+def value_loss(inputs: LossInputs, *, clip: float = 0.5) -> LossOutputs:
+    """The clipped value loss of PPO.
+
+        sum_t w_t * 0.5 * max((V_t - R_t)^2, (V'_t - R_t)^2),   V' = clip(V, V_old +- clip)
+
+    A value that moved farther than `clip` has no gradient where the move went towards the return.
+
+    Args:
+        inputs: `values`, `old_values` and `returns` are required.
+        clip: Farthest move from the old value.
+
+    Returns:
+        Sums: `value_loss`, before its weight; `value_clip_fraction`, tokens whose gradient the clip
+        removes.
+
+    Raises:
+        ValueError: if one of the three is missing or of another size.
+    """
+    values, old_values, returns = inputs.values, inputs.old_values, inputs.returns
+    shape = inputs.logprobs.shape
+    if values is None or old_values is None or returns is None:
+        raise ValueError("values, old_values, returns: expected all three, got None")
+    for name, given in (("values", values), ("old_values", old_values), ("returns", returns)):
+        if given.shape != shape:
+            raise ValueError(
+                f"{name}: expected shape {list(shape)} (logprobs), got {list(given.shape)}"
+            )
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    plain_error, clipped_error = (values - returns).square(), (clipped - returns).square()
+    per_token = 0.5 * torch.maximum(plain_error, clipped_error)
+    return LossOutputs(
+        (inputs.weights * per_token).sum(),
+        {
+            "value_loss": per_token.detach().sum(),
+            "value_clip_fraction": (clipped_error > plain_error).sum(),
+        },
+    )
 
 
 def logprobs_and_entropy(

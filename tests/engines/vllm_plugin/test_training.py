@@ -43,7 +43,7 @@ def make_config(tmp_path: Path) -> Callable[..., Any]:
             "data": {"path": str(tmp_path / "train.jsonl")},
             "rollout": {"engine": "vllm", "num_samples": 4, "max_tokens": 120, "num_slots": 16},
             "reward": {"functions": ["spec_rollout.demo.task:reward"]},
-            "train": {"prompts_per_step": 3, "epochs": 3, "lr": 3e-4, "seed": 7},
+            "train": {"prompts_per_step": 3, "epochs": 3, "lr": 3e-4, "kl_coef": 0.0, "seed": 7},
             "eval": {"num_train_prompts": 4, "num_samples": 2},
             "log": {"run_dir": str(tmp_path / name), "progress": "off"},
         }

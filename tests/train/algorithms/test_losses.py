@@ -110,12 +110,14 @@ def test_extreme_ratios_stay_finite():
 
 def test_token_weights_hand_computed():
     lens = torch.tensor([1, 3])
-    torch.testing.assert_close(token_weights(lens, "token_mean"), torch.tensor([0.25, 0.25]))
-    torch.testing.assert_close(token_weights(lens, "seq_mean"), torch.tensor([0.5, 1 / 6]))
+    torch.testing.assert_close(token_weights(lens, "token_mean", 9), torch.tensor([0.25, 0.25]))
+    torch.testing.assert_close(token_weights(lens, "seq_mean", 9), torch.tensor([0.5, 1 / 6]))
+    # Dr. GRPO: 2 responses of at most 9 tokens.
+    torch.testing.assert_close(token_weights(lens, "constant", 9), torch.tensor([1 / 18, 1 / 18]))
     for name in ("token_mean", "seq_mean"):
-        assert float((token_weights(lens, name) * lens).sum()) == pytest.approx(1.0)
+        assert float((token_weights(lens, name, 9) * lens).sum()) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="aggregation: expected"):
-        token_weights(lens, "mean")
+        token_weights(lens, "mean", 9)
 
 
 def test_k3_is_an_unbiased_estimate_of_kl():

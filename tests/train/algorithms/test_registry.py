@@ -7,16 +7,18 @@ import torch
 
 from spec_rollout.config.sections import ConfigError, TrainConfig
 from spec_rollout.train import algorithms
-from spec_rollout.train.algorithms import GRPO, AdvantageInputs, LossInputs, Needs
+from spec_rollout.train.algorithms import DAPO, GRPO, PPO, AdvantageInputs, LossInputs, Needs
 
 
 def test_a_name_gives_its_algorithm() -> None:
-    assert algorithms.names() == ("grpo",)
+    assert algorithms.names() == ("grpo", "ppo", "dapo")
     assert isinstance(algorithms.make(TrainConfig()), GRPO)
+    assert isinstance(algorithms.make(TrainConfig("ppo")), PPO)
+    assert isinstance(algorithms.make(TrainConfig("dapo")), DAPO)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    expected = "train.algorithm: expected one of grpo, got 'gpro'; did you mean 'grpo'?"
+    expected = "train.algorithm: expected one of grpo, ppo, dapo, got 'gpro'; did you mean 'grpo'?"
     with pytest.raises(ConfigError) as caught:
         algorithms.make(TrainConfig(algorithm="gpro"))
     assert str(caught.value) == expected
@@ -24,9 +26,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 def test_what_grpo_needs_follows_from_its_settings() -> None:
     # A response alone is its own mean: its advantage is 0.
-    assert GRPO(TrainConfig()).needs == Needs(group_size=2)
-    assert GRPO(TrainConfig(kl_coef=0.1)).needs == Needs(reference=True, group_size=2)
-    recomputed = GRPO(TrainConfig(recompute_logprobs=True)).needs
+    assert GRPO(TrainConfig(kl_coef=0.0)).needs == Needs(group_size=2)
+    assert GRPO(TrainConfig()).needs == Needs(reference=True, group_size=2)
+    recomputed = GRPO(TrainConfig(recompute_logprobs=True, kl_coef=0.0)).needs
     assert recomputed == Needs(recomputed_logprobs=True, group_size=2)
 
 

@@ -1,0 +1,141 @@
+"""Rollouts joined and picked, and groups refilled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_batching import make_rollouts
+from whole_runs import assert_same_weights, final_weights, read_rows, without_seconds
+
+from spec_rollout.config.sections import ConfigError
+from spec_rollout.train.experience import differing
+from spec_rollout.train.merge import chosen, joined
+from spec_rollout.train.trainer import resume, run
+from spec_rollout.types import Rollouts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _rows(rollouts: Rollouts) -> list[tuple]:
+    """Everything that belongs to each row."""
+    rows = []
+    for r in range(rollouts.batch):
+        prompt = slice(*rollouts.cu_prompt_lens[r : r + 2].tolist())
+        response = slice(*rollouts.cu_response_lens[r : r + 2].tolist())
+        rows.append(
+            (
+                rollouts.prompt_ids[prompt].tolist(),
+                *(
+                    values[response].tolist()
+                    for values in (
+                        *(rollouts.response_ids, rollouts.logprobs),
+                        *(rollouts.behaviour_logprobs, rollouts.ages),
+                    )
+                ),
+                int(rollouts.accepted_lens[r]),
+                int(rollouts.finish_reasons[r]),
+            )
+        )
+    return rows
+
+
+def _with_origins(rollouts: Rollouts) -> Rollouts:
+    n = rollouts.response_ids.numel()
+    return replace(
+        rollouts,
+        behaviour_logprobs=rollouts.logprobs - 1,
+        ages=torch.arange(n, dtype=torch.int16),
+        accepted_lens=torch.arange(rollouts.batch, dtype=torch.int32) % 2,
+    )
+
+
+def test_calls_are_joined_and_rows_picked() -> None:
+    a = _with_origins(make_rollouts([3, 1], [4, 9], seed=1))
+    b = _with_origins(make_rollouts([2, 5, 4], [1, 2, 8], seed=2))
+    a.stats.num_response_tokens, b.stats.num_response_tokens = 13, 11
+    both = joined([a, b])
+    assert _rows(both) == _rows(a) + _rows(b)
+    assert both.stats.num_response_tokens == 24
+    picked = chosen(both, torch.tensor([4, 0, 2]))
+    assert _rows(picked) == [_rows(both)[r] for r in (4, 0, 2)]
+    assert chosen(both, torch.tensor([], dtype=torch.int64)).batch == 0
+    assert joined([a]) is a
+    unknown = joined([a, replace(b, behaviour_logprobs=None)])
+    assert unknown.behaviour_logprobs is None
+    assert unknown.ages is not None
+
+
+def test_equal_rewards_do_not_differ() -> None:
+    nan = math.nan
+    rewards = [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [nan, 0.0, nan], [nan] * 3, [nan, 0.0, 0.5]]
+    assert differing(torch.tensor(rewards, dtype=torch.float64)).tolist() == [
+        *(False, True, False, False, True)
+    ]
+
+
+def by_answer(prompt: str, response: str, answer: str) -> float:
+    """Differs for answers below 2 only."""
+    return float(len(response) % 2) if int(answer) < 2 else 1.0
+
+
+def never(prompt: str, response: str, answer: str) -> float:
+    return 0.0
+
+
+def _dapo(make_config, run_dir, reward="by_answer", **train):
+    return make_config(
+        reward={"functions": [f"{__name__}:{reward}"]},
+        train={"algorithm": "dapo", "prompts_per_step": 2, **train},
+        rollout={"rule": "lenient"},
+        eval={"num_train_prompts": 0},
+        log={"run_dir": str(run_dir)},
+    )
+
+
+def test_groups_of_equal_rewards_are_refilled(make_config, tmp_path):
+    # Answers 0, 1, 1, 2, 2, 3: three prompts may differ, three never do.
+    calls: dict[int, list[int]] = {}
+    config = _dapo(make_config, tmp_path / "a", refill_rounds=4)
+    run(config, on_rollouts=lambda step, r: calls.setdefault(step, []).append(r.batch))
+    rows = read_rows(tmp_path / "a")
+    assert any(len(sizes) > 1 for sizes in calls.values())
+    for row in rows:
+        sizes = calls[row["step"]]
+        assert len(sizes) <= 5
+        assert sizes[0] == 8
+        assert row["num_rollouts"] == sum(sizes)
+        assert row["num_groups"] == sum(sizes) // 4
+        assert row["num_refilled_prompts"] == sum(sizes[1:]) // 4
+        # At most the two groups of a step are trained on, of 4 responses of at most 12 tokens each.
+        num_differing = round((1 - row["zero_variance_fraction"]) * row["num_groups"])
+        assert num_differing <= 2
+        assert 0 < row["num_tokens"] <= 2 * 4 * 12
+    off = _dapo(make_config, tmp_path / "off", refill_rounds=0)
+    run(off)
+    assert all(row["num_rollouts"] == 8 for row in read_rows(tmp_path / "off"))
+
+
+def test_where_nothing_differs_the_step_ends_all_the_same(make_config, tmp_path):
+    run(_dapo(make_config, tmp_path / "a", "never", refill_rounds=2, max_steps=2))
+    for row in read_rows(tmp_path / "a"):
+        assert row["num_refilled_prompts"] == 4  # all the others of 6 prompts
+        assert row["zero_variance_fraction"] == 1.0
+
+
+def test_a_run_with_refills_is_resumed_exactly(make_config, tmp_path):
+    run(_dapo(make_config, tmp_path / "whole"))
+    part = _dapo(make_config, tmp_path / "part", max_steps=5)
+    run(part)
+    resume(tmp_path / "part", ["train.max_steps=none"])
+    rows = [without_seconds(read_rows(tmp_path / name)) for name in ("whole", "part")]
+    assert rows[0] == rows[1]
+    assert_same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "part"))
+
+
+def test_what_dapo_refuses_is_refused_before_anything_is_written(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.kl_coef: expected 0"):
+        run(_dapo(make_config, tmp_path / "a", kl_coef=0.1))
+    assert not (tmp_path / "a").exists()
