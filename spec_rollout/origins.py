@@ -88,6 +88,38 @@ def kl_sum(rollouts: Rollouts) -> float:
     return float((torch.expm1(log_ratio) - log_ratio).sum(dtype=torch.float64))
 
 
+def taken_lens(
+    drafts: Drafts,
+    sample_ids: np.ndarray,
+    epoch: int,
+    *,
+    fresh_share: float = 0.0,
+    max_age: int | None = None,
+) -> torch.Tensor:
+    """Lengths of the drafts that are reused; 0 of the others.
+
+    Args:
+        drafts: Of all rows.
+        sample_ids: Index of each row within its prompt's group. [batch], int64.
+        epoch: 0-based; with it the samples take turns, so that each is fresh in `fresh_share` of
+            the epochs.
+        fresh_share: Share of each group that is drawn from scratch.
+        max_age: Drafts whose first token, which is the oldest, is older are left alone.
+
+    Returns:
+        [batch], int64.
+    """
+    lens = drafts.lens.clone()
+    turn = sample_ids + epoch
+    # Where a line of this slope passes a whole number: evenly spread, `fresh_share` of all.
+    fresh = np.floor((turn + 1) * fresh_share) > np.floor(turn * fresh_share)
+    lens[torch.from_numpy(fresh)] = 0
+    if max_age is not None and drafts.ages is not None:
+        rows = (lens > 0).nonzero().flatten()
+        lens[rows[drafts.ages[drafts.cu_lens[rows]] > max_age]] = 0
+    return lens
+
+
 class ResponseCounts(NamedTuple):
     """Responses of a call, each prompt's for itself."""
 

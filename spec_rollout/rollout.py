@@ -15,10 +15,10 @@ import torch
 
 from spec_rollout.acceptance import AcceptanceRule, NoReuse, Schedule
 from spec_rollout.cache import RolloutCache
-from spec_rollout.checks import as_array, integer, items, of_kind, shown, whole
+from spec_rollout.checks import as_array, integer, items, of_kind, real, shown, whole
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import TokenIds, noise_keys, prompt_key
-from spec_rollout.origins import count_responses, kl_sum, with_origins
+from spec_rollout.origins import count_responses, kl_sum, taken_lens, with_origins
 from spec_rollout.packed import cu_lens_from, lens_to_stop
 from spec_rollout.types import Drafts, History, RolloutRequests, Rollouts, SamplingParams
 
@@ -45,6 +45,9 @@ class RolloutSession:
             little); None is never. Other rules ignore it.
         reuse: False generates every response from scratch, with the same noise, and leaves the
             cache alone. So does a rule that accepts nothing (`NoReuse`).
+        fresh_share: Share of each group that is drawn from scratch, whatever is cached; the samples
+            take turns, by `epoch`. 0 to 1; only 0 with a rule that keeps its noise (`Coupled`).
+        max_age: A draft with a token drawn more epochs ago is not reused; None has no limit.
         drafting: Where no draft is followed, propose from the prompt's cached rollouts and from
             what its samples generate meanwhile. It changes the number of decoding steps, never a
             token. Needs the cache, with any rule and `reuse`.
@@ -64,10 +67,23 @@ class RolloutSession:
         refresh_epochs: int | None = None,
         reuse: bool = True,
         drafting: bool = False,
+        fresh_share: float = 0.0,
+        max_age: int | None = None,
     ) -> None:
         self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
         if refresh_epochs is not None and integer("refresh_epochs", refresh_epochs) < 1:
             raise ValueError(f"refresh_epochs: expected >= 1 or None (never), got {refresh_epochs}")
+        if not 0 <= real("fresh_share", fresh_share) <= 1:
+            raise ValueError(f"fresh_share: expected 0 <= value <= 1, got {fresh_share}")
+        if fresh_share > 0 and not self.schedule.rule.fresh_noise:
+            raise ValueError(
+                f"fresh_share: expected 0 with {self.schedule.rule}, whose noise would draw the "
+                f"same again, got {fresh_share}"
+            )
+        if max_age is not None and integer("max_age", max_age) < 1:
+            raise ValueError(f"max_age: expected >= 1 or None (no limit), got {max_age}")
+        self.fresh_share = float(fresh_share)
+        self.max_age = max_age
         if not callable(getattr(engine, "rollout", None)):
             raise ValueError(f"engine: expected a RolloutEngine, got {shown(engine)}")
         if cache is not None:
@@ -193,6 +209,15 @@ class RolloutSession:
                 )
             num_misses = int((drafts.lens == 0).sum())
             drafts = _end_at_stop(drafts, sampling.stop_token_ids)
+            drafts = drafts.cut_to(
+                taken_lens(
+                    drafts,
+                    batch.sample_ids,
+                    epoch,
+                    fresh_share=self.fresh_share,
+                    max_age=self.max_age,
+                )
+            )
             draft_lens = drafts.lens  # what the baselines throw away unseen was a draft too
             cut_lens = rule.cut_lens(draft_lens, keys)
             drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from markov_engine import MarkovEngine
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse
 from spec_rollout.cache import RolloutCache
-from spec_rollout.origins import MAX_AGE, aged, count_responses, kl_sum, with_origins
+from spec_rollout.origins import (
+    MAX_AGE,
+    aged,
+    count_responses,
+    kl_sum,
+    taken_lens,
+    with_origins,
+)
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.types import Drafts, Rollouts, SamplingParams
@@ -181,3 +189,73 @@ def test_without_a_cache_everything_is_fresh() -> None:
     assert rollouts.behaviour_logprobs is not None
     assert torch.equal(rollouts.behaviour_logprobs, rollouts.logprobs)
     assert (rollouts.stats.mean_age, rollouts.stats.kl_reused) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 0.5, 0.75, 1.0])
+def test_a_share_of_each_group_is_fresh_and_all_take_turns(share: float) -> None:
+    drafts = _drafts([[1, 2]] * 8)
+    taken = np.stack(
+        [
+            taken_lens(drafts, np.arange(8), epoch, fresh_share=share).numpy() == 0
+            for epoch in range(8)
+        ]
+    )
+    assert taken.sum(1).tolist() == [8 * share] * 8  # of each group
+    assert taken.sum(0).tolist() == [8 * share] * 8  # of each sample's epochs
+    if share == 0.5:
+        assert taken[0].tolist() == [False, True] * 4
+        assert (taken[1] != taken[0]).all()
+
+
+def test_drafts_with_a_token_that_is_too_old_are_left_alone() -> None:
+    ages = torch.tensor([3, 1, 2, 2, 1], dtype=torch.int16)
+    drafts = _drafts([[1, 2], [], [3, 4], [5]], ages=ages)
+    for max_age, lens in ((1, [0, 0, 0, 1]), (2, [0, 0, 2, 1]), (3, [2, 0, 2, 1])):
+        assert taken_lens(drafts, np.arange(4), 0, max_age=max_age).tolist() == lens
+    assert taken_lens(drafts, np.arange(4), 0).tolist() == [2, 0, 2, 1]
+    young = _drafts([[1, 2]])  # says no ages: all 1
+    assert taken_lens(young, np.arange(1), 0, max_age=1).tolist() == [2]
+
+
+def test_a_session_with_an_age_limit_reuses_no_older_token() -> None:
+    oldest = []
+    for max_age in (1, 2, None):
+        session = RolloutSession(
+            MarkovEngine(_policy(1)), Lenient(float("inf")), seed=3, max_age=max_age
+        )
+        ages = []
+        for epoch in range(6):
+            rollouts = session.rollout([[0]], 4, SAMPLING, step=epoch, epoch=epoch)
+            assert rollouts.ages is not None
+            ages.append(int(rollouts.ages.max()))
+        oldest.append(ages)
+    assert oldest == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_a_session_draws_its_share_afresh() -> None:
+    session = RolloutSession(
+        MarkovEngine(_policy(1)), Lenient(float("inf")), seed=3, fresh_share=0.5
+    )
+    session.rollout([[0], [1]], 4, SAMPLING, step=0, epoch=0)
+    rollouts = session.rollout([[0], [1]], 4, SAMPLING, step=1, epoch=1)
+    # Sample i is fresh in epoch e where i + e is odd.
+    assert (rollouts.accepted_lens > 0).tolist() == [False, True] * 4
+    assert rollouts.stats.num_drafts == 4
+    # Rows find their turn by themselves, wherever they come.
+    session.rollout_rows([[0]] * 2, [3, 0], SAMPLING, step=2, epoch=2)
+    rows = session.rollout_rows([[0]] * 2, [3, 0], SAMPLING, step=3, epoch=3)
+    assert (rows.accepted_lens > 0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (Lenient(), {"fresh_share": 1.5}, "fresh_share: expected 0 <= value <= 1, got 1.5"),
+        (Coupled(), {"fresh_share": 0.5}, "fresh_share: expected 0 with Coupled"),
+        (Lenient(), {"max_age": 0}, "max_age: expected >= 1 or None"),
+        (Lenient(), {"max_age": 1.5}, "max_age: expected an integer"),
+    ],
+)
+def test_bad_limits_are_refused(rule: Lenient, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutSession(MarkovEngine(_policy(1)), rule, **options)

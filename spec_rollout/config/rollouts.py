@@ -43,6 +43,9 @@ class RolloutConfig:
         reuse_prob: Of the rule random_reuse.
         start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over
             this many steps.
+        fresh_share: Share of each group that is drawn from scratch; the samples take turns from
+            epoch to epoch. Not with the rule coupled, whose noise would draw the same again.
+        max_age: A draft with a token drawn more epochs ago is not reused; None has no limit.
         refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
         cache_max_bytes: Bound of the rollout cache; None is unbounded.
         cache_path: Cache file of an earlier run to start from.
@@ -70,6 +73,8 @@ class RolloutConfig:
     reuse_prob: float = 0.5
     start_log_lenience: float | None = None
     schedule_steps: int = 0
+    fresh_share: float = 0.0
+    max_age: int | None = None
     refresh_epochs: int | None = None
     cache_max_bytes: int | None = None
     cache_path: str | None = None
@@ -80,7 +85,15 @@ class RolloutConfig:
             "rollout",
             self,
             *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
-            *("refresh_epochs", "cache_max_bytes"),
+            *("refresh_epochs", "cache_max_bytes", "max_age"),
+        )
+        share = self.fresh_share
+        require(0 <= share <= 1, "rollout.fresh_share", "0 <= value <= 1", share)
+        require(
+            share == 0 or self.rule != "coupled",
+            "rollout.fresh_share",
+            "0 with the rule coupled (its noise would draw the same again; see refresh_epochs)",
+            share,
         )
         at_least(2, "rollout", self, "max_model_len")
         require(

@@ -50,6 +50,13 @@ class RunConfig:
             "false with vllm.strategy = 'two_pass', which does not propose from history",
             self.rollout.drafting,
         )
+        rule, correction = self.rollout.rule, self.train.correction
+        require(
+            correction == "none" or not self.rollout.acceptance().lossless,
+            "train.correction",
+            f"'none' with rollout.rule = {rule!r} (it draws every token from the current policy)",
+            correction,
+        )
         buffer, max_tokens = self.train.overlong_buffer, self.rollout.max_tokens
         require(
             buffer is None or buffer <= max_tokens,

@@ -53,6 +53,11 @@ class TrainConfig:
         overlong_penalty: What a response of rollout.max_tokens loses by that (DAPO).
         recompute_logprobs: Take old log-probs from a forward pass of the trainer instead of the
             engine's own pass.
+        correction: What is done about reused tokens, which an older policy drew: "none";
+            "clipped_behaviour": their old log-probs in the clipped ratio are those they were drawn
+            with; "truncated": their policy loss is weighted by min(correction_cap, ratio of the
+            current policy to the one that drew them).
+        correction_cap: See there.
         skip_zero_advantage: Leave responses without advantage out of the forward pass. Same
             gradient (needs kl_coef = 0), but entropy, KL and clip fraction are then of the rest
             only.
@@ -86,6 +91,8 @@ class TrainConfig:
     overlong_buffer: int | None = None
     overlong_penalty: float = 1.0
     recompute_logprobs: bool = False
+    correction: Literal["none", "clipped_behaviour", "truncated"] = "none"
+    correction_cap: float = 2.0
     skip_zero_advantage: bool = False
     threads: int | None = None
 
@@ -119,7 +126,7 @@ class TrainConfig:
         for key in ("gamma", "gae_lambda"):
             value = getattr(self, key)
             require(0 <= value <= 1, f"train.{key}", "0 <= value <= 1", value)
-        for key in ("clip_value", "value_coef"):
+        for key in ("clip_value", "value_coef", "correction_cap"):
             value = getattr(self, key)
             require(0 < value < math.inf, f"train.{key}", "a positive finite number", value)
         given = "" if self.kl_coef is not None else f" (published for {self.algorithm}: "

@@ -180,6 +180,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         refresh_epochs=config.rollout.refresh_epochs,
         reuse=config.rollout.reuse,
         drafting=config.rollout.drafting,
+        fresh_share=config.rollout.fresh_share,
+        max_age=config.rollout.max_age,
     )
     by_epochs = None if train.epochs is None else train.epochs * order.steps_per_epoch
     return Components(

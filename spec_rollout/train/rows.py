@@ -11,7 +11,7 @@ from spec_rollout.evals.sampling import Scores
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.pieces import pieces
 from spec_rollout.train.algorithms.base import Advantages
-from spec_rollout.train.update import UpdateResult
+from spec_rollout.train.update_result import UpdateResult
 from spec_rollout.types import FinishReason, Rollouts
 
 Row = dict[str, Any]

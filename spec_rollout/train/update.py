@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,43 +12,15 @@ from spec_rollout.config.sections import TrainConfig
 from spec_rollout.train.algorithms.base import Advantages, Algorithm, LossInputs
 from spec_rollout.train.algorithms.losses import logprobs_and_entropy
 from spec_rollout.train.batching import MicroBatch, micro_batches
+from spec_rollout.train.corrections import clipped_behaviour, origins_of, truncated
 from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.forward import response_outputs
+from spec_rollout.train.update_result import TokenSums, UpdateResult
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateResult:
-    """What an update did; means are over the tokens it trained on.
-
-    Attributes:
-        loss: Mean over the minibatches.
-        means: `entropy` of the sampling distribution, nats per token, and the algorithm's own sums
-            (`Algorithm.sum_names`) per token.
-        grad_norm: Of the policy before clipping, mean over the minibatches.
-        lr: Learning rate.
-        logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
-            first optimizer step: rounding, unless something is wrong.
-        num_tokens: Tokens trained on.
-        num_skipped_updates: Minibatches left out because their gradient was not finite.
-    """
-
-    loss: float
-    means: Mapping[str, float]
-    grad_norm: float
-    lr: float
-    logprob_gap: float
-    num_tokens: int
-    num_skipped_updates: int
-
-    def as_row(self) -> dict[str, float]:
-        """For metrics.jsonl: the fields, and the means under their own names."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "means"}
-        return {**own, **self.means}
 
 
 # Updates in a row of which nothing was finite, after which it is no accident.
@@ -186,8 +157,8 @@ class PolicyUpdater:
             values: What `values` gave; None without a value head.
 
         Raises:
-            ValueError: if there is not one advantage per token, or a log-prob of these rows is not
-                finite.
+            ValueError: if there is not one advantage per token, a log-prob of these rows is not
+                finite, or `train.correction` needs what the rollouts do not say.
             DivergedError: if weights are not finite afterwards, or no gradient of the last ten
                 updates was.
         """
@@ -206,8 +177,15 @@ class PolicyUpdater:
         old_logprobs = rollouts.logprobs
         if self._algorithm.needs.recomputed_logprobs:
             old_logprobs = self._recompute(rollouts, all_rows)
+        importance = None
+        if config.correction != "none":
+            behaviour, reused = origins_of(rollouts, config.correction)
+            if config.correction == "clipped_behaviour":
+                old_logprobs = clipped_behaviour(old_logprobs, behaviour, reused)
+            else:
+                importance = truncated(old_logprobs, behaviour, reused, config.correction_cap)
 
-        sums = _Sums(("entropy", *self._algorithm.sum_names), self._device)
+        sums = TokenSums(("entropy", *self._algorithm.sum_names), self._device)
         losses: list[float] = []
         norms: list[float] = []
         skipped = 0
@@ -218,7 +196,14 @@ class PolicyUpdater:
                 continue
             losses.append(
                 self._accumulate(
-                    rollouts, old_logprobs, trained, values, rows, sums, first=start == 0
+                    rollouts,
+                    old_logprobs,
+                    importance,
+                    trained,
+                    values,
+                    rows,
+                    sums,
+                    first=start == 0,
                 )
             )
             most = math.inf if config.grad_clip is None else config.grad_clip
@@ -266,10 +251,11 @@ class PolicyUpdater:
         self,
         rollouts: Rollouts,
         old_logprobs: torch.Tensor,
+        importance: torch.Tensor | None,
         trained: Advantages,
         values: torch.Tensor | None,
         rows: list[int],
-        sums: _Sums,
+        sums: TokenSums,
         *,
         first: bool,
     ) -> float:
@@ -306,6 +292,7 @@ class PolicyUpdater:
                 values=None if self._value_head is None else self._value_head(hidden),
                 old_values=of_batch(values),
                 returns=of_batch(trained.returns),
+                importance=of_batch(importance),
             )
             out = self._algorithm.loss(inputs)
             out.loss.backward()
@@ -350,39 +337,3 @@ def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
                 f"rollouts.logprobs: expected finite numbers from the engine, "
                 f"got {float(rollouts.logprobs[index])} in row {row}"
             )
-
-
-class _Sums:
-    """Sums over micro-batches.
-
-    Kept on the device: reading them once at the end synchronises once.
-    """
-
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self._names = names
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._gap = torch.zeros((), dtype=torch.float64, device=device)
-        self._num_tokens = 0
-        self._num_gap_tokens = 0
-
-    def add(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
-        self._sums += torch.stack([sums[name].double() for name in self._names])
-        self._num_tokens += num_tokens
-
-    def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
-        self._gap += gap.double()
-        self._num_gap_tokens += num_tokens
-
-    def result(
-        self, losses: list[float], norms: list[float], lr: float, skipped: int
-    ) -> UpdateResult:
-        means = (self._sums / max(1, self._num_tokens)).tolist()
-        return UpdateResult(
-            loss=sum(losses) / max(1, len(losses)),
-            means=dict(zip(self._names, means, strict=True)),
-            grad_norm=sum(norms) / max(1, len(norms)),
-            lr=lr,
-            logprob_gap=float(self._gap) / max(1, self._num_gap_tokens),
-            num_tokens=self._num_tokens,
-            num_skipped_updates=skipped,
-        )

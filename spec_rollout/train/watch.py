@@ -51,7 +51,9 @@ class TrainingWatch:
             return
         if num_new < (1 - _MOST_REPEATED) * num_distinct:
             self._said_repeated = True
-            remedy = "a smaller rollout.log_lenience makes it see more"
+            remedy = (
+                "a smaller rollout.log_lenience, or rollout.fresh_share = 0.5, makes it see more"
+            )
             if self._rule == "coupled":
                 remedy = "rollout.refresh_epochs draws new noise now and then"
             self._say(

@@ -167,6 +167,17 @@ def test_every_default_survives_the_round_trip(tmp_path):
         ({"train": {"critic_lr": -1}}, r"train\.critic_lr: expected a finite number >= 0"),
         ({"train": {"refill_rounds": -1}}, r"train\.refill_rounds: expected at least 0, got -1"),
         ({"train": {"overlong_penalty": -1}}, r"train\.overlong_penalty: expected at least 0"),
+        ({"train": {"correction": "clip"}}, r"train\.correction: expected one of none, clipped_be"),
+        ({"train": {"correction_cap": 0}}, r"train\.correction_cap: expected a positive finite"),
+        ({"rollout": {"max_age": 0}}, r"rollout\.max_age: expected at least 1, got 0"),
+        (
+            {"rollout": {"rule": "lenient", "fresh_share": 1.5}},
+            r"rollout\.fresh_share: expected 0 <= value <= 1, got 1\.5",
+        ),
+        (
+            {"rollout": {"rule": "coupled", "fresh_share": 0.5}},
+            r"rollout\.fresh_share: expected 0 with the rule coupled .*, got 0\.5",
+        ),
         (
             {"train": {"overlong_buffer": 257}},
             r"train\.overlong_buffer: expected at most rollout\.max_tokens \(256\), got 257",

@@ -80,7 +80,8 @@ class LossInputs:
 
     Attributes:
         logprobs: Under the policy being trained. [num_tokens], float32, differentiable.
-        old_logprobs: Under the policy that drew them. [num_tokens], float32.
+        old_logprobs: Under the policy that drew them; of reused tokens under the one that took
+            them again, unless `train.correction` says otherwise. [num_tokens], float32.
         advantages: [num_tokens], float32.
         weights: Share of each token in the minibatch's loss (`Algorithm.token_weights`).
             [num_tokens], float32.
@@ -89,6 +90,8 @@ class LossInputs:
             differentiable.
         old_values: The same before the first optimizer step. [num_tokens], float32.
         returns: See `Advantages`. [num_tokens], float32.
+        importance: Factor of each token's policy loss, of who drew it; None is 1. [num_tokens],
+            float32.
     """
 
     logprobs: torch.Tensor
@@ -99,6 +102,7 @@ class LossInputs:
     values: torch.Tensor | None = None
     old_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

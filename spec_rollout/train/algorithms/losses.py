@@ -51,8 +51,9 @@ def policy_loss(
 
         sum_t w_t * (-min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t) + kl_coef * k3_t)
 
-    with r = new / old: the objective of PPO (Schulman et al., 2017) with the two clip ranges of
-    DAPO (arXiv 2503.14476) and GRPO's KL term (arXiv 2402.03300, eq. 4).
+    with r = new / old, and the min times `importance` where that is given: the objective of PPO
+    (Schulman et al., 2017) with the two clip ranges of DAPO (arXiv 2503.14476) and GRPO's KL term
+    (arXiv 2402.03300, eq. 4).
 
     Args:
         inputs: `ref_logprobs` is required if `kl_coef` > 0.
@@ -67,9 +68,9 @@ def policy_loss(
         ValueError: if sizes differ, or the reference is missing.
     """
     logprobs, advantages, ref_logprobs = inputs.logprobs, inputs.advantages, inputs.ref_logprobs
-    for name in ("old_logprobs", "advantages", "weights"):
+    for name in ("old_logprobs", "advantages", "weights", "importance"):
         value = getattr(inputs, name)
-        if value.shape != logprobs.shape:
+        if value is not None and value.shape != logprobs.shape:
             raise ValueError(
                 f"{name}: expected shape {list(logprobs.shape)} (logprobs), got {list(value.shape)}"
             )
@@ -84,6 +85,8 @@ def policy_loss(
     plain = ratio * advantages
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     per_token = -torch.minimum(plain, clipped)
+    if inputs.importance is not None:
+        per_token = per_token * inputs.importance
     sums: dict[str, torch.Tensor] = {}
     if ref_logprobs is not None:
         ref_kl = k3(ref_logprobs - logprobs)

@@ -1,0 +1,58 @@
+"""Corrections for tokens that an older policy drew, by name (`train.correction`).
+
+Reused tokens are scored anew, so the clipped ratio sees them as drawn by the current policy. These
+look at who drew them instead (`Rollouts.behaviour_logprobs`, `ages`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from spec_rollout.types import Rollouts
+
+
+def origins_of(rollouts: Rollouts, correction: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Behaviour log-probs of the tokens, and which of them were reused.
+
+    Returns:
+        [num_response_tokens], float32; [num_response_tokens], bool.
+
+    Raises:
+        ValueError: if the rollouts do not say.
+    """
+    behaviour, ages = rollouts.behaviour_logprobs, rollouts.ages
+    if behaviour is None or ages is None:
+        raise ValueError(
+            "rollouts.behaviour_logprobs: expected them, with ages, for train.correction = "
+            f"{correction!r}, got None (rollouts cached without log-probs, perhaps)"
+        )
+    return behaviour, ages > 0
+
+
+def clipped_behaviour(
+    old_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, reused: torch.Tensor
+) -> torch.Tensor:
+    """Old log-probs of the clipped ratio: of a reused token those of the policy that drew it.
+
+    The ratio is then new / behaviour, so the clip range holds the policy to what drew the token.
+    All are [num_tokens]; `reused` is bool.
+    """
+    return torch.where(reused, behaviour_logprobs, old_logprobs)
+
+
+def truncated(
+    old_logprobs: torch.Tensor,
+    behaviour_logprobs: torch.Tensor,
+    reused: torch.Tensor,
+    cap: float,
+) -> torch.Tensor:
+    """Weight of each token's policy loss: min(cap, p_old / p_behaviour), of a fresh one 1.
+
+    Truncated importance sampling (Espeholt et al., 2018, arXiv 1802.01561): the expectation is that
+    under the current policy but for the cap, which bounds the variance. All are [num_tokens];
+    `reused` is bool.
+    """
+    log_ratio = (old_logprobs - behaviour_logprobs).clamp(max=math.log(cap))
+    return torch.where(reused, log_ratio.exp(), torch.ones_like(log_ratio))

@@ -1,0 +1,74 @@
+"""What an update did, and the sums over its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What an update did; means are over the tokens it trained on.
+
+    Attributes:
+        loss: Mean over the minibatches.
+        means: `entropy` of the sampling distribution, nats per token, and the algorithm's own sums
+            (`Algorithm.sum_names`) per token.
+        grad_norm: Of the policy before clipping, mean over the minibatches.
+        lr: Learning rate.
+        logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
+            first optimizer step: rounding, unless something is wrong.
+        num_tokens: Tokens trained on.
+        num_skipped_updates: Minibatches left out because their gradient was not finite.
+    """
+
+    loss: float
+    means: Mapping[str, float]
+    grad_norm: float
+    lr: float
+    logprob_gap: float
+    num_tokens: int
+    num_skipped_updates: int
+
+    def as_row(self) -> dict[str, float]:
+        """For metrics.jsonl: the fields, and the means under their own names."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "means"}
+        return {**own, **self.means}
+
+
+class TokenSums:
+    """Sums over micro-batches.
+
+    Kept on the device: reading them once at the end synchronises once.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
+        self._gap = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_tokens = 0
+        self._num_gap_tokens = 0
+
+    def add(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
+        self._sums += torch.stack([sums[name].double() for name in self._names])
+        self._num_tokens += num_tokens
+
+    def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
+        self._gap += gap.double()
+        self._num_gap_tokens += num_tokens
+
+    def result(
+        self, losses: list[float], norms: list[float], lr: float, skipped: int
+    ) -> UpdateResult:
+        means = (self._sums / max(1, self._num_tokens)).tolist()
+        return UpdateResult(
+            loss=sum(losses) / max(1, len(losses)),
+            means=dict(zip(self._names, means, strict=True)),
+            grad_norm=sum(norms) / max(1, len(norms)),
+            lr=lr,
+            logprob_gap=float(self._gap) / max(1, self._num_gap_tokens),
+            num_tokens=self._num_tokens,
+            num_skipped_updates=skipped,
+        )
