@@ -1,0 +1,575 @@
+"""TRL's `GRPOTrainer` with drafts from the epoch before.
+
+    from spec_rollout.adapters.trl import SpecRollout
+    trainer = GRPOTrainer(..., rollout_func=SpecRollout())
+
+All of TRL that this package touches is named here, in `CONTRACT` and `TRAINER_ATTRIBUTES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from spec_rollout.acceptance import AcceptanceRule, Coupled, Schedule
+from spec_rollout.adapters.rows import Gather, NamedRollouts, RowNumbers, alone, share, split_rows
+from spec_rollout.cache import RolloutCache
+from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.keys import prompt_key
+from spec_rollout.rollout import RolloutSession
+from spec_rollout.types import Rollouts, RolloutStats, SamplingParams
+
+TESTED_VERSIONS = ("1.16.0",)
+# Module -> names in it that are used.
+CONTRACT: Mapping[str, tuple[str, ...]] = {
+    "trl.trainer.grpo_trainer": (
+        "GRPOTrainer._generate_single_turn",
+        "GRPOTrainer._log_metric",
+        "GRPOTrainer._tokenize_prompts",
+    ),
+    "trl.generation.vllm_client": ("VLLMClient.generate", "VLLMClient.get_server_info"),
+    "trl.generation.vllm_generation": (
+        "VLLMGeneration.generate",
+        "VLLMGeneration.sync_weights",
+    ),
+}
+# What a trainer has, and its `vllm_generation`.
+TRAINER_ATTRIBUTES = (
+    "accelerator",
+    "args",
+    "eos_token_ids",
+    "max_completion_length",
+    "min_p",
+    "model",
+    "repetition_penalty",
+    "rollout_func",
+    "state",
+    "temperature",
+    "top_k",
+    "top_p",
+    "use_vllm",
+    "vllm_mode",
+)
+GENERATION_ATTRIBUTES = (
+    "enable_sleep_mode",
+    "generation_kwargs",
+    "mode",
+    "structured_outputs_regex",
+    "tensor_parallel_size",
+)
+# The module whose `LLM` TRL builds a colocated engine with, letting no arguments through.
+_ENGINE_MODULE = "trl.generation.vllm_generation"
+_MODES = ("coupled", "lenient")  # of a server, that know samples
+_MAX_CONNECTIONS = 64  # TRL's own number
+
+LogProbs = Literal["auto", "current", "behaviour"]
+
+
+def check_trl() -> str:
+    """The version of the installed TRL.
+
+    Raises:
+        ImportError: if there is none, or it lacks a name that this adapter uses.
+    """
+    tested = f"this adapter was tested with TRL {', '.join(TESTED_VERSIONS)}"
+    try:
+        version = metadata.version("trl")
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"trl: expected it installed ({tested}), got none") from None
+    for module, names in CONTRACT.items():
+        for name in names:
+            try:
+                found: Any = importlib.import_module(module)
+                for part in name.split("."):
+                    found = getattr(found, part)
+            except (ImportError, AttributeError) as error:
+                raise ImportError(
+                    f"trl: expected {module}.{name} ({tested}), got TRL {version} without it "
+                    f"({error})"
+                ) from error
+    if version not in TESTED_VERSIONS:
+        warnings.warn(f"{tested}; the installed one is {version}", stacklevel=3)
+    return version
+
+
+VERSION = check_trl()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the model said in one turn.
+
+    Attributes:
+        completion_ids: Token ids per row.
+        logprobs: Of each of these tokens, for TRL's importance sampling correction.
+    """
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclass(slots=True)
+class _Told:
+    """A row of the running step: who it is, and what was said so far."""
+
+    ids: list[int]  # prompt and completion
+    user_key: str  # of the next turn
+
+
+class SpecRollout:
+    """A `rollout_func` for `GRPOTrainer` that reuses the rollouts of the epoch before.
+
+    It generates with what the trainer has: the colocated vLLM (`use_vllm=True`), the trainer's own
+    model otherwise (the embedded engine), or a vLLM server (`vllm_mode="server"`), which remembers
+    by itself and is told the samples' names. One object serves one trainer.
+
+    A row is known by its prompt's token ids and its number among the rows of that prompt, counted
+    over all ranks: shuffling, several processes and gradient accumulation change nothing. Each rank
+    keeps the rollouts of all ranks. Turns after a tool call (`tools=`, `environment_factory=`) are
+    rows of their own, whose prompt holds the turns before; what tools say is prompt there and never
+    a draft. Evaluation draws fresh samples and does not touch the cache.
+
+    Make it before the trainer: TRL builds its vLLM without asking, and this object sees to it that
+    engines built from then on run the plugin.
+
+    Args:
+        rule: Acceptance rule or schedule; `Coupled()` is lossless, `Lenient(0.5)` is SPEC-RL's.
+        drafting: Also propose what earlier rollouts say where no draft is followed (lossless).
+        refresh_epochs: As in `RolloutSession`.
+        reuse: False generates without drafts, under the same noise; for comparisons.
+        cache: Holds the drafts; None is one in memory without a bound. `cache.save(path)` and
+            `load` carry it over to a resumed run.
+        logprobs: Which log-probs TRL is given: `current`, of the policy that it trains;
+            `behaviour`, those with which reused tokens were first drawn, so that TRL's correction
+            acts on them; `auto`, `current` for lossless rules (whose tokens are the current
+            policy's) and `behaviour` for others.
+        seed: Of the noise; None is the trainer's.
+        num_speculative_tokens: Most draft tokens of a request that one step of vLLM verifies.
+        num_slots: Responses that the embedded engine decodes at a time.
+
+    Attributes:
+        cache: See above.
+        engine: The engine; None before the first rollout, and with a server.
+        last_stats: What the last rollout of this rank counted.
+    """
+
+    def __init__(
+        self,
+        rule: AcceptanceRule | Schedule | None = None,
+        *,
+        drafting: bool = True,
+        refresh_epochs: int | None = None,
+        reuse: bool = True,
+        cache: RolloutCache | None = None,
+        logprobs: LogProbs = "auto",
+        seed: int | None = None,
+        num_speculative_tokens: int = 64,
+        num_slots: int = 64,
+    ) -> None:
+        if logprobs not in ("auto", "current", "behaviour"):
+            raise ValueError(f"logprobs: expected auto, current or behaviour, got {logprobs!r}")
+        rule = Coupled() if rule is None else rule
+        self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
+        self.cache = RolloutCache() if cache is None else cache
+        self.engine: RolloutEngine | None = None
+        self.last_stats = RolloutStats()
+        self._drafting = drafting
+        self._refresh_epochs = refresh_epochs
+        self._reuse = reuse
+        self._logprobs = logprobs
+        self._seed = seed
+        self._num_slots = num_slots
+        self._trainer: Any = None
+        self._session: RolloutSession | None = None
+        self._gather: Gather = alone
+        self._rank = 0
+        self._numbers = self._eval_numbers = RowNumbers()
+        self._told: list[_Told] = []
+        self._to_share: list[NamedRollouts] = []
+        self._loaded_step = -1
+        _plug_into_engines(num_speculative_tokens)
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """TRL's `RolloutFunc`: a completion for each prompt, as they are repeated already."""
+        prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
+        if images is not None:
+            raise ValueError("prompts: expected text only with SpecRollout, got images")
+        turn = self.first_turn(prompt_ids, trainer)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": turn.completion_ids,
+            "logprobs": turn.logprobs,
+        }
+
+    def first_turn(self, prompt_ids: Sequence[list[int]], trainer: Any) -> Turn:
+        """A completion for each row; for a `rollout_func` of your own.
+
+        Every rank calls it at the same time.
+
+        Args:
+            prompt_ids: Token ids of each row's prompt, each repeated as often as it has samples.
+            trainer: The `GRPOTrainer`.
+        """
+        self._attach(trainer)
+        self._told = []
+        keys = [prompt_key(ids) for ids in prompt_ids]
+        if not trainer.model.training:
+            samples = self._eval_numbers.next(keys, trainer.state.global_step)
+            if _is_server(trainer):
+                return self._from_server(prompt_ids, samples, is_eval=True)
+            user_keys = [f"evaluation {n}" for n in samples.tolist()]
+            turn = self._evaluate(prompt_ids, user_keys)
+            self._tell(turn, prompt_ids, user_keys)
+            return turn
+        share(self.cache, self._to_share, self._gather, self._rank)
+        self._to_share = []
+        samples = self._numbers.next(keys, trainer.state.global_step)
+        if _is_server(trainer):
+            return self._from_server(prompt_ids, samples, is_eval=False)
+        turn = self._generate(prompt_ids, samples, [""] * len(keys))
+        self._tell(
+            turn,
+            prompt_ids,
+            [f"{key.hex()} {n}" for key, n in zip(keys, samples.tolist(), strict=True)],
+        )
+        return turn
+
+    def next_turn(self, prompt_ids: Sequence[list[int]], trainer: Any) -> Turn:
+        """Completions of rows of the last turn that go on.
+
+        Ranks may call it as often as they need; nothing is exchanged.
+
+        Args:
+            prompt_ids: Of some of the rows, in their order: prompt, completion and what the
+                environment answered.
+            trainer: The `GRPOTrainer`.
+
+        Raises:
+            ValueError: if one does not begin as a row of the last turn.
+        """
+        user_keys = self._who_goes_on(prompt_ids)
+        if not trainer.model.training:
+            turn = self._evaluate(prompt_ids, user_keys)
+        else:
+            turn = self._generate(prompt_ids, np.zeros(len(user_keys), np.int64), user_keys)
+        self._tell(turn, prompt_ids, user_keys)
+        return turn
+
+    # -- identity ---------------------------------------------------------------------------------
+
+    def _tell(self, turn: Turn, prompt_ids: Sequence[list[int]], user_keys: Sequence[str]) -> None:
+        """Notes what was said, so that it is known whose next turn it is."""
+        self._told = [
+            _Told([*prompt, *completion], f"{user_key} next")
+            for prompt, completion, user_key in zip(
+                prompt_ids, turn.completion_ids, user_keys, strict=True
+            )
+        ]
+
+    def _who_goes_on(self, prompt_ids: Sequence[list[int]]) -> list[str]:
+        rows = iter(self._told)
+        user_keys = []
+        for index, ids in enumerate(prompt_ids):
+            row = next((row for row in rows if ids[: len(row.ids)] == row.ids), None)
+            if row is None:
+                raise ValueError(
+                    f"prompt_ids[{index}]: expected it to begin as a row of the last turn, in the "
+                    "order of the rows"
+                )
+            user_keys.append(row.user_key)
+        return user_keys
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def _generate(
+        self, prompt_ids: Sequence[list[int]], samples: np.ndarray, user_keys: Sequence[str]
+    ) -> Turn:
+        trainer, session = self._trainer, self._session
+        assert session is not None
+        if not prompt_ids:
+            return Turn([], [])
+        step = trainer.state.global_step
+        with self._engine_awake():
+            rollouts = session.rollout_rows(
+                prompt_ids,
+                samples,
+                _sampling(trainer),
+                step=step,
+                epoch=int(trainer.state.epoch or 0),
+                user_keys=user_keys,
+            )
+        if trainer.accelerator.num_processes > 1 and (self._reuse or self._drafting):
+            keys = [prompt_key(ids, k) for ids, k in zip(prompt_ids, user_keys, strict=True)]
+            self._to_share.append(NamedRollouts(keys, samples, rollouts))
+        self._log(rollouts.stats)
+        return _turn(rollouts, self._wanted_logprobs(rollouts, step))
+
+    def _evaluate(self, prompt_ids: Sequence[list[int]], user_keys: Sequence[str]) -> Turn:
+        trainer, session = self._trainer, self._session
+        assert session is not None
+        if not prompt_ids:
+            return Turn([], [])
+        with self._engine_awake():
+            rollouts = session.evaluate(
+                prompt_ids,
+                1,
+                _sampling(trainer),
+                step=trainer.state.global_step,
+                user_keys=user_keys,
+            )
+        return _turn(rollouts, rollouts.logprobs)
+
+    def _wanted_logprobs(self, rollouts: Rollouts, step: int) -> torch.Tensor:
+        wanted = self._logprobs
+        if wanted == "auto":
+            wanted = "current" if self.schedule.at(step).lossless else "behaviour"
+        if wanted == "current":
+            return rollouts.logprobs
+        if rollouts.behaviour_logprobs is None:
+            raise ValueError(
+                "logprobs: expected drafts with log-probs for 'behaviour', got some without "
+                "(RolloutCache(keep_logprobs=False))"
+            )
+        return rollouts.behaviour_logprobs
+
+    def _log(self, stats: RolloutStats) -> None:
+        """Into TRL's metrics, which average over ranks."""
+        self.last_stats = stats
+        values = {
+            **stats.ratios(),
+            "draft_fraction": stats.num_drafts / max(1, stats.num_rollouts),
+            "engine_steps": stats.num_engine_steps,
+            "rollout_seconds": stats.rollout_seconds,
+        }
+        for name, value in values.items():
+            self._trainer._log_metric(f"spec_rollout/{name}", float(value))
+
+    # -- the trainer's engines --------------------------------------------------------------------
+
+    def _attach(self, trainer: Any) -> None:
+        """Sets up for a trainer at its first rollout."""
+        if trainer is self._trainer:
+            return
+        if self._trainer is not None:
+            raise ValueError("trainer: expected the one of the first rollout, got another")
+        _check_trainer(trainer)
+        accelerator = trainer.accelerator
+        self._rank = accelerator.process_index
+        if accelerator.num_processes > 1:
+            self._gather = _gather_objects
+        self._numbers = RowNumbers(self._gather, self._rank)
+        self._eval_numbers = RowNumbers(self._gather, self._rank)
+        if _is_server(trainer):
+            _check_server(trainer)
+        else:
+            self.engine = self._make_engine(trainer)
+            self._session = RolloutSession(
+                self.engine,
+                self.schedule,
+                cache=self.cache,
+                seed=trainer.args.seed if self._seed is None else self._seed,
+                refresh_epochs=self._refresh_epochs,
+                reuse=self._reuse,
+                drafting=self._drafting,
+            )
+            trainer._generate_single_turn = self._single_turn
+        self._trainer = trainer
+
+    def _make_engine(self, trainer: Any) -> RolloutEngine:
+        if trainer.use_vllm:
+            from spec_rollout.engines.vllm import VLLMEngine
+
+            return VLLMEngine.wrap(trainer.vllm_generation.llm)
+        from spec_rollout.engines.transformers import TransformersEngine
+
+        return TransformersEngine(trainer.model, num_slots=self._num_slots)
+
+    def _single_turn(
+        self, prompt_ids: Any, images: Any, fields: Any, num_generations: int, **_: Any
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """In the place of TRL's, which its loop over tool calls asks for the turns after."""
+        if images is not None:
+            raise ValueError("images: expected none with SpecRollout, got some from a tool")
+        turn = self.next_turn(prompt_ids, self._trainer)
+        return turn.completion_ids, turn.logprobs
+
+    @contextmanager
+    def _engine_awake(self) -> Iterator[None]:
+        """The engine with the trainer's weights and its memory, as TRL's `generate` has it."""
+        trainer = self._trainer
+        if not trainer.use_vllm:  # the embedded engine runs the trainer's own model
+            yield
+            return
+        generation = trainer.vllm_generation
+        sleeps = generation.enable_sleep_mode
+        if sleeps and generation._llm_weights_sleeping:
+            generation.sync_weights()
+            self._loaded_step = -1
+        if self._loaded_step != trainer.state.global_step:
+            generation.llm.collective_rpc("spec_rollout_weights_loaded")
+            self._loaded_step = trainer.state.global_step
+        if sleeps:
+            generation.llm.wake_up(tags=["kv_cache"])
+        try:
+            yield
+        finally:
+            if sleeps:
+                generation.llm.sleep(level=2)
+                generation._llm_weights_sleeping = True
+
+    # -- a server ---------------------------------------------------------------------------------
+
+    def _from_server(
+        self, prompt_ids: Sequence[list[int]], samples: np.ndarray, *, is_eval: bool
+    ) -> Turn:
+        """One request per row, sent by the main process and named by its sample."""
+        trainer = self._trainer
+        rows = [row for rank in self._gather(list(zip(prompt_ids, samples.tolist(), strict=True)))
+                for row in rank]  # fmt: skip
+        first = sum(self._gather(len(prompt_ids))[: self._rank])
+        answers: list[tuple[list[int], list[float]]] | None = None
+        if trainer.accelerator.is_main_process:
+            generation = trainer.vllm_generation
+            epoch = int(trainer.state.epoch or 0)
+            noise_epoch = 0 if self._refresh_epochs is None else epoch // self._refresh_epochs
+
+            def ask(row: tuple[list[int], int]) -> tuple[list[int], list[float]]:
+                ids, sample = row
+                if is_eval:  # remembered apart, if at all, and nobody's sample
+                    named: dict[str, Any] = {"cache_salt": "spec_rollout evaluation"}
+                else:
+                    name = json.dumps({"sample": sample, "epoch": noise_epoch})
+                    named = {"vllm_xargs": {"spec_rollout": name}}
+                output = generation.vllm_client.generate(
+                    prompts=[ids],
+                    n=1,
+                    repetition_penalty=trainer.repetition_penalty,
+                    temperature=trainer.temperature,
+                    top_p=trainer.top_p,
+                    top_k=trainer.top_k,
+                    min_p=trainer.min_p or 0.0,
+                    max_tokens=trainer.max_completion_length,
+                    logprobs=0,
+                    structured_outputs_regex=generation.structured_outputs_regex,
+                    generation_kwargs={**(generation.generation_kwargs or {}), **named},
+                )
+                return output["completion_ids"][0], [lp[0] for lp in output["logprobs"][0]]
+
+            with ThreadPoolExecutor(max_workers=_MAX_CONNECTIONS) as pool:
+                answers = list(pool.map(ask, rows))
+        everyone = next(given for given in self._gather(answers) if given is not None)
+        mine = everyone[first : first + len(prompt_ids)]
+        return Turn([ids for ids, _ in mine], [logprobs for _, logprobs in mine])
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object([value])
+    return gathered
+
+
+def _is_server(trainer: Any) -> bool:
+    return bool(trainer.use_vllm) and trainer.vllm_mode == "server"
+
+
+def _turn(rollouts: Rollouts, logprobs: torch.Tensor) -> Turn:
+    cu_lens = rollouts.cu_response_lens
+    return Turn(split_rows(rollouts.response_ids, cu_lens), split_rows(logprobs, cu_lens))
+
+
+def _sampling(trainer: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=trainer.temperature,
+        top_k=max(0, trainer.top_k or 0),
+        top_p=trainer.top_p,
+        max_tokens=trainer.max_completion_length,
+        stop_token_ids=tuple(trainer.eos_token_ids),
+    )
+
+
+def _check_trainer(trainer: Any) -> None:
+    """Raises for a trainer that this adapter does not serve."""
+    for name in TRAINER_ATTRIBUTES:
+        if not hasattr(trainer, name):
+            raise ValueError(
+                f"trainer: expected a GRPOTrainer as in TRL {', '.join(TESTED_VERSIONS)}, got one "
+                f"of TRL {VERSION} without {name}"
+            )
+    if _is_server(trainer):
+        return
+    if trainer.repetition_penalty != 1.0:
+        raise ValueError(f"repetition_penalty: expected 1.0, got {trainer.repetition_penalty}")
+    if trainer.min_p:
+        raise ValueError(f"min_p: expected None or 0, got {trainer.min_p}")
+    if trainer.args.generation_kwargs:
+        raise ValueError(
+            "generation_kwargs: expected none with SpecRollout, got "
+            f"{', '.join(trainer.args.generation_kwargs)}"
+        )
+    if not trainer.use_vllm:
+        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+            if getattr(trainer, name, False):
+                raise ValueError(
+                    f"{name}: expected False with the embedded engine, which needs the whole model "
+                    "on each rank, got True; use_vllm=True serves sharded models"
+                )
+        return
+    generation = trainer.vllm_generation
+    for name in GENERATION_ATTRIBUTES:
+        if not hasattr(generation, name):
+            raise ValueError(
+                f"trainer: expected vLLM as in TRL {', '.join(TESTED_VERSIONS)}, got that of TRL "
+                f"{VERSION} without {name}"
+            )
+    if generation.tensor_parallel_size > 1:
+        raise ValueError(
+            "vllm_tensor_parallel_size: expected 1 with SpecRollout, got "
+            f"{generation.tensor_parallel_size}; SPEC_ROLLOUT=drafting serves it"
+        )
+    if generation.structured_outputs_regex is not None:
+        raise ValueError("vllm_structured_outputs_regex: expected None with SpecRollout, got one")
+
+
+def _check_server(trainer: Any) -> None:
+    """The server has to remember, and to know samples; asked by the process that talks to it."""
+    if not trainer.accelerator.is_main_process:
+        return
+    info = trainer.vllm_generation.vllm_client.get_server_info()
+    section = (info.get("additional_config") or {}).get("spec_rollout") or {}
+    if section.get("mode") not in _MODES:
+        raise ValueError(
+            "vllm server: expected one started with SPEC_ROLLOUT=coupled (or lenient) in its "
+            f"environment, got mode {section.get('mode', 'off')}"
+        )
+
+
+def _plug_into_engines(num_speculative_tokens: int) -> None:
+    """Engines that TRL builds from now on run the plugin; without vLLM there are none."""
+    module = importlib.import_module(_ENGINE_MODULE)
+    original = getattr(module, "LLM", None)
+    if original is None:
+        return
+    original = getattr(original, "spec_rollout_original", original)
+
+    def plugged(*args: Any, **kwargs: Any) -> Any:
+        from spec_rollout.engines.vllm import engine_args
+
+        plugin = engine_args(num_speculative_tokens, logprobs_mode=None)
+        return original(*args, **{**plugin, **kwargs})
+
+    plugged.spec_rollout_original = original  # type: ignore[attr-defined]  # a function's own mark
+    module.LLM = plugged  # type: ignore[attr-defined]  # which TRL imported by name
+
+
+__all__ = ["CONTRACT", "TESTED_VERSIONS", "SpecRollout", "Turn", "check_trl"]

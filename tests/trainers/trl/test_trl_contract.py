@@ -1,0 +1,144 @@
+"""What the adapter uses of TRL is there, in the version that the tests run."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_installed_version_is_one_of_the_tested() -> None:
+    from spec_rollout.adapters.trl import TESTED_VERSIONS, VERSION
+
+    assert metadata.version("trl") == VERSION
+    assert VERSION in TESTED_VERSIONS
+    pinned = re.search(r"^TRL \?= trl==(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert pinned.group(1) in TESTED_VERSIONS
+
+
+def _set_by(cls: type) -> set[str]:
+    """Attributes that a class, or one that it derives from, gives its objects."""
+    names = set(dir(cls))
+    for base in cls.__mro__[:-1]:
+        names |= set(re.findall(r"self\.(\w+)\b[^=\n]*=[^=]", inspect.getsource(base)))
+    return names
+
+
+def test_every_attribute_of_the_contract_is_one_of_a_trainer() -> None:
+    from trl import GRPOTrainer
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from spec_rollout.adapters.trl import GENERATION_ATTRIBUTES, TRAINER_ATTRIBUTES
+
+    assert set(TRAINER_ATTRIBUTES) - _set_by(GRPOTrainer) == set()
+    assert set(GENERATION_ATTRIBUTES) - _set_by(VLLMGeneration) == set()
+
+
+def test_the_contract_names_all_that_the_adapter_takes_from_a_trainer() -> None:
+    from spec_rollout.adapters import trl
+
+    source = Path(trl.__file__).read_text()
+    used = set(re.findall(r"\btrainer\.(\w+)", source))
+    named = {name.rpartition(".")[2] for names in trl.CONTRACT.values() for name in names}
+    optional = {"vllm_generation", "grpo_trainer"}  # only with vLLM; a module's name
+    assert used - named - set(trl.TRAINER_ATTRIBUTES) - optional == set()
+    used = set(re.findall(r"\bgeneration\.(\w+)", source))
+    optional = {"llm", "vllm_client", "vllm_generation", "_llm_weights_sleeping"}  # of one mode
+    assert used - named - set(trl.GENERATION_ATTRIBUTES) - optional == set()
+
+
+def test_parameters_are_called_as_the_adapter_calls_them() -> None:
+    from trl import GRPOTrainer
+    from trl.generation.vllm_client import VLLMClient
+
+    turn = inspect.signature(GRPOTrainer._generate_single_turn)
+    assert list(turn.parameters)[:5] == [
+        "self", "prompt_ids", "images", "multimodal_fields", "num_generations",
+    ]  # fmt: skip
+    generate = inspect.signature(VLLMClient.generate).parameters
+    assert {"prompts", "n", "logprobs", "generation_kwargs", "structured_outputs_regex"} <= set(
+        generate
+    )
+    from trl.generation import vllm_generation
+
+    assert "llm = LLM(" in inspect.getsource(vllm_generation.VLLMGeneration._init_vllm)
+
+
+def test_a_trl_without_a_name_is_refused_with_the_tested_versions(monkeypatch: Any) -> None:
+    from spec_rollout.adapters import trl
+
+    changed = {**trl.CONTRACT, "trl.trainer.grpo_trainer": ("GRPOTrainer._gone",)}
+    monkeypatch.setattr(trl, "CONTRACT", changed)
+    with pytest.raises(
+        ImportError, match=r"GRPOTrainer\._gone \(this adapter was tested with TRL 1"
+    ):
+        trl.check_trl()
+
+
+def test_another_version_is_warned_of(monkeypatch: Any) -> None:
+    from spec_rollout.adapters import trl
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trl.check_trl()
+    monkeypatch.setattr(trl.metadata, "version", lambda name: "9.9")
+    with pytest.warns(UserWarning, match=r"tested with TRL 1\.16\.0; the installed one is 9\.9"):
+        trl.check_trl()
+
+
+def trainer(**changes: Any) -> SimpleNamespace:
+    """As much of a trainer as is looked at before anything is computed."""
+    given = dict.fromkeys(__import__("spec_rollout.adapters.trl").adapters.trl.TRAINER_ATTRIBUTES)
+    given.update(
+        repetition_penalty=1.0, use_vllm=False, args=SimpleNamespace(generation_kwargs=None)
+    )
+    return SimpleNamespace(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repetition_penalty": 1.1}, r"repetition_penalty: expected 1\.0, got 1\.1"),
+        ({"min_p": 0.1}, r"min_p: expected None or 0, got 0\.1"),
+        (
+            {"args": SimpleNamespace(generation_kwargs={"seed": 1})},
+            "generation_kwargs: .* got seed",
+        ),
+        ({"is_fsdp_enabled": True}, "is_fsdp_enabled: expected False"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    from spec_rollout.adapters.trl import _check_trainer
+
+    _check_trainer(trainer())
+    with pytest.raises(ValueError, match=message):
+        _check_trainer(trainer(**changes))
+
+
+def test_a_trainer_without_an_attribute_is_refused_with_the_tested_versions() -> None:
+    from spec_rollout.adapters.trl import _check_trainer
+
+    broken = trainer()
+    del broken.eos_token_ids
+    with pytest.raises(
+        ValueError, match=r"a GRPOTrainer as in TRL 1\.16\.0, .* without eos_token_ids"
+    ):
+        _check_trainer(broken)
+
+
+def test_logprobs_is_one_of_three() -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    with pytest.raises(
+        ValueError, match="logprobs: expected auto, current or behaviour, got 'old'"
+    ):
+        SpecRollout(logprobs="old")  # type: ignore[arg-type]
