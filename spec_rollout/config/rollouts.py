@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -43,6 +44,12 @@ class RolloutConfig:
         reuse_prob: Of the rule random_reuse.
         start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over
             this many steps.
+        lenience_budget: Let `log_lenience` follow a budget instead (rule lenient): "kl_reused",
+            "reused_fraction" or "new_per_prompt" (docs/metrics.md) is held at `lenience_target`.
+            `log_lenience` is where it starts.
+        lenience_target: Of the budget.
+        lenience_gain: Most that `log_lenience` moves in a step.
+        lenience_range: Least and largest `log_lenience` of a budget.
         fresh_share: Share of each group that is drawn from scratch; the samples take turns from
             epoch to epoch. Not with the rule coupled, whose noise would draw the same again.
         max_age: A draft with a token drawn more epochs ago is not reused; None has no limit.
@@ -73,6 +80,10 @@ class RolloutConfig:
     reuse_prob: float = 0.5
     start_log_lenience: float | None = None
     schedule_steps: int = 0
+    lenience_budget: Literal["kl_reused", "reused_fraction", "new_per_prompt"] | None = None
+    lenience_target: float | None = None
+    lenience_gain: float = 0.1
+    lenience_range: tuple[float, float] = (-1.0, 2.0)
     fresh_share: float = 0.0
     max_age: int | None = None
     refresh_epochs: int | None = None
@@ -87,6 +98,7 @@ class RolloutConfig:
             *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
             *("refresh_epochs", "cache_max_bytes", "max_age"),
         )
+        self._check_budget()
         share = self.fresh_share
         require(0 <= share <= 1, "rollout.fresh_share", "0 <= value <= 1", share)
         require(
@@ -120,6 +132,47 @@ class RolloutConfig:
             raise
         except ValueError as error:
             raise ConfigError(f"rollout.{error}") from None
+
+    def _check_budget(self) -> None:
+        budget, target = self.lenience_budget, self.lenience_target
+        if budget is None:
+            require(
+                target is None,
+                "rollout.lenience_target",
+                "to be left out without rollout.lenience_budget",
+                target,
+            )
+            return
+        require(
+            self.rule == "lenient" and self.start_log_lenience is None,
+            "rollout.lenience_budget",
+            "the rule lenient and no schedule (start_log_lenience) with it",
+            budget,
+        )
+        most = {"reused_fraction": 1.0, "new_per_prompt": float(self.num_samples)}.get(
+            budget, math.inf
+        )
+        require(
+            target is not None and 0 < target < most,
+            "rollout.lenience_target",
+            f"0 < value < {most:g} with lenience_budget = {budget!r}",
+            target,
+        )
+        gain, (low, high) = self.lenience_gain, self.lenience_range
+        require(0 < gain < math.inf, "rollout.lenience_gain", "a positive finite number", gain)
+        require(
+            -math.inf < low < high < math.inf,
+            "rollout.lenience_range",
+            "two finite numbers, the smaller one first",
+            self.lenience_range,
+        )
+        start = self.log_lenience
+        require(
+            start is None or low <= start <= high,
+            "rollout.log_lenience",
+            f"{low:g} to {high:g} (rollout.lenience_range)",
+            start,
+        )
 
     def acceptance(self) -> AcceptanceRule:
         """The rule, before any schedule."""

@@ -48,6 +48,8 @@ PANELS = (
     _counted("mean_age"),
     _counted("distinct_per_prompt"),
     _counted("new_per_prompt"),
+    Panel("log_lenience", "Lenience", "log_lenience of the step's acceptance rule."),
+    Panel("lenience_estimate", "Budget of lenience", "Estimate of what the controller holds."),
     Panel("entropy", "Entropy", "Of the policy per token, in nats.", smooth=True),
     Panel(
         "approx_kl",

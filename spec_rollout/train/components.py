@@ -42,6 +42,7 @@ from spec_rollout.train.checks import (
 )
 from spec_rollout.train.continued import ContinuedEngine
 from spec_rollout.train.drafts import load_cache, without_logprobs
+from spec_rollout.train.lenience import LenienceController
 from spec_rollout.train.step_store import StepStore
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
@@ -55,6 +56,7 @@ class Components:
     Attributes:
         config: As given, with what was settled at the start of the run.
         store: What holds the cached rollouts.
+        lenience: Holds a budget; None without one.
         eval_rows: Rows to evaluate under "train" and "heldout"; a key without rows is left out.
         state: Where the run stands: the beginning, or a checkpoint.
         total_steps: Steps of the whole run.
@@ -77,6 +79,7 @@ class Components:
     sampling: SamplingParams
     eval_sampling: SamplingParams
     store: StepStore
+    lenience: LenienceController | None
     state: TrainState
     total_steps: int
     notes: tuple[str, ...]
@@ -183,6 +186,11 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         fresh_share=config.rollout.fresh_share,
         max_age=config.rollout.max_age,
     )
+    lenience = None
+    if config.rollout.lenience_budget is not None:
+        lenience = LenienceController(config.rollout)
+        if state is not None:
+            lenience.restore(state.lenience)
     by_epochs = None if train.epochs is None else train.epochs * order.steps_per_epoch
     return Components(
         config=config,
@@ -210,6 +218,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         sampling=sampling,
         eval_sampling=replace(sampling, temperature=eval_temperature, top_k=0, top_p=1.0),
         store=store,
+        lenience=lenience,
         state=TrainState(
             0 if state is None else state.step,
             data.fingerprint,
@@ -217,6 +226,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
             data.rendering,
             heldout_fingerprint,
             settings,
+            {} if lenience is None else lenience.state(),
         ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,

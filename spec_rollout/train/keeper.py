@@ -77,7 +77,12 @@ class CheckpointKeeper:
         parts, start = self._parts, self._clock()
         folder = save_checkpoint(
             self._root,
-            replace(parts.state, step=step, pending_row=pending_row),
+            replace(
+                parts.state,
+                step=step,
+                pending_row=pending_row,
+                lenience={} if parts.lenience is None else parts.lenience.state(),
+            ),
             model=parts.policy.model,
             tokenizer=parts.policy.tokenizer,
             optimizer=parts.optimizer,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spec_rollout.acceptance import Coupled, Lenient, Schedule
 from spec_rollout.config.sections import RunConfig
 from spec_rollout.evals.sampling import evaluate
 from spec_rollout.loading.data import PromptRow
@@ -36,7 +37,7 @@ from spec_rollout.train.interrupt import RunInterrupted, StopRequest
 from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
 from spec_rollout.train.watch import TrainingWatch
-from spec_rollout.types import FinishReason, Rollouts
+from spec_rollout.types import FinishReason, Rollouts, RolloutStats
 
 
 class TrainingRun:
@@ -125,6 +126,8 @@ class TrainingRun:
         start = time.perf_counter()
         epoch = parts.order.epoch_of(self._step)
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} rollout")
+        if parts.lenience is not None:
+            parts.session.schedule = Schedule(parts.lenience.rule)
 
         def roll(rows: Sequence[PromptRow]) -> Rollouts:
             with stop.aborting(parts.engine):
@@ -175,6 +178,7 @@ class TrainingRun:
                 parts.engine.last_counters,
             ),
             **seen.metrics,
+            **self._lenience_row(seen.rollouts.stats),
             "reward_seconds": seen.seconds + train_start - advantage_start,
             "train_seconds": end - train_start,
             "step_seconds": end - start,
@@ -195,6 +199,19 @@ class TrainingRun:
             self._samples.write(sample)
         if seen.rollouts.running is not None:
             self._running.write({"step": self._step, **thinned(seen.rollouts.running)})
+        return row
+
+    def _lenience_row(self, stats: RolloutStats) -> Row:
+        """What lenience a step had, and how its budget stands with the step counted in."""
+        rule = self._parts.session.schedule.at(self._step)
+        row: Row = {}
+        if isinstance(rule, (Lenient, Coupled)):
+            row["log_lenience"] = rule.log_lenience
+        controller = self._parts.lenience
+        if controller is not None:
+            controller.observe(stats)
+            if controller.estimate is not None:
+                row["lenience_estimate"] = controller.estimate
         return row
 
     def _step_done(self, row: Row) -> None:

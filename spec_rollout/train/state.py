@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Format 3 knows no budget of lenience.
+_ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {3: {"lenience": {}}, FORMAT_VERSION: {}}
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})(-unevaluated)?")
 _LARGEST_STEP = 10**9
@@ -31,6 +34,7 @@ class TrainState:
         data_rendering: Of the prompts' token ids.
         heldout_fingerprint: Of the held-out prompts; empty if there are none.
         order: Settings that say which rows a step sees, by key of the config.
+        lenience: Of the controller that holds a budget (`lenience`); empty without one.
     """
 
     step: int
@@ -39,6 +43,7 @@ class TrainState:
     data_rendering: str = ""
     heldout_fingerprint: str = ""
     order: Mapping[str, int | bool] = field(default_factory=dict)
+    lenience: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def last_recorded(self) -> int:
@@ -84,7 +89,9 @@ def load_state(folder: Path) -> TrainState:
 
     require(isinstance(content, dict), "an object", content)
     version = content.pop("format_version", None)
-    require(version == FORMAT_VERSION, f"format_version {FORMAT_VERSION}", version)
+    known = type(version) is int and version in _ABSENT_BEFORE
+    require(known, f"format_version {' or '.join(map(str, _ABSENT_BEFORE))}", version)
+    content.update(_ABSENT_BEFORE[version])
     names = [f.name for f in fields(TrainState)]
     require(sorted(content) == sorted(names), f"the keys {', '.join(names)}", sorted(content))
     step, row, order = content["step"], content["pending_row"], content["order"]
@@ -96,6 +103,14 @@ def load_state(folder: Path) -> TrainState:
         isinstance(order, dict) and all(type(v) in (int, bool) for v in order.values()),
         "order: integers and truth values by key",
         order,
+    )
+    lenience = content["lenience"]
+    require(
+        isinstance(lenience, dict)
+        and lenience.keys() in ({"log_lenience", "estimate"}, {"log_lenience"}, set())
+        and all(type(v) in (int, float) and math.isfinite(v) for v in lenience.values()),
+        "lenience: log_lenience and estimate, finite numbers, or nothing",
+        lenience,
     )
     require(row is None or isinstance(row, dict), "pending_row: an object or null", row)
     if row is not None:

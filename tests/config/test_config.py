@@ -86,6 +86,9 @@ def test_every_default_survives_the_round_trip(tmp_path):
     assert to_dict(config_with())["train"]["weight_decay"] == 0.0
 
 
+_BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -177,6 +180,38 @@ def test_every_default_survives_the_round_trip(tmp_path):
         (
             {"rollout": {"rule": "coupled", "fresh_share": 0.5}},
             r"rollout\.fresh_share: expected 0 with the rule coupled .*, got 0\.5",
+        ),
+        *(
+            ({"rollout": {"rule": "lenient", **given}}, message)
+            for given, message in (
+                ({"lenience_target": 0.1}, r"rollout\.lenience_target: expected to be left out"),
+                ({"lenience_budget": "kl_reused"}, r"rollout\.lenience_target: expected 0 < value"),
+                (
+                    {"lenience_budget": "reused_fraction", "lenience_target": 1.0},
+                    r"rollout\.lenience_target: expected 0 < value < 1 with .*, got 1\.0",
+                ),
+                (
+                    {"lenience_budget": "new_per_prompt", "lenience_target": 8.0},
+                    r"rollout\.lenience_target: expected 0 < value < 8 with .*, got 8\.0",
+                ),
+                (
+                    {**_BUDGET, "rule": "coupled"},
+                    r"rollout\.lenience_budget: expected the rule lenient and no schedule",
+                ),
+                (
+                    {**_BUDGET, "start_log_lenience": 0.0, "schedule_steps": 5},
+                    r"rollout\.lenience_budget: expected the rule lenient and no schedule",
+                ),
+                ({**_BUDGET, "lenience_gain": 0}, r"rollout\.lenience_gain: expected a positive"),
+                (
+                    {**_BUDGET, "lenience_range": [1, 1]},
+                    r"rollout\.lenience_range: expected two finite numbers",
+                ),
+                (
+                    {**_BUDGET, "log_lenience": 3.0},
+                    r"rollout\.log_lenience: expected -1 to 2 \(rollout\.lenience_range\), got 3",
+                ),
+            )
         ),
         (
             {"train": {"overlong_buffer": 257}},

@@ -84,6 +84,8 @@ def metrics(num_steps: int, reused: int) -> list[dict[str, float]]:
             "fully_reused_fraction": (reused // 20) / 10,
             "mean_accepted_len": reused / 10,
             "kl_reused": 0.01,
+            "log_lenience": 0.5,
+            "lenience_estimate": 0.01,
             "mean_age": reused / 50,
             "distinct_per_prompt": 8.0,
             "new_per_prompt": 8 - reused / 10,

@@ -145,6 +145,12 @@ DAMAGES = [
 ]
 
 
+def notes(capsys):
+    """What was said about checkpoints; not that so small a run repeats itself."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if "note: " in line and "repeats itself" not in line]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_checkpoint_before_is_taken(six_steps, capsys, damage):
     run_dir, rows, weights = six_steps
@@ -152,7 +158,7 @@ def test_the_checkpoint_before_is_taken(six_steps, capsys, damage):
     newest = names(run_dir)[-1]
     capsys.readouterr()
     resume(run_dir)
-    (note,) = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    (note,) = notes(capsys)
     assert re.search(reason + ".*; the checkpoint before it is taken$", note), note
     assert without_seconds(read_rows(run_dir)) == rows
     assert_same_weights(final_weights(run_dir), weights)
@@ -177,8 +183,7 @@ def test_as_many_are_passed_over_as_must_be(six_steps, capsys):
     flip(checkpoint(run_dir, 4) / "model" / "model.safetensors")
     (run_dir / "checkpoints" / "unusable-step-00000005").mkdir()
     resume(run_dir)
-    notes = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
-    assert len(notes) == 3
+    assert len(notes(capsys)) == 3
     assert without_seconds(read_rows(run_dir)) == rows
     assert_same_weights(final_weights(run_dir), weights)
     assert [name for name in names(run_dir) if "unusable" in name] == [
@@ -276,9 +281,9 @@ def test_other_heldout_prompts_are_said(make_config, write_rows, capsys):
     run(config)
     capsys.readouterr()
     resume(config.log.run_dir, ["train.max_steps=2"])
-    assert "note: " not in capsys.readouterr().err
+    assert notes(capsys) == []
     resume(config.log.run_dir, ["train.max_steps=3", f"eval.path={second}"])
-    (note,) = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    (note,) = notes(capsys)
     assert "has other held-out prompts than the run had so far" in note
 
 

@@ -34,6 +34,8 @@ def write(folder: Path, state: TrainState, **changes: Any) -> Path:
         STATE,
         TrainState(0, ""),
         TrainState(4, "ab12", PENDING),
+        TrainState(4, "ab12", lenience={"log_lenience": 0.5}),
+        TrainState(4, "ab12", lenience={"log_lenience": -0.25, "estimate": 0.003}),
         TrainState(0, "", {"step": 0, "epoch": 0}),
         TrainState(123_456_789, "x"),
         TrainState(1_000_000_000, "x"),
@@ -41,6 +43,11 @@ def write(folder: Path, state: TrainState, **changes: Any) -> Path:
 )
 def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
     assert load_state(write(tmp_path / state.folder_name, state)) == state
+
+
+def test_a_state_of_format_3_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / STATE.folder_name, STATE, format_version=3, lenience=...)
+    assert load_state(folder) == STATE
 
 
 @pytest.mark.parametrize(
@@ -56,8 +63,12 @@ def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
         ({"step": 9}, r"expected the state of step-00000004, got that of step-00000009"),
         ({"step": ...}, r"expected the keys step, data_fingerprint"),
         ({"extra": 1}, r"expected the keys step, data_fingerprint"),
-        ({"format_version": 2}, r"expected format_version 3, got 2"),
-        ({"format_version": ...}, r"expected format_version 3, got None"),
+        ({"format_version": 2}, r"expected format_version 3 or 4, got 2"),
+        ({"format_version": 4.0}, r"expected format_version 3 or 4, got 4\.0"),
+        ({"format_version": ...}, r"expected format_version 3 or 4, got None"),
+        ({"lenience": []}, r"expected lenience: log_lenience and estimate"),
+        ({"lenience": {"estimate": 1.0}}, r"expected lenience: .*, got \{'estimate': 1\.0\}"),
+        ({"lenience": {"log_lenience": "0.5"}}, r"expected lenience: "),
         ({"data_fingerprint": None}, r"expected data_fingerprint: a string, got None"),
         ({"heldout_fingerprint": 3}, r"expected heldout_fingerprint: a string, got 3"),
         ({"order": []}, r"expected order: integers and truth values by key, got \[\]"),
