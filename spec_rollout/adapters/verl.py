@@ -1,6 +1,6 @@
 """verl: every rollout of a run is named, so that it finds what the same sample was last time.
 
-    actor_rollout_ref.rollout.agent.agent_loop_manager_class=spec_rollout.adapters.verl.ReuseManager
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=spec_rollout.adapters.verl.ReuseManager
 
 The manager starts verl's own agent-loop workers with two changes: a worker knows which sample of
 which prompt it runs, and its client tells the engine. Agent loops stay as they are, verl's own and

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 NUM_STEPS = 6  # three epochs of two
 MANAGER = (
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class="
+    "+actor_rollout_ref.rollout.agent.agent_loop_manager_class="
     "spec_rollout.adapters.verl.ReuseManager"
 )
 # Validation after steps 2, 4 and 6, of all prompts, drawn and not greedy; two workers.

@@ -30,8 +30,7 @@ def session(folder: Path) -> dict[str, Any]:
     env["PYTHONPATH"] = f"{HERE}:{HERE.parents[1]}"
     command = [sys.executable, str(HERE / "verl_session.py"), str(folder), str(ray_folder)]
     try:
-        with log_path.open("w") as log:
-            status = run_bounded(command, env, log, cwd=folder)
+        status = run_bounded(command, env, log_path, cwd=folder)
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
     text = log_path.read_text()

@@ -31,7 +31,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<think>{% endif %}"
 )
 _WORDS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
-_RUN_SECONDS = 900
+_RUN_SECONDS = 3600  # a run that hangs
 
 
 def make_prompt(number: int) -> str:
@@ -175,6 +175,7 @@ def overrides(folder: Path) -> list[str]:
         f"{actor}.use_torch_compile=False",
         f"{actor}.fsdp_config.use_torch_compile=False",
         f"{actor}.fsdp_config.dtype=float32",
+        f"+{actor}.fsdp_config.mixed_precision={{param_dtype:fp32,reduce_dtype:fp32}}",
         f"{actor}.strategy=fsdp2",
         f"{rollout}.name=vllm",
         f"{rollout}.n={GROUP}",
@@ -234,6 +235,7 @@ def environment(variable: str | None) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_enable_worker_prestart": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # not behind everything else of the machine
         "RAY_memory_monitor_refresh_ms": "0",
     }
     values.pop("SPEC_ROLLOUT", None)
@@ -262,13 +264,8 @@ def run_ppo(folder: Path, name: str, variable: str | None, *more: str) -> PPORun
         f"hydra.run.dir={folder}/{name}",
     ]
     try:
-        with log_path.open("w") as log:
-            status = run_bounded(
-                command,
-                {**environment(variable), "VERL_FILE_LOGGER_PATH": str(metrics_path)},
-                log,
-                cwd=folder,
-            )
+        env = {**environment(variable), "VERL_FILE_LOGGER_PATH": str(metrics_path)}
+        status = run_bounded(command, env, log_path, cwd=folder)
         # The driver shows what Ray's processes write, too, but not to the end.
         outputs = sorted(ray_folder.glob("session_latest/logs/worker-*.[oe][ur][tr]"))
         text = "".join(path.read_text() for path in outputs)
@@ -283,15 +280,28 @@ def run_ppo(folder: Path, name: str, variable: str | None, *more: str) -> PPORun
     return PPORun([json.loads(line)["data"] for line in lines], text, responses)
 
 
-def run_bounded(command: Sequence[str], env: dict[str, str], log: Any, cwd: Path) -> int:
-    """Runs a command and whatever it starts; nothing of it is left."""
-    process = subprocess.Popen(
-        command, env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(_RUN_SECONDS)
-    finally:
-        # Ray's own processes end with the one that started them.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def run_bounded(command: Sequence[str], env: dict[str, str], log_path: Path, cwd: Path) -> int:
+    """Runs a command and whatever it starts; nothing of it is left.
+
+    Ray gives its own processes 30 seconds to start, which a busy machine may not do: then it is
+    run again.
+
+    Args:
+        log_path: What it writes.
+    """
+    for _ in range(5):
+        with log_path.open("w") as log:
+            process = subprocess.Popen(
+                command, env=env, cwd=cwd, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = process.wait(_RUN_SECONDS)
+            finally:
+                # Ray's own processes end with the one that started them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if status == 0 or "The current node timed out during startup" not in log_path.read_text():
+            break
+    return status

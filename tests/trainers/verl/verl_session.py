@@ -50,9 +50,40 @@ class Session:
         reuse = self._reuse(self._settings(**settings), max_chunk=CHUNK)
         return self._naming_client(self._client, reuse), reuse
 
+    async def run_there(self, make: Any, *args: Any) -> Any:
+        """Runs a coroutine of the server, `make(server, ...)`, in its loop."""
+
+        def call(server: Any) -> Any:  # in a thread beside the loop
+            loop = server._server_task.get_loop()
+            return asyncio.run_coroutine_threadsafe(make(server, *args), loop).result(300)
+
+        return await self.server.__ray_call__.remote(call)
+
+    async def ask(self, method: str) -> dict[str, Any]:
+        """What the engine's only worker answers; verl's own call gives nothing back."""
+
+        async def ask(server: Any, method: str) -> Any:
+            return await server.engine.collective_rpc(method)
+
+        return (await self.run_there(ask, method))[0]
+
+    async def abort_all(self) -> int:
+        """Aborts all requests, as before a weight update; their number.
+
+        verl's own `abort_all_requests` is written for an older vLLM than the one of these tests.
+        """
+
+        async def abort(server: Any) -> int:
+            running = len(server.engine.output_processor.request_states)
+            await server.engine.pause_generation(mode="abort", clear_cache=True)
+            await server.engine.resume_generation()
+            return running
+
+        return await self.run_there(abort)
+
     async def history(self) -> dict[str, Any]:
         """What the engine remembers."""
-        return (await self.server.collective_rpc.remote("spec_rollout_history"))[0]
+        return await self.ask("spec_rollout_history")
 
     async def roll(
         self, client: Any, step: int, prompts: list[list[int]], **more: Any
@@ -77,19 +108,18 @@ class Session:
     async def roll_aborted(self, client: Any, step: int, prompts: list[list[int]]) -> list[Any]:
         """The same with all requests aborted once on their way, as before a weight update."""
         rolling = asyncio.create_task(self.roll(client, step, prompts, params=LONG))
-        while (await self.server.collective_rpc.remote("spec_rollout_metrics"))[0][
-            "num_engine_steps"
-        ] < self.steps_before + 3:
+        while await self.num_steps() < self.steps_before + 3:
             await asyncio.sleep(0.005)
-        aborted = await self.server.abort_all_requests.remote()
-        self.num_aborted.append(aborted["aborted_count"])
-        await self.server.resume_generation.remote()
+        self.num_aborted.append(await self.abort_all())
         return await rolling
 
     async def note_steps(self) -> None:
         """`roll_aborted` waits for three more than now."""
-        found = await self.server.collective_rpc.remote("spec_rollout_metrics")
-        self.steps_before = found[0]["num_engine_steps"]
+        self.steps_before = await self.num_steps()
+
+    async def num_steps(self) -> int:
+        """Of the engine so far."""
+        return (await self.ask("spec_rollout_metrics"))["num_engine_steps"]
 
 
 def texts(outputs: list[Any]) -> list[list[int]]:
