@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _FORGET = 0.98  # per step of that kind and about that batch size: the last fifty decide
-_FORGET_OTHERS = 0.995  # per step of another
+_FORGET_OTHERS = 0.997  # per step of another
 # A fixed part of proposing is believed once it has shown in more than this share of a step.
 _FREE_STEPS = 0.2
 # A batch size is believed to be like the others for this many steps of its own.
@@ -68,6 +68,7 @@ class StepCost:
         self._refit_at = 1  # after so many steps
         self._of_sizes: dict[int, tuple[float, float]] = {}  # `_of_proposing`, until then
         self._is_known = False
+        self._was_compared = False  # enough steps with proposals and without, ever
 
     def observe(self, rows: int, proposed: int, seconds: float) -> None:
         """Adds a step.
@@ -117,7 +118,8 @@ class StepCost:
                 for size, (without, _) in self._steps.items()
                 if without.count
             }
-            self._is_known, self._refit_at = False, self._num_steps
+            self._is_known = self._was_compared = False
+            self._refit_at = self._num_steps
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -152,7 +154,9 @@ class StepCost:
         """Seconds of a proposed token, and of a step with proposals beyond these and the seconds of
         one without; None while too little is known."""
         pairs = self._fitted().pairs
-        if not self._is_known or pairs < _TOO_FEW_PAIRS:
+        self._was_compared |= pairs >= _TOO_FEW_PAIRS
+        # What is old is better than nothing until the next step without proposals.
+        if not self._is_known or not self._was_compared:
             return None
         return self._of_proposing(rows.bit_length())
 

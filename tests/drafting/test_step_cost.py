@@ -79,8 +79,8 @@ def test_nothing_is_known_before_steps_of_both_kinds() -> None:
         cost.observe(8, 4, 3e-3)
     assert cost.extra(8, 4) == pytest.approx(1e-3, rel=0.05)
     # Those are forgotten in time, not at once.
-    for step in range(400):
-        assert (cost.extra(8, 4) is not None) == (step < 220) or 150 < step < 300
+    for step in range(600):
+        assert (cost.extra(8, 4) is not None) == (step < 366) or 250 < step < 500
         cost.observe(8, 0, 2e-3)
     only = StepCost()
     for _ in range(5):
@@ -92,6 +92,22 @@ def test_nothing_is_known_before_steps_of_both_kinds() -> None:
     only.observe(16, 0, 2e-3)
     assert not only.lacks_plain_steps(16)
     assert only.extra(16, 4) == pytest.approx(1e-3, rel=0.5)
+
+
+def test_what_proposing_costs_is_known_until_a_plain_step_says_it_anew() -> None:
+    """Steps without proposals are worth nothing but the comparison, so there are hardly any."""
+    cost = StepCost()
+    plain = 0
+    for step in range(3000):
+        if step < 3 or cost.lacks_plain_steps(64):
+            plain += 1
+            cost.observe(64, 0, 10e-3)
+        else:
+            cost.observe(64, 32, 12e-3)
+        if step > 6:
+            assert cost.extra(64, 32) == pytest.approx(2e-3, rel=0.2)
+            assert cost.room(64) > 64
+    assert plain <= 3 + 15
 
 
 def test_steps_grow_no_more_than_twofold() -> None:
