@@ -85,7 +85,9 @@ def check_trl() -> str:
     try:
         version = metadata.version("trl")
     except metadata.PackageNotFoundError:
-        raise ImportError(f"trl: expected it installed ({tested}), got none") from None
+        raise ModuleNotFoundError(
+            f"trl: expected it installed ({tested}), got none", name="trl"
+        ) from None
     for module, names in CONTRACT.items():
         for name in names:
             try:
