@@ -77,7 +77,7 @@ def test_a_run_learns_and_writes_everything(make_config):
     assert saved["generated_tokens"] == sum(row["num_generated_tokens"] for row in rows[1:])
     assert saved["accuracy_after"].keys() == {"train"}
     assert saved["seed"] == 7
-    assert load_config(run_dir / "config.toml") == config
+    assert load_config(run_dir / "config.toml") == config.settled()
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [s for s in range(1, 17) for _ in range(2)]
     assert all(len(s["tokens"]) == len(s["logprobs"]) >= s["accepted_tokens"] for s in samples)
@@ -375,7 +375,8 @@ def test_resumed_runs_equal_the_uninterrupted_one(
             run(config)
         assert caught.value.code == 128 + signum
         err = capsys.readouterr().err
-        assert err.count("\n") == 1
+        said = [line for line in err.splitlines() if "repeats itself" not in line]
+        assert len(said) == 1
         assert f"interrupted by {signum.name} after step" in err
         assert f"spec-rollout train --resume {run_dir}" in err
         readable = read_rows(run_dir)  # every line is whole
@@ -567,7 +568,7 @@ def truncated_cache(tmp_path):
         (
             {"train": {"algorithm": "gpro"}},
             ConfigError,
-            r"of grpo, got 'gpro'; did you mean 'grpo'",
+            r"of grpo, ppo, dapo, got 'gpro'; did you mean 'grpo'",
         ),
         ({"reward": {"functions": ["absent:f"]}}, ConfigError, r"reward\.functions: cannot load"),
         (
