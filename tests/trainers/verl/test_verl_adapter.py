@@ -73,7 +73,8 @@ def test_from_the_second_epoch_on_every_rollout_follows_its_last(named: PPORun) 
     assert max(line["with_own"] for line in lines if line["served"] <= 2 * BATCH * GROUP) == 0
     accepted = sum(line["share"] * line["proposed"] for line in lines)
     num_tokens = sum(named.values("response_length/mean")) * BATCH * GROUP
-    assert accepted > 0.6 * num_tokens
+    # What is given after the last line is in none of them.
+    assert accepted > 0.3 * num_tokens
 
 
 def test_coupled_rollouts_are_mostly_those_of_the_last_epoch(named: PPORun) -> None:

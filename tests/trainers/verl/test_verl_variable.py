@@ -54,7 +54,7 @@ def test_the_log_line_reports_accepted_proposals_and_fewer_steps(
     accepted = sum(line["share"] * line["proposed"] for line in lines)
     num_tokens = sum(drafting.values("response_length/mean")) * BATCH * GROUP
     # Stock gives a token per request and step.
-    assert accepted > 0.4 * num_tokens
+    assert accepted > 0.2 * num_tokens
 
 
 def assert_same_law(counts: Counter[str], others: Counter[str]) -> None:
