@@ -135,3 +135,45 @@ def test_async_engine_serves_the_others(vllm_installed: None, tmp_path: Path) ->
     assert found["error"].startswith("request the-bad-one")
     assert found["after"] == found["plain"][5]
     assert found["accepted"] > sum(map(len, found["plain"])) // 3
+
+
+_RANKS_SCRIPT = """
+import json, os, sys
+from vllm_samples import *
+
+if __name__ == "__main__":
+    os.environ.update(SPEC_ROLLOUT="drafting", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    from vllm import LLM, SamplingParams
+    out = {}
+    for ranks in (1, 2):
+        args = {**LLM_ARGS, "tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+        llm = LLM(sys.argv[1], **args, skip_tokenizer_init=True)
+        prompts = [{"prompt_token_ids": p.tolist()} for p in random_prompts(3) for _ in range(4)]
+        params = [
+            SamplingParams(max_tokens=40, temperature=0.7, detokenize=False, seed=i)
+            for i in range(12)
+        ]
+        llm.collective_rpc(even_steps)
+        passes, found = [], []
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            passes.append([list(output.outputs[0].token_ids) for output in outputs])
+            found.append(llm.collective_rpc("spec_rollout_metrics", args=(True,)))
+        out[ranks] = {"passes": passes, "metrics": found}
+        del llm
+    print("RESULT " + json.dumps(out))
+"""
+
+
+def test_two_ranks_of_tensor_parallelism_draw_the_tokens_of_one(
+    vllm_installed: None, tmp_path: Path
+) -> None:
+    """vLLM takes what rank 0 proposes, and all test it."""
+    make_model(tmp_path / "old", seed=0)
+    found = _run(tmp_path, "1", _RANKS_SCRIPT)
+    one, two = found["1"], found["2"]
+    assert one["passes"][0] == one["passes"][1] == two["passes"][0] == two["passes"][1]
+    for first, second in zip(*two["metrics"], strict=True):
+        assert second["num_engine_steps"] < first["num_engine_steps"]
+        assert second["num_accepted_proposals"] > 0
+    assert len(two["metrics"][0]) == 2
