@@ -47,6 +47,8 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "rollout_vllm_gpu": rollout_table,
     "rollout_vllm_drafting": rollout_drafting_table,
     "serving": serving_table,
+    "serving_http": serving_table,
+    "serving_http_real": serving_table,
     "soak_serving": soak_table,
 }
 
