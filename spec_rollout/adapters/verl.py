@@ -12,6 +12,7 @@ What is used of verl is in `CONTRACT`; nothing else in the package knows verl.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import uuid
@@ -79,6 +80,12 @@ def undecorated(value: Any) -> Any:
     return value if metadata is None else metadata.modified_class.__ray_actor_class__
 
 
+if importlib.util.find_spec("verl") is None:
+    raise ModuleNotFoundError(
+        f"verl: expected it installed (this adapter was tested with verl {', '.join(TESTED)}), got "
+        "none",
+        name="verl",
+    )
 if _unmet := unmet_contract():
     raise ImportError(
         f"spec_rollout.adapters.verl: expected verl {', '.join(TESTED)}, got one without "
