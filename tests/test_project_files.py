@@ -6,9 +6,12 @@ import importlib.util
 import re
 import subprocess
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from spec_rollout.adapters.settings import ReuseSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -74,8 +77,10 @@ def test_modules_and_names_in_the_text_exist(page: str) -> None:
         text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
     # What stands below a table was run at the commit that it names.
     text = re.sub(r"<sub>.*?</sub>", "", text)
-    names = set(re.findall(r"\bspec_rollout(?:\.[A-Za-z_]\w*)+", text))
+    names = set(re.findall(r"(?<!\+)\bspec_rollout(?:\.[A-Za-z_]\w*)+", text))
     assert [name for name in sorted(names) if not _exists(name)] == []
+    keys = set(re.findall(r"\+spec_rollout\.([a-z_]+)", text))  # of verl's configuration
+    assert keys <= {field.name for field in fields(ReuseSettings)}
 
 
 def _exists(name: str) -> bool:
