@@ -53,7 +53,7 @@ if [ "$CPU" = 1 ]; then
   tests=$PWD/tests/trainers/verl
   export PYTHONPATH=$tests:$PWD/tests VERL_USE_EXTERNAL_MODULES=verl_cpu VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
   export VLLM_CPU_KVCACHE_SPACE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-  export RAY_enable_worker_prestart=0 RAY_worker_niceness=0
+  export RAY_enable_worker_prestart=0 RAY_worker_niceness=0 RAY_memory_monitor_refresh_ms=0
   mkdir -p "$WORK"
   "$PYTHON" - "$WORK" << 'MAKE'
 import sys
