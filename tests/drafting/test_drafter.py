@@ -206,7 +206,7 @@ def test_the_total_cut_is_cut_off_the_expectation_too() -> None:
     assert none.expected[0] == 0.0
 
 
-ROW_BYTES, TOKEN_BYTES = 88, 18
+ROW_BYTES, TOKEN_BYTES = 88, 20
 
 
 def test_of_one_prompt_the_newest_rollouts_that_fit_are_kept() -> None:

@@ -43,6 +43,7 @@ def test_by_time(model_dir, tmp_path) -> None:
         optimizer=model.optimizer,
         cache=model.cache,
         value_head=None,
+        lenience=None,
     )
     clock = Clock()
     keeper = keeper_of(parts, tmp_path, clock)
