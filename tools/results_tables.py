@@ -26,6 +26,7 @@ from renderers.rollouts import (
     soak_table,
 )
 from renderers.text import provenance
+from renderers.trainers import trainers_table
 from renderers.training import demo_seeds_table, demo_summary_table, demo_table
 
 __all__ = ["benchmark_table", "main", "render"]
@@ -50,6 +51,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "serving_http": serving_table,
     "serving_http_real": serving_table,
     "soak_serving": soak_table,
+    "trainers": trainers_table,
 }
 
 
