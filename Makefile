@@ -79,6 +79,7 @@ extension: | $(VENV)/.created
 $(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
 	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j2) CUDA=$(CUDA) $(VENV)/.packages extension
 	$(BUILD_ENV) $(PIP) --no-build-isolation --no-deps -e .
+	$(BIN)/python setup.py --quiet egg_info  # the entry points, for environments that have a path to this folder only
 	@echo $(or $(CUDA),AUTO) > $(VENV)/.cuda
 	touch $@
 

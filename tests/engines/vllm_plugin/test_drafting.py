@@ -23,7 +23,6 @@ from vllm_samples import (
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
 from spec_rollout.drafting import Payoff, StepCost
-from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import FinishReason, History, RolloutRequests, Rollouts, SamplingParams
 
@@ -49,7 +48,7 @@ def fixed_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.3)
     monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
     monkeypatch.setattr(StepCost, "room", lambda self, rows: 10_000)
-    monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
+    monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
 
 
 def history_of(rows: Sequence[Sequence[int]], groups: Sequence[int] | torch.Tensor) -> History:

@@ -67,14 +67,15 @@ def taught(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_how_much_is_proposed_depends_on_what_steps_take(
     plain: Rollouts, with_history: RolloutRequests, taught: Any
 ) -> None:
-    """Where tokens take the time, proposals do not pay; where steps do, they cost nothing."""
+    """Where tokens take the time, only what is nearly sure breaks even; where steps do, proposals
+    cost nothing."""
     calls: dict[str, RolloutStats] = {}
     for name, per_step, per_token in (("tokens", 0.0, 1.0), ("steps", 1.0, 0.0)):
         found = taught(with_history, per_step, per_token)
         assert rows_of(found) == rows_of(plain)
         calls[name] = found.stats
     tokens, steps = calls["tokens"], calls["steps"]
-    assert 2 * tokens.num_proposed_tokens < steps.num_proposed_tokens
+    assert 1.5 * tokens.num_proposed_tokens < steps.num_proposed_tokens
     assert tokens.num_engine_steps > steps.num_engine_steps
 
 

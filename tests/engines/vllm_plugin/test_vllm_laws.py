@@ -12,7 +12,6 @@ from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
 from spec_rollout.drafting import Payoff, StepCost
-from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, History, RolloutRequests, SamplingParams
 
@@ -163,7 +162,7 @@ def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.M
     monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.0)
     monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
     monkeypatch.setattr(StepCost, "room", lambda self, rows: 10**6)
-    monkeypatch.setattr(HistoryProposals, "pays", lambda self, rows: True)
+    monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
     params = SamplingParams(max_tokens=6)
     p = target_probs(hf_model, list(PROMPT), params)
     rng = np.random.default_rng(8)
