@@ -89,7 +89,7 @@ def test_steps_fall_from_the_first_pass_on(make_llm: MakeLLM, even_steps: None) 
     assert stock >= max(len(row) for group in responses for row in group)
     (_, first), (_, second) = generate(llm), generate(llm)
     assert first <= 0.75 * stock
-    assert second <= 0.4 * stock
+    assert second <= 0.5 * stock
 
 
 def test_samples_follow_the_models_law(make_llm: MakeLLM, even_steps: None) -> None:
@@ -218,7 +218,7 @@ def test_async_engine_gains_lets_go_and_keeps_the_law(vllm_installed: None, tmp_
     )
     assert stock >= longest
     assert first <= 0.75 * stock
-    assert second <= 0.4 * stock
+    assert second <= 0.5 * stock
     assert found["info"]["num_served"] == 2 * NUM_PROMPTS * GROUP
     assert found["info"]["num_passed_by"] == NUM_PROMPTS * GROUP
     for i, end in enumerate(found["ends"]):
@@ -227,7 +227,7 @@ def test_async_engine_gains_lets_go_and_keeps_the_law(vllm_installed: None, tmp_
         else:
             assert (end < 200) if i % 3 == 0 else (end == 200)
     assert found["info"]["num_live"] == found["after_aborts"]["num_live"] == 0
-    assert found["served_after"] <= 0.4 * stock
+    assert found["served_after"] <= 0.5 * stock
     law = NextTokens(MODEL, opening(), LENGTH, STOP)
     for rows in found["samples"]:
         assert_law(law.counts(map(tuple, rows)), law.law)
