@@ -19,7 +19,9 @@ Each run is a training of its own, several epochs of the same prompts, in the en
 time, with one thread, and the order of the contenders rotates from repeat to repeat. The model and
 the task are those of tests/trainers. The seconds are the trainers' own (`trainer_runs.py` says
 which); verification, the cache, what is shared and the way of the weights to the engine are among
-them. In the first epoch nothing can be followed, and everything is warmed up, so it stands apart.
+them. In the first epoch nothing can be followed, so it stands apart; its first step, in which
+processes start, is left out. verl looks every two seconds whether rollouts are finished, here every
+20 ms (`verl_sampler.py`).
 
 `--quick` is tiny, and runs TRL alone unless `--trainers` names verl, which takes minutes to start.
 """
@@ -87,7 +89,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "verl": {"generations": 8, "more": ["trainer.total_epochs=4"]},
 }
 QUICK: dict[str, dict[str, Any]] = {
-    "trl": {**SIZES["trl"], "prompts": 4, "rows_per_step": 16, "max_tokens": 32, "epochs": 2}
+    "trl": {**SIZES["trl"], "prompts": 8, "rows_per_step": 16, "max_tokens": 32, "epochs": 2}
     | {"generations": 4},
     "verl": {"generations": 4, "more": ["trainer.total_epochs=2"]},
 }
@@ -164,13 +166,14 @@ def add_rows(results: Results, setup: str, found: dict[str, list[list[Step]]], *
     """A row for each contender of `setup` and for the first and the later epochs.
 
     Args:
-        found: Of each contender the steps of each of its runs.
+        found: Of each contender the steps of each of its runs. The first step of a run, in which
+            processes start and memory is touched first, counts nowhere.
         more: What stands in every row.
     """
     for which in ("first", "later"):
         first = which == "first"
         parts = {
-            name: [[step for step in run if (step.epoch == 0) == first] for run in runs]
+            name: [[step for step in run[1:] if (step.epoch == 0) == first] for run in runs]
             for name, runs in found.items()
         }
         for name, runs in parts.items():

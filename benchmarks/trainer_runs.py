@@ -19,7 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests"
+# Of a step of verl, as it names them.
+TRAINING = ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,9 @@ def run_trl(folder: Path, **options: Any) -> list[Step]:
 def run_verl(folder: Path, *, variable: str, generations: int, more: list[str]) -> list[Step]:
     """verl's `main_ppo`, on the tests' model and data, which are made where they are missing.
 
-    All times are verl's own: `timing_s/gen` and `timing_s/update_weights` together are the
-    rollouts', `timing_s/step` the step's. It logs no count of engine steps.
+    All times are verl's own: the rollouts' is `timing_s/step` without the parts that train, so
+    that what the manager does before verl's `gen` and the weights' way to the engine are in it.
+    verl logs no count of engine steps. Its sampler is `verl_sampler.EagerSampler`.
 
     Args:
         folder: Of its files; the model and the data are beside it.
@@ -123,8 +127,15 @@ def run_verl(folder: Path, *, variable: str, generations: int, more: list[str]) 
     if not (shared / "train.parquet").exists():
         verl_runs.make_model(shared / "model")
         verl_runs.make_data(shared / "train.parquet")
+    sampler = "trainer.v1.sampler.custom_sampler"
     run = verl_runs.run_ppo(
-        shared, folder.name, variable, f"actor_rollout_ref.rollout.n={generations}", *more
+        shared,
+        folder.name,
+        variable,
+        f"actor_rollout_ref.rollout.n={generations}",
+        f"{sampler}.path={HERE / 'verl_sampler.py'}",
+        f"{sampler}.name=EagerSampler",
+        *more,
     )
     if variable != "off" and "requests are proposed what this engine generated" not in run.log:
         raise RuntimeError(f"SPEC_ROLLOUT={variable}: expected its line in vLLM's log, got none")
@@ -133,7 +144,7 @@ def run_verl(folder: Path, *, variable: str, generations: int, more: list[str]) 
     return [
         Step(
             number // steps_per_epoch,
-            step["timing_s/gen"] + step["timing_s/update_weights"],
+            step["timing_s/step"] - sum(step.get(f"timing_s/{part}", 0.0) for part in TRAINING),
             step["timing_s/step"],
             round(step["response_length/mean"] * rows),
             None,
