@@ -129,15 +129,18 @@ class Payoff:
         """Most tokens to propose in the next step, of `rows` requests (`StepCost.room`)."""
         return _TRIAL_TOKENS if self._is_trial_due() else self.cost.room(rows)
 
-    def worth(self, rows: int, proposed: int, expected: float) -> bool:
+    def worth(self, rows: int, proposed: int, expected: float, *, beside: int = 0) -> bool:
         """Whether a step should have these proposals.
 
         Args:
             rows: Requests of the step.
             proposed: Tokens for all together.
             expected: How many of them are expected to pass (`Proposals.expected`).
+            beside: Tokens that the step tests anyway, of drafts. With them the fixed part of
+                testing is paid.
         """
-        if proposed > 0 and self._is_worth(rows, proposed, expected, self._trust()):
+        is_paid = beside > 0
+        if proposed > 0 and self._is_worth(rows, proposed, expected, self._trust(), is_paid):
             self._refused = 0
             if self._was_tried:
                 self._trial_gap, self._was_tried = _FIRST_TRIAL, False
@@ -147,7 +150,7 @@ class Payoff:
         if (
             proposed > 0
             and self._is_trial_due()
-            and not self._is_worth(rows, proposed, expected, trust=1.0)
+            and not self._is_worth(rows, proposed, expected, 1.0, is_paid)
         ):
             self._trial_gap = min(2 * self._trial_gap, _LAST_TRIAL)
             self._until_trial, self._was_tried = self._trial_gap, True
@@ -164,11 +167,14 @@ class Payoff:
     def _trust(self) -> float:
         return (self._accepted + _PRIOR_TOKENS) / (self._expected + _PRIOR_TOKENS)
 
-    def _is_worth(self, rows: int, proposed: int, expected: float, trust: float) -> bool:
-        extra, seconds = self.cost.extra(rows, proposed), self._seconds_per_token(rows)
-        if extra is None or seconds is None:
+    def _is_worth(
+        self, rows: int, proposed: int, expected: float, trust: float, is_paid: bool
+    ) -> bool:
+        proposing, seconds = self.cost.proposing(rows), self._seconds_per_token(rows)
+        if proposing is None or seconds is None:
             return True  # to learn it
-        return expected * trust * seconds > extra
+        per_token, fixed = proposing
+        return expected * trust * seconds > per_token * proposed + (0.0 if is_paid else fixed)
 
     def _seconds_per_token(self, rows: int) -> float | None:
         plain = self.cost.plain(rows)

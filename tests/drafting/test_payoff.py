@@ -125,6 +125,17 @@ def test_no_more_than_a_few_steps_are_lost_when_proposals_become_good(
     assert all(run(payoff, [GOOD] * 20))
 
 
+def test_beside_drafts_only_the_tokens_count() -> None:
+    """A step that tests drafts anyway has paid for all but the proposed tokens."""
+    payoff = Payoff()
+    run(payoff, [EMPTY, *[GOOD, (8, 40, 25.0, 25)] * 20])
+    assert payoff.cost.proposing(8) == pytest.approx((1e-4, 2e-3), rel=0.15)
+    # 16 tokens take 1.6 ms, and the first of them 2 ms more; a token takes 16 ms / 26 or so.
+    assert not payoff.worth(8, 16, 3.5)
+    assert payoff.worth(8, 16, 3.5, beside=1)
+    assert not payoff.worth(8, 16, 1.5, beside=1)
+
+
 def test_nor_when_they_become_bad() -> None:
     payoff = Payoff()
     run(payoff, [EMPTY, *[GOOD] * 200])

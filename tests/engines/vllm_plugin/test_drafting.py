@@ -46,7 +46,7 @@ def one_thread(vllm_installed: None) -> Iterator[None]:
 def fixed_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is proposed does not depend on how busy this machine is."""
     monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.3)
-    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
+    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected, **_: proposed > 0)
     monkeypatch.setattr(StepCost, "room", lambda self, rows: 10_000)
     monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
 

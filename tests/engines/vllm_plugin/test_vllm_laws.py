@@ -160,7 +160,7 @@ def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.M
     """Lenient's law at the draft's token, and the target's behind it, with likely proposals."""
     # As much as there is, whatever it costs.
     monkeypatch.setattr(Payoff, "threshold", lambda self, rows: 0.0)
-    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected: proposed > 0)
+    monkeypatch.setattr(Payoff, "worth", lambda self, rows, proposed, expected, **_: proposed > 0)
     monkeypatch.setattr(StepCost, "room", lambda self, rows: 10**6)
     monkeypatch.setattr(Payoff, "pays", lambda self, rows: True)
     params = SamplingParams(max_tokens=6)

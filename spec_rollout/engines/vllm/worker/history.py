@@ -195,13 +195,15 @@ class HistoryProposals:
         if not is_free.any():
             return
         free, requests, indices = where[is_free], requests[is_free], indices[is_free]
+        num_draft_tokens = sum(map(len, drafts))
         budget = min(
-            max(0, self._token_budget - len(drafts) - sum(map(len, drafts))),
+            max(0, self._token_budget - len(drafts) - num_draft_tokens),
             self._payoff.room(len(batch.rows)),
         )
         proposals = self._ask(batch, free, requests, indices, limits[is_free], budget)
         expected = float(proposals.expected.sum())
-        if not self._payoff.worth(len(batch.rows), proposals.token_ids.size, expected):
+        num_tokens = proposals.token_ids.size
+        if not self._payoff.worth(len(batch.rows), num_tokens, expected, beside=num_draft_tokens):
             return
         starts = np.cumsum(proposals.lens) - proposals.lens
         self._has_proposed = True
