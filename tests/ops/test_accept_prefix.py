@@ -266,6 +266,7 @@ def test_errors_name_the_argument(generator) -> None:
     )
 
 
+@pytest.mark.slow
 def test_opcheck(device, generator) -> None:
     keys, lens, draft, target, positions = (t.to(device) for t in _case(6, 20, generator))
     opcheck(("accept_prefix", (draft, target, lens, None, keys, positions, 0, 0.5, 1.0, 0.0)))

@@ -243,6 +243,7 @@ def test_cuda_reports_what_does_not_fit() -> None:
     assert got.attention_mask.sum(1).tolist() == [4, 0]  # the row that does not fit is padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(device, layout) -> None:
     case = on(device, HAND)

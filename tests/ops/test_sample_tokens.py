@@ -300,6 +300,7 @@ def test_errors_name_the_argument(device, raises_value_error, change, match) -> 
         ops.sample_tokens(**{**moved, **changed})
 
 
+@pytest.mark.slow
 def test_opcheck(device, generator) -> None:
     logits, keys, positions = (t.to(device) for t in _case(3, 20, torch.float32, generator))
     ones = torch.ones(3, device=device)

@@ -416,6 +416,7 @@ def test_cuda_reports_what_it_skips(generator) -> None:
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(dst.storage, before, strict=True))
 
 
+@pytest.mark.slow
 def test_opcheck(device, generator) -> None:
     src, dst = Caches("contiguous", generator, device), Caches("paged", generator, device)
     args = ranges((0, 0, 1, 0, 5), (2, 3, 0, 7, 4), device=device)

@@ -208,6 +208,7 @@ def test_errors_name_the_argument(
         token_logprobs(**{**moved, **changed})
 
 
+@pytest.mark.slow
 def test_opcheck(device, impl, generator) -> None:
     logits, ids = _case(3, 20, torch.bfloat16, generator)
     name = {"native": "token_logprobs", "triton": "token_logprobs_triton"}[impl]

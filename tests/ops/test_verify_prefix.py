@@ -502,6 +502,7 @@ def test_errors_name_the_argument(device, verify_prefix, raises_value_error, cha
         verify_prefix(**_to({**args, **change}, device))
 
 
+@pytest.mark.slow
 def test_opcheck(device, impl, interpreted, generator) -> None:
     case = _to(_case([3, 0, 2], 20, torch.float32, generator), device)
     name = {"native": "verify_prefix", "triton": "verify_prefix_triton"}[impl]
