@@ -153,8 +153,7 @@ class StepCost:
     def proposing(self, rows: int) -> tuple[float, float] | None:
         """Seconds of a proposed token, and of a step with proposals beyond these and the seconds of
         one without; None while too little is known."""
-        pairs = self._fitted().pairs
-        self._was_compared |= pairs >= _TOO_FEW_PAIRS
+        self._fitted()
         # What is old is better than nothing until the next step without proposals.
         if not self._is_known or not self._was_compared:
             return None
@@ -215,6 +214,7 @@ class StepCost:
         if self._num_steps >= self._refit_at and self._steps:
             self._refit_at = self._num_steps + _REFIT_STEPS
             self._fit = self._solved()
+            self._was_compared |= self._fit.pairs >= _TOO_FEW_PAIRS
             self._of_sizes.clear()
             num = sum(self._count(proposing) for _, proposing in self._steps.values())
             self._is_known = num >= (_TOO_FEW if self._is_known else _ENOUGH)
