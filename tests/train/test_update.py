@@ -92,7 +92,7 @@ def token_advantages(rollouts, advantages=ADVANTAGES):
     return algorithms.Advantages(per_token(advantages, rollouts.response_lens))
 
 
-def make_updater(model, optimizer, config, reference=None):
+def make_updater(model, optimizer, config, reference=None, value_head=None):
     return PolicyUpdater(
         model,
         optimizer,
@@ -101,6 +101,7 @@ def make_updater(model, optimizer, config, reference=None):
         temperature=TEMPERATURE,
         max_tokens=9,
         reference=reference,
+        value_head=value_head,
     )
 
 
@@ -345,15 +346,7 @@ def test_a_value_head_has_its_own_rate_and_its_own_clip(model, rollouts):
         lr=9.0,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    updater = PolicyUpdater(
-        model,
-        optimizer,
-        config,
-        algorithms.make(config),
-        temperature=TEMPERATURE,
-        max_tokens=9,
-        value_head=head,
-    )
+    updater = make_updater(model, optimizer, config, value_head=head)
     values = updater.values(rollouts)
     assert torch.equal(values, torch.zeros_like(rollouts.logprobs))
     advantages = per_token(ADVANTAGES, rollouts.response_lens)
