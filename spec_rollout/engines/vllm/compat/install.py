@@ -9,8 +9,10 @@
   build (`switch_on`).
 - `GPUModelRunner._sample`: the token at the end of a prefill and the token after a draft never
   reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
-- `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices in every
-  step, with drafts or without; our sampler needs one array of them.
+- `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices; our sampler
+  needs one array of them.
+- `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts is
+  to cost what it costs without speculation.
 - `_support_torch_compile`: transformers' classes, which a trainer in this process has models of.
 - On CPUs, defects of the wheels (`cpu_wheels`).
 """
@@ -59,8 +61,11 @@ def install_worker() -> None:
     from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling, shared_classes
 
     replace(decorators, "_support_torch_compile", shared_classes.only_vllms)
-    replace(gpu_model_runner.GPUModelRunner, "_sample", sampling.sample)
-    replace(gpu_model_runner.GPUModelRunner, "_calc_spec_decode_metadata", sampling.few_indices)
+    runner = gpu_model_runner.GPUModelRunner
+    replace(runner, "_sample", sampling.sample)
+    replace(runner, "_prepare_inputs", sampling.plain_inputs)
+    replace(runner, "_calc_spec_decode_metadata", sampling.few_indices)
+    replace(runner, "take_draft_token_ids", sampling.drafts_if_any)
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
     if current_platform.is_cpu():
         cpu_wheels.fix()

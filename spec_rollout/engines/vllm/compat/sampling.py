@@ -37,14 +37,46 @@ def sample(original: Callable) -> Callable:
         rows = _rows(self, proposer)
         num_tokens = int(self.query_start_loc.np[len(rows)])
         proposer.sampler.times.count(num_tokens, logits.shape[0], rows)
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            spec_decode_metadata = None  # as without speculation: one row of logits per request
         if spec_decode_metadata is None and not any(rows):
             proposer.sampler.leave(rows)
             return original(self, logits, None, *args, **kw)
         return _sample_rows(self, proposer, rows, logits, spec_decode_metadata)
 
     return _sample
+
+
+def plain_inputs(original: Callable) -> Callable:
+    """For `GPUModelRunner._prepare_inputs`: without drafts, as without speculation."""
+
+    def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+        if scheduler_output.scheduled_spec_decode_tokens or not isinstance(
+            getattr(self, "drafter", None), ChunkProposer
+        ):
+            return original(self, scheduler_output, *args, **kw)
+        config, self.speculative_config = self.speculative_config, None
+        try:
+            return original(self, scheduler_output, *args, **kw)
+        finally:
+            self.speculative_config = config
+
+    return _prepare_inputs
+
+
+def drafts_if_any(original: Callable) -> Callable:
+    """For `GPUModelRunner.take_draft_token_ids`: where there are none, there is nothing to take.
+
+    The scheduler dropped those of the step before when it scheduled them, and would otherwise go
+    through all requests to find nothing.
+    """
+
+    def take_draft_token_ids(self: Any) -> Any:
+        if isinstance(getattr(self, "drafter", None), ChunkProposer):
+            drafts = self._draft_token_ids
+            if isinstance(drafts, list) and not any(drafts):
+                return None
+        return original(self)
+
+    return take_draft_token_ids
 
 
 def few_indices(original: Callable) -> Callable:
@@ -56,16 +88,11 @@ def few_indices(original: Callable) -> Callable:
         if not isinstance(getattr(self, "drafter", None), ChunkProposer):
             return original(self, num_draft_tokens, cu_num_scheduled_tokens, *args)
         num_reqs = num_draft_tokens.size
-        if num_draft_tokens.any():
-            # Of each request the rows of its last token and of its draft.
-            counts = num_draft_tokens + 1
-            ends = np.cumsum(counts)
-            rows = np.arange(ends[-1]) + np.repeat(
-                cu_num_scheduled_tokens[:num_reqs] - ends, counts
-            )
-            logits_indices = to_device(rows.astype(np.int32), self.device)
-        else:  # as without speculation
-            logits_indices = self.query_start_loc.gpu[1 : num_reqs + 1] - 1
+        # Of each request the rows of its last token and of its draft.
+        counts = num_draft_tokens + 1
+        ends = np.cumsum(counts)
+        rows = np.arange(ends[-1]) + np.repeat(cu_num_scheduled_tokens[:num_reqs] - ends, counts)
+        logits_indices = to_device(rows.astype(np.int32), self.device)
         return SpecDecodeMetadata(
             draft_token_ids=None,
             num_draft_tokens=num_draft_tokens.tolist(),

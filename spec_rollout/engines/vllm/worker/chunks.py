@@ -165,18 +165,24 @@ class ChunkProposer:
         if oldest is None or not batch.is_plain:
             oldest = self._next_chunks(batch, sampled_token_ids, num_tokens_no_spec, drafts, step)
         metrics.max_row_steps = max(metrics.max_row_steps, step - oldest)
-        if sampler.record.history is not None:
-            sampler.record.history.propose(
+        record = sampler.record
+        if record.history is not None:
+            record.history.propose(
                 batch,
                 sampled_token_ids,
-                sampler.record.given_logprobs,
+                record.drawn,
+                record.given_logprobs,
                 num_tokens_no_spec,
                 token_ids_cpu,
                 drafts,
             )
         sampler.times.end_step()
         if self.live is not None:
-            self.live.log(sampled_token_ids)
+            num_rows = num_tokens = len(batch.rows)
+            if record.drawn is None:
+                given = [len(tokens) for tokens in sampled_token_ids]
+                num_rows, num_tokens = len(given) - given.count(0), sum(given)
+            self.live.log(num_rows, num_tokens)
         return drafts
 
     @staticmethod

@@ -114,6 +114,7 @@ class EngineHistory(HistoryProposals):
 
     def export_to(self, path: str) -> None:
         """Writes what is remembered to a file."""
+        self._tell_late()
         self._drafter.save(path)
 
     def import_from(self, path: str) -> None:
@@ -134,7 +135,6 @@ class EngineHistory(HistoryProposals):
         self.num_requests = new = max(64, 2 * old)
         self._handle_of = _longer(self._handle_of, new, 0)
         self._num_known = _longer(self._num_known, new, 0)
-        self._late.grow(new)
         self._proposed_at = _longer(self._proposed_at, new, -1)
         self._lens = _longer(self._lens, new, 0)
         self._own_lens = _longer(self._own_lens, new, 0)

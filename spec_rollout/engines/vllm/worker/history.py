@@ -11,8 +11,8 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
-import torch
 
+from spec_rollout import ops
 from spec_rollout.drafting import Drafter, Payoff, Proposals
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.late_tokens import LateTokens
@@ -47,8 +47,8 @@ class HistoryProposals:
         self._max_proposal = max_proposal
         self._token_budget = token_budget
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
-        self._num_known = np.zeros(self.num_requests, np.int64)  # tokens, late ones too
-        self._late = LateTokens(self.num_requests)
+        self._num_known = np.zeros(self.num_requests, np.int64)  # tokens that the drafter has
+        self._late = LateTokens()
         self._has_proposed = False  # in the last step
         # The last proposals: by request, for which token of the response they start (-1: none), how
         # many tokens, how many of these are the request's draft's, where they stand in the flat
@@ -148,7 +148,8 @@ class HistoryProposals:
         self,
         batch: Known,
         sampled: list[list[int]],
-        logprobs: np.ndarray | torch.Tensor | None,
+        drawn: ops.SampleResult | None,
+        logprobs: np.ndarray | None,
         ends: np.ndarray,
         token_ids: np.ndarray,
         drafts: list[list[int]],
@@ -159,7 +160,8 @@ class HistoryProposals:
             batch: The requests.
             sampled: Tokens that each request was given in this step; none while its prefill is not
                 finished.
-            logprobs: Of these tokens, NaN where not known; None: not known at all. On any device.
+            drawn: The same and their log-probs, on any device, if each was given one. [batch].
+            logprobs: Of the tokens of any other step, NaN where not known; None: not known at all.
                 [batch, most tokens], float32.
             ends: Tokens of prompt and response so far. [at least batch].
             token_ids: Those tokens. [batch, longest].
@@ -173,8 +175,11 @@ class HistoryProposals:
             self._payoff.tested(float(self._expected[history_ids].sum()), int(accepted.sum()))
         self._outcomes = []
         asks = self._payoff.pays(len(batch.rows))
-        if not asks and self._noted(batch, sampled, logprobs, ends):
+        if not asks and drawn is not None and batch.all_in_history and not self._late.is_full:
+            self._late.add(batch.history_ids, drawn.token_ids, drawn.logprobs)
             return
+        if drawn is not None:
+            logprobs = drawn.logprobs.cpu().numpy()[:, None]
         given = np.fromiter(map(len, sampled), np.int64, len(sampled))
         where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
         if not where.size:
@@ -220,34 +225,11 @@ class HistoryProposals:
             if n:
                 drafts[r] = flat[start : start + n]
 
-    def _noted(
-        self,
-        batch: Known,
-        sampled: list[list[int]],
-        logprobs: np.ndarray | torch.Tensor | None,
-        ends: np.ndarray,
-    ) -> bool:
-        """Keeps one token of every request for later; False, and nothing is done, where the step
-        gave anything else. Arguments as in `propose`."""
-        slots = batch.history_ids
-        if self._late.is_full or not (batch.is_plain and batch.all_in_history):
-            return False
-        indices = ends[: slots.size] - batch.prompt_lens
-        if (indices != self._num_known[slots] + 1).any():
-            return False
-        tokens = np.fromiter(chain.from_iterable(sampled), np.int32)
-        if tokens.size != slots.size:
-            return False
-        # As a tensor, wherever it is.
-        known = None if logprobs is None else torch.as_tensor(logprobs)[:, 0]
-        self._late.add(slots, tokens, known)
-        self._num_known[slots] = indices
-        return True
-
     def _tell_late(self) -> None:
         """Now the drafter is told what was kept for later."""
         if self._late:
             slots, lens, tokens, logprobs = self._late.take()
+            self._num_known[slots] += lens
             self._drafter.extend(self._handles(slots), tokens, lens, logprobs)
 
     def _tell(
@@ -256,7 +238,7 @@ class HistoryProposals:
         where: np.ndarray,
         indices: np.ndarray,
         given: np.ndarray,
-        logprobs: np.ndarray | torch.Tensor | None,
+        logprobs: np.ndarray | None,
         token_ids: np.ndarray,
     ) -> None:
         """Tells the drafter what requests were given.
@@ -279,8 +261,7 @@ class HistoryProposals:
         if logprobs is not None:
             # What came another way has none.
             fits = np.repeat(new == given[where], new)
-            on_host = torch.as_tensor(logprobs).cpu().numpy()
-            known_logprobs = np.where(fits, on_host[rows, np.where(fits, offsets, 0)], np.nan)
+            known_logprobs = np.where(fits, logprobs[rows, np.where(fits, offsets, 0)], np.nan)
         self._drafter.extend(
             self._handles(requests), tokens.astype(np.int32, copy=False), new, known_logprobs
         )

@@ -96,9 +96,9 @@ class LiveRequests:
             if sample >= 0 and self.side.samples is not None:
                 self.side.samples.end(group, sample)
 
-    def log(self, sampled: list[list[int]]) -> None:
+    def log(self, num_rows: int, num_tokens: int) -> None:
         """A step is over; see `LogLine.step`."""
-        self._log_line.step(sampled, self._metrics(), self._summary)
+        self._log_line.step(num_rows, num_tokens, self._metrics(), self._summary)
 
     def clear(self) -> None:
         """Forgets all but what live requests need."""

@@ -27,20 +27,20 @@ class LogLine:
         self._at_last = (0, 0)  # proposed and accepted tokens
 
     def step(
-        self, sampled: list[list[int]], metrics: ReuseMetrics, rest: Callable[[], str]
+        self, num_rows: int, num_tokens: int, metrics: ReuseMetrics, rest: Callable[[], str]
     ) -> None:
         """A step is over.
 
         Args:
-            sampled: Tokens that each request was given.
+            num_rows: Requests that were given tokens.
+            num_tokens: How many, all together.
             metrics: Of the worker.
             rest: Gives the rest of the line.
         """
         if not self._seconds:
             return
-        given = [len(tokens) for tokens in sampled]
-        self._num_rows += len(given) - given.count(0)
-        self._num_tokens += sum(given)
+        self._num_rows += num_rows
+        self._num_tokens += num_tokens
         now = self.clock()
         if now - self._last < self._seconds or not self._num_rows:
             return

@@ -35,7 +35,7 @@ class PlainDraws:
         if known.any_collected:
             record.collector.add(known.collect_ids, indices.astype(np.int32), result.logprobs)
         if record.history is not None:  # which fetches them when it is next asked
-            record.given_logprobs = result.logprobs[:, None]
+            record.drawn = result
         tokens = result.token_ids[:, None]
         if step.logprobs is None:
             return tokens, None

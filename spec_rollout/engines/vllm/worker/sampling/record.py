@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from spec_rollout import ops
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.worker.collect import Collector
 from spec_rollout.engines.vllm.worker.groups import Group
@@ -21,8 +22,10 @@ class Record:
         collector: Log-probs and reused tokens, for the engine to fetch.
         history: What is proposed from in this call, or None.
         standing_history: What is proposed from between calls, or None.
-        given_logprobs: Of the tokens given out in this step, where somebody wants them: a tensor
-            where they may still be on the logits' device. [batch, most tokens], float32, or None.
+        drawn: What each request was given in this step, still on the logits' device, where that was
+            one token for each and the history wants them; or None.
+        given_logprobs: Of the tokens given out in any other step, where somebody wants them.
+            [batch, most tokens], float32, or None.
         num_kept: Tokens of proposals kept in this step.
     """
 
@@ -39,7 +42,8 @@ class Record:
         self.collector = Collector()
         self._unclaimed = set(range(num_requests))
         self.history = self.standing_history if history is None else history
-        self.given_logprobs: np.ndarray | torch.Tensor | None = None
+        self.drawn: ops.SampleResult | None = None
+        self.given_logprobs: np.ndarray | None = None
         self.num_kept = 0
 
     def claim(self, collect_id: int) -> int:
@@ -56,7 +60,7 @@ class Record:
 
     def begin_step(self) -> None:
         """Nothing was given out yet."""
-        self.given_logprobs = None
+        self.drawn = self.given_logprobs = None
 
     def expect_logprobs(self, shape: tuple[int, ...]) -> None:
         """`given` is to fill `given_logprobs` [batch, most tokens]."""
