@@ -224,12 +224,17 @@ class LogConfig:
         progress: "auto" shows a bar on a terminal and, elsewhere, a line every 30 seconds; "on"
             the bar anyway; "off" neither.
         samples_per_step: Rollouts of each step written to samples.jsonl.
+        to: "tensorboard" and "wandb": the numbers of metrics.jsonl there, too (docs/runs.md).
+        wandb_project: Project of a W&B run; None is the variable WANDB_PROJECT, or spec-rollout.
     """
 
     run_dir: str = "runs/train"
     progress: Literal["auto", "on", "off"] = "auto"
     samples_per_step: int = 2
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    wandb_project: str | None = None
 
     def __post_init__(self) -> None:
         require(self.run_dir != "", "log.run_dir", "a folder", self.run_dir)
         at_least(0, "log", self, "samples_per_step")
+        require(len(set(self.to)) == len(self.to), "log.to", "each logger once", self.to)

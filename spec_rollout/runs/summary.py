@@ -6,7 +6,7 @@ Computed from its metrics rows alone, so that the summary of a resumed run is th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spec_rollout.counters import RolloutStats
@@ -57,6 +57,8 @@ class RunSummary:
         eval_reward_before, eval_reward_after: The same for the mean reward.
         eval_seconds: Sampling time of all evaluations.
         environment: Machine and versions.
+        num_unlogged_rows: Metrics rows that a logger of `log.to` did not take, by its name; those
+            that took all are left out.
     """
 
     run_dir: str
@@ -76,6 +78,7 @@ class RunSummary:
     eval_reward_after: dict[str, float]
     eval_seconds: float
     environment: dict[str, Any]
+    num_unlogged_rows: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, those of `totals` at the top level."""

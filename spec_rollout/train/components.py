@@ -30,6 +30,7 @@ from spec_rollout.loading.policy import Policy, load_model, load_policy
 from spec_rollout.loading.prompts import PromptRenderer
 from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
+from spec_rollout.runs.loggers import check_loggers
 from spec_rollout.train import algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.checks import (
@@ -98,6 +99,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     """
     config = config.settled()
     check_engine(config.rollout)
+    check_loggers(config.log)
     algorithm = algorithms.make(config.train)
     check_group_size(config, algorithm)
     state = None if checkpoint is None else load_state(checkpoint)

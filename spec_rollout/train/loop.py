@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from spec_rollout.runs.files import (
     JsonLines,
     write_atomically,
 )
+from spec_rollout.runs.loggers import RunLoggers
 from spec_rollout.runs.progress import progress
 from spec_rollout.runs.summary import RunSummary, summarize
 from spec_rollout.train.algorithms.base import AdvantageInputs
@@ -71,15 +73,18 @@ class TrainingRun:
         write_atomically(
             run_dir / "environment.json", json.dumps(self._environment, indent=2) + "\n"
         )
+        self._loggers = RunLoggers(config.log, run_dir, asdict(config), self._metrics.rows)
 
     def close(self) -> None:
         """Closes the files of the run."""
+        self._loggers.close(complete=False)
         self._metrics.close()
         self._samples.close()
         self._running.close()
 
     def summary(self) -> RunSummary:
         """Of a run that has ended; written to summary.json."""
+        self._loggers.close(complete=True)
         summary = summarize(
             self._metrics.rows,
             run_dir=str(self._run_dir),
@@ -90,6 +95,7 @@ class TrainingRun:
             num_prompts=len(self._parts.data),
             num_dropped_prompts=self._parts.data.num_dropped,
             environment=self._environment,
+            num_unlogged_rows=self._loggers.num_unlogged,
         )
         write_atomically(self._run_dir / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
         return summary
@@ -232,6 +238,8 @@ class TrainingRun:
             self._metrics.write(row)
         self._pending = None
         self._keeper.mark()
+        if len(row) > 2:
+            self._loggers.log(row)
         if len(row) > 2 and self._on_step is not None:
             self._on_step(row)
         if self._keeper.due(self._step):
