@@ -12,6 +12,7 @@ _PRIOR_TOKENS = 4.0  # for which the drafter's word is taken
 # What is remembered of what passed: as many tokens as in so many steps like the last, and so many.
 _TRUST_STEPS, _TRUST_TOKENS = 3.0, 16.0
 _FORGET_PRICE = 0.95  # what tokens took, per step of about that batch size
+_MOST_PER_ROW = 4.0  # tokens of a step that count
 _PLAIN_STEPS = 2.0  # for which tokens are taken to cost what they do without proposals
 # A probability, while it is not known what proposed tokens take.
 _FIRST_GUESS = 0.5
@@ -22,6 +23,7 @@ _MAX_WAIT = 4
 # Steps after which proposals are tried that are not thought worth it; twice as many each time.
 _TRIAL_TOKENS = 8
 _FIRST_TRIAL, _LAST_TRIAL = 16, 512
+_DOUBTFUL_STEPS = 2  # with proposals, after a trial that showed that costs were wrong
 
 
 @dataclass(slots=True)
@@ -37,8 +39,9 @@ class Payoff:
 
     A token that is not given now has to be given later. What that takes is taken to be what tokens
     take now: seconds of the last steps of about this batch size, divided by the tokens they gave;
-    at first, of steps without proposals. So one more token pays if it passes with a probability of
-    at least
+    at first, of steps without proposals. A step in which whole drafts passed says little of those
+    that follow, and counts as part of one. So one more token pays if it passes with a probability
+    of at least
 
         threshold = seconds per proposed token / seconds per token
 
@@ -56,7 +59,7 @@ class Payoff:
     What a step takes is measured on a machine that does other things, too, so what was learned may
     be wrong, and would never be corrected where nothing is proposed. So now and then a few tokens
     are proposed against it: after 16 steps first, then after twice as many each time, until
-    proposals are worth it again.
+    proposals are worth it again. Where that shows that it was wrong, the next steps have more.
 
     Asking the drafter takes time, too. Where its proposals have not been worth it for many steps,
     it is asked in one step of up to five.
@@ -71,6 +74,8 @@ class Payoff:
         self.cost = StepCost() if cost is None else cost
         self._trial_gap = self._until_trial = _FIRST_TRIAL  # steps
         self._was_tried = False  # since proposals were worth it
+        self._is_trial = False  # the next step has proposals that are not thought worth it
+        self._num_doubtful = 0  # steps with proposals that are to show what they cost
         self.begin()
 
     def begin(self) -> None:
@@ -90,14 +95,18 @@ class Payoff:
             seconds: What the step took.
             accepted: How many of `proposed` were kept; None where they were not all proposals.
         """
-        self.cost.observe(rows, proposed, seconds)
+        if self.cost.observe(rows, proposed, seconds, is_trial=self._is_trial):
+            self._num_doubtful = _DOUBTFUL_STEPS
+        self._is_trial = False
         if accepted is not None:
             size = rows.bit_length()
             lately = self._lately.get(size)
             if lately is None:
                 lately = self._lately[size] = _Lately()
-            lately.seconds = _FORGET_PRICE * lately.seconds + seconds
-            lately.tokens = _FORGET_PRICE * lately.tokens + rows + accepted
+            tokens = rows + accepted
+            share = min(1.0, _MOST_PER_ROW * rows / tokens)
+            lately.seconds = _FORGET_PRICE * lately.seconds + share * seconds
+            lately.tokens = _FORGET_PRICE * lately.tokens + share * tokens
 
     def tested(self, expected: float, accepted: int) -> None:
         """Of the proposals of a step, `expected` tokens were expected to pass, `accepted` did."""
@@ -117,7 +126,7 @@ class Payoff:
 
     def threshold(self, rows: int) -> float:
         """The least probability at which a proposed token pays, between 0.05 and 0.95."""
-        if self._is_trial_due():
+        if self._num_doubtful or self._is_trial_due():
             return _FIRST_GUESS
         share = _FIRST_GUESS
         proposing, seconds = self.cost.proposing(rows), self._seconds_per_token(rows)
@@ -127,6 +136,8 @@ class Payoff:
 
     def room(self, rows: int) -> int:
         """Most tokens to propose in the next step, of `rows` requests (`StepCost.room`)."""
+        if self._num_doubtful:
+            return self.cost.trial_room(rows)
         return _TRIAL_TOKENS if self._is_trial_due() else self.cost.room(rows)
 
     def worth(self, rows: int, proposed: int, expected: float, *, beside: int = 0) -> bool:
@@ -140,6 +151,9 @@ class Payoff:
                 testing is paid.
         """
         is_paid = beside > 0
+        if proposed > 0 and self._num_doubtful:
+            self._num_doubtful -= 1
+            return True
         if proposed > 0 and self._is_worth(rows, proposed, expected, self._trust(), is_paid):
             self._refused = 0
             if self._was_tried:
@@ -153,7 +167,7 @@ class Payoff:
             and not self._is_worth(rows, proposed, expected, 1.0, is_paid)
         ):
             self._trial_gap = min(2 * self._trial_gap, _LAST_TRIAL)
-            self._until_trial, self._was_tried = self._trial_gap, True
+            self._until_trial, self._was_tried, self._is_trial = self._trial_gap, True, True
             return True
         self._refused += 1
         self._wait = min(self._refused // _PATIENCE, _MAX_WAIT)

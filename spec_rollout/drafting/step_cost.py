@@ -19,6 +19,7 @@ _FIRST_STEPS, _FIRST_OF_KIND, _REFIT_STEPS = 64, 4.0, 16
 _NOTHING = 1e-200  # what is forgotten has no weight that could be divided by
 # What proposing added, as a share of what it should add, that says that the latter is wrong.
 _WRONG = 0.3
+_LEAST_SHARE = 0.02
 # Tokens proposed while it is not known what they take: a share of the requests, or a few.
 _TRIAL_SHARE, _TRIAL_TOKENS = 4, 8
 
@@ -70,16 +71,20 @@ class StepCost:
         self._is_known = False
         self._was_compared = False  # enough steps with proposals and without, ever
 
-    def observe(self, rows: int, proposed: int, seconds: float) -> None:
+    def observe(self, rows: int, proposed: int, seconds: float, *, is_trial: bool = False) -> bool:
         """Adds a step.
 
         Args:
             rows: Requests in the batch, >= 1.
             proposed: Tokens computed beyond one per row.
             seconds: What the step took.
+            is_trial: It was made to see whether what is known of such steps is wrong. Where
+                proposals are made all the time, time corrects it.
+
+        Returns:
+            Whether a trial showed that it was.
         """
-        if proposed:
-            self._forget_if_wrong(rows, proposed, seconds)
+        was_wrong = is_trial and proposed > 0 and self._correct(rows, proposed, seconds)
         size = rows.bit_length()
         if size not in self._steps:
             self._steps[size] = (_Steps(), _Steps())
@@ -105,21 +110,37 @@ class StepCost:
         self._longest = max(self._longest, rows + proposed)
         if self._num_steps <= _FIRST_STEPS or kind.count < _FIRST_OF_KIND:
             self._refit_at = self._num_steps
+        return was_wrong
 
-    def _forget_if_wrong(self, rows: int, proposed: int, seconds: float) -> None:
-        """Where a step with proposals adds far less than it should, what was learned of such steps
-        is forgotten: the machine was busy then. It is never faster than it can be."""
+    def _correct(self, rows: int, proposed: int, seconds: float) -> bool:
+        """Where a step with proposals adds far less than it should, all earlier ones are taken to
+        have added as much less: the machine was busy then. It is never faster than it can be."""
         extra, plain = self.extra(rows, proposed), self.plain(rows)
         if extra is None or plain is None or extra < _FREE_STEPS * plain:
-            return
-        if seconds - plain < _WRONG * extra:
-            self._steps = {
-                size: (without, _Steps())
-                for size, (without, _) in self._steps.items()
-                if without.count
-            }
-            self._is_known = self._was_compared = False
-            self._refit_at = self._num_steps
+            return False
+        share = (seconds - plain) / extra
+        if share >= _WRONG:
+            return False
+        share = max(share, _LEAST_SHARE)
+        per_row = self._fitted().per_row
+        for size, (_, kind) in self._steps.items():
+            without = self.plain(1 << size - 1)
+            if not kind.count or without is None:
+                continue
+            fixed = without - per_row * (1 << size - 1)
+            r, p, s = kind.sums
+            rr, rp, rs, pp, ps = kind.products
+            rest = 1.0 - share
+            kind.sums = (r, p, share * s + rest * (fixed * kind.weight + per_row * r))
+            kind.products = (
+                rr,
+                rp,
+                share * rs + rest * (fixed * r + per_row * rr),
+                pp,
+                share * ps + rest * (fixed * p + per_row * rp),
+            )
+        self._refit_at = self._num_steps
+        return True
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -166,8 +187,13 @@ class StepCost:
         take. While nothing is known at all, few are enough to learn it.
         """
         if self.proposing(rows) is None:
-            return max(rows // _TRIAL_SHARE, _TRIAL_TOKENS)
+            return self.trial_room(rows)
         return 2 * max(self._longest, rows) - rows
+
+    @staticmethod
+    def trial_room(rows: int) -> int:
+        """Tokens enough to learn what they take."""
+        return max(rows // _TRIAL_SHARE, _TRIAL_TOKENS)
 
     def lacks_plain_steps(self, rows: int) -> bool:
         """Whether only a step without proposals would say what proposing costs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -136,15 +138,25 @@ def test_sizes_not_seen_for_long_are_forgotten_and_nothing_else_happens() -> Non
         cost.lacks_plain_steps(rows)
 
 
-def test_where_only_steps_with_proposals_were_seen_they_can_be_forgotten() -> None:
+@pytest.mark.parametrize("rows", [64, 8])
+def test_a_trial_that_added_less_says_that_others_did_too(rows: int) -> None:
     cost = StepCost()
     for _ in range(6):
         cost.observe(64, 0, 0.01)
         cost.observe(64, 64, 0.08)
         cost.observe(8, 64, 0.08)
-    assert cost.extra(64, 64) == pytest.approx(0.07, rel=0.3)
-    cost.observe(64, 64, 0.0102)  # it was not the proposals
-    assert cost.extra(64, 64) is None
-    assert cost.plain(8) is not None
-    cost.observe(8, 64, 0.0102)
-    assert cost.plain(8) is not None
+    for size in (64, 8):
+        assert cost.extra(size, 64) == pytest.approx(0.07, rel=0.3)
+    usual = StepCost()
+    usual._steps, usual._num_steps = copy.deepcopy(cost._steps), cost._num_steps
+    cost.observe(rows, 64, 0.0102, is_trial=True)  # it was not the proposals
+    for size in (64, 8):
+        extra = cost.extra(size, 64)
+        assert extra is not None
+        assert 0.0 <= extra < 0.1 * 0.07
+        plain = cost.plain(size)
+        assert plain is not None
+        assert plain == pytest.approx(usual.plain(size), rel=0.2)
+    # One that took half as long, where they are made all the time, says little.
+    usual.observe(rows, 64, 0.045)
+    assert usual.extra(rows, 64) > 0.5 * 0.07

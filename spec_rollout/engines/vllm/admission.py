@@ -24,6 +24,21 @@ _MUST_BE_OFF = {
 }
 
 
+# Attribute of vLLM's SamplingParams: what was parsed, and what of it. Every request comes by three
+# times: at the front end, at the engine and in the worker, in one process or in several.
+_PARSED = "_spec_rollout_parsed"
+
+
+def _parsed(params: Any, data: Any) -> ReuseRequest | SampleName:
+    known = getattr(params, _PARSED, None)
+    if known is not None and known[0] is data:
+        return known[1]
+    request = parse(data)
+    if isinstance(data, (bytes, str)):  # what cannot change
+        setattr(params, _PARSED, (data, request))
+    return request
+
+
 def _not_raw(params: Any) -> str | None:
     """Why the log-probs of a request's sampling distribution are not those of the logits; None if
     they are."""
@@ -96,7 +111,7 @@ def admit(
         data = reuse_data(params)
         if data is None:
             return None
-        request = parse(data)
+        request = _parsed(params, data)
         if isinstance(request, SampleName):
             # What our sampler cannot draw goes to vLLM's; but several responses are no one sample.
             if getattr(params, "n", 1) != 1:

@@ -90,3 +90,29 @@ def test_flipped_bits_never_crash(flip: int) -> None:
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReuseRequest(**{"key": 1, "rule": Lenient(), **arguments})
+
+
+def test_what_was_parsed_is_known_where_the_request_comes_by_again(monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    from spec_rollout.engines.vllm import admission
+
+    calls = []
+    parse = admission.parse
+    monkeypatch.setattr(admission, "parse", lambda data: calls.append(data) or parse(data))
+    off = {"n": 1, "temperature": 1.0, "logprobs": None}
+    first, second = (encode(ReuseRequest(key, Coupled())) for key in (1, 2))
+    params = SimpleNamespace(extra_args={"spec_rollout": first}, **off)
+    assert [admission.admit("r", params, vocab_size=8).key for _ in range(3)] == [1, 1, 1]
+    assert len(calls) == 1
+    params.extra_args = {"spec_rollout": second}
+    assert admission.admit("r", params).key == 2
+    # What else the request asks for is looked at every time.
+    params.presence_penalty = 0.5
+    with pytest.raises(ValueError, match="presence_penalty"):
+        admission.admit("r", params)
+    name = {"sample": 3}
+    named = SimpleNamespace(extra_args={"spec_rollout": name}, **off)
+    assert admission.admit("r", named).sample == 3
+    name["sample"] = 4  # a mapping may change
+    assert admission.admit("r", named).sample == 4
