@@ -426,6 +426,12 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
         ),
         ("drafting", {}, {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
         ("drafting", {}, {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
+        (
+            "drafting",
+            {},
+            {"weight_transfer_config": {"backend": "verl_delta_ipc"}},
+            "expected a weight transfer that goes with speculation, got verl_delta_ipc .*delta_sh",
+        ),
         ("draughting", {}, {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
     ],
 )

@@ -15,6 +15,9 @@ from spec_rollout.engines.vllm.options import PROPOSER, SECTION, VARIABLE, Engin
 
 # Keys of that section that are no `EngineOptions`.
 _OTHER_KEYS = ("first_chunk",)
+# Backends of vLLM's weight transfer that refuse engines with any speculation, but only when the
+# first weights are sent; and who sets them. verl/workers/rollout/vllm_rollout/delta_weight_transfer
+_WITHOUT_SPECULATION = {"verl_delta_ipc": "verl's checkpoint_engine.backend=delta_sharded"}
 
 
 def configured_options(additional_config: Any) -> EngineOptions | None:
@@ -50,8 +53,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         model_config: vLLM's `ModelConfig` of the model.
 
     Raises:
-        ValueError: where the engine has another speculative method, a pipeline, or Model Runner V2,
-            or an option is wrong.
+        ValueError: where the engine has another speculative method, a pipeline, Model Runner V2, or
+            a weight transfer that goes with no speculation, or an option is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -80,6 +83,13 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         raise ValueError(
             f"{asked}: expected an engine without logits_processors, which vLLM allows together "
             f"with no speculation, got {len(engine_args.logits_processors)}"
+        )
+    backend = getattr(getattr(engine_args, "weight_transfer_config", None), "backend", None)
+    if backend in _WITHOUT_SPECULATION:
+        raise ValueError(
+            f"{asked}: expected a weight transfer that goes with speculation, got {backend} "
+            f"({_WITHOUT_SPECULATION[backend]}), which refuses it when the first weights are sent: "
+            "choose another, or leave out the variable"
         )
     given = dict(engine_args.speculative_config or {})
     method = given.get("method") or getattr(engine_args, "spec_method", None)
