@@ -21,6 +21,11 @@ class ModelConfig:
         device: "auto" takes the first GPU if there is one.
         attention: Attention implementation, as transformers names it.
         reference: Folder of the KL reference; None takes the policy as it was at the start.
+        lora_rank: Train LoRA matrices of this rank in float32 and leave the model's weights as they
+            are (they may be 16-bit then); None trains the weights. Needs peft.
+        lora_alpha: LoRA's scale is this over the rank; None is twice the rank.
+        lora_targets: Names of the linear layers that get one; "all-linear" is all but the output
+            head.
     """
 
     path: str
@@ -28,6 +33,20 @@ class ModelConfig:
     device: str = "auto"
     attention: str = "sdpa"
     reference: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ("all-linear",)
+
+    def __post_init__(self) -> None:
+        at_least(1, "model", self, "lora_rank")
+        alpha = self.lora_alpha
+        require(
+            alpha is None or (self.lora_rank is not None and 0 < alpha < math.inf),
+            "model.lora_alpha",
+            "a positive finite number, with model.lora_rank",
+            alpha,
+        )
+        require(len(self.lora_targets) > 0, "model.lora_targets", "at least one", ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,6 +224,9 @@ class VLLMConfig:
         max_num_batched_tokens: Tokens computed per engine step; None is vLLM's choice.
         enforce_eager: No CUDA graphs; None is true on a CPU.
         gpu_memory_utilization: Share of the device's memory for vLLM; the trainer needs the rest.
+        dtype: Of vLLM's copy of the weights; None is `model.dtype`.
+        sleep: vLLM gives its memory back during the policy update (its sleep mode, level 1), so
+            that both may take most of a GPU.
         kv_cache_gib: Memory of the KV cache; None is what `gpu_memory_utilization` leaves, on a CPU
             what `num_slots` rollouts need, at most 4.
     """
@@ -234,6 +237,8 @@ class VLLMConfig:
     max_num_batched_tokens: int | None = None
     enforce_eager: bool | None = None
     gpu_memory_utilization: float = 0.4
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    sleep: bool = False
     kv_cache_gib: float | None = None
 
     def __post_init__(self) -> None:

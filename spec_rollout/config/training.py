@@ -26,6 +26,10 @@ class TrainConfig:
         minibatches: Optimizer steps a batch of rollouts is split into, group by group.
         micro_batch_tokens: Tokens (padding included) of one forward and backward pass; gradients
             accumulate.
+        compute_dtype: "bfloat16" computes matrix products of the trainer's passes in it, over
+            weights, gradients and moments of `model.dtype` (autocast); None computes in that.
+        gradient_checkpointing: Layers keep their inputs only, and are computed once more in the
+            backward pass: less memory, about a third more arithmetic.
         lr: Learning rate; None is the published one, 5e-7.
         critic_lr: Of the value head of PPO; None is the published one, 1e-5.
         betas, eps, weight_decay: Of AdamW; weight decay spares vectors (norms, biases).
@@ -71,6 +75,8 @@ class TrainConfig:
     max_steps: int | None = None
     minibatches: int = 1
     micro_batch_tokens: int = 4096
+    compute_dtype: Literal["bfloat16"] | None = None
+    gradient_checkpointing: bool = False
     lr: float | None = None
     critic_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)

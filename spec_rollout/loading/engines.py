@@ -56,6 +56,8 @@ def make_engine(
     Raises:
         ConfigError: naming the key, if the engine cannot be set up like this.
     """
+    if config.engine == "vllm" and vllm.sleep and not torch.cuda.is_available():
+        raise ConfigError("vllm.sleep: expected false without a GPU, got true")
     try:
         if config.engine == "vllm":
             max_model_len = config.max_model_len or longest_prompt + config.max_tokens
@@ -103,14 +105,16 @@ def _vllm_engine(
     if vllm.strategy == "two_pass":
         check_two_pass(config.sampling(), config.acceptance())
     on_gpu = torch.cuda.is_available()
+    dtype = vllm.dtype or model.dtype
     kv_bytes = None if vllm.kv_cache_gib is None else int(vllm.kv_cache_gib * _GIB)
     if kv_bytes is None and not on_gpu:
         # Otherwise vLLM takes most of the machine's memory. With room for a partly used block per
         # rollout.
         num_tokens = (config.num_slots + 1) * (max_model_len + _LARGEST_BLOCK)
-        kv_bytes = min(4 * _GIB, _kv_bytes(model_config, getattr(torch, model.dtype), num_tokens))
+        kv_bytes = min(4 * _GIB, _kv_bytes(model_config, getattr(torch, dtype), num_tokens))
     llm_args: dict[str, Any] = {
-        "dtype": model.dtype,
+        "dtype": dtype,
+        "enable_sleep_mode": vllm.sleep,
         "max_model_len": max_model_len,
         "max_num_seqs": config.num_slots,
         "gpu_memory_utilization": vllm.gpu_memory_utilization,

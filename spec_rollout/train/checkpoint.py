@@ -13,6 +13,7 @@ import torch
 
 from spec_rollout.cache import RolloutCache
 from spec_rollout.loading.policy import no_progress_bars
+from spec_rollout.train.adapter import has_adapter, merged, save_adapter
 from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.manifest import check_complete, write_manifest
 from spec_rollout.train.state import STATE, CheckpointError, TrainState, age_of, load_state
@@ -46,9 +47,10 @@ def save_checkpoint(
 ) -> Path:
     """Writes `root`/step-XXXXXXXX, unless it is there already; keeps the newest `keep_last`.
 
-    Layout: model/ (loads with `from_pretrained`), trainer.pt (optimizer, value head, random
-    states), cache.bin, state.json, SHA256SUMS (of all the others). Everything is written under a
-    temporary name, synced, and renamed.
+    Layout: model/ (loads with `from_pretrained`; an adapter is merged into it), with an adapter
+    adapter.safetensors (of peft's names), trainer.pt (optimizer, value head, random states),
+    cache.bin, state.json, SHA256SUMS (of all the others). Everything is written under a temporary
+    name, synced, and renamed.
 
     Args:
         keep_last: None removes none.
@@ -79,7 +81,11 @@ def save_checkpoint(
     part.mkdir()
     try:
         with no_progress_bars():
-            model.save_pretrained(part / MODEL)
+            if has_adapter(model):
+                model.save_pretrained(part / MODEL, state_dict=dict(merged(model)))
+                save_adapter(part, model)
+            else:
+                model.save_pretrained(part / MODEL)
         tokenizer.save_pretrained(part / MODEL)
         save_tensors(part / TENSORS, optimizer, value_head, rng or rng_state())
         cache.save(part / CACHE)

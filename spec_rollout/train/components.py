@@ -31,7 +31,7 @@ from spec_rollout.loading.prompts import PromptRenderer
 from spec_rollout.rewards.rewards import Rewards
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.runs.loggers import check_loggers
-from spec_rollout.train import algorithms
+from spec_rollout.train import adapter, algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.checks import (
     check_finite,
@@ -44,6 +44,7 @@ from spec_rollout.train.checks import (
 from spec_rollout.train.continued import ContinuedEngine
 from spec_rollout.train.drafts import load_cache, without_logprobs
 from spec_rollout.train.lenience import LenienceController
+from spec_rollout.train.memory import check_recomputing
 from spec_rollout.train.step_store import StepStore
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
@@ -100,6 +101,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     config = config.settled()
     check_engine(config.rollout)
     check_loggers(config.log)
+    adapter.check_peft(config.model)
     algorithm = algorithms.make(config.train)
     check_group_size(config, algorithm)
     state = None if checkpoint is None else load_state(checkpoint)
@@ -119,12 +121,20 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     _seed_everything(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    policy = load_policy(model_config)
+    has_adapter = config.model.lora_rank is not None
+    # A checkpoint's model has the adapter merged into it; vLLM loads that.
+    policy = load_policy(config.model if has_adapter else model_config)
+    if has_adapter:
+        adapter.add_adapter(policy.model, config.model)
+        if checkpoint is not None:
+            adapter.load_adapter(checkpoint, policy.model)
     check_finite(policy.model, model_config.path, "model.path")
     if config.rollout.max_model_len is not None:
         policy = replace(policy, max_length=config.rollout.max_model_len)
     if config.rollout.check_model:
         check_forward(policy)
+    if config.train.gradient_checkpointing:
+        check_recomputing(policy.model)
     data, eval_rows, heldout_fingerprint = _render_data(config, sources, policy)
     notes = data.notes
     if config.data.template_time is None and data.template_time is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class ContinuedEngine:
             engine: Does all the work.
             first_version: Updates that its weights had seen when it was made.
         """
-        self._engine = engine
+        self._engine: Any = engine
         self._first_version = first_version - engine.policy_version
 
     @property
@@ -55,3 +56,11 @@ class ContinuedEngine:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._engine.update_weights(named_tensors)
+
+    def sleep(self) -> None:
+        """Of vLLM's; see `VLLMEngine`."""
+        self._engine.sleep()
+
+    def wake_up(self) -> None:
+        """Of vLLM's; see `VLLMEngine`."""
+        self._engine.wake_up()

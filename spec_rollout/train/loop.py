@@ -32,6 +32,7 @@ from spec_rollout.runs.files import (
 from spec_rollout.runs.loggers import RunLoggers
 from spec_rollout.runs.progress import progress
 from spec_rollout.runs.summary import RunSummary, summarize
+from spec_rollout.train.adapter import engine_weights
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.components import Components
 from spec_rollout.train.experience import gather
@@ -152,6 +153,10 @@ class TrainingRun:
         seen = gather(parts, self._step, roll)
         rollouts = seen.trained
         advantage_start = time.perf_counter()
+        engine: Any = parts.engine
+        sleeps = config.rollout.engine == "vllm" and config.vllm.sleep
+        if sleeps:
+            engine.sleep()
         values = parts.updater.values(rollouts)
         trained = parts.algorithm.advantages(
             AdvantageInputs(
@@ -190,7 +195,9 @@ class TrainingRun:
             "step_seconds": end - start,
         }
         self._step_done(row)
-        parts.engine.update_weights(parts.policy.model.named_parameters())
+        if sleeps:
+            engine.wake_up()
+        engine.update_weights(engine_weights(parts.policy.model, config.rollout.engine))
         end = time.perf_counter()
         row["train_seconds"] = end - train_start
         row["step_seconds"] = end - start

@@ -15,6 +15,7 @@ from spec_rollout.train.batching import MicroBatch, micro_batches
 from spec_rollout.train.corrections import clipped_behaviour, origins_of, truncated
 from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.forward import response_outputs
+from spec_rollout.train.memory import TrainingForward
 from spec_rollout.train.update_result import TokenSums, UpdateResult
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import Rollouts
@@ -122,6 +123,7 @@ class PolicyUpdater:
         self._model = model
         self._optimizer = optimizer
         self._config = config
+        self._forward_mode = TrainingForward(config)
         self._algorithm = algorithm
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -243,7 +245,8 @@ class PolicyUpdater:
         result = torch.zeros_like(rollouts.logprobs)
         rows = (rollouts.response_lens > 0).nonzero().flatten().tolist()
         for batch in self._batches(rollouts, rows):
-            _, hidden = response_outputs(self._model, batch.input_ids, batch.positions)
+            with self._forward_mode.of(self._model):
+                _, hidden = response_outputs(self._model, batch.input_ids, batch.positions)
             result[batch.token_index] = self._value_head(hidden).cpu()
         return result
 
@@ -311,7 +314,8 @@ class PolicyUpdater:
         self, model: PreTrainedModel, batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probs and entropy of the response tokens, and what the output head read there."""
-        logits, hidden = response_outputs(model, batch.input_ids, batch.positions)
+        with self._forward_mode.of(model):
+            logits, hidden = response_outputs(model, batch.input_ids, batch.positions)
         return *logprobs_and_entropy(logits, batch.token_ids, self._temperature), hidden
 
     @torch.no_grad()

@@ -96,6 +96,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "vllm, no cache": {
         **_ON_VLLM, "adapter": {"reuse": False, "drafting": False}, "evaluate": True, "sleep": True,
     },
+    "vllm, two processes": {**_ON_VLLM, "adapter": {}, "processes": 2},
     "vllm, lenient": {**_ON_VLLM, "adapter": {"rule": "lenient"}},
     "vllm, old weights": {**_ON_VLLM, "adapter": {}, "epochs": 2, "broken": "weights"},
 }  # fmt: skip
