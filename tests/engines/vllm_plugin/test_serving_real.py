@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 client = importlib.import_module("serve_client")
 
-NUM_PROMPTS, MAX_TOKENS, SLOTS = 64, 96, 8
+NUM_PROMPTS, MAX_TOKENS, SLOTS = 64, 64, 8
 TEMPERATURE = 0.5
 COUPLED = json.dumps({"mode": "coupled", "identity": "arrival"})
 
