@@ -25,18 +25,21 @@ _MUST_BE_OFF = {
 
 
 # Attribute of vLLM's SamplingParams: what was parsed, and what of it. Every request comes by three
-# times: at the front end, at the engine and in the worker, in one process or in several.
+# times: at the front end, at the engine right after it, and some time later in the worker. That may
+# all be in one process. Between the first two it is copied, without this attribute.
 _PARSED = "_spec_rollout_parsed"
+_last_parsed: tuple[Any, Any] = (None, None)
 
 
 def _parsed(params: Any, data: Any) -> ReuseRequest | SampleName:
-    known = getattr(params, _PARSED, None)
-    if known is not None and known[0] is data:
-        return known[1]
-    request = parse(data)
+    global _last_parsed
+    known = getattr(params, _PARSED, _last_parsed)
+    if known[0] is not data:
+        known = data, parse(data)
     if isinstance(data, (bytes, str)):  # what cannot change
-        setattr(params, _PARSED, (data, request))
-    return request
+        setattr(params, _PARSED, known)
+        _last_parsed = known
+    return known[1]
 
 
 def _not_raw(params: Any) -> str | None:

@@ -105,6 +105,10 @@ def test_what_was_parsed_is_known_where_the_request_comes_by_again(monkeypatch) 
     params = SimpleNamespace(extra_args={"spec_rollout": first}, **off)
     assert [admission.admit("r", params, vocab_size=8).key for _ in range(3)] == [1, 1, 1]
     assert len(calls) == 1
+    # vLLM copies the parameters, and not what was written on them.
+    copied = SimpleNamespace(extra_args={"spec_rollout": first}, **off)
+    assert admission.admit("r", copied).key == 1
+    assert len(calls) == 1
     params.extra_args = {"spec_rollout": second}
     assert admission.admit("r", params).key == 2
     # What else the request asks for is looked at every time.
