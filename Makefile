@@ -84,7 +84,7 @@ $(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
 	touch $@
 
 $(VENV)/.test-tools: pyproject.toml | $(VENV)/.installed
-	$(BIN)/python .ci/requirements.py test tensorboard wandb > $(VENV)/test-requirements.txt
+	$(BIN)/python .ci/requirements.py test data math tensorboard wandb > $(VENV)/test-requirements.txt
 	$(PIP) --no-compile -r $(VENV)/test-requirements.txt
 	touch $@
 

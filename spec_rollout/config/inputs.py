@@ -54,12 +54,17 @@ class DataConfig:
     """Training prompts.
 
     Attributes:
-        path: .jsonl or .parquet file; one row per prompt.
-        prompt_column: Text, token ids or chat messages. "a.b" is the key b of the column a.
-        answer_column: Handed to the rewards as `answer`; None if there is none. "a.b" as above.
+        path: .jsonl or .parquet file, one row per prompt; a folder of datasets' `save_to_disk`
+            ("FOLDER@SPLIT"); "hub:OWNER/NAME[/FILE][:SUBSET][@SPLIT]"; or a named set
+            (`loading.hub.NAMED`).
+        prompt_column: Text, token ids or chat messages. "a.b" is the key b of the column a. "auto"
+            recognises what it is mostly called.
+        answer_column: Handed to the rewards as `answer`; None if there is none. "a.b" and "auto" as
+            above.
         max_rows: Take only the first rows.
         max_prompt_tokens: Longer prompts are treated as `long_prompts` says.
-        long_prompts: "error", or "drop" (counted in the summary).
+        long_prompts: "error", or "drop" (told at the start and in dropped.jsonl, counted in the
+            summary). The same goes for prompts that leave no room for a response.
         shuffle: New order each epoch, from the seed.
         chat_template: Put text prompts through the tokenizer's chat template; None does so where
             there is one. False leaves texts as they are and takes no chat messages.
@@ -71,8 +76,8 @@ class DataConfig:
     """
 
     path: str
-    prompt_column: str = "prompt"
-    answer_column: str | None = "answer"
+    prompt_column: str = "auto"
+    answer_column: str | None = "auto"
     max_rows: int | None = None
     max_prompt_tokens: int | None = None
     long_prompts: Literal["error", "drop"] = "error"
@@ -111,12 +116,18 @@ class RewardConfig:
             the stop token at its end.
         folder: Where modules of `functions` are looked for first. The command `train` takes the
             folder of its config file.
+        answer_seconds: Processor time for each answer that `math_verify` judges; one that takes
+            longer counts as wrong.
+        on_error: Of a function that raises or returns no number: "stop" ends the run, "skip" leaves
+            the response out and counts it. Either names the function and the row.
     """
 
     functions: tuple[str, ...] = ("exact_match",)
     weights: tuple[float, ...] | None = None
     keep_special_tokens: bool = False
     folder: str | None = None
+    answer_seconds: float = 5.0
+    on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         require(len(self.functions) >= 1, "reward.functions", "at least one", self.functions)
@@ -131,4 +142,10 @@ class RewardConfig:
             "reward.weights",
             "finite numbers",
             self.weights,
+        )
+        require(
+            0 < self.answer_seconds <= 3600,
+            "reward.answer_seconds",
+            "more than 0 and at most 3600",
+            self.answer_seconds,
         )

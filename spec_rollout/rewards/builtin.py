@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
+from spec_rollout.rewards.maths import math_verify
+
 # Digits in groups of any size, so that "1,2000" is one number as written rather than two.
 _NUMBER = re.compile(r"-?\d+(?:,\d+)*(?:\.\d+)?")
 _WHOLE_NUMBER = re.compile(r"[+-]?(?:\d+(?:,\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
@@ -55,13 +57,26 @@ def problem_with_number(answer: Any) -> str | None:
     return problem
 
 
+def problem_with_mathematics(answer: Any) -> str | None:
+    """What `math_verify` cannot compare about an answer; None if nothing."""
+    problem = problem_with_text(answer)
+    if problem is None and any(isinstance(i, str) and not i.strip() for i in _accepted(answer)):
+        return f"expected an answer that is not empty, got {answer!r:.80}"
+    return problem
+
+
 RewardFunction = Callable[..., Any]
 
-BUILTIN: Mapping[str, RewardFunction] = {"exact_match": exact_match, "last_number": last_number}
+BUILTIN: Mapping[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "last_number": last_number,
+    "math_verify": math_verify,
+}
 # By name: what keeps an answer from being compared.
 ANSWER_CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "exact_match": problem_with_text,
     "last_number": problem_with_number,
+    "math_verify": problem_with_mathematics,
 }
 
 

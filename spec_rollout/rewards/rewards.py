@@ -13,6 +13,7 @@ from typing import Any
 from spec_rollout.config.sections import ConfigError, RewardConfig
 from spec_rollout.rewards.builtin import ANSWER_CHECKS, RewardFunction
 from spec_rollout.rewards.guard import process_kept
+from spec_rollout.rewards.maths import MathVerify, math_verify, problem_with_installation
 from spec_rollout.rewards.resolve import resolve
 from spec_rollout.rewards.signature import Sample, Signature, SignatureError, signature_of
 
@@ -63,7 +64,7 @@ class Rewards:
         weights = config.weights or (1.0,) * len(config.functions)
         labels = _labels(config.functions)
         self._entries = [
-            _entry(name, label, weight, config.folder, columns)
+            _entry(name, label, weight, config, columns)
             for name, label, weight in zip(config.functions, labels, weights, strict=True)
         ]
 
@@ -175,10 +176,15 @@ def _entry(
     name: str,
     label: str,
     weight: float,
-    folder: str | None,
+    config: RewardConfig,
     columns: Collection[str] | None,
 ) -> _Entry:
-    function = resolve(name, folder)
+    function = resolve(name, config.folder)
+    if function is math_verify:
+        problem = problem_with_installation()
+        if problem is not None:
+            raise ConfigError(f"reward.functions: {name!r} {problem}")
+        function = MathVerify(config.answer_seconds)
     try:
         signature = signature_of(function, columns)
     except SignatureError as error:

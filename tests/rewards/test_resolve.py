@@ -47,7 +47,7 @@ def test_built_in_and_dotted_names():
     [
         (
             "exact",
-            "expected 'package.module:function' or one of exact_match, last_number, got 'exact'",
+            "expected 'package.module:function' or one of exact_match, last_number, math_verify, got 'exact'",
         ),
         ("no_such_module_:f", "cannot load 'no_such_module_:f': No module named"),
         (f"{HERE}:absent", "cannot load .*has no attribute 'absent'"),

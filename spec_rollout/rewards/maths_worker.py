@@ -1,0 +1,168 @@
+"""Judges mathematical answers by math-verify; the process that `maths` starts runs this file.
+
+It reads a JSON list [response, answers, seconds] a line, and writes what came of it. Nothing of the
+package is imported: a process costs what sympy costs.
+
+A process, because nothing less stops an answer like 9^{9^{9}}: it is computed in one call, which no
+signal and no thread interrupts, and it takes all memory there is. Limits are of processor time, so
+that a busy machine judges as an idle one does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+READY = "ready"
+# What is written of each answer.
+RIGHT, WRONG, OUT_OF_TIME = "right", "wrong", "out of time"
+
+_MEMORY = 2 << 30
+# Of a response without a boxed answer, math-verify sees so much of the end.
+_MOST_CHARACTERS = 2000
+# A text may have opened very many boxes and closed none.
+_MOST_BOXES = 20
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_LAST_LINE = re.compile(r"####([^\n]*)")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
+# A dollar's sign is a unit; one without a backslash begins mathematics.
+_DOLLAR = re.compile(r"\\\$")
+_SPACING = re.compile(r"\\left|\\right|\\[,!;: ]|[\s$]+")
+
+
+class OutOfTime(BaseException):
+    """The processor time of an answer is used up; no library catches it by accident."""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} of a text holds; None if there is none that is closed."""
+    for match in list(_BOX.finditer(text))[: -_MOST_BOXES - 1 : -1]:
+        depth = 1
+        for index in range(match.end(), len(text)):
+            if text[index - 1] == "\\" and text[index - 2] != "\\":
+                continue
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            if depth == 0:
+                return text[match.end() : index]
+    return None
+
+
+def stated(text: str) -> tuple[str, bool]:
+    """The part of a response or worked solution that states its answer.
+
+    Returns:
+        The last boxed expression, else what follows the last "####", else the end of the text; and
+        whether it is an answer by itself, rather than a text to look for one in.
+    """
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip(), True
+    lines = _LAST_LINE.findall(text)
+    if lines and lines[-1].strip():
+        return lines[-1].strip(), True
+    return text[-_MOST_CHARACTERS:], False
+
+
+def plain(answer: str) -> str:
+    """An answer without what makes no difference to it: equal ones need no mathematics."""
+    answer = _SPACING.sub("", _TEXT.sub(r"\1", _DOLLAR.sub("", answer)))
+    return answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
+
+
+def make_judge() -> Callable[[str, list[str]], bool]:
+    """A function of a response and the answers of which any will do."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+
+    def parsed(text: str, is_answer: bool) -> Any:
+        if is_answer:
+            text = _DOLLAR.sub("", text)
+            text = text if "$" in text else f"${text}$"
+        return parse(text, targets, extraction_mode="first_match", parsing_timeout=None)
+
+    @lru_cache(maxsize=4096)
+    def expected(answer: str) -> tuple[str, Any]:
+        part, is_answer = stated(answer)
+        # An answer column holds an answer, or a solution that is long enough to say so.
+        return plain(part), parsed(part, is_answer or "\n" not in part)
+
+    def judge(response: str, answers: list[str]) -> bool:
+        part, is_answer = stated(response)
+        same = plain(part)
+        given = None
+        for answer in answers:
+            text, gold = expected(answer)
+            if same and same == text:
+                return True
+            if given is None:
+                given = parsed(part, is_answer)
+            if gold and given and verify(gold, given, timeout_seconds=None):
+                return True
+        return False
+
+    return judge
+
+
+def limited(judge: Callable[[str, list[str]], bool], request: list[Any]) -> str:
+    """What came of a request."""
+    response, answers, seconds = request
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    total = used.ru_utime + used.ru_stime
+    # What no exception gets out of, the kernel ends.
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (math.ceil(total + seconds) + 1, resource.RLIM_INFINITY)
+    )
+    try:
+        try:
+            # Again and again, for code that catches everything.
+            signal.setitimer(signal.ITIMER_PROF, seconds, 0.25)
+            return RIGHT if judge(response, answers) else WRONG
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except OutOfTime:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return OUT_OF_TIME
+    except (Exception, SystemExit):  # a parser may do anything with what a model says
+        return WRONG
+
+
+def _alarm(signum: int, frame: object) -> None:
+    raise OutOfTime
+
+
+def _requests() -> Iterator[list[Any]]:
+    for line in sys.stdin.buffer:
+        yield json.loads(line)
+
+
+def main() -> None:
+    """Judges until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one decides
+    signal.signal(signal.SIGPROF, _alarm)
+    # Answers go to a file of their own; whatever libraries print goes nowhere.
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    logging.disable(logging.CRITICAL)
+    judge = make_judge()
+    judge("$1$", ["1/1"])  # imports what is imported late
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    out.write(READY.encode() + b"\n")
+    for request in _requests():
+        out.write(limited(judge, request).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

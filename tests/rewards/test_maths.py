@@ -1,0 +1,201 @@
+"""Mathematical answers: what a response states, what is equal, and that nothing hangs or dies."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from decimal import Decimal
+
+import pytest
+
+pytest.importorskip("math_verify")
+
+from spec_rollout.config.sections import ConfigError, RewardConfig
+from spec_rollout.rewards import Rewards, Sample, maths
+from spec_rollout.rewards.maths import Grade, grade_answers
+from spec_rollout.rewards.maths_worker import last_boxed, plain, stated
+
+# Python computes it in one call, in all the memory there is.
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{5}", "5"),
+        (r"\boxed{1} then \boxed {2}.", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} for sure", r"\frac{1}{\sqrt{2}}"),
+        (r"\fbox{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a \} b}", r"a \} b"),
+        (r"\boxed{1} but not \boxed{2", "1"),
+        (r"\boxed{", None),
+        ("5", None),
+        (r"\boxed{" * 5000, None),
+    ],
+)
+def test_the_last_closed_box(text, boxed):
+    assert last_boxed(text) == boxed
+
+
+def test_a_response_states_its_box_or_last_line_or_end():
+    assert stated("#### 7\n" + r"\boxed{8}") == ("8", True)
+    assert stated("6 x 7\n#### 41\n#### 42\nbye") == ("42", True)
+    assert stated("####\nno") == ("####\nno", False)
+    assert stated("a" * 5000 + "12")[0][-3:] == "a12"
+    assert len(stated("a" * 5000)[0]) == 2000
+
+
+def test_what_makes_no_difference():
+    assert plain(r"\left( 3, \dfrac{\pi}{2} \right)") == plain(r"(3,\frac{\pi}{2})")
+    assert plain(r"\text{Evelyn}.") == "Evelyn"
+    assert plain(r"\$32,\!348") == "32,348"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "correct"),
+    [
+        (r"hence \boxed{\frac{1}{2}}", "0.5", True),
+        (r"hence $\boxed{\dfrac12}$.", r"\frac{1}{2}", True),
+        (r"\boxed{1/3}", r"\frac{1}{3}", True),
+        (r"\boxed{0.33}", r"\frac{1}{3}", False),
+        (r"The final answer is $2\sqrt{3}$.", r"\sqrt{12}", True),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{(1, 2)}", "(1,2)", True),
+        (r"\boxed{(2, 1)}", "(1,2)", False),
+        (r"\boxed{\{2, 1\}}", r"\{1,2\}", True),
+        (r"\boxed{x=5}", "5", True),
+        (r"\boxed{10,000}", "10000", True),
+        (r"\boxed{6}", r"\$6", True),
+        ("She has 18 ducks.", "Janet sells 9.\n#### 18", True),
+        ("3 + 4 = 7\n#### 7", 7, True),
+        ("it is -3", -3.0, True),
+        ("it is 0.25", Decimal("0.25"), True),
+        (r"\boxed{7} is wrong, \boxed{8}", 7, False),
+        (r"\boxed{\text{(C)}}", "(C)", True),
+        (r"\boxed{B}", "(C)", False),
+        (r"\boxed{north}", "south", False),
+        ("", "1", False),
+        ("no idea", "1", False),
+        ("1", ["2", 1], True),
+        ("1", ["2", "3"], False),
+    ],
+)
+def test_equal_answers(response, answer, correct):
+    assert grade_answers([response], [answer]) == [Grade(correct)]
+
+
+def test_answers_are_graded_one_by_one():
+    responses = [rf"\boxed{{{i}}}" for i in range(40)]
+    answers = [i + (i % 3 == 0) for i in range(40)]
+    assert [g.correct for g in grade_answers(responses, answers)] == [i % 3 != 0 for i in range(40)]
+    assert grade_answers([], []) == []
+    with pytest.raises(ValueError, match=r"answers: expected one per response \(1\), got 2"):
+        grade_answers(["1"], [1, 2])
+
+
+def test_an_answer_that_cannot_be_computed_is_wrong_and_counted():
+    # Before and after it, in the same process, others are judged as ever.
+    responses = ["1", ENDLESS, "2", ENDLESS, "3"]
+    grades = grade_answers(responses, [1, 5, 2, 5, 3], seconds=0.5)
+    wrong = Grade(False, out_of_time=True)
+    assert grades == [Grade(True), wrong, Grade(True), wrong, Grade(True)]
+
+
+def test_the_time_limit_holds_in_python_code_too():
+    # A sum of very many terms that sympy goes through one by one.
+    slow = r"\boxed{\int_0^1 \frac{\sin(x^{17}) e^{x^x}}{\ln(x + \cos x^5)} dx}"
+    (grade,) = grade_answers([slow], [r"\int_0^1 \frac{\cos(x^{13})}{x^{x}} dx"], seconds=0.3)
+    assert not grade.correct
+
+
+def test_any_thread_may_ask_and_no_signal_is_touched():
+    handler = signal.getsignal(signal.SIGALRM)
+    seen: list[list[Grade]] = []
+
+    def ask():
+        seen.append(grade_answers(["1", ENDLESS], [1, 2], seconds=0.5))
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert seen == 3 * [[Grade(True), Grade(False, out_of_time=True)]]
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_process_that_was_killed_is_replaced():
+    grade_answers(["1"], [1])
+    for worker in maths._pool()._workers:
+        if worker is not None:
+            worker._process.kill()
+            worker._process.wait()
+    assert grade_answers(["1", "2"], [1, 2]) == [Grade(True), Grade(True)]
+
+
+def test_what_models_say():
+    """Anything at all gives a grade, and soon."""
+    junk = [
+        "\x00\ud800\U0001f600 \\boxed{\ud800}",
+        "\\boxed{" + "(" * 3000 + ")" * 3000 + "}",
+        "\\boxed{" + "\\sqrt{" * 500 + "2" + "}" * 500 + "}",
+        "$" * 4000,
+        "\\frac" * 1000,
+        "\\boxed{" + "9" * 6000 + "}",
+        "\\boxed{1/0}",
+        "\\boxed{\\infty - \\infty}",
+        "\\boxed{10^{-400}}",
+        "\\boxed{__import__('os').abort()}",
+        "\\boxed{x" + "^x" * 400 + "}",
+        "\\boxed{\\begin{pmatrix} 1 & 2 \\\\ 3 \\end{pmatrix}}",
+        "\\boxed{5!!!!!!}",
+        "\\boxed{100000!}",
+        "\n" * 10000 + "5",
+        "1 " * 20000,
+        "a=b=c=" * 2000,
+        "\\boxed{\\lim_{x \\to 0} \\frac{\\sin x}{x}}",
+    ]
+    start = time.monotonic()
+    grades = grade_answers(junk, [3] * len(junk), seconds=1.0)
+    assert len(grades) == len(junk)
+    assert not any(grade.correct for grade in grades)
+    # Far above what it takes: that nothing waits for ever.
+    assert time.monotonic() - start < 400
+
+
+def sample(response, answer):
+    return Sample("p", response, answer, {}, "d.jsonl:1")
+
+
+def test_as_a_reward():
+    rewards = Rewards(RewardConfig(("math_verify",), answer_seconds=0.5))
+    judged = rewards.judge([sample(r"\boxed{1/2}", 0.5), sample("3", "4"), sample(ENDLESS, 1)])
+    assert judged.by_function == {"math_verify": [1.0, 0.0, 0.0]}
+    assert rewards.problem_of(" ", {}) == (
+        "reward math_verify: expected an answer that is not empty, got ' '"
+    )
+    assert "expected an answer that is text" in rewards.problem_of(None, {})
+    assert rewards.problem_of(["1", 2], {}) is None
+    for seconds in (0.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"reward\.answer_seconds: expected more than 0"):
+            RewardConfig(answer_seconds=seconds)
+
+
+def test_without_math_verify_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(maths, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"'math_verify' needs math-verify \(pip install .*math-"):
+        Rewards(RewardConfig(("math_verify",)))
+    monkeypatch.setattr(maths, "_shared", None)
+    with pytest.raises(ImportError, match="judging mathematical answers needs math-verify"):
+        grade_answers(["1"], [1])
+
+
+def test_a_process_that_cannot_start_says_why(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no antlr')")
+    monkeypatch.setattr(maths.maths_worker, "__file__", str(broken))
+    monkeypatch.setattr(maths, "_shared", None)
+    with pytest.raises(RuntimeError, match="did not start: no antlr$"):
+        grade_answers(["1"], [1])
