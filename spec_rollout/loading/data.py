@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from spec_rollout.loading.columns import AUTO, ColumnNames, recognised, value_at
+from spec_rollout.loading.dropped import Dropped, ModelLength, long_prompt, note_of
 from spec_rollout.loading.order import PromptOrder
 from spec_rollout.loading.prompts import Message, PromptRenderer, RenderedPrompt
-from spec_rollout.loading.records import DataError, Record, canonical, read_records, value_at
+from spec_rollout.loading.records import DataError, Record, canonical
+from spec_rollout.loading.sources import read_records
 from spec_rollout.rewards.rewards import Rewards
 
 __all__ = [
@@ -39,6 +42,7 @@ class SourceRow:
     """A row as the file has it.
 
     Attributes:
+        names: Of the columns of prompt and answer.
         record: All of it.
         prompt: Of the prompt column.
         answer: Of the answer column; None if there is none.
@@ -46,6 +50,7 @@ class SourceRow:
         source: "file:line", for messages.
     """
 
+    names: ColumnNames
     record: Record
     prompt: Any
     answer: Any
@@ -86,20 +91,26 @@ class PromptData:
 
     Attributes:
         rows: In file order.
-        num_dropped: Rows left out because their prompt was too long.
+        dropped: Rows left out because their prompt was too long.
         fingerprint: Hash of the rows as the file has them, and of the settings that say what is
             made of them; the same data gives the same, whatever chat template and tokenizer are.
         rendering: Hash of the token ids of all prompts.
         template_time: What the chat template saw as the time, ISO 8601; None if it did not ask.
-        notes: What the user should know, a line each.
+        notes: What the user should know of how prompts are rendered, a line each.
+        row_notes: And of which columns were recognised and which rows left out.
     """
 
     rows: tuple[PromptRow, ...]
-    num_dropped: int
+    dropped: tuple[Dropped, ...]
     fingerprint: str
     rendering: str = ""
     template_time: str | None = None
     notes: tuple[str, ...] = ()
+    row_notes: tuple[str, ...] = ()
+
+    @property
+    def num_dropped(self) -> int:
+        return len(self.dropped)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,11 +119,11 @@ class PromptData:
 def read_rows(
     path: str | os.PathLike[str],
     *,
-    prompt_column: str = "prompt",
-    answer_column: str | None = "answer",
+    prompt_column: str = AUTO,
+    answer_column: str | None = AUTO,
     max_rows: int | None = None,
 ) -> list[SourceRow]:
-    """Reads a file of prompts; nothing of the model is needed.
+    """Reads prompts; nothing of the model is needed.
 
     Args:
         path: See `read_records`.
@@ -121,12 +132,16 @@ def read_rows(
     Raises:
         DataError: naming file and line; also if there is no row.
     """
-    rows = []
+    rows: list[SourceRow] = []
     for source, record in read_records(path, max_rows):
-        prompt = value_at(record, prompt_column, source)
-        answer = None if answer_column is None else value_at(record, answer_column, source)
+        if rows:
+            names = rows[0].names
+        else:
+            names = recognised(record, source, prompt_column, answer_column)
+        prompt = value_at(record, names.prompt, source)
+        answer = None if names.answer is None else value_at(record, names.answer, source)
         columns = {k: v for k, v in record.items() if k not in _FIXED}
-        rows.append(SourceRow(record, prompt, answer, columns, source))
+        rows.append(SourceRow(names, record, prompt, answer, columns, source))
     if not rows:
         raise DataError(f"data: expected at least one row in {str(path)!r}, got none")
     return rows
@@ -145,42 +160,42 @@ def render_rows(
     renderer: PromptRenderer,
     path: str | os.PathLike[str],
     *,
-    prompt_column: str = "prompt",
-    answer_column: str | None = "answer",
     max_prompt_tokens: int | None = None,
     long_prompts: str = "error",
+    model_length: ModelLength | None = None,
 ) -> PromptData:
     """Renders and tokenizes rows.
 
     Args:
-        rows: Of `read_rows`.
+        rows: Of `read_rows`, at least one.
         renderer: Says how.
-        path: The file, for messages.
-        prompt_column, answer_column: As for `read_rows`.
-        max_prompt_tokens: Longer prompts raise, or are dropped and counted if `long_prompts` is
+        path: Where they are from, for messages.
+        max_prompt_tokens: Longer prompts raise, or are left out and told of if `long_prompts` is
             "drop".
+        model_length: What prompt and response have to fit; the same goes for prompts that do not.
 
     Raises:
         DataError: naming file and line.
     """
     kept: list[PromptRow] = []
-    dropped = 0
+    dropped: list[Dropped] = []
+    names = rows[0].names
     fingerprint = hashlib.blake2b(
-        canonical([prompt_column, answer_column, renderer.settings]), digest_size=16
+        canonical([names.prompt, names.answer, renderer.settings]), digest_size=16
     )
     rendering = hashlib.blake2b(digest_size=16)
     seen: Counter[bytes] = Counter()
     for row in rows:
-        where = f"{row.source}: {prompt_column}"
+        where = f"{row.source}: {names.prompt}"
         rendered = renderer.render(row.prompt, row.record, where)
         num_tokens = len(rendered.ids)
-        if max_prompt_tokens is not None and num_tokens > max_prompt_tokens:
+        too_long = long_prompt(row.source, where, num_tokens, max_prompt_tokens, model_length)
+        if too_long is not None:
             if long_prompts == "drop":
-                dropped += 1
+                dropped.append(too_long)
                 continue
             raise DataError(
-                f"{where}: expected at most {max_prompt_tokens} tokens, got {num_tokens} "
-                '(data.long_prompts = "drop" leaves such rows out)'
+                f'{too_long.reason} (data.long_prompts = "drop" leaves such rows out)'
             )
         content = canonical(row.record)
         fingerprint.update(len(content).to_bytes(8, "little") + content)
@@ -199,16 +214,20 @@ def render_rows(
         )
     if not kept:
         raise DataError(
-            f"data: expected at least one row in {str(path)!r}, got none, {dropped} dropped as too "
-            "long"
+            f"data: expected at least one row in {str(path)!r}, got none, {len(dropped)} dropped as "
+            f"too long ({dropped[0].reason})"
         )
+    row_notes = [] if names.note is None else [names.note]
+    if dropped:
+        row_notes.append(note_of(dropped, len(rows)))
     return PromptData(
         tuple(kept),
-        dropped,
+        tuple(dropped),
         fingerprint.hexdigest(),
         rendering.hexdigest(),
         renderer.now.isoformat() if renderer.asked_for_time else None,
         tuple(f"{path}: {note}" for note in renderer.notes()),
+        tuple(f"{path}: {note}" for note in row_notes),
     )
 
 
@@ -217,8 +236,8 @@ def load_prompts(
     tokenizer: Any,
     *,
     vocab_size: int,
-    prompt_column: str = "prompt",
-    answer_column: str | None = "answer",
+    prompt_column: str = AUTO,
+    answer_column: str | None = AUTO,
     max_rows: int | None = None,
     max_prompt_tokens: int | None = None,
     long_prompts: str = "error",
@@ -227,7 +246,7 @@ def load_prompts(
     continue_final_message: bool = False,
     template_time: str | None = None,
 ) -> PromptData:
-    """Reads, checks, renders and tokenizes a file of prompts: `read_rows` and `render_rows`.
+    """Reads, checks, renders and tokenizes prompts: `read_rows` and `render_rows`.
 
     Args:
         path: See `read_records`.
@@ -241,8 +260,9 @@ def load_prompts(
         ConfigError: if a chat template is asked for and the tokenizer has none.
         DataError: naming file and line.
     """
-    columns: dict[str, Any] = {"prompt_column": prompt_column, "answer_column": answer_column}
-    rows = read_rows(path, **columns, max_rows=max_rows)
+    rows = read_rows(
+        path, prompt_column=prompt_column, answer_column=answer_column, max_rows=max_rows
+    )
     renderer = PromptRenderer(
         tokenizer,
         vocab_size=vocab_size,
@@ -251,8 +271,9 @@ def load_prompts(
         continue_final_message=continue_final_message,
         now=None if template_time is None else datetime.fromisoformat(template_time),
     )
-    lengths: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "long_prompts": long_prompts}
-    return render_rows(rows, renderer, path, **columns, **lengths)
+    return render_rows(
+        rows, renderer, path, max_prompt_tokens=max_prompt_tokens, long_prompts=long_prompts
+    )
 
 
 def _user_key(rendered: RenderedPrompt, seen: Counter[bytes]) -> str | bytes:

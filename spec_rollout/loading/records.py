@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,33 +16,18 @@ class DataError(ValueError):
     """A row or file is not usable; the message names file and line."""
 
 
-def read_records(
-    path: str | os.PathLike[str], max_rows: int | None = None
-) -> Iterator[tuple[str, Record]]:
-    """Rows of a .jsonl or .parquet file, with "file:line" (for Parquet "file:row", 1-based too).
+def short(value: object, limit: int = 80) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
+    """Rows of a file with a JSON object a line, with "file:line".
 
     Raises:
-        DataError: if the file is missing, of another kind, or a line is not a JSON object.
+        DataError: if a line is something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"data: expected a .jsonl or .parquet file, found {_found(path)} at {str(path)!r}"
-        )
-    if path.suffix == ".parquet":
-        records: Iterator[tuple[str, Record]] = _read_parquet(path)
-    elif path.suffix in (".jsonl", ".json", ".ndjson"):
-        records = _read_jsonl(path)
-    else:
-        raise DataError(f"data: expected a .jsonl or .parquet file, got {str(path)!r}")
-    yield from itertools.islice(records, max_rows)
-
-
-def _found(path: Path) -> str:
-    return "a folder" if path.is_dir() else "nothing"
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             source = f"{path}:{number}"
@@ -62,7 +45,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
             yield source, record
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+def read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    """Rows of a Parquet file, with "file:row", 1-based.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -78,36 +66,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
         for record in batch.to_pylist():
             number += 1
             yield f"{path}:{number}", record
-
-
-def short(value: object, limit: int = 80) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def value_at(record: Mapping[str, Any], name: str, source: str) -> Any:
-    """The value of a column; "a.b" is the key b of the column a, unless a column has that name.
-
-    Raises:
-        DataError: naming the row, if there is none.
-    """
-    if name in record:
-        return record[name]
-    value: Any = record
-    walked = ""
-    for key in name.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            break
-        value = value[key]
-        walked = f"{walked}.{key}".lstrip(".")
-    else:
-        return value
-    have = "columns " + (", ".join(map(repr, record)) or "none")
-    if walked:
-        keys = ", ".join(map(repr, value)) if isinstance(value, Mapping) else short(value)
-        have = f"{walked!r} with {keys or 'nothing'}"
-    raise DataError(f"{source}: expected a column {name!r}, got {have}")
 
 
 def canonical(value: Any) -> bytes:

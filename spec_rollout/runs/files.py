@@ -18,6 +18,7 @@ from spec_rollout.runs.outputs import write_text
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RUNNING = "running.jsonl"
+DROPPED = "dropped.jsonl"
 SUMMARY = "summary.json"
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"

@@ -16,7 +16,6 @@ from spec_rollout.cache import MemoryStore, RolloutCache
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.loading.data import (
-    DataError,
     PromptData,
     PromptOrder,
     PromptRow,
@@ -25,6 +24,7 @@ from spec_rollout.loading.data import (
     read_rows,
     render_rows,
 )
+from spec_rollout.loading.dropped import Dropped, ModelLength
 from spec_rollout.loading.engines import check_engine, make_engine
 from spec_rollout.loading.policy import Policy, load_model, load_policy
 from spec_rollout.loading.prompts import PromptRenderer
@@ -57,6 +57,8 @@ class Components:
 
     Attributes:
         config: As given, with what was settled at the start of the run.
+        dropped: Rows left out as too long, of the training data ("train") and the held-out ones
+            ("heldout").
         store: What holds the cached rollouts.
         lenience: Holds a budget; None without one.
         eval_rows: Rows to evaluate under "train" and "heldout"; a key without rows is left out.
@@ -68,6 +70,7 @@ class Components:
     config: RunConfig
     policy: Policy
     data: PromptData
+    dropped: dict[str, tuple[Dropped, ...]]
     eval_rows: dict[str, tuple[PromptRow, ...]]
     order: PromptOrder
     rewards: Rewards
@@ -135,8 +138,10 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         check_forward(policy)
     if config.train.gradient_checkpointing:
         check_recomputing(policy.model)
-    data, eval_rows, heldout_fingerprint = _render_data(config, sources, policy)
-    notes = data.notes
+    rendered = _render_data(config, sources, policy)
+    data, eval_rows = rendered["train"], _eval_rows(config, rendered)
+    heldout_fingerprint = rendered["heldout"].fingerprint if "heldout" in rendered else ""
+    notes = data.notes + tuple(note for part in rendered.values() for note in part.row_notes)
     if config.data.template_time is None and data.template_time is not None:
         config = replace(config, data=replace(config.data, template_time=data.template_time))
     if state is not None and state.data_fingerprint != data.fingerprint:
@@ -208,6 +213,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         config=config,
         policy=policy,
         data=data,
+        dropped={name: part.dropped for name, part in rendered.items()},
         eval_rows=eval_rows,
         order=order,
         rewards=rewards,
@@ -269,11 +275,15 @@ def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
 
 def _render_data(
     config: RunConfig, sources: Mapping[str, Sequence[SourceRow]], policy: Policy
-) -> tuple[PromptData, dict[str, tuple[PromptRow, ...]], str]:
-    """Training data, rows to evaluate, and the fingerprint of held-out ones (empty without)."""
+) -> dict[str, PromptData]:
+    """Prompts of what `_read_data` read, under the same names."""
     at = config.data.template_time
     now = None if at is None else datetime.fromisoformat(at)
-    rendered = {}
+    length = None
+    if policy.max_length is not None:
+        whose = "the model's" if config.rollout.max_model_len is None else "the config's"
+        length = ModelLength(policy.max_length, config.rollout.max_tokens, whose)
+    rendered: dict[str, PromptData] = {}
     for name, rows in sources.items():
         renderer = PromptRenderer(
             policy.tokenizer,
@@ -289,27 +299,21 @@ def _render_data(
             rows,
             renderer,
             str(path),
-            prompt_column=config.data.prompt_column,
-            answer_column=config.data.answer_column,
             max_prompt_tokens=config.data.max_prompt_tokens,
             long_prompts=config.data.long_prompts,
+            model_length=length,
         )
-    data = rendered["train"]
-    parts = {"train": data.rows[: config.eval.num_train_prompts], "heldout": ()}
+    return rendered
+
+
+def _eval_rows(
+    config: RunConfig, rendered: Mapping[str, PromptData]
+) -> dict[str, tuple[PromptRow, ...]]:
+    """Rows to evaluate, of the training data and of the held-out ones, where there are some."""
+    parts = {"train": rendered["train"].rows[: config.eval.num_train_prompts]}
     if "heldout" in rendered:
         parts["heldout"] = rendered["heldout"].rows
-    for row in (*data.rows, *parts["heldout"]):
-        length = len(row.prompt_ids) + config.rollout.max_tokens
-        if policy.max_length is not None and length > policy.max_length:
-            whose = "the model's" if config.rollout.max_model_len is None else "the config's"
-            raise DataError(
-                f"{row.source}: expected prompt and response to fit {whose} "
-                f"{policy.max_length} tokens, got "
-                f"{len(row.prompt_ids)} prompt tokens + rollout.max_tokens = "
-                f"{config.rollout.max_tokens}"
-            )
-    heldout = rendered["heldout"].fingerprint if "heldout" in rendered else ""
-    return data, {name: rows for name, rows in parts.items() if rows}, heldout
+    return {name: rows for name, rows in parts.items() if rows}
 
 
 def _stop_token_ids(config: RunConfig, policy: Policy) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.config.toml import dump_config, load_config
-from spec_rollout.runs.files import CONFIG, check_new_run_dir, write_atomically
+from spec_rollout.loading.dropped import json_lines
+from spec_rollout.runs.files import CONFIG, DROPPED, check_new_run_dir, write_atomically
 from spec_rollout.runs.lock import RunLock
 from spec_rollout.runs.summary import RunSummary
 from spec_rollout.train.components import Components, build
@@ -111,6 +112,8 @@ def _lock(run_dir: Path, key: str, held: ExitStack) -> list[str]:
 def _start(parts: Components, run_dir: Path, job: Job, held: ExitStack) -> TrainingRun:
     """A run whose files are open until `held` is closed."""
     write_atomically(run_dir / CONFIG, dump_config(parts.config))
+    if any(parts.dropped.values()):
+        write_atomically(run_dir / DROPPED, json_lines(parts.dropped))
     a_run = TrainingRun(parts.config, parts, run_dir, job.on_step, job.on_rollouts)
     held.callback(a_run.close)
     return a_run
