@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spec_rollout.loading.data import PromptRow
-from spec_rollout.rewards import Rewards, Sample
+from spec_rollout.rewards import Progress, Rewards, Sample
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.types import FinishReason, Rollouts, SamplingParams
 
@@ -51,10 +51,15 @@ class Scores:
     Attributes:
         total: Weighted sum. [num_prompts, num_samples], float64.
         by_function: What each function gave, unweighted, by its label. As `total`, each.
+        num_failed, failures, num_out_of_time, logged: See `Judgement`.
     """
 
     total: torch.Tensor
     by_function: Mapping[str, torch.Tensor]
+    num_failed: int = 0
+    failures: tuple[str, ...] = ()
+    num_out_of_time: int | None = None
+    logged: Mapping[str, list[float]] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Mean of each function over the responses that it judged, as `reward_LABEL`; NaN if there
@@ -70,6 +75,7 @@ def score(
     num_samples: int,
     *,
     keep_special_tokens: bool = False,
+    progress: Progress | None = None,
 ) -> Scores:
     """Rewards of all responses: those of rows[0] first, `num_samples` of each row."""
     texts = decode_responses(tokenizer, rollouts, keep_special_tokens=keep_special_tokens)
@@ -79,14 +85,19 @@ def score(
         samples.append(
             Sample(row.prompt, text, row.answer, row.columns, row.source, ids, row.messages)
         )
-    judged = rewards.judge(samples)
+    judged = rewards.judge(samples, progress)
 
     def tensor(values: Sequence[float | None]) -> torch.Tensor:
         filled = [math.nan if value is None else value for value in values]
         return torch.tensor(filled, dtype=torch.float64).view(len(rows), num_samples)
 
     return Scores(
-        tensor(judged.totals), {name: tensor(v) for name, v in judged.by_function.items()}
+        tensor(judged.totals),
+        {name: tensor(v) for name, v in judged.by_function.items()},
+        judged.num_failed,
+        judged.failures,
+        judged.num_out_of_time,
+        judged.logged,
     )
 
 
@@ -100,12 +111,15 @@ class EvalResult:
         reward: Mean reward, skipped ones left out; 0 if all are.
         seconds: Wall time of sampling.
         means: Mean of each reward function (`Scores.means`).
+        num_failed, failures: See `Judgement`.
     """
 
     accuracy: float
     reward: float
     seconds: float
     means: Mapping[str, float] = field(default_factory=dict)
+    num_failed: int = 0
+    failures: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -124,10 +138,23 @@ def evaluate(
     the responses."""
     rollouts = session.evaluate([row.prompt_ids for row in rows], num_samples, sampling, step=step)
     scores = score(
-        rewards, tokenizer, rollouts, rows, num_samples, keep_special_tokens=keep_special_tokens
+        rewards,
+        tokenizer,
+        rollouts,
+        rows,
+        num_samples,
+        keep_special_tokens=keep_special_tokens,
+        progress=Progress(step),
     )
     values = scores.total
     given = values[~torch.isnan(values)]
     accuracy = float((given >= correct_at).double().mean()) if given.numel() else 0.0
     reward = float(given.mean()) if given.numel() else 0.0
-    return EvalResult(accuracy, reward, rollouts.stats.rollout_seconds, scores.means())
+    return EvalResult(
+        accuracy,
+        reward,
+        rollouts.stats.rollout_seconds,
+        scores.means(),
+        scores.num_failed,
+        scores.failures,
+    )

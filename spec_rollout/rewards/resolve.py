@@ -52,9 +52,9 @@ def resolve(name: str, folder: str | os.PathLike[str] | None = None) -> RewardFu
         raise ConfigError(
             f"reward.functions: expected a callable, got {type(function).__name__} at {name!r}"
         )
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+    if inspect.isasyncgenfunction(function):
         raise ConfigError(
-            f"reward.functions: expected a plain function, got the async function {name!r}"
+            f"reward.functions: expected a function that returns, got the async generator {name!r}"
         )
     return function
 

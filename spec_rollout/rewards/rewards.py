@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from spec_rollout.config.sections import ConfigError, RewardConfig
@@ -15,6 +19,7 @@ from spec_rollout.rewards.builtin import ANSWER_CHECKS, RewardFunction
 from spec_rollout.rewards.guard import process_kept
 from spec_rollout.rewards.maths import MathVerify, math_verify, problem_with_installation
 from spec_rollout.rewards.resolve import resolve
+from spec_rollout.rewards.run_context import Progress, RunContext
 from spec_rollout.rewards.signature import Sample, Signature, SignatureError, signature_of
 
 # Losses are sums in float32, which goes to 3e38.
@@ -41,12 +46,20 @@ class Judgement:
     """What the rewards say about some responses.
 
     Attributes:
-        totals: Weighted sum of each response; None where no function judged it.
+        totals: Weighted sum of each response; None where no function judged it, or one failed.
         by_function: What each function gave, unweighted, by its label.
+        num_failed: Responses that are left out because a function failed.
+        failures: What failed, with function and row, a line each.
+        num_out_of_time: Answers that `math_verify` could not judge in time; None without it.
+        logged: What functions logged, by name.
     """
 
     totals: list[float | None]
     by_function: dict[str, list[float | None]]
+    num_failed: int = 0
+    failures: tuple[str, ...] = ()
+    num_out_of_time: int | None = None
+    logged: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 class Rewards:
@@ -61,6 +74,7 @@ class Rewards:
     """
 
     def __init__(self, config: RewardConfig, columns: Collection[str] | None = None) -> None:
+        self._stops = config.on_error == "stop"
         weights = config.weights or (1.0,) * len(config.functions)
         labels = _labels(config.functions)
         self._entries = [
@@ -84,66 +98,153 @@ class Rewards:
                 return f"reward {entry.name}: {problem}"
         return None
 
-    def judge(self, samples: Sequence[Sample]) -> Judgement:
+    def judge(self, samples: Sequence[Sample], progress: Progress | None = None) -> Judgement:
         """Judges responses.
 
-        A function that returns None leaves the response out; the sum is over the others.
+        A function that returns None leaves the response out; the sum is over the others. One that
+        fails leaves it out of the sum of all functions: what is left of a sum cannot be compared.
+
+        Args:
+            samples: The responses.
+            progress: For functions that ask how far the run is.
 
         Raises:
-            RewardError: if a function raises, exits, or returns something else than a finite number
-                of at most 1e30, or None.
+            RewardError: with `reward.on_error = "stop"`, if a function raises, exits, or returns
+                something else than a finite number of at most 1e30, or None.
         """
+        context = RunContext(progress or Progress())
         totals: list[float | None] = [None] * len(samples)
         by_function: dict[str, list[float | None]] = {}
+        failures: list[RewardError] = []
+        failed: set[int] = set()
         for entry in self._entries:
             with process_kept():
-                values = _values(entry, samples)
-            by_function[entry.label] = values
+                values = _values(entry, samples, context, self._stops)
             for index, value in enumerate(values):
-                if value is None:
-                    continue
-                total = (totals[index] or 0.0) + entry.weight * value
-                _check_size(entry, "sum of the rewards", total, samples[index].source)
-                totals[index] = total
-        return Judgement(totals, by_function)
+                if isinstance(value, float):
+                    total = (totals[index] or 0.0) + entry.weight * value
+                    source = samples[index].source
+                    value = _checked_size(entry, "sum of the rewards", total, source)
+                    if isinstance(value, float):
+                        totals[index] = value
+                if isinstance(value, RewardError):
+                    if self._stops:
+                        raise value
+                    failures.append(value)
+                    failed.add(index)
+            by_function[entry.label] = [v if isinstance(v, float) else None for v in values]
+        return Judgement(
+            [None if index in failed else total for index, total in enumerate(totals)],
+            by_function,
+            len(failed),
+            tuple(dict.fromkeys(map(str, failures))),
+            self._num_out_of_time(),
+            context.logged,
+        )
+
+    def _num_out_of_time(self) -> int | None:
+        judges = [e.function for e in self._entries if isinstance(e.function, MathVerify)]
+        return sum(judge.num_out_of_time for judge in judges) if judges else None
 
 
-def _values(entry: _Entry, samples: Sequence[Sample]) -> list[float | None]:
-    """What a function gives each response."""
-    if not entry.signature.batched:
-        return [
-            _number(entry, _called(entry, [sample], sample.source), sample.source)
-            for sample in samples
-        ]
-    if not samples:
-        return []
+# What a function gives a response: a number, nothing, or why it failed.
+_Value = float | None | RewardError
+
+
+def _values(
+    entry: _Entry, samples: Sequence[Sample], context: RunContext, stops: bool
+) -> list[_Value]:
+    """What a function gives each response.
+
+    Raises:
+        RewardError: with `stops`, at the first failure: no more calls are made.
+    """
+    if entry.signature.batched:
+        return _values_of_all(entry, samples, context) if samples else []
+    if inspect.iscoroutinefunction(entry.function):
+        # All at once: what they wait for is mostly a server.
+        calls = [entry.signature.call(entry.function, [sample], context) for sample in samples]
+        results = _awaited(*calls)
+    else:
+        results = []
+        for sample in samples:
+            results.append(
+                _result(partial(entry.signature.call, entry.function, [sample], context))
+            )
+            if stops and isinstance(results[-1], _Raised):
+                break
+    return [
+        _number(entry, result, sample.source)
+        for result, sample in zip(results, samples, strict=False)
+    ]
+
+
+def _values_of_all(
+    entry: _Entry, samples: Sequence[Sample], context: RunContext
+) -> list[_Value]:
     source = f"{samples[0].source} to {samples[-1].source}"
-    result = _called(entry, samples, source)
+    result = _result(partial(entry.signature.call, entry.function, samples, context))
+    if isinstance(result, Awaitable):
+        (result,) = _awaited(result)
     if hasattr(result, "tolist"):  # arrays and tensors
         result = result.tolist()
+    if isinstance(result, _Raised):
+        return [_failure(entry, result, source)] * len(samples)
     if not isinstance(result, list | tuple) or len(result) != len(samples):
         got = f"{len(result)}" if isinstance(result, list | tuple) else f"{result!r:.80}"
-        raise RewardError(
+        error = RewardError(
             f"reward {entry.name}: expected a list of {len(samples)} numbers, got {got} (prompts "
             f"of {source})"
         )
+        return [error] * len(samples)
     return [
         _number(entry, value, sample.source) for value, sample in zip(result, samples, strict=True)
     ]
 
 
-def _called(entry: _Entry, samples: Sequence[Sample], source: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: BaseException
+
+
+def _result(call: Callable[[], Any]) -> Any:
+    """What a call returns, or `_Raised`."""
     try:
-        return entry.signature.call(entry.function, samples)
+        return call()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, too: the run must not end as if all were well
-        raise RewardError(
-            f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of {source})"
-        ) from error
+        return _Raised(error)
 
 
-def _number(entry: _Entry, value: Any, source: str) -> float | None:
+def _awaited(*awaitables: Awaitable[Any]) -> list[Any]:
+    """What coroutines return, or `_Raised`; in a thread, for this one may have a loop already."""
+
+    async def one(awaitable: Awaitable[Any]) -> Any:
+        try:
+            return await awaitable
+        except BaseException as error:
+            return _Raised(error)
+
+    async def every() -> list[Any]:
+        return list(await asyncio.gather(*map(one, awaitables)))
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(every())).result()
+
+
+def _failure(entry: _Entry, raised: _Raised, source: str) -> RewardError:
+    error = raised.error
+    failure = RewardError(
+        f"reward {entry.name}: raised {type(error).__name__}: {error} (prompt of {source})"
+    )
+    failure.__cause__ = error
+    return failure
+
+
+def _number(entry: _Entry, value: Any, source: str) -> _Value:
+    if isinstance(value, _Raised):
+        return _failure(entry, value, source)
     if entry.signature.scores and isinstance(value, Mapping) and "score" in value:
         value = value["score"]
     if value is None:
@@ -155,21 +256,21 @@ def _number(entry: _Entry, value: Any, source: str) -> float | None:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             number = math.nan
     if not math.isfinite(number):
-        raise RewardError(
+        return RewardError(
             f"reward {entry.name}: expected a finite number or None, got {value!r:.200} (prompt of "
             f"{source})"
         )
-    _check_size(entry, "number", number, source)
-    return number
+    return _checked_size(entry, "number", number, source)
 
 
-def _check_size(entry: _Entry, what: str, value: float, source: str) -> None:
+def _checked_size(entry: _Entry, what: str, value: float, source: str) -> float | RewardError:
     """Sums and squares of a batch's rewards have to be numbers, too."""
-    if abs(value) > _LARGEST:
-        raise RewardError(
-            f"reward {entry.name}: expected a {what} of at most {_LARGEST:g}, got {value:g} "
-            f"(prompt of {source})"
-        )
+    if abs(value) <= _LARGEST:
+        return value
+    return RewardError(
+        f"reward {entry.name}: expected a {what} of at most {_LARGEST:g}, got {value:g} (prompt of "
+        f"{source})"
+    )
 
 
 def _entry(

@@ -1,9 +1,10 @@
 """What a reward function takes, read from the names of its parameters.
 
 One response a call: `f(prompt, response, answer, **columns)`, or verl's
-`compute_score(data_source, solution_str, ground_truth, extra_info=None)`. All responses of a step
-at once: `f(prompts, responses, answers, **columns)`, or TRL's
-`f(prompts, completions, completion_ids, **columns)`.
+`compute_score(data_source, solution_str, ground_truth, extra_info)`. All responses of a step at
+once: `f(prompts, responses, answers, **columns)`, verl's
+`f(data_sources, solution_strs, ground_truths, extra_infos)`, or TRL's
+`f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **columns)`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from spec_rollout.rewards.run_context import FROM_RUN, RunContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,8 @@ _GETTERS: Mapping[str, Getter] = {
 }
 _PLACES = [_GETTERS[name] for name in ("prompt", "response", "answer")]
 _VERL = {"solution_str": "response", "ground_truth": "answer"}
+_VERL_BATCH = {"solution_strs": "response", "ground_truths": "answer"}
+_TRL = {"completions", "completion_ids"}
 _BATCH = {"prompts": "prompt", "responses": "response", "answers": "answer"}
 
 
@@ -66,6 +71,11 @@ def _completion_of(sample: Sample) -> Any:
     return [{"role": "assistant", "content": sample.response}]
 
 
+def _extra_info_of(sample: Sample) -> Any:
+    """verl hands on a table, where the data has none an empty one."""
+    return own_copy(sample.columns.get("extra_info")) or {}
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """How a function is called.
@@ -78,6 +88,8 @@ class Signature:
         columns: Columns that it takes by name.
         required: Of these, the ones without a default.
         all_columns: It takes every column.
+        from_run: What it takes of `FROM_RUN`.
+        answer_too: Among all columns, the answer: TRL knows no answers, only columns.
     """
 
     batched: bool = False
@@ -87,8 +99,15 @@ class Signature:
     columns: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
     all_columns: bool = False
+    from_run: frozenset[str] = frozenset()
+    answer_too: bool = False
 
-    def call(self, function: Callable[..., Any], samples: Sequence[Sample]) -> Any:
+    def call(
+        self,
+        function: Callable[..., Any],
+        samples: Sequence[Sample],
+        context: RunContext | None = None,
+    ) -> Any:
         """Calls the function for one sample, or for all of them if it is batched."""
         if not self.batched:
             (sample,) = samples
@@ -98,9 +117,12 @@ class Signature:
             return function(*[getter(sample) for getter in self.positional], **kwargs)
         names = self._taken({name for sample in samples for name in sample.columns})
         lists = {n: [own_copy(sample.columns.get(n)) for sample in samples] for n in names}
+        if self.answer_too and any(sample.answer is not None for sample in samples):
+            lists["answer"] = [own_copy(sample.answer) for sample in samples]
         lists.update({n: [get(sample) for sample in samples] for n, get in self.named.items()})
+        of_run = {n: FROM_RUN[n](context or RunContext()) for n in self.from_run - set(lists)}
         by_place = [[get(sample) for sample in samples] for get in self.positional]
-        return function(*by_place, **lists)
+        return function(*by_place, **lists, **of_run)
 
     def _taken(self, names: Collection[str]) -> list[str]:
         if self.all_columns:
@@ -131,11 +153,13 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
     except (TypeError, ValueError):  # some callables written in C
         return Signature(positional=tuple(_PLACES))
     names = {p.name for p in parameters}
-    batched = bool(names & {"responses", "completions", "completion_ids"}) and not (
+    batched = bool(names & {"responses", "solution_strs", *_TRL}) and not (
         names & {"response", "solution_str"}
     )
-    known = _known(names, batched)
-    verl = "solution_str" in names
+    known = _known(names, batched, columns)
+    verl = bool(names & {"solution_str", "solution_strs"})
+    trl = batched and bool(names & _TRL)
+    from_run: set[str] = set()
     by_place = not verl and _takes_places(parameters, known)
     positional: list[Getter] = []
     named: dict[str, Getter] = {}
@@ -145,7 +169,7 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
     for index, parameter in enumerate(parameters):
         name, has_default = parameter.name, parameter.default is not parameter.empty
         if parameter.kind is parameter.VAR_KEYWORD:
-            all_columns = True
+            all_columns = not verl  # whose keywords are other things than columns
             continue
         if parameter.kind is parameter.VAR_POSITIONAL:
             if in_order and positional == _PLACES[: len(positional)]:
@@ -153,6 +177,10 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
             continue
         getter = known.get(name)
         is_column = columns is not None and name in columns
+        if trl and name in FROM_RUN and not is_column:
+            from_run.add(name)
+            in_order = False
+            continue
         if getter is None and not is_column and by_place and index < len(_PLACES):
             if has_default:  # the answer, or a setting of the function?
                 meaning = ("prompt", "response", "answer")[index]
@@ -185,6 +213,8 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         frozenset(taken),
         frozenset(name for name, is_required in taken.items() if is_required),
         all_columns,
+        frozenset(FROM_RUN if trl and all_columns else from_run),
+        answer_too=trl and all_columns and "answer" not in names,
     )
 
 
@@ -204,14 +234,22 @@ def _takes_places(parameters: Sequence[inspect.Parameter], known: Mapping[str, G
     )
 
 
-def _known(names: set[str], batched: bool) -> dict[str, Getter]:
+def _known(
+    names: set[str], batched: bool, columns: Collection[str] | None
+) -> dict[str, Getter]:
     """Parameters whose names have a meaning."""
     known = dict(_GETTERS)
     if "solution_str" in names:
         known.update({name: _GETTERS[meaning] for name, meaning in _VERL.items()})
+        known["extra_info"] = _extra_info_of
+    if "solution_strs" in names:
+        known.update({name: _GETTERS[meaning] for name, meaning in _VERL_BATCH.items()})
+        known["extra_infos"] = _extra_info_of
+        if columns is None or "data_source" in columns:
+            known["data_sources"] = lambda sample: sample.columns.get("data_source")
     if batched:
         known.update({name: _GETTERS[meaning] for name, meaning in _BATCH.items()})
-        if names & {"completions", "completion_ids"}:
+        if names & _TRL:
             known["prompts"] = _messages_of
             known["completions"] = _completion_of
             known["completion_ids"] = _GETTERS["response_ids"]

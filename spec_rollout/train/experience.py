@@ -11,6 +11,7 @@ import torch
 
 from spec_rollout.evals.sampling import Scores, score
 from spec_rollout.loading.data import PromptRow
+from spec_rollout.rewards import Progress
 from spec_rollout.train.components import Components
 from spec_rollout.train.merge import chosen, joined
 from spec_rollout.types import Rollouts
@@ -74,6 +75,7 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
             wanted,
             size,
             keep_special_tokens=parts.config.reward.keep_special_tokens,
+            progress=Progress(step, parts.total_steps, float(parts.order.epoch_of(step))),
         )
         seconds += time.perf_counter() - start
         rows += wanted
@@ -121,4 +123,11 @@ def _joined_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(
         torch.cat([part.total for part in parts]),
         {name: torch.cat([part.by_function[name] for part in parts]) for name in names},
+        sum(part.num_failed for part in parts),
+        tuple(line for part in parts for line in part.failures),
+        None if parts[0].num_out_of_time is None else sum(p.num_out_of_time or 0 for p in parts),
+        {
+            name: [value for part in parts for value in part.logged.get(name, ())]
+            for name in {name: None for part in parts for name in part.logged}
+        },
     )

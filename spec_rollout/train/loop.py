@@ -151,6 +151,8 @@ class TrainingRun:
             return rollouts
 
         seen = gather(parts, self._step, roll)
+        scores = seen.scores
+        self._watch.failed(f"step {self._step + 1}", scores.num_failed, scores.failures)
         rollouts = seen.trained
         advantage_start = time.perf_counter()
         engine: Any = parts.engine
@@ -280,6 +282,11 @@ class TrainingRun:
             )
             row[f"accuracy_{name}"] = result.accuracy
             row[f"eval_reward_{name}"] = result.reward
+            if result.num_failed:
+                row[f"eval_{name}_num_failed_rewards"] = result.num_failed
+            self._watch.failed(
+                f"evaluation ({name}) after step {self._step}", result.num_failed, result.failures
+            )
             row.update({f"eval_{name}_{key}": mean for key, mean in result.means.items()})
             seconds += result.seconds
         return {**row, "eval_seconds": seconds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def step_row(
         "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
         **scores.means(),
         "num_skipped_rewards": rewards.numel() - given.numel(),
+        **reward_row(scores),
         **trained.metrics,
         "response_len": float(rollouts.response_lens.double().mean()),
         "truncated_fraction": float(truncated.double().mean()),
@@ -49,6 +51,15 @@ def step_row(
         **engine_counters,
         **update.as_row(),
     }
+
+
+def reward_row(scores: Scores) -> Row:
+    """What went wrong in rewards, where anything can, and what they logged."""
+    row: Row = {"num_failed_rewards": scores.num_failed}
+    if scores.num_out_of_time is not None:
+        row["num_answers_out_of_time"] = scores.num_out_of_time
+    row.update({f"logged_{name}": fmean(values) for name, values in scores.logged.items()})
+    return row
 
 
 def sample_rows(

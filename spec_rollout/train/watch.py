@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MOST_IDLE = 20
+# Failures of a step that are told in full.
+_MOST_FAILURES = 3
 # More than this share of the different responses were in the cache already.
 _MOST_REPEATED = 0.5
 
@@ -36,6 +38,19 @@ class TrainingWatch:
                 f"no response of the last {_MOST_IDLE} steps had an advantage (all rewards of a "
                 "prompt are equal, or skipped): nothing is learned from them"
             )
+
+    def failed(self, when: str, num_failed: int, failures: Sequence[str]) -> None:
+        """Says which rewards failed; their responses are left out.
+
+        Args:
+            when: The step, or its evaluation.
+            num_failed: Responses.
+            failures: A line each.
+        """
+        if num_failed:
+            more = len(failures) - _MOST_FAILURES
+            said = "; ".join(failures[:_MOST_FAILURES]) + (f"; and {more} more" if more > 0 else "")
+            self._say(f"{when}: {num_failed} responses are left out: {said}")
 
     def repeated(self, row: Mapping[str, Any]) -> None:
         """Says so after an epoch of which most responses were those of the epoch before.

@@ -95,6 +95,15 @@ def test_long_prompts_are_dropped_and_counted(write_rows, tokenizer):
     data = load(path, tokenizer, max_prompt_tokens=4, long_prompts="drop")
     assert [row.answer for row in data.rows] == [3, 4]
     assert data.num_dropped == 2
+    assert [(row.source, row.num_tokens, row.limit) for row in data.dropped] == [
+        (f"{path}:2", 9, 4),
+        (f"{path}:4", 8, 4),
+    ]
+    assert data.dropped[0].reason == f"{path}:2: prompt: expected at most 4 tokens, got 9"
+    assert data.row_notes == (
+        f"{path}: 2 of 4 rows are left out, as their prompts are too long: 2 longer than 4 tokens "
+        "(data.max_prompt_tokens); the longest has 9 tokens",
+    )
     with pytest.raises(DataError, match=r"at least one row in .*, got none, 4 dropped as too long"):
         load(path, tokenizer, max_prompt_tokens=2, long_prompts="drop")
 
@@ -104,7 +113,7 @@ def test_bad_paths(tmp_path, write_rows, tokenizer):
         load(tmp_path / "absent.jsonl", tokenizer)
     with pytest.raises(DataError, match="found a folder at"):
         load(tmp_path, tokenizer)
-    with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file, got .*rows\.csv"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file, .*, got .*rows\.csv"):
         load(write_rows(["a,b"], "rows.csv"), tokenizer)
     with pytest.raises(DataError, match=r"at least one row in .*, got none"):
         load(write_rows([]), tokenizer)
@@ -170,6 +179,66 @@ def test_a_name_with_a_dot_that_leads_nowhere(name, message, write_rows, tokeniz
     )
     with pytest.raises(DataError, match=rf"r\.jsonl:1: .*{message}"):
         load(path, tokenizer, answer_column=name)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer", "note"),
+    [
+        ({"prompt": "1", "answer": "2", "solution": "3"}, "1", "2", None),
+        # As TRL's files have it, and as verl's; what verl keeps under extra_info is not the answer.
+        ({"prompt": "1", "solution": "3"}, "1", "3", "answers are from column 'solution' ("),
+        (
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": "1",
+                "reward_model": {"style": "rule", "ground_truth": "4"},
+                "extra_info": {"answer": "so 4", "question": "1"},
+            },
+            "1",
+            "4",
+            "answers are from column 'reward_model.ground_truth' (",
+        ),
+        (
+            {"question": "5", "final_answer": 6},
+            "5",
+            6,
+            "prompts are from column 'question' and answers are from column 'final_answer' (",
+        ),
+        ({"problem": "7", "question": "no", "answer": "8"}, "7", "8", "prompts are from column 'pr"),
+    ],
+)
+def test_columns_are_recognised(row, prompt, answer, note, write_rows, tokenizer):
+    path = write_rows([row])
+    data = load(path, tokenizer)
+    assert (data.rows[0].prompt, data.rows[0].answer) == (prompt, answer)
+    if note is None:
+        assert data.row_notes == ()
+    else:
+        assert data.row_notes[0].startswith(f"{path}: {note}")
+    # Named or recognised, they are the same data.
+    names = {"prompt_column": next(iter(n for n in ("prompt", "problem", "question") if n in row))}
+    if "reward_model" not in row:
+        names["answer_column"] = next(
+            n for n in ("answer", "final_answer", "solution") if n in row
+        )
+    else:
+        names["answer_column"] = "reward_model.ground_truth"
+    named = load(path, tokenizer, **names)
+    assert named.fingerprint == data.fingerprint
+    assert named.row_notes == ()
+
+
+def test_the_first_row_says_which_columns(write_rows, tokenizer):
+    path = write_rows([{"prompt": "1", "solution": "2"}, {"prompt": "1", "answer": "2"}])
+    with pytest.raises(DataError, match=r":2: expected a column 'solution', got columns 'prompt', '"):
+        load(path, tokenizer)
+    path = write_rows([{"text": "1", "answer": "2"}])
+    with pytest.raises(
+        DataError,
+        match=r":1: expected a column 'prompt' or .*'question', got columns 'text', 'answer' "
+        r"\(data\.prompt_column names another\)",
+    ):
+        load(path, tokenizer)
 
 
 def test_columns_that_rewards_have_other_names_for(write_rows, tokenizer):

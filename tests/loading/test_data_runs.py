@@ -132,10 +132,41 @@ def test_a_note_says_that_text_goes_through_the_template(make_dated, capsys):
     assert "<|im_start|>system\\nAdd.<|im_end|>" in err
 
 
+def test_what_is_left_out_is_told_listed_and_counted(make_dated, write_rows, tmp_path, capsys):
+    prompts = [{"prompt": n * "x", "answer": "1"} for n in (3, 40, 4, 5, 100)]
+    config = make_dated(
+        data={
+            "path": str(write_rows(prompts, "mixed.jsonl")),
+            "max_prompt_tokens": 60,
+            "long_prompts": "drop",
+            "chat_template": False,
+        },
+        rollout={"max_tokens": 100},
+        eval={"path": str(write_rows(prompts[:2], "held.jsonl"))},
+        train={"max_steps": 1},
+    )
+    run(config)
+    err = capsys.readouterr().err
+    assert (
+        "mixed.jsonl: 2 of 5 rows are left out, as their prompts are too long: 1 longer than 28 "
+        "tokens (the model), 1 longer than 60 tokens (data.max_prompt_tokens); the longest has 100"
+    ) in err
+    assert "held.jsonl: 1 of 2 rows are left out" in err
+    rows = rows_of(config.log.run_dir, "dropped.jsonl")
+    assert [(r["data"], r["num_tokens"], r["limited_by"]) for r in rows] == [
+        ("train", 40, "the model"),
+        ("train", 100, "data.max_prompt_tokens"),
+        ("heldout", 40, "the model"),
+    ]
+    assert "fit the model's 128 tokens, got 40 prompt tokens + rollout.max_tokens = 100" in rows[0]["reason"]
+    summary = json.loads((Path(config.log.run_dir) / "summary.json").read_text())
+    assert (summary["num_prompts"], summary["num_dropped_prompts"]) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("rows", "sections", "error", "message"),
     [
-        ([{"prompt": "1"}], {}, DataError, r":1: expected a column 'answer'"),
+        ([{"prompt": "1"}], {}, DataError, r":1: expected a column .* or 'answer' .*'none' is for"),
         (
             [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": None}],
             {"reward": {"functions": ["exact_match"]}},

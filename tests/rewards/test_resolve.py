@@ -13,6 +13,10 @@ from spec_rollout.rewards.resolve import resolve
 HERE = __name__
 
 
+async def generator(prompt, response, answer):
+    yield 1.0
+
+
 async def coroutine(prompt, response, answer):
     return 1.0
 
@@ -52,7 +56,7 @@ def test_built_in_and_dotted_names():
         ("no_such_module_:f", "cannot load 'no_such_module_:f': No module named"),
         (f"{HERE}:absent", "cannot load .*has no attribute 'absent'"),
         (f"{HERE}:HERE", "expected a callable, got str"),
-        (f"{HERE}:coroutine", "expected a plain function, got the async function"),
+        (f"{HERE}:generator", "expected a function that returns, got the async generator"),
     ],
 )
 def test_bad_names(name, message):

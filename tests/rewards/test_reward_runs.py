@@ -31,6 +31,12 @@ def of_all(prompts, responses, answers):
     return [float(len(response)) for response in responses]
 
 
+def fails_sometimes(response):
+    if len(response) % 2:
+        raise ValueError("odd")
+    return 1.0
+
+
 def needs_level(prompt, response, answer, level):
     return float(level)
 
@@ -49,6 +55,25 @@ def test_a_reward_that_exits_is_an_error(make_config, tmp_path, capsys):
     other = tmp_path / "other"
     assert main(["train", str(path), "--set", f"log.run_dir={json.dumps(str(other))}"]) == 2
     assert "raised SystemExit" in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_is_told_and_counted_and_the_run_goes_on(make_config, capsys):
+    config = make_config(
+        reward={"functions": [f"{HERE}:fails_sometimes"], "on_error": "skip"},
+        train={"max_steps": 2},
+        eval={"num_train_prompts": 0},
+    )
+    run(config)
+    rows = rows_of(config.log.run_dir)
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row["num_failed_rewards"] == row["num_skipped_rewards"] < row["num_rollouts"]
+        assert row["reward"] == 1.0
+    said = [line for line in capsys.readouterr().err.splitlines() if "step 1: " in line]
+    assert len(said) == 1
+    assert f"{rows[0]['num_failed_rewards']} responses are left out: reward {HERE}:" in said[0]
+    assert "raised ValueError: odd (prompt of " in said[0]
+    assert "train.jsonl:" in said[0]
 
 
 def test_a_reward_that_changes_the_folder_moves_no_files(make_config, tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,8 +96,29 @@ def broken_batch(responses):
     raise ValueError("no")
 
 
-def rewards(*names, weights=None):
-    return Rewards(RewardConfig(tuple(f"{HERE}:{n}" for n in names), weights))
+async def waits(data_source, solution_str, ground_truth, extra_info):
+    await asyncio.sleep(0)
+    if solution_str == "bad":
+        raise KeyError("unit")
+    return {"score": float(len(solution_str))}
+
+
+async def waits_for_all(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [float(len(text)) for text in completions]
+
+
+def logs(completions, log_metric, **kwargs):
+    log_metric("half", len(completions) / 2)
+    return [0.0] * len(completions)
+
+
+def some_broken(response):
+    return {"nan": math.nan, "text": "x"}.get(response) or 1 / len(response)
+
+
+def rewards(*names, weights=None, **options):
+    return Rewards(RewardConfig(tuple(f"{HERE}:{n}" for n in names), weights, **options))
 
 
 def sample(response="abc", answer=None, columns=None, line=7):
@@ -173,6 +196,61 @@ def test_errors_name_function_and_row(name, response, message):
     samples = [sample(response, columns={}), sample(response, columns={}, line=8)]
     with pytest.raises(RewardError, match=message):
         rewards(name).judge(samples)
+
+
+def test_async_functions_are_awaited():
+    judged = rewards("waits", "waits_for_all").judge([sample("abc"), sample("")])
+    assert judged.totals == [6.0, 0.0]
+
+    async def within_a_loop():
+        return rewards("waits").judge([sample("abc")]).totals
+
+    assert asyncio.run(within_a_loop()) == [3.0]
+    with pytest.raises(RewardError, match=r":waits: raised KeyError: 'unit' \(prompt of d\.jsonl:7"):
+        total(["waits"], "bad")
+
+
+def test_failures_leave_responses_out_where_the_config_says_so():
+    responses = ["abcd", "", "nan", "text", "ab"]
+    samples = [sample(text, line=i) for i, text in enumerate(responses)]
+    judged = rewards("length", "some_broken", on_error="skip").judge(samples)
+    # Not the sum of what is left: it would be compared with whole ones.
+    assert judged.totals == [4.25, None, None, None, 2.5]
+    assert judged.by_function["some_broken"] == [0.25, None, None, None, 0.5]
+    assert judged.by_function["length"] == [4.0, 0.0, 3.0, 4.0, 2.0]
+    assert judged.num_failed == 3
+    assert [line.partition(": ")[2][-40:] for line in judged.failures] == [
+        "n: division by zero (prompt of d.jsonl:1)"[-40:],
+        "number or None, got nan (prompt of d.jsonl:2)"[-40:],
+        "number or None, got 'x' (prompt of d.jsonl:3)"[-40:],
+    ]
+    assert all(f"reward {HERE}:some_broken: " in line for line in judged.failures)
+    # A batch fails as one; a sum that is too large, alone.
+    judged = rewards("broken_batch", on_error="skip").judge(samples)
+    assert (judged.totals, judged.num_failed, len(judged.failures)) == ([None] * 5, 5, 1)
+    judged = rewards("large", weights=(2.0,), on_error="skip").judge(samples[:1])
+    assert (judged.totals, judged.num_failed) == ([None], 1)
+    judged = rewards("waits", on_error="skip").judge([sample("bad"), sample("abc")])
+    assert (judged.totals, judged.num_failed) == ([None, 3.0], 1)
+    assert rewards("length").judge(samples).num_failed == 0
+
+
+def test_after_a_failure_that_stops_no_more_calls_are_made():
+    calls = []
+
+    def breaks(prompt, response, answer):
+        calls.append(response)
+        raise KeyError("unit")
+
+    judges = rewards("length")
+    judges._entries[0] = replace(judges._entries[0], function=breaks)
+    with pytest.raises(RewardError, match="'unit'"):
+        judges.judge([sample(), sample()])
+    assert calls == ["abc"]
+
+
+def test_figures_that_functions_log():
+    assert rewards("logs").judge([sample(), sample(), sample()]).logged == {"half": [1.5]}
 
 
 def test_a_sum_that_is_no_number_is_named():

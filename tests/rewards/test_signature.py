@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from spec_rollout.rewards.run_context import Progress, RunContext
 from spec_rollout.rewards.signature import Sample, SignatureError, signature_of
 
 COLUMNS = {"level": 3, "tests": ["t"], "solution": "4"}
@@ -125,8 +126,29 @@ def test_functions_for_trl():
     prompts, completions, ids, solution, rest = called(trl, SAMPLE, OTHER)
     assert (prompts, completions, ids) == (["P", "p"], ["R", "r"], [[1, 2], [3]])
     assert solution == ["4", "5"]
-    assert rest == {"level": [3, 5], "tests": [["t"], []]}
-    assert called(trl_short, SAMPLE) == (["R"], ["level", "solution", "tests"])
+    # TRL hands on every column, the answer's too, and what a function may ask of the trainer.
+    of_run = {name: rest.pop(name) for name in ("trainer_state", "log_extra", "log_metric")}
+    assert of_run["trainer_state"].global_step == 0
+    assert rest == {"level": [3, 5], "tests": [["t"], []], "answer": ["A", "a"]}
+    assert called(trl_short, SAMPLE)[1] == sorted([*of_run, *COLUMNS, "answer"])
+
+
+def test_what_functions_for_trl_ask_of_the_trainer_and_tell_it():
+    def asks(completions, trainer_state, log_metric, log_extra, answer):
+        log_extra("lengths", [len(c) for c in completions])
+        log_metric("share", 0.25)
+        log_metric("share", trainer_state.global_step / trainer_state.max_steps)
+        return answer
+
+    context = RunContext(Progress(3, 4, 1.0))
+    signature = signature_of(asks, COLUMNS)
+    assert signature.call(asks, [SAMPLE, OTHER], context) == ["A", "a"]
+    assert context.logged == {"share": [0.25, 0.75]}
+    # A column of that name is a column.
+    signature = signature_of(asks, {"trainer_state"})
+    sample = Sample("P", "R", "A", {"trainer_state": None})
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'global_step'"):
+        signature.call(asks, [sample])
 
 
 def test_functions_for_trl_get_messages_where_the_rows_hold_messages():
@@ -147,12 +169,34 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def test_functions_for_verl():
     columns = {"data_source": "gsm8k", "ground_truth": "?"}
     sample = Sample("P", "R", "A", columns)
-    assert called(compute_score, sample, columns=columns) == ("gsm8k", "R", "A", None)
+    assert called(compute_score, sample, columns=columns) == ("gsm8k", "R", "A", {})
     sample = Sample("P", "R", "A", {**columns, "extra_info": {"index": 1}})
     assert called(compute_score, sample, columns=sample.columns)[3] == {"index": 1}
     assert signature_of(compute_score, columns).scores
     with pytest.raises(SignatureError, match="got 'data_source'"):
         called(compute_score)
+
+    def strict(data_source, solution_str, ground_truth, extra_info, **kwargs):
+        return data_source, extra_info, kwargs
+
+    # verl's keywords are not columns.
+    assert called(strict, sample, columns=sample.columns) == ("gsm8k", {"index": 1}, {})
+
+
+def test_functions_for_verls_batches():
+    def batch(data_sources, solution_strs, ground_truths, extra_infos):
+        return data_sources, solution_strs, ground_truths, extra_infos
+
+    columns = {"data_source": "gsm8k"}
+    samples = [Sample("P", "R", "A", columns), Sample("p", "r", "a", {**columns, "extra_info": {"i": 1}})]
+    assert called(batch, *samples, columns=columns) == (
+        ["gsm8k", "gsm8k"],
+        ["R", "r"],
+        ["A", "a"],
+        [{}, {"i": 1}],
+    )
+    with pytest.raises(SignatureError, match="got 'data_sources'"):
+        signature_of(batch, COLUMNS)
 
 
 def needs_more(prompt, response, answer, tests, timeout):
