@@ -194,9 +194,7 @@ def render_rows(
             if long_prompts == "drop":
                 dropped.append(too_long)
                 continue
-            raise DataError(
-                f'{too_long.reason} (data.long_prompts = "drop" leaves such rows out)'
-            )
+            raise DataError(f'{too_long.reason} (data.long_prompts = "drop" leaves such rows out)')
         content = canonical(row.record)
         fingerprint.update(len(content).to_bytes(8, "little") + content)
         rendering.update(num_tokens.to_bytes(8, "little") + rendered.ids.tobytes())
@@ -214,8 +212,8 @@ def render_rows(
         )
     if not kept:
         raise DataError(
-            f"data: expected at least one row in {str(path)!r}, got none, {len(dropped)} dropped as "
-            f"too long ({dropped[0].reason})"
+            f"data: expected at least one row in {str(path)!r}, got none, {len(dropped)} dropped "
+            f"as too long ({dropped[0].reason})"
         )
     row_notes = [] if names.note is None else [names.note]
     if dropped:

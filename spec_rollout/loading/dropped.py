@@ -81,8 +81,8 @@ def note_of(dropped: Sequence[Dropped], num_rows: int) -> str:
     )
     longest = max(row.num_tokens for row in dropped)
     return (
-        f"{len(dropped)} of {num_rows} rows are left out, as their prompts are too long: {reasons}; "
-        f"the longest has {longest} tokens"
+        f"{len(dropped)} of {num_rows} rows are left out, as their prompts are too long: {reasons}"
+        f"; the longest has {longest} tokens"
     )
 
 

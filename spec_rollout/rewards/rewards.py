@@ -179,9 +179,7 @@ def _values(
     ]
 
 
-def _values_of_all(
-    entry: _Entry, samples: Sequence[Sample], context: RunContext
-) -> list[_Value]:
+def _values_of_all(entry: _Entry, samples: Sequence[Sample], context: RunContext) -> list[_Value]:
     source = f"{samples[0].source} to {samples[-1].source}"
     result = _result(partial(entry.signature.call, entry.function, samples, context))
     if isinstance(result, Awaitable):

@@ -234,9 +234,7 @@ def _takes_places(parameters: Sequence[inspect.Parameter], known: Mapping[str, G
     )
 
 
-def _known(
-    names: set[str], batched: bool, columns: Collection[str] | None
-) -> dict[str, Getter]:
+def _known(names: set[str], batched: bool, columns: Collection[str] | None) -> dict[str, Getter]:
     """Parameters whose names have a meaning."""
     known = dict(_GETTERS)
     if "solution_str" in names:

@@ -113,7 +113,9 @@ def test_bad_paths(tmp_path, write_rows, tokenizer):
         load(tmp_path / "absent.jsonl", tokenizer)
     with pytest.raises(DataError, match="found a folder at"):
         load(tmp_path, tokenizer)
-    with pytest.raises(DataError, match=r"expected a \.jsonl or \.parquet file, .*, got .*rows\.csv"):
+    with pytest.raises(
+        DataError, match=r"expected a \.jsonl or \.parquet file, .*, got .*rows\.csv"
+    ):
         load(write_rows(["a,b"], "rows.csv"), tokenizer)
     with pytest.raises(DataError, match=r"at least one row in .*, got none"):
         load(write_rows([]), tokenizer)
@@ -204,7 +206,12 @@ def test_a_name_with_a_dot_that_leads_nowhere(name, message, write_rows, tokeniz
             6,
             "prompts are from column 'question' and answers are from column 'final_answer' (",
         ),
-        ({"problem": "7", "question": "no", "answer": "8"}, "7", "8", "prompts are from column 'pr"),
+        (
+            {"problem": "7", "question": "no", "answer": "8"},
+            "7",
+            "8",
+            "prompts are from column 'pr",
+        ),
     ],
 )
 def test_columns_are_recognised(row, prompt, answer, note, write_rows, tokenizer):
@@ -218,9 +225,7 @@ def test_columns_are_recognised(row, prompt, answer, note, write_rows, tokenizer
     # Named or recognised, they are the same data.
     names = {"prompt_column": next(iter(n for n in ("prompt", "problem", "question") if n in row))}
     if "reward_model" not in row:
-        names["answer_column"] = next(
-            n for n in ("answer", "final_answer", "solution") if n in row
-        )
+        names["answer_column"] = next(n for n in ("answer", "final_answer", "solution") if n in row)
     else:
         names["answer_column"] = "reward_model.ground_truth"
     named = load(path, tokenizer, **names)
@@ -230,7 +235,9 @@ def test_columns_are_recognised(row, prompt, answer, note, write_rows, tokenizer
 
 def test_the_first_row_says_which_columns(write_rows, tokenizer):
     path = write_rows([{"prompt": "1", "solution": "2"}, {"prompt": "1", "answer": "2"}])
-    with pytest.raises(DataError, match=r":2: expected a column 'solution', got columns 'prompt', '"):
+    with pytest.raises(
+        DataError, match=r":2: expected a column 'solution', got columns 'prompt', '"
+    ):
         load(path, tokenizer)
     path = write_rows([{"text": "1", "answer": "2"}])
     with pytest.raises(

@@ -158,7 +158,10 @@ def test_what_is_left_out_is_told_listed_and_counted(make_dated, write_rows, tmp
         ("train", 100, "data.max_prompt_tokens"),
         ("heldout", 40, "the model"),
     ]
-    assert "fit the model's 128 tokens, got 40 prompt tokens + rollout.max_tokens = 100" in rows[0]["reason"]
+    assert (
+        "fit the model's 128 tokens, got 40 prompt tokens + rollout.max_tokens = 100"
+        in rows[0]["reason"]
+    )
     summary = json.loads((Path(config.log.run_dir) / "summary.json").read_text())
     assert (summary["num_prompts"], summary["num_dropped_prompts"]) == (3, 2)
 

@@ -25,7 +25,9 @@ def test_a_folder_of_save_to_disk(datasets, tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     records = list(read_records(tmp_path / "saved", max_rows=3))
     assert records == [(f"{tmp_path}/saved:{i + 1}", ROWS[i]) for i in range(3)]
-    with pytest.raises(DataError, match=r"expected no split of '.*saved', which has none, got 'test'"):
+    with pytest.raises(
+        DataError, match=r"expected no split of '.*saved', which has none, got 'test'"
+    ):
         read_rows(f"{tmp_path}/saved@test")
 
 
@@ -36,7 +38,9 @@ def test_a_folder_with_splits(datasets, tmp_path):
     assert [row.prompt for row in read_rows(folder)] == ["1 +1", "2 +1", "3 +1"]
     assert len(read_rows(f"{folder}@test")) == 4
     assert read_rows(f"{folder}@test")[1].source == f"{folder}@test:2"
-    with pytest.raises(DataError, match=r"expected a split 'dev' in .*, got test, train \(FOLDER@SP"):
+    with pytest.raises(
+        DataError, match=r"expected a split 'dev' in .*, got test, train \(FOLDER@SP"
+    ):
         read_rows(f"{folder}@dev")
     datasets.DatasetDict({"only": parts["test"]}).save_to_disk(tmp_path / "one")
     assert len(read_rows(tmp_path / "one")) == 4
@@ -57,7 +61,10 @@ def test_a_folder_of_something_else(tmp_path):
         ("hub:openai/gsm8k:main@test", ("openai/gsm8k", None, "main", "test")),
         ("hub:a/b@train[:10%]", ("a/b", None, None, "train[:10%]")),
         ("hub:a/b/c/d.parquet", ("a/b", "c/d.parquet", None, "train")),
-        (hub.NAMED["deepmath-6k"], ("bensonbsliu/Spec-RL", "deepmath/train_sample_6144.parquet", None, "train")),
+        (
+            hub.NAMED["deepmath-6k"],
+            ("bensonbsliu/Spec-RL", "deepmath/train_sample_6144.parquet", None, "train"),
+        ),
     ],
 )
 def test_names_of_the_hub(text, parts):
@@ -89,7 +96,9 @@ def test_what_is_asked_of_the_hub(datasets, monkeypatch):
 def test_a_file_goes_before_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("deepmath-6k").write_text("")
-    with pytest.raises(DataError, match="expected a .jsonl or .parquet file, .*, got 'deepmath-6k'"):
+    with pytest.raises(
+        DataError, match=r"expected a \.jsonl or \.parquet file, .*, got 'deepmath-6k'"
+    ):
         read_rows("deepmath-6k")
 
 

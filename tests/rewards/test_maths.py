@@ -197,5 +197,5 @@ def test_a_process_that_cannot_start_says_why(monkeypatch, tmp_path):
     broken.write_text("raise SystemExit('no antlr')")
     monkeypatch.setattr(maths.maths_worker, "__file__", str(broken))
     monkeypatch.setattr(maths, "_shared", None)
-    with pytest.raises(RuntimeError, match="did not start: no antlr$"):
+    with pytest.raises(RuntimeError, match=r"did not start: no antlr$"):
         grade_answers(["1"], [1])

@@ -206,7 +206,9 @@ def test_async_functions_are_awaited():
         return rewards("waits").judge([sample("abc")]).totals
 
     assert asyncio.run(within_a_loop()) == [3.0]
-    with pytest.raises(RewardError, match=r":waits: raised KeyError: 'unit' \(prompt of d\.jsonl:7"):
+    with pytest.raises(
+        RewardError, match=r":waits: raised KeyError: 'unit' \(prompt of d\.jsonl:7"
+    ):
         total(["waits"], "bad")
 
 

@@ -188,7 +188,10 @@ def test_functions_for_verls_batches():
         return data_sources, solution_strs, ground_truths, extra_infos
 
     columns = {"data_source": "gsm8k"}
-    samples = [Sample("P", "R", "A", columns), Sample("p", "r", "a", {**columns, "extra_info": {"i": 1}})]
+    samples = [
+        Sample("P", "R", "A", columns),
+        Sample("p", "r", "a", {**columns, "extra_info": {"i": 1}}),
+    ]
     assert called(batch, *samples, columns=columns) == (
         ["gsm8k", "gsm8k"],
         ["R", "r"],
