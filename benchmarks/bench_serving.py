@@ -13,8 +13,18 @@ except under `coupled`, where a sample keeps its noise.
 | suffix | vLLM's suffix decoding; needs arctic-inference, left out where that does not start |
 | drafting | `SPEC_ROLLOUT=drafting` |
 | coupled | `SPEC_ROLLOUT='{"mode": "coupled", "identity": "arrival"}'` |
-`stock` and `drafting` also serve prompts that never come twice (`nothing`): what it costs where it
-cannot gain.
+| lenient | the same with `"mode": "lenient"`, `"log_lenience": 0.5`; where it is asked for |
+| idle | the plugin, and requests that it leaves to vLLM; where it is asked for |
+`stock`, `drafting` and `idle` also serve prompts that never come twice (`nothing`): what it costs
+where it cannot gain. `same_as_first` is the share of responses that are those of the first pass,
+token for token (the same noise and weights under `coupled`, second pass), and `first_difference`
+the mean place of the first other token in the rest.
+
+    python benchmarks/bench_serving.py --model FOLDER --data questions.jsonl --moved MOVED_FOLDER \
+      --max-tokens 512 --dtype bfloat16 --contenders stock idle drafting coupled lenient
+
+With another model the update is that to the weights in MOVED_FOLDER (tools/real_model.py). Results
+are written after each batch size, and no round begins after `--budget` seconds.
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from _common import RESULTS_DIR, Results, Timing, parser
 
 GROUP = 8
@@ -48,7 +59,10 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "suffix": {"speculative_config": {"method": "suffix", "num_speculative_tokens": 15}},
     "drafting": {"variable": "drafting"},
     "coupled": {"variable": '{"mode": "coupled", "identity": "arrival"}'},
+    "lenient": {"variable": '{"mode": "lenient", "identity": "arrival", "log_lenience": 0.5}'},
+    "idle": {"plugin": True},
 }
+USUAL = ("stock", "ngram", "suffix", "drafting", "coupled")
 
 
 class Child:
@@ -58,6 +72,7 @@ class Child:
         self.name = name
         command = [sys.executable, __file__, "--child", name, "--weights", str(weights)]
         command += ["--max-num-seqs", str(max(args.batches))]
+        command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
         if args.model:
             command += ["--model", args.model]
         environment = {
@@ -65,7 +80,8 @@ class Child:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "TORCH_COMPILE_DISABLE": "1",
+            # On a CPU vLLM's compiler gains nothing for a model this small.
+            **({} if torch.cuda.is_available() else {"TORCH_COMPILE_DISABLE": "1"}),
             "SPEC_ROLLOUT": CONTENDERS[name].get("variable", "off"),
         }
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the child
@@ -108,7 +124,6 @@ def serve(args: argparse.Namespace) -> None:
     compat.install_worker()  # on CPUs its mends of vLLM's wheels serve every contender
     compat.keep_cpu_weights()
     compat.attach_calls(ReuseWorker)
-    import torch
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -127,7 +142,7 @@ def serve(args: argparse.Namespace) -> None:
     GPUModelRunner.execute_model = execute_model
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
-        "dtype": "float32",
+        "dtype": args.dtype,
         "enforce_eager": not on_gpu,
         "max_model_len": args.max_model_len or 64 + MAX_RESPONSE_TOKENS,
         "max_num_seqs": args.max_num_seqs,
@@ -135,10 +150,15 @@ def serve(args: argparse.Namespace) -> None:
         "seed": 0,
         "disable_log_stats": True,
         **({"gpu_memory_utilization": 0.1} if on_gpu else {"block_size": 32}),
-        **{k: v for k, v in CONTENDERS[args.child].items() if k != "variable"},
+        **{k: v for k, v in CONTENDERS[args.child].items() if k not in ("variable", "plugin")},
     }
+    if CONTENDERS[args.child].get("plugin"):
+        from spec_rollout.engines.vllm import engine_args
+
+        settings |= engine_args()
     llm = LLM(args.model or str(model_dir()), **settings)
     files = sorted(Path(args.weights).glob("*.safetensors"))
+    first: list[list[int]] = []
 
     for line in sys.stdin:
         what = json.loads(line)
@@ -161,17 +181,47 @@ def serve(args: argparse.Namespace) -> None:
             prompts = [{"prompt_token_ids": ids} for ids in what["prompts"]]
             start = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            responses = [list(o.outputs[0].token_ids) for o in outputs]
+            if what["pass"] == "first":
+                first = responses
             answer = {
-                "seconds": time.perf_counter() - start,
-                "tokens": sum(len(o.outputs[0].token_ids) for o in outputs),
+                "seconds": seconds,
+                "tokens": sum(map(len, responses)),
                 **counts,
+                **_compared(first, responses),
             }
         print("ANSWER " + json.dumps(answer), flush=True)
 
 
-def _prompts(count: int, first: int, model: str | None) -> list[list[int]]:
-    """Prompts of the demo's task, `first` of them left out."""
+def _compared(first: list[list[int]], responses: list[list[int]]) -> dict[str, float | None]:
+    """How many responses are the same, and where the others begin to differ, in the mean."""
+    if len(first) != len(responses):
+        return {}
+    places = [
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        for a, b in zip(first, responses, strict=True)
+        if a != b
+    ]
+    return {
+        "same_as_first": 1.0 - len(places) / max(1, len(responses)),
+        "first_difference": float(np.mean(places)) if places else None,
+    }
+
+
+def _prompts(
+    count: int, first: int, model: str | None, data: Path | None = None
+) -> list[list[int]]:
+    """Prompts of the demo's task, or of a file; `first` of them left out."""
     from transformers import AutoTokenizer
+
+    if data is not None:
+        from serve_client import prompts_of
+
+        assert model is not None
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        texts = prompts_of(data, model, first + count)[first:]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems
@@ -181,8 +231,13 @@ def _prompts(count: int, first: int, model: str | None) -> list[list[int]]:
     return [tokenizer(problem.prompt)["input_ids"] for problem in problems]
 
 
-def _policies(folder: Path, quick: bool) -> None:
-    """Writes the demo's weights, one epoch of training apart, as two files."""
+def _policies(folder: Path, quick: bool, model: str | None, moved: Path | None) -> None:
+    """Two files of weights: the demo's, one epoch of training apart, or those of two folders."""
+    if model is not None:
+        for i, source in enumerate((Path(model), moved or Path(model))):
+            (file,) = source.glob("*.safetensors")
+            (folder / f"{i}.safetensors").symlink_to(file.resolve())
+        return
     from rollout_drafting import _policies
     from safetensors.torch import save_file
 
@@ -197,13 +252,13 @@ def _timing(samples: list[float]) -> Timing:
 
 def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
     """Measures all batch sizes and adds the rows."""
+    began = time.monotonic()
     children: list[Child] = []
-    for name in args.contenders:
-        child = Child(name, args, weights)
+    for child in [Child(name, args, weights) for name in args.contenders]:
         try:
             child.ask(do="forget")  # answered when it has started
         except RuntimeError as error:
-            if name != "suffix":
+            if child.name != "suffix":
                 raise
             print(f"suffix does not start here: {str(error).splitlines()[-1][:200]}", flush=True)
             child.end()
@@ -211,24 +266,31 @@ def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
         children.append(child)
     try:
         for batch in args.batches:
-            _run_batch(args, results, children, batch)
+            _run_batch(args, results, children, batch, began + args.budget)
+            results.write()
     finally:
         for child in children:
             child.end()
 
 
 def _run_batch(
-    args: argparse.Namespace, results: Results, children: list[Child], batch: int
+    args: argparse.Namespace, results: Results, children: list[Child], batch: int, end: float
 ) -> None:
+    """Measures one batch size; after `end`, on the monotonic clock, no round begins."""
     num_prompts = max(1, batch // GROUP)
     group = batch // num_prompts
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    fresh = 4096  # prompts from here on were never asked for
+    # Prompts from here on were never asked for.
+    fresh = 4096 if args.data is None else num_prompts
     for round_ in range(args.repeats + 1):
+        if time.monotonic() > end:
+            print("no time left for another round", flush=True)
+            break
         print(f"batch {batch}, round {round_} of {args.repeats}", flush=True)
         order = children[round_ % len(children) :] + children[: round_ % len(children)]
-        prompts = [ids for ids in _prompts(num_prompts, 0, args.model) for _ in range(group)]
-        once = _prompts(batch, fresh, args.model)
+        given = _prompts(num_prompts, 0, args.model, args.data)
+        prompts = [ids for ids in given for _ in range(group)]
+        once = _prompts(batch, fresh, args.model, args.data)
         fresh += batch
         for child in order:
             child.ask(do="forget")
@@ -237,36 +299,47 @@ def _run_batch(
             for child in order:
                 if pass_ != "first":
                     child.ask(do="weights", which=int(pass_ == "updated"))
-                answer = child.ask(do="generate", prompts=prompts, max_tokens=args.max_tokens)
+                asked = {"do": "generate", "prompts": prompts, "max_tokens": args.max_tokens}
+                answer = child.ask(**asked, **{"pass": pass_})
+                line = {"contender": child.name, "batch": batch, "round": round_, "pass": pass_}
+                print(json.dumps(line | answer), flush=True)
                 if round_:
                     found.setdefault((child.name, pass_), []).append(answer)
         for child in order:
-            if child.name in ("stock", "drafting"):
+            if child.name in ("stock", "drafting", "idle") and len(once) == batch:
                 child.ask(do="forget")
-                answer = child.ask(do="generate", prompts=once, max_tokens=args.max_tokens)
+                asked = {"do": "generate", "prompts": once, "max_tokens": args.max_tokens}
+                answer = child.ask(**asked, **{"pass": "nothing"})
                 if round_:
                     found.setdefault((child.name, "nothing"), []).append(answer)
-    for (name, pass_), answers in found.items():
-        stock = found["stock", pass_]
+    for (name, which), answers in found.items():
+        stock = found["stock", which]
         # Responses differ from contender to contender, so seconds are compared per token.
         ratios = [
             (s["seconds"] / s["tokens"]) / (a["seconds"] / a["tokens"])
             for a, s in zip(answers, stock, strict=True)
         ]
         total = {key: sum(a[key] for a in answers) for key in ("tokens", "steps", "computed")}
+        same = {}
+        if which in ("second", "updated"):
+            same["same_as_first"] = round(float(np.mean([a["same_as_first"] for a in answers])), 4)
+            places = [a["first_difference"] for a in answers if a["first_difference"] is not None]
+            if places:
+                same["first_difference"] = round(float(np.mean(places)), 1)
         stock_steps = sum(a["steps"] for a in stock)
         results.add(
-            f"{name}, {pass_}, {batch}",
+            f"{name}, {which}, {batch}",
             timing=_timing([a["seconds"] for a in answers]),
             shape={"batch": batch, "group": group},
-            dtype="float32",
+            dtype=args.dtype,
             contender=name,
-            which=pass_,
+            which=which,
             tokens_per_second_over_stock=round(float(np.median(ratios)), 4),
             engine_steps=round(total["steps"] / len(answers), 1),
             engine_steps_over_stock=round(total["steps"] / stock_steps, 4),
             computed_per_token=round(total["computed"] / total["tokens"], 4),
             tokens=round(total["tokens"] / len(answers), 1),
+            **same,
         )
 
 
@@ -274,8 +347,12 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256])
     options.add_argument("--repeats", type=int, default=5)
-    options.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    options.add_argument("--model", help="folder of another model; its weights are not updated")
+    options.add_argument("--contenders", nargs="+", default=list(USUAL), choices=CONTENDERS)
+    options.add_argument("--model", help="folder of another model")
+    options.add_argument("--moved", type=Path, help="folder of its weights after an update")
+    options.add_argument("--data", type=Path, help="JSONL with a prompt or a question in each row")
+    options.add_argument("--dtype", default="float32")
+    options.add_argument("--budget", type=float, default=1e9, help="seconds")
     options.add_argument("--max-tokens", type=int, default=0)
     options.add_argument("--max-model-len", type=int, default=0)
     options.add_argument("--max-num-seqs", type=int, default=256, help=argparse.SUPPRESS)
@@ -289,9 +366,8 @@ def main() -> None:
         args.batches, args.repeats = [16], 1
     results = Results("serving", args.out or RESULTS_DIR)
     with tempfile.TemporaryDirectory() as folder:
-        _policies(Path(folder), args.quick)
+        _policies(Path(folder), args.quick, args.model, args.moved)
         run(args, results, Path(folder))
-    results.write()
 
 
 if __name__ == "__main__":
