@@ -43,7 +43,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast test-gpu test-trl test-verl bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast torture test-gpu test-trl test-verl bench bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
@@ -84,7 +84,7 @@ $(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
 	touch $@
 
 $(VENV)/.test-tools: pyproject.toml | $(VENV)/.installed
-	$(BIN)/python .ci/requirements.py test data math tensorboard wandb > $(VENV)/test-requirements.txt
+	$(BIN)/python .ci/requirements.py test disk data math tensorboard wandb > $(VENV)/test-requirements.txt
 	$(PIP) --no-compile -r $(VENV)/test-requirements.txt
 	touch $@
 
@@ -163,6 +163,10 @@ test-verl: venv $(VENV_VERL)/.installed ## Tests of the verl adapter and of verl
 test-fast: export OMP_NUM_THREADS = 1
 test-fast: $(VENV)/.test-tools ## Tests of seconds
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
+
+torture: export OMP_NUM_THREADS = 1
+torture: $(VENV)/.test-tools ## Kills, damaged files, full disks by the hundred; writes benchmarks/results/torture.json
+	$(BIN)/python tests/torture/torture.py --out benchmarks/results
 
 test-gpu: $(VENV)/.test-tools ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
 	$(BIN)/python -m pytest -m gpu

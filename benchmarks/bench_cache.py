@@ -8,6 +8,9 @@ lengths are those of the packed ops' benchmarks.
 - `store`: the step goes into a cache that holds the step before, as from the second epoch on.
 - `lookup`: the drafts of all rollouts, prompts in another order than stored (a new epoch shuffles),
   with every checksum compared.
+- `store on disk`, `lookup on disk`: the same with a `DiskStore`. `store on disk` is until it is
+  flushed to the device, `hand over` what of that the training thread waits for. `bytes_per_token`
+  is what the store holds on disk beyond ids and log-probs, room that will be used again left out.
 - `save`, `load`: the whole cache as one file, flushed to the device; reading it checks everything.
 
 The peers are one `torch.save` and one `torch.load` of the same packed tensors, files as a training
@@ -33,7 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "ops"))
 from _common import Results, Timing, copy_bandwidth, measure, parser, peak_extra_bytes
 from _workload import MEAN_LEN, PADDED_LEN, long_tailed_lens
 
-from spec_rollout.cache import RolloutCache
+from spec_rollout.cache import DiskStore, RolloutCache
+from spec_rollout.cache.disk_env import compact
+from spec_rollout.cache.writer import Writer
 from spec_rollout.keys import prompt_key
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
@@ -134,6 +139,47 @@ class TensorFile:
             sys.exit("the tensors loaded are not the tensors saved")
 
 
+def run_on_disk(results: Results, step: Step, folder: Path, repeats: int) -> None:
+    """Measures the store on disk and adds its rows."""
+    writer, place = Writer(), folder / "store"
+    store = DiskStore(place)
+    cache = RolloutCache(store=store, writer=writer)
+    peer = TensorFile(folder / "step.pt", step)
+    step.store(cache)
+    step.check(step.lookup(cache))
+
+    def store_and_wait() -> None:
+        step.store(cache)
+        cache.flush()
+
+    def timed(function: Callable[[], object], setup: Callable[[], object] | None = None) -> Timing:
+        return measure(function, repeats=repeats, setup=setup)
+
+    shape = {"rollouts": len(step.keys), "tokens": step.rollouts.response_ids.numel()}
+    torch_save = timed(lambda: peer.save(flush=True))
+    torch_load = timed(peer.load)
+    stored, handed_over = timed(store_and_wait), timed(lambda: step.store(cache), cache.flush)
+    looked_up = timed(lambda: step.lookup(cache))
+    cache.flush()
+    stats = cache.stats
+    writer.close()
+    store.close()
+    _, num_bytes = compact(place)  # without room that will be used again
+    results.add(
+        "store on disk",
+        shape=shape,
+        timing=stored,
+        peers={"torch.save, fsync": torch_save},
+        bytes_per_token=round((num_bytes - step.num_bytes) / shape["tokens"], 3),
+    )
+    results.add(
+        "hand over", shape=shape, timing=handed_over, peers={"torch.save, fsync": torch_save}
+    )
+    results.add("lookup on disk", shape=shape, timing=looked_up, peers={"torch.load": torch_load})
+    if stats.corrupt or stats.misses or stats.evictions:
+        sys.exit(f"expected hits only, got {stats}")
+
+
 def run(results: Results, step: Step, folder: Path, repeats: int) -> None:
     """Measures everything and adds the rows."""
     cache, loaded, path = RolloutCache(), RolloutCache(), folder / "cache"
@@ -188,7 +234,9 @@ def main() -> None:
     bandwidth = (lambda: copy_bandwidth(1 << 24)) if args.quick else copy_bandwidth
     results = Results("cache", args.out, bandwidth)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        run(results, Step.make(num_prompts), Path(folder), repeats)
+        step = Step.make(num_prompts)
+        run(results, step, Path(folder), repeats)
+        run_on_disk(results, step, Path(folder), repeats)
     results.write()
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/results.md and docs/models.md from benchmarks/results.
+"""Writes the tables of README.md and of pages in docs/ from benchmarks/results.
 
 Between `<!-- begin: NAME -->` and `<!-- end: NAME -->` stands the table of
 benchmarks/results/NAME.json, between those of `gpu_NAME` the kernel table of
@@ -25,6 +25,7 @@ from renderers.rollouts import (
     serving_table,
     soak_table,
 )
+from renderers.stores import store_soak_table, torture_table
 from renderers.text import provenance
 from renderers.trainers import trainers_table
 from renderers.training import demo_seeds_table, demo_summary_table, demo_table
@@ -32,7 +33,15 @@ from renderers.training import demo_seeds_table, demo_summary_table, demo_table
 __all__ = ["benchmark_table", "main", "render"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/results.md", "docs/models.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in (
+        "README.md",
+        "docs/results.md",
+        "docs/models.md",
+        "docs/reliability.md",
+    )
+)
 _BLOCK = re.compile(r"(<!-- begin: (?P<name>[\w-]+) -->\n).*?(<!-- end: (?P=name) -->)", re.DOTALL)
 _SUMMARY = "_summary"
 
@@ -50,7 +59,9 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "serving": serving_table,
     "serving_http": serving_table,
     "serving_http_real": serving_table,
+    "soak": store_soak_table,
     "soak_serving": soak_table,
+    "torture": torture_table,
     "trainers": trainers_table,
 }
 

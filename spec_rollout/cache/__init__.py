@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from spec_rollout.cache.cache import CacheStats, RolloutCache
+from spec_rollout.cache.disk import DiskStore
 from spec_rollout.cache.memory import MemoryStore
-from spec_rollout.cache.store import Store, StoreSize
+from spec_rollout.cache.store import Store, StoreError, StoreSize
 
-__all__ = ["CacheStats", "MemoryStore", "RolloutCache", "Store", "StoreSize"]
+__all__ = [
+    "CacheStats",
+    "DiskStore",
+    "MemoryStore",
+    "RolloutCache",
+    "Store",
+    "StoreError",
+    "StoreSize",
+]

@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from spec_rollout.cache import file
-from spec_rollout.cache.arrays import (
-    Origins,
-    ages_of,
-    behaviour_of,
-    join,
-    join_known,
-    view_bytes,
-)
-from spec_rollout.cache.entry import Entry, is_sound, make_entry
+from spec_rollout.cache.arrays import PackedRollouts, drafts_of
+from spec_rollout.cache.entry import Entry, is_sound, owned
 from spec_rollout.cache.memory import MemoryStore
 from spec_rollout.cache.store import Store
+from spec_rollout.cache.writer import Staging, Writer
 from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
-from spec_rollout.packed import cu_lens_from
-from spec_rollout.types import Drafts, FinishReason, Rollouts
+from spec_rollout.types import Drafts, Rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +64,7 @@ class RolloutCache:
             if log-probs are not kept.
         store: What holds the rollouts; None is a `MemoryStore`. What it holds already is cached
             from the start. Caches that share a store share rollouts and bytes, not counters.
+        writer: Stores off the caller's thread, in the order of the calls; None stores at once.
     """
 
     def __init__(
@@ -79,6 +74,7 @@ class RolloutCache:
         keep_logprobs: bool = True,
         keep_behaviour: bool | None = None,
         store: Store | None = None,
+        writer: Writer | None = None,
     ) -> None:
         if max_bytes is not None and whole("max_bytes", max_bytes) < 0:
             raise ValueError(f"max_bytes: expected >= 0 or None (no bound), got {max_bytes}")
@@ -86,6 +82,9 @@ class RolloutCache:
         self.keep_logprobs = keep_logprobs
         self.keep_behaviour = keep_logprobs if keep_behaviour is None else keep_behaviour
         self._store: Store = MemoryStore() if store is None else store
+        self._writer = writer
+        self._staging = Staging()
+        self._unwritten: set[bytes] = set()  # prompts stored since the writer was last idle
         self._lock = threading.Lock()  # of the counters
         self._hits = self._misses = self._evictions = self._corrupt = 0
         if store is not None and max_bytes is not None:
@@ -94,6 +93,7 @@ class RolloutCache:
     @property
     def stats(self) -> CacheStats:
         """A snapshot."""
+        self.flush()
         size = self._store.size()
         with self._lock:
             return CacheStats(
@@ -133,25 +133,9 @@ class RolloutCache:
         ids = _check_rows(prompt_keys, sample_ids)
         if integer("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
-        entries = self._sound_entries(prompt_keys, ids)
-        lens = torch.zeros(len(entries), dtype=torch.int64)
-        finished = torch.zeros(len(entries), dtype=torch.bool)
-        rows = [row for row, entry in enumerate(entries) if entry is not None]
-        found = [entry for entry in entries if entry is not None]
-        if rows:
-            full_lens = torch.tensor([len(entry.token_ids) // 4 for entry in found])
-            reasons = torch.tensor([entry.finish_reason for entry in found])
-            lens[rows] = full_lens.clamp(max=max_tokens)
-            finished[rows] = (reasons == FinishReason.STOP) & (full_lens <= max_tokens)
-        kept = [entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found]
-        return Drafts(
-            token_ids=join([entry.token_ids for entry in found], max_tokens, np.int32),
-            cu_lens=cu_lens_from(lens),
-            logprobs=join_known(kept, max_tokens),
-            finished=finished,
-            behaviour_logprobs=behaviour_of(found, max_tokens, trainer_logprobs),
-            ages=ages_of(found, max_tokens),
-        )
+        self._wait_for(prompt_keys)
+        with self._sound_entries(prompt_keys, ids) as entries:
+            return drafts_of(entries, max_tokens, trainer_logprobs)
 
     def store(
         self,
@@ -168,7 +152,8 @@ class RolloutCache:
         Args:
             prompt_keys: As in `lookup`.
             sample_ids: As in `lookup`.
-            rollouts: Any `requires_grad` is ignored; nothing of it is referenced afterwards.
+            rollouts: Any `requires_grad` is ignored; nothing of it is referenced afterwards (with a
+                writer, it is copied first).
                 Without `behaviour_logprobs` or `ages` its tokens count as drawn now.
             trainer_logprobs: Of every response token, from the trainer's own forward.
                 [num_response_tokens], float32.
@@ -180,45 +165,64 @@ class RolloutCache:
         of_kind("rollouts", rollouts, Rollouts, "Rollouts")
         if rollouts.batch != len(ids):
             raise ValueError(f"rollouts: expected {len(ids)} rows, got {rollouts.batch}")
-        token_bytes = view_bytes("rollouts.response_ids", rollouts.response_ids, torch.int32)
-        num_tokens = len(token_bytes) // 4
-        logprob_bytes = trainer_bytes = None
-        if self.keep_logprobs:
-            logprob_bytes = view_bytes(
-                "rollouts.logprobs", rollouts.logprobs, torch.float32, num_tokens
-            )
         if trainer_logprobs is not None:
             tensors(trainer_logprobs=trainer_logprobs)
-            trainer_bytes = view_bytes(
-                "trainer_logprobs", trainer_logprobs, torch.float32, num_tokens
-            )
+        packed = PackedRollouts(
+            rollouts,
+            trainer_logprobs,
+            keep_logprobs=self.keep_logprobs,
+            keep_behaviour=self.keep_behaviour,
+        )
+        keys = list(prompt_keys)
+        if self._writer is None:
+            self._put(keys, ids, packed)
+            return
+        self._writer.wait_for_room(packed.num_bytes)
+        buffers = packed.copied(self._staging)
 
-        origins = Origins(rollouts, self.keep_behaviour, num_tokens)
-        cu = rollouts.cu_response_lens.tolist()
-        reasons = rollouts.finish_reasons.tolist()
+        def job() -> None:
+            try:
+                self._put(keys, ids, packed)
+            finally:
+                self._staging.release(buffers)
+
+        self._unwritten.update(keys)
+        self._writer.submit(job, packed.num_bytes)
+
+    def _put(self, prompt_keys: list[bytes], ids: list[int], packed: PackedRollouts) -> None:
         rows_of: dict[bytes, list[int]] = {}
         for row, key in enumerate(prompt_keys):
-            if cu[row + 1] > cu[row] and reasons[row] != FinishReason.ABORT:
+            if packed.usable(row):
                 rows_of.setdefault(key, []).append(row)
-
-        def entry(key: bytes, row: int) -> Entry:
-            span = slice(4 * cu[row], 4 * cu[row + 1])
-            return make_entry(
-                key,
-                ids[row],
-                token_ids=bytes(token_bytes[span]),
-                logprobs=bytes(logprob_bytes[span]) if logprob_bytes else None,
-                trainer_logprobs=bytes(trainer_bytes[span]) if trainer_bytes else None,
-                finish_reason=reasons[row],
-                policy_version=rollouts.policy_version,
-                **origins.of(row, cu[row], cu[row + 1], has_logprobs=logprob_bytes is not None),
-            )
-
         # Made as the store asks for them: what a group replaces goes before the next one is made.
         groups = (
-            (key, {ids[row]: entry(key, row) for row in rows}) for key, rows in rows_of.items()
+            (key, {ids[row]: packed.entry(key, ids[row], row) for row in rows})
+            for key, rows in rows_of.items()
         )
         self._count(evictions=self._store.put_many(groups, self.max_bytes))
+
+    def flush(self) -> None:
+        """Waits until everything is stored. So do all methods but `store`, `lookup` where it must.
+
+        Raises:
+            StoreError: or whatever else storing failed with; every call raises it from then on.
+        """
+        if self._writer is not None:
+            self._writer.flush()
+            self._unwritten.clear()
+
+    def _wait_for(self, prompt_keys: Sequence[bytes]) -> None:
+        """Until a lookup finds what it would find if everything were stored by now.
+
+        That is at once, if none of these prompts is waiting to be stored and no other can be
+        evicted by one that is.
+        """
+        if self._writer is None:
+            return
+        if self._writer.idle():
+            self._unwritten.clear()
+        elif self.max_bytes is not None or not self._unwritten.isdisjoint(prompt_keys):
+            self.flush()
 
     def save(self, path: str | os.PathLike[str], *, pass_index: int | None = None) -> None:
         """Writes the whole cache to one file, which appears complete or not at all.
@@ -235,6 +239,7 @@ class RolloutCache:
         """
         if pass_index is not None and integer("pass_index", pass_index) < 0:
             raise ValueError(f"pass_index: expected >= 0 or None (not known), got {pass_index}")
+        self.flush()
         corrupt: list[tuple[bytes, int, Entry]] = []
 
         def sound_groups() -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
@@ -270,21 +275,27 @@ class RolloutCache:
             OSError: if the file cannot be read.
         """
         groups, pass_index = file.read(path)
+        self.flush()
         self._count(evictions=self._store.replace_all(groups.items(), self.max_bytes))
         return pass_index
 
-    def _sound_entries(self, prompt_keys: Sequence[bytes], ids: list[int]) -> list[Entry | None]:
-        """What is cached for each row; what fails its checksum is dropped and None."""
-        entries = self._store.get_many(prompt_keys, ids)
+    @contextmanager
+    def _sound_entries(
+        self, prompt_keys: Sequence[bytes], ids: list[int]
+    ) -> Iterator[list[Entry | None]]:
+        """What is cached for each row, valid in the block; what fails its checksum is None, and
+        dropped when the block ends."""
         corrupt: list[tuple[bytes, int, Entry]] = []
-        for row, (key, sample_id, entry) in enumerate(zip(prompt_keys, ids, entries, strict=True)):
-            if entry is not None and not is_sound(key, sample_id, entry):
-                corrupt.append((key, sample_id, entry))
-                entries[row] = None
+        with self._store.borrow_many(prompt_keys, ids) as entries:
+            rows = zip(prompt_keys, ids, entries, strict=True)
+            for row, (key, sample_id, entry) in enumerate(rows):
+                if entry is not None and not is_sound(key, sample_id, entry):
+                    corrupt.append((key, sample_id, owned(entry)))
+                    entries[row] = None
+            num_misses = entries.count(None)
+            self._count(hits=len(entries) - num_misses, misses=num_misses)
+            yield entries
         self._drop_corrupt(corrupt)
-        num_misses = entries.count(None)
-        self._count(hits=len(entries) - num_misses, misses=num_misses)
-        return entries
 
     def _drop_corrupt(self, corrupt: list[tuple[bytes, int, Entry]]) -> None:
         if corrupt:

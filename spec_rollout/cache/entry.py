@@ -48,6 +48,21 @@ class Entry(NamedTuple):
         return ENTRY_OVERHEAD_BYTES + sum(map(len, self.arrays))
 
 
+def owned(entry: Entry) -> Entry:
+    """The same with arrays of its own, of an entry that may be borrowed (`Store.borrow_many`)."""
+
+    def copy(array: bytes | None) -> bytes | None:
+        return None if array is None else bytes(array)
+
+    return entry._replace(
+        token_ids=bytes(entry.token_ids),
+        logprobs=copy(entry.logprobs),
+        trainer_logprobs=copy(entry.trainer_logprobs),
+        behaviour_logprobs=copy(entry.behaviour_logprobs),
+        ages=copy(entry.ages),
+    )
+
+
 # Stands for a record that a store holds but cannot take apart. A CRC-32 is never negative, so the
 # checksum is wrong whatever it is compared with.
 UNREADABLE = Entry(b"", None, None, finish_reason=0, policy_version=0, checksum=-1)
@@ -60,15 +75,11 @@ def group_bytes(samples: Mapping[int, Entry]) -> int:
 
 def describe(sample_id: int, entry: Entry) -> bytes:
     """`DESCRIPTION` of an entry."""
-    present = sum(
-        flag
-        for flag, array in (
-            (_HAS_LOGPROBS, entry.logprobs),
-            (_HAS_TRAINER_LOGPROBS, entry.trainer_logprobs),
-            (_HAS_BEHAVIOUR_LOGPROBS, entry.behaviour_logprobs),
-            (_HAS_AGES, entry.ages),
-        )
-        if array is not None
+    present = (
+        _HAS_LOGPROBS * (entry.logprobs is not None)
+        + _HAS_TRAINER_LOGPROBS * (entry.trainer_logprobs is not None)
+        + _HAS_BEHAVIOUR_LOGPROBS * (entry.behaviour_logprobs is not None)
+        + _HAS_AGES * (entry.ages is not None)
     )
     num_tokens = len(entry.token_ids) // 4
     return DESCRIPTION.pack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from spec_rollout.cache.entry import GROUP_OVERHEAD_BYTES, Entry
 from spec_rollout.cache.store import Groups, StoreSize
@@ -104,6 +105,13 @@ class MemoryStore:
                     groups.move_to_end(key)
                     entries.append(group.samples.get(sample_id))
         return entries
+
+    @contextmanager
+    def borrow_many(
+        self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int]
+    ) -> Iterator[list[Entry | None]]:
+        """See `Store.borrow_many`."""
+        yield self.get_many(prompt_keys, sample_ids)
 
     def put_many(self, groups: Groups, max_bytes: int | None = None) -> int:
         """See `Store.put_many`. Other threads may come in between two groups."""

@@ -7,12 +7,17 @@ a file that several processes share, or in actors that each hold a part of the k
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeAlias
 
 from spec_rollout.cache.entry import Entry
 
 Groups: TypeAlias = Iterable[tuple[bytes, Mapping[int, Entry]]]
 """(prompt key, entry of each sample id), one after another."""
+
+
+class StoreError(OSError):
+    """A store that is not in memory cannot be used; the message names it and says why."""
 
 
 class StoreSize(NamedTuple):
@@ -65,6 +70,16 @@ class Store(Protocol):
         Args:
             prompt_keys: Length batch.
             sample_ids: Length batch.
+        """
+        ...
+
+    def borrow_many(
+        self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int]
+    ) -> AbstractContextManager[list[Entry | None]]:
+        """`get_many`, whose entries are valid until the block ends: they need not be copies.
+
+        Their arrays may be read-only memoryviews instead of bytes. The block must not change the
+        store.
         """
         ...
 

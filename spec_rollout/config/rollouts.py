@@ -56,6 +56,9 @@ class RolloutConfig:
         refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
         cache_max_bytes: Bound of the rollout cache; None is unbounded.
         cache_path: Cache file of an earlier run to start from.
+        cache_store: Where the cached rollouts are: "memory", with a copy in every checkpoint, or
+            "disk", in a folder to which checkpoints refer (docs/reliability.md; the extra `disk`).
+        cache_folder: Of the store on disk; None is `rollouts` in the run's folder.
     """
 
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -89,6 +92,8 @@ class RolloutConfig:
     refresh_epochs: int | None = None
     cache_max_bytes: int | None = None
     cache_path: str | None = None
+    cache_store: Literal["memory", "disk"] = "memory"
+    cache_folder: str | None = None
 
     def __post_init__(self) -> None:
         at_least(
@@ -99,6 +104,12 @@ class RolloutConfig:
             *("refresh_epochs", "cache_max_bytes", "max_age"),
         )
         self._check_budget()
+        require(
+            self.cache_folder is None or self.cache_store == "disk",
+            "rollout.cache_folder",
+            "to be left out with cache_store = 'memory'",
+            self.cache_folder,
+        )
         share = self.fresh_share
         require(0 <= share <= 1, "rollout.fresh_share", "0 <= value <= 1", share)
         require(

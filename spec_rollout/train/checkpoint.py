@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from spec_rollout.cache import RolloutCache
+from spec_rollout.cache import DiskStore, RolloutCache
 from spec_rollout.loading.policy import no_progress_bars
 from spec_rollout.train.adapter import has_adapter, merged, save_adapter
 from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.manifest import check_complete, write_manifest
+from spec_rollout.train.run_store import forget_marks, read_reference, write_reference
 from spec_rollout.train.state import STATE, CheckpointError, TrainState, age_of, load_state
 from spec_rollout.train.tensors import TENSORS, moments_of, restore_tensors, rng_state, save_tensors
 
@@ -42,6 +43,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     cache: RolloutCache,
     keep_last: int | None,
+    store: DiskStore | None = None,
     value_head: torch.nn.Module | None = None,
     rng: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -49,10 +51,11 @@ def save_checkpoint(
 
     Layout: model/ (loads with `from_pretrained`; an adapter is merged into it), with an adapter
     adapter.safetensors (of peft's names), trainer.pt (optimizer, value head, random states),
-    cache.bin, state.json, SHA256SUMS (of all the others). Everything is written under a temporary
-    name, synced, and renamed.
+    cache.bin or rollouts.json, state.json, SHA256SUMS (of all the others). Everything is written
+    under a temporary name, synced, and renamed.
 
     Args:
+        store: That holds the cached rollouts on disk, and is referred to; None copies them.
         keep_last: None removes none.
         rng: What `rng_state` gave; None takes the states of now.
 
@@ -88,7 +91,11 @@ def save_checkpoint(
                 model.save_pretrained(part / MODEL)
         tokenizer.save_pretrained(part / MODEL)
         save_tensors(part / TENSORS, optimizer, value_head, rng or rng_state())
-        cache.save(part / CACHE)
+        if store is None:
+            cache.save(part / CACHE)
+        else:
+            cache.flush()
+            write_reference(part, store)
         (part / STATE).write_text(state.to_json(), encoding="utf-8")
         write_manifest(part)
         _sync(part)
@@ -102,6 +109,8 @@ def save_checkpoint(
     if keep_last is not None:
         for old in list_checkpoints(root)[:-keep_last]:
             _remove(old)
+    if store is not None:
+        forget_marks(store, all_checkpoints(root))
     return final
 
 
@@ -124,7 +133,7 @@ def load_tensors(
     cache: RolloutCache,
     value_head: torch.nn.Module | None = None,
 ) -> None:
-    """Restores optimizer, value head, random states and cache.
+    """Restores optimizer, value head, random states, and the cache if the checkpoint has a copy.
 
     The model is loaded from `folder`/model beforehand.
 
@@ -132,7 +141,8 @@ def load_tensors(
         CheckpointError: if trainer.pt is damaged or of another model.
         ValueError: if the cache file is damaged, naming the offset.
     """
-    cache.load(folder / CACHE)
+    if read_reference(folder) is None:
+        cache.load(folder / CACHE)
     restore_tensors(folder / TENSORS, optimizer, value_head)
 
 

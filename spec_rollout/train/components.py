@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import MemoryStore, RolloutCache
+from spec_rollout.cache.writer import Writer
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.loading.data import (
@@ -45,6 +46,7 @@ from spec_rollout.train.continued import ContinuedEngine
 from spec_rollout.train.drafts import load_cache, without_logprobs
 from spec_rollout.train.lenience import LenienceController
 from spec_rollout.train.memory import check_recomputing
+from spec_rollout.train.run_store import check_resumable
 from spec_rollout.train.step_store import StepStore
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
@@ -119,7 +121,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     model_config = config.model
     if checkpoint is not None:
         model_config = replace(config.model, path=str(checkpoint / "model"))
-    store = StepStore(MemoryStore())
+    # A store on disk takes its place when the run starts (`run_store`).
+    store = StepStore(MemoryStore(), Writer() if config.rollout.cache_store == "disk" else None)
     cache = load_cache(config, store, fresh=checkpoint is None)
     _seed_everything(config.train.seed)
     if config.train.threads is not None:
@@ -171,6 +174,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     value_head = ValueHead(policy.model) if algorithm.needs.values else None
     optimizer = make_optimizer(policy.model, train, value_head)
     if checkpoint is not None:
+        notes += check_resumable(config, Path(config.log.run_dir), checkpoint)
         load_tensors(checkpoint, optimizer, cache, value_head)
         notes += without_logprobs(config, store)
     reference = None

@@ -18,7 +18,11 @@ def load_cache(config: RunConfig, store: StepStore, *, fresh: bool) -> RolloutCa
     rollout = config.rollout
     keep_logprobs = rollout.acceptance().needs_draft_logprobs
     cache = RolloutCache(
-        rollout.cache_max_bytes, keep_logprobs=keep_logprobs, keep_behaviour=True, store=store
+        rollout.cache_max_bytes,
+        keep_logprobs=keep_logprobs,
+        keep_behaviour=True,
+        store=store,
+        writer=store.writer,
     )
     if fresh and rollout.cache_path is not None:
         path = Path(rollout.cache_path)

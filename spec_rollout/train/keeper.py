@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spec_rollout.cache import DiskStore
 from spec_rollout.config.sections import CheckpointConfig
 from spec_rollout.train.checkpoint import list_checkpoints, save_checkpoint
 from spec_rollout.train.components import Components
@@ -87,6 +88,7 @@ class CheckpointKeeper:
             tokenizer=parts.policy.tokenizer,
             optimizer=parts.optimizer,
             cache=parts.cache,
+            store=parts.store.inner if isinstance(parts.store.inner, DiskStore) else None,
             value_head=parts.value_head,
             keep_last=self._config.keep_last if prune else None,
             rng=self._rng if at_mark else None,

@@ -13,7 +13,9 @@ from spec_rollout.train.state import STATE, CheckpointError
 MANIFEST = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 # Beside the model's own.
-_ALWAYS = ("trainer.pt", "cache.bin", STATE)
+_ALWAYS = ("trainer.pt", STATE)
+# The rollouts, or where they are.
+_ROLLOUTS = ("cache.bin", "rollouts.json")
 
 
 def write_manifest(folder: Path) -> None:
@@ -72,7 +74,8 @@ def _checksums(folder: Path) -> dict[str, str]:
                 f"{path}:{number}: expected a checksum and a file's name, got {line!r:.100}"
             )
         checksums[match[2]] = match[1]
-    for name in _ALWAYS:
+    either = next((name for name in _ROLLOUTS if name in checksums), _ROLLOUTS[0])
+    for name in (*_ALWAYS, either):
         if name not in checksums:
             raise CheckpointError(f"{path}: expected the checksum of {name}, found none")
     return checksums

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from spec_rollout.cache import Store, StoreSize
 from spec_rollout.cache.entry import Entry
 from spec_rollout.cache.store import Groups
+from spec_rollout.cache.writer import Writer
 
 
 class StepStore:
@@ -16,19 +18,35 @@ class StepStore:
     it would have given.
     """
 
-    def __init__(self, inner: Store) -> None:
-        self._inner = inner
+    def __init__(self, inner: Store, writer: Writer | None = None) -> None:
+        """A step's store.
+
+        Args:
+            inner: Where steps are kept.
+            writer: Of the cache that puts here: keeping and dropping take their turn with it.
+        """
+        self.inner = inner
+        self.writer = writer
         self._waiting: list[tuple[list[tuple[bytes, Mapping[int, Entry]]], int | None]] = []
 
     def keep(self) -> None:
         """Puts what waits into the store."""
-        for groups, max_bytes in self._waiting:
-            self._inner.put_many(groups, max_bytes)
-        self._waiting.clear()
+        self._in_turn(self._keep)
 
     def drop(self) -> None:
         """Forgets what waits."""
+        self._in_turn(self._waiting.clear)
+
+    def _keep(self) -> None:
+        for groups, max_bytes in self._waiting:
+            self.inner.put_many(groups, max_bytes)
         self._waiting.clear()
+
+    def _in_turn(self, job: Callable[[], None]) -> None:
+        if self.writer is None:
+            job()
+        else:
+            self.writer.submit(job)
 
     def put_many(self, groups: Groups, max_bytes: int | None = None) -> int:
         """See `Store.put_many`; none is dropped for space before `keep`."""
@@ -37,28 +55,34 @@ class StepStore:
 
     def size(self) -> StoreSize:
         """See `Store.size`; without what waits. So are the others."""
-        return self._inner.size()
+        return self.inner.size()
 
     def get_many(
         self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int]
     ) -> list[Entry | None]:
         """See `Store.get_many`."""
-        return self._inner.get_many(prompt_keys, sample_ids)
+        return self.inner.get_many(prompt_keys, sample_ids)
+
+    def borrow_many(
+        self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int]
+    ) -> AbstractContextManager[list[Entry | None]]:
+        """See `Store.borrow_many`."""
+        return self.inner.borrow_many(prompt_keys, sample_ids)
 
     def drop_many(
         self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int], entries: Sequence[Entry]
     ) -> int:
         """See `Store.drop_many`."""
-        return self._inner.drop_many(prompt_keys, sample_ids, entries)
+        return self.inner.drop_many(prompt_keys, sample_ids, entries)
 
     def evict(self, max_bytes: int) -> int:
         """See `Store.evict`."""
-        return self._inner.evict(max_bytes)
+        return self.inner.evict(max_bytes)
 
     def replace_all(self, groups: Groups, max_bytes: int | None = None) -> int:
         """See `Store.replace_all`."""
-        return self._inner.replace_all(groups, max_bytes)
+        return self.inner.replace_all(groups, max_bytes)
 
     def iterate(self) -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
         """See `Store.iterate`."""
-        return self._inner.iterate()
+        return self.inner.iterate()

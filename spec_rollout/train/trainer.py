@@ -22,11 +22,13 @@ from spec_rollout.runs.files import CONFIG, DROPPED, check_new_run_dir, write_at
 from spec_rollout.runs.lock import RunLock
 from spec_rollout.runs.summary import RunSummary
 from spec_rollout.train.components import Components, build
+from spec_rollout.train.drafts import without_logprobs
 from spec_rollout.train.interrupt import Aborted, StopRequest
 from spec_rollout.train.launch import check_one_process
 from spec_rollout.train.loop import TrainingRun
 from spec_rollout.train.resume_point import check_is_run, find_resume_point
 from spec_rollout.train.rows import Row
+from spec_rollout.train.run_store import check_new, open_run_store
 from spec_rollout.types import Rollouts
 
 
@@ -86,6 +88,7 @@ def run_together(jobs: Sequence[Job]) -> list[RunSummary]:
     check_one_process(os.environ)
     for job in jobs:
         check_new_run_dir(Path(job.config.log.run_dir))
+        check_new(job.config, Path(job.config.log.run_dir))
     parts = [build(job.config) for job in jobs]
     with ExitStack() as held:
         notes = [note for components in parts for note in components.notes]
@@ -109,11 +112,17 @@ def _lock(run_dir: Path, key: str, held: ExitStack) -> list[str]:
     return [] if lock.note is None else [lock.note]
 
 
-def _start(parts: Components, run_dir: Path, job: Job, held: ExitStack) -> TrainingRun:
+def _start(
+    parts: Components, run_dir: Path, job: Job, held: ExitStack, checkpoint: Path | None = None
+) -> TrainingRun:
     """A run whose files are open until `held` is closed."""
     write_atomically(run_dir / CONFIG, dump_config(parts.config))
     if any(parts.dropped.values()):
         write_atomically(run_dir / DROPPED, json_lines(parts.dropped))
+    if parts.config.rollout.cache_store == "disk":
+        open_run_store(parts.config, run_dir, parts.store, checkpoint, held)
+        if checkpoint is not None:
+            _print_notes(without_logprobs(parts.config, parts.store))
     a_run = TrainingRun(parts.config, parts, run_dir, job.on_step, job.on_rollouts)
     held.callback(a_run.close)
     return a_run
@@ -159,7 +168,8 @@ def resume(
             notes += _of_no_use(overrides)
         _print_notes([*notes, *point.notes, *parts.notes])
         point.set_aside()
-        return _fit([_start(parts, run_dir, Job(config, on_step, on_rollouts), held)])[0]
+        job = Job(config, on_step, on_rollouts)
+        return _fit([_start(parts, run_dir, job, held, point.checkpoint)])[0]
 
 
 def _resumed_config(run_dir: Path, overrides: Sequence[str]) -> RunConfig:

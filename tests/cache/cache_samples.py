@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from spec_rollout.cache import MemoryStore, Store
+from spec_rollout.cache.disk import DiskStore
 from spec_rollout.cache.entry import Entry, group_bytes, make_entry
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
@@ -63,12 +64,16 @@ def logprob_rows_of(drafts: Drafts) -> list[list[float]]:
     return [row.tolist() for row in drafts.logprobs.split(drafts.lens.tolist())]
 
 
-STORE_KINDS = ("memory",)  # a further store adds its name here and itself to `open_store`
+STORE_KINDS = ("memory", "disk")  # a further store adds its name here and itself to `open_store`
 
 
 @contextmanager
 def open_store(kind: str, folder: Path) -> Iterator[Store]:
     """An empty store; what it leaves on disk is in `folder`."""
+    if kind == "disk":
+        with DiskStore(folder / "store", sync=False) as store:
+            yield store
+        return
     if kind != "memory":
         raise ValueError(f"kind: expected one of {STORE_KINDS}, got {kind!r}")
     yield MemoryStore()

@@ -30,11 +30,15 @@ def test_the_short_mode_writes_every_row(tmp_path: Path) -> None:
         "lookup": ["torch.load"],
         "save": ["torch.save", "torch.save, fsync"],
         "load": ["torch.load"],
+        "store on disk": ["torch.save, fsync"],
+        "hand over": ["torch.save, fsync"],
+        "lookup on disk": ["torch.load"],
     }
     shape = rows["lookup"]["shape"]
     assert shape["rollouts"] == 128
     # Ids and log-probs, each read and written.
     assert rows["lookup"]["bytes_moved"] == rows["store"]["bytes_moved"] == 16 * shape["tokens"]
+    assert 0 < rows["store on disk"]["bytes_per_token"] < 4  # small steps: mostly the tree's own
     # A file holds them, and little else.
     assert 0 < rows["save"]["file_bytes"] - 8 * shape["tokens"] < 100 * 128
 

@@ -1,0 +1,238 @@
+"""The store on disk: what outlives the process, what processes share, what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cache_samples import check_integrity, content_of, entry_of, make_rollouts, put, rows_of
+
+from spec_rollout.cache import DiskStore, RolloutCache, StoreError, disk_env
+from spec_rollout.cache.disk_records import index_key, number
+from spec_rollout.cache.entry import UNREADABLE
+
+A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def in_another_process(code: str, folder: Path) -> str:
+    """What a process of its own prints; `store` is the one in `folder`."""
+    head = (
+        "import sys; from cache_samples import *; from spec_rollout.cache import DiskStore\n"
+        "A, B, C = b'prompt-a', b'prompt-b', b'prompt-c'\n"
+        "store = DiskStore(sys.argv[1])\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", head + code, str(folder)],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_content_and_order_outlive_the_store(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store:
+        for key in (A, B, C):
+            put(store, key, 0, 1)
+        store.get_many([A], [0])  # noted when it is closed
+        before, identity = content_of(store), store.identity
+        store.get_many([B], [0])
+    with DiskStore(tmp_path / "store", create=False) as store:
+        assert [key for key, _ in content_of(store)] == [C, A, B]
+        assert sorted(content_of(store)) == sorted(before)
+        assert store.identity == identity
+        check_integrity(store)
+
+
+def test_processes_see_each_others_rollouts(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store:
+        put(store, A, 0)
+        said = in_another_process(
+            "put(store, B, 3); print(store.get_many([A], [0]) == [entry_of(A, 0, [1] * 10)])\n"
+            "store.close()",
+            tmp_path / "store",
+        )
+        assert said == "True\n"
+        assert store.get_many([B], [3]) == [entry_of(B, 3, [1] * 10)]
+        assert [key for key, _ in store.iterate()] == [A, B]
+        check_integrity(store)
+
+
+def test_one_folder_opened_twice_is_one_store(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    with DiskStore(tmp_path / "store") as one, DiskStore(tmp_path / "link") as other:
+        put(one, A, 0)
+        assert other.size() == one.size()
+        one.close()
+        assert other.size().num_groups == 1
+        with pytest.raises(ValueError, match="store: expected an open DiskStore"):
+            one.size()
+
+
+def test_borrowed_entries_are_views_of_the_file(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store:
+        put(store, A, 0)
+        with store.borrow_many([A, B], [0, 0]) as (entry, none):
+            assert entry is not None
+            assert isinstance(entry.token_ids, memoryview)
+            assert entry.token_ids.readonly
+            assert entry == entry_of(A, 0, [1] * 10)
+            assert none is None
+
+
+def test_a_lookup_copies_what_it_borrowed(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store:
+        cache = RolloutCache(store=store)
+        cache.store([A, A, B], [0, 1, 0], make_rollouts([[1, 2], [3], [4, 5, 6]]))
+        drafts = cache.lookup([B, A, C], [0, 1, 0], max_tokens=2)
+        cache.store([A, A, B], [0, 1, 0], make_rollouts([[9, 9], [9], [9, 9, 9]]))
+        assert rows_of(drafts) == [[4, 5], [3], []]
+        assert drafts.finished.tolist() == [False, True, False]
+
+
+def test_samples_put_one_by_one_are_written_together_in_time(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        for sample in range(100):
+            put(store, A, sample, num_tokens=sample + 1)
+        with store._shared.reading() as txn:
+            assert txn.stat(store._shared.segments)["entries"] <= 17
+        expected = {s: entry_of(A, s, [1] * (s + 1)) for s in range(100)}
+        assert content_of(store) == [(A, expected)]
+        check_integrity(store)
+
+
+def test_room_of_replaced_rollouts_is_used_again(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        sizes = []
+        for tokens in range(12):
+            groups = [
+                (bytes([g]) * 8, {s: entry_of(A, s, [tokens] * 900) for s in range(8)})
+                for g in range(30)
+            ]
+            store.put_many(groups)
+            sizes.append(store.file_bytes())
+        assert sizes[-1] == sizes[4]
+        assert sizes[-1] < 4 * store.size().num_bytes
+
+
+def damage_group(store: DiskStore, key: bytes) -> None:
+    """Flips a bit in a group's record."""
+    shared = store._shared
+    with shared.writing() as txn:
+        record = bytearray(txn.get(index_key(key), db=shared.groups))
+        record[-3] ^= 4
+        txn.put(index_key(key), bytes(record), db=shared.groups)
+
+
+@pytest.mark.parametrize("then", ["look up", "put", "evict", "replace"])
+def test_a_damaged_record_is_a_miss_and_makes_room(tmp_path: Path, then: str) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        put(store, A, 0, 1)
+        put(store, B, 0)
+        damage_group(store, A)
+        assert store.get_many([A, B], [0, 0]) == [UNREADABLE, entry_of(B, 0, [1] * 10)]
+        if then == "look up":
+            cache = RolloutCache(store=store)
+            assert rows_of(cache.lookup([A, A, B], [0, 1, 0], max_tokens=99)) == [[], [], [1] * 10]
+            assert cache.stats.corrupt == 1
+        elif then == "put":
+            put(store, A, 5)
+            assert store.get_many([A, A], [0, 5]) == [None, entry_of(A, 5, [1] * 10)]
+        elif then == "evict":
+            assert store.evict(0) == 2
+        else:
+            store.replace_all([(B, {0: entry_of(B, 0, [1] * 10)})])
+        check_integrity(store)
+
+
+def test_a_segment_that_is_gone_is_a_miss(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        put(store, A, 0)
+        with store._shared.writing() as txn:
+            txn.delete(number(0), db=store._shared.segments)
+        cache = RolloutCache(store=store)
+        assert cache.lookup([A], [0], max_tokens=9).lens.tolist() == [0]
+        assert cache.stats.corrupt == 1
+        assert store.size() == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("x"), "expected a folder or nothing, got a file"),
+        (lambda path: (path.mkdir(), (path / "thesis.tex").touch()), "empty folder, found 'thesis.tex'"),
+        (lambda path: (path.mkdir(), (path / "data.mdb").write_bytes(b"x" * 9000)), "damaged"),
+    ],
+)  # fmt: skip
+def test_what_is_no_store_is_left_alone(tmp_path: Path, make, message: str) -> None:
+    path = tmp_path / "store"
+    make(path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "in-use"}
+    with pytest.raises(StoreError, match=message):
+        DiskStore(path)
+    assert {p: p.read_bytes() for p in before} == before
+    with pytest.raises(StoreError, match=r"expected a disk store, found no data\.mdb"):
+        DiskStore(tmp_path / "absent", create=False)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store, store._shared.writing() as txn:
+        txn.put(b"schema", b"spec-rollout disk store 9", db=store._shared.meta)
+    with pytest.raises(StoreError, match=r"expected b'spec-rollout disk store 1', got b'.* 9'"):
+        DiskStore(tmp_path / "store")
+
+
+def test_without_lmdb_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(StoreError, match=r"the package lmdb.* pip install .*lmdb"):
+        DiskStore(tmp_path / "store")
+
+
+def test_compaction_keeps_everything_but_free_room(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        for key in (A, B, C):
+            put(store, key, *range(8), num_tokens=3000)
+        mark = store.mark()
+        store.evict(10**5)
+        before = content_of(store)
+        with pytest.raises(StoreError, match="no process has open, it is in use"):
+            disk_env.compact(tmp_path / "store")
+    start, end = disk_env.compact(tmp_path / "store")
+    assert end <= start
+    with DiskStore(tmp_path / "store") as store:
+        assert content_of(store) == before
+        store.roll_back(mark)
+        assert len(content_of(store)) == 3
+        store.keep_marks([])
+        store.evict(0)
+    assert disk_env.compact(tmp_path / "store")[1] < end / 10
+
+
+def test_a_store_in_the_hands_of_who_checks_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DiskStore(tmp_path / "store").close()
+    lock = disk_env.FolderLock(tmp_path / "store", must_be_alone=True)
+    monkeypatch.setattr(disk_env, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(StoreError, match="another process checks or compacts it"):
+        DiskStore(tmp_path / "store")
+    lock.release()
+    DiskStore(tmp_path / "store").close()
+
+
+def test_many_keys_at_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        keys = [rng.bytes(16) for _ in range(500)]
+        store.put_many((key, {s: entry_of(key, s, [s + 1]) for s in range(4)}) for key in keys)
+        picked = [keys[i] for i in rng.permutation(500)]
+        assert store.get_many(picked, [3] * 500) == [entry_of(k, 3, [4]) for k in picked]
+        assert [key for key, _ in store.iterate()] == picked
+        check_integrity(store)
