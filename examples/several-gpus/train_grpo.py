@@ -1,12 +1,13 @@
 """GRPO on several GPUs: TRL trains over `accelerate` (FSDP), each GPU's vLLM generates.
 
     accelerate launch --config_file examples/several-gpus/fsdp.yaml \\
-      examples/several-gpus/train_grpo.py --model Qwen/Qwen3-1.7B-Base --data train.jsonl --lenience 0.5
+      examples/several-gpus/train_grpo.py \\
+      --model Qwen/Qwen3-1.7B-Base --data train.jsonl --lenience 0.5
 
 Without `--lenience` reuse is lossless; `--plain` is TRL without this package. `--lora 32` trains
 LoRA matrices. Rows of the data: {"prompt": "...", "answer": "..."}.
 
-It has run on a CPU, in two processes on a tiny model without FSDP (`--cpu`, in `make test-trl`).
+It has run on a CPU, in two processes with LoRA on a tiny model (`--cpu`, in `make test-trl`).
 FSDP, sleep mode and bfloat16 have NOT been run with it: take the sizes as a start.
 """
 

@@ -16,20 +16,20 @@ SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "several-gpus" / "tr
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("how", [["--lenience", "0.5", "--lora", "4"], ["--plain"]], ids=str)
-def test_it_runs_in_two_processes(how: list[str], tmp_path: Path) -> None:
+def test_it_runs_in_two_processes(tmp_path: Path) -> None:
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems
 
     data = tmp_path / "train.jsonl"
     rows = [{"prompt": p.prompt, "answer": p.answer} for p in training_problems(4)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", str(SCRIPT), "--model", str(model_dir())]
+    # As `accelerate launch` does it where there are GPUs; on a CPU it starts one process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += [str(SCRIPT), "--model", str(model_dir()), "--lenience", "0.5", "--lora", "4"]
     command += ["--data", str(data), "--out", str(tmp_path / "out"), "--cpu", "--epochs", "2"]
     command += ["--samples", "4", "--rows", "8", "--accumulate", "1", "--max-tokens", "32"]
-    command += ["--max-length", "256", "--memory", "0.1", *how]
+    command += ["--max-length", "256", "--memory", "0.1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
     environment.pop("SPEC_ROLLOUT", None)
     done = subprocess.run(
@@ -40,4 +40,4 @@ def test_it_runs_in_two_processes(how: list[str], tmp_path: Path) -> None:
     assert [int(step) for step, _, _ in steps] == [1, 2]
     reused = [int(share) for _, _, share in steps]
     assert reused[0] == 0
-    assert reused[1] == 0 if how == ["--plain"] else reused[1] > 20
+    assert reused[1] > 20
