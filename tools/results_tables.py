@@ -63,6 +63,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "soak_serving": soak_table,
     "torture": torture_table,
     "trainers": trainers_table,
+    "trainers_verl": trainers_table,
 }
 
 
