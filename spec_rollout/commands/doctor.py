@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from spec_rollout.extras import TRAIN, install_command
@@ -21,7 +22,7 @@ class Missing:
 
     Attributes:
         what: What is missing, in one line.
-        needed_for: "core", "training", "GPU" or "vLLM".
+        needed_for: "core", "training", "GPU", "vLLM" or what an extra is for.
         fix: Command or action that provides it; None where nothing does.
     """
 
@@ -106,6 +107,23 @@ def _missing_training(env: dict[str, Any]) -> list[Missing]:
     return [Missing(what, "training", install_command(*TRAIN))]
 
 
+# Packages of other extras by what they are for; the names that they are imported by.
+_EXTRAS = (
+    ("Parquet files and data sets", ("pyarrow", "datasets")),
+    ("the reward math_verify", ("math_verify",)),
+)
+
+
+def _missing_extras() -> list[Missing]:
+    missing = []
+    for purpose, modules in _EXTRAS:
+        absent = [module for module in modules if find_spec(module) is None]
+        if absent:
+            names = " and ".join(module.replace("_", "-") for module in absent)
+            missing.append(Missing(f"{names} not installed", purpose, install_command(*absent)))
+    return missing
+
+
 def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing]:
     missing = []
     native = env["native"] or {}
@@ -172,6 +190,7 @@ def diagnose() -> Diagnosis:
         self_test["cuda"] = _self_test("cuda")
     missing = _missing_core(env, self_test)
     missing += _missing_training(env)
+    missing += _missing_extras()
     missing += _missing_gpu(env, self_test)
     missing += _missing_vllm(env)
     return Diagnosis(env, self_test, missing)

@@ -239,8 +239,9 @@ class _Pool:
             worker = self._workers[slot]
             if worker is None or worker.has_ended:
                 worker = self._workers[slot] = _Worker()
+            response, answers = request
             try:
-                said = worker.ask(*request, seconds)
+                said = worker.ask(response, answers, seconds)
             except _WorkerDied:
                 worker.kill()
                 self._workers[slot] = None

@@ -138,7 +138,7 @@ class Rewards:
             by_function,
             len(failed),
             tuple(dict.fromkeys(map(str, failures))),
-            self._num_out_of_time(),
+            self._num_out_of_time() if samples else None,
             context.logged,
         )
 

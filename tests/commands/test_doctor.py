@@ -72,6 +72,16 @@ def test_wrong_numbers_of_the_ops_are_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert any("self-test fails" in item.what for item in diagnosis.missing)
 
 
+def test_missing_packages_of_extras_say_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name != "pyarrow" else object())
+    first, second = doctor._missing_extras()
+    assert (first.what, first.needed_for) == ("datasets not installed", "Parquet files and data sets")
+    assert first.fix is not None and first.fix.startswith("pip install ") and "datasets" in first.fix
+    assert (second.what, second.needed_for) == ("math-verify not installed", "the reward math_verify")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    assert doctor._missing_extras() == []
+
+
 def test_missing_training_packages_come_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"torch": "2", "numpy": "2", "matplotlib": "3"}
     monkeypatch.setattr("spec_rollout.runs.environment.package_version", versions.get)
