@@ -10,6 +10,7 @@ import pytest
 
 from spec_rollout.commands import doctor
 from spec_rollout.commands.doctor import Diagnosis, Missing, _covers
+from spec_rollout.extras import install_command
 
 
 def run_doctor(*blocked: str, arguments: str = "") -> subprocess.CompletedProcess[str]:
@@ -74,10 +75,14 @@ def test_wrong_numbers_of_the_ops_are_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_missing_packages_of_extras_say_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name != "pyarrow" else object())
-    first, second = doctor._missing_extras()
-    assert (first.what, first.needed_for) == ("datasets not installed", "Parquet files and data sets")
-    assert first.fix is not None and first.fix.startswith("pip install ") and "datasets" in first.fix
-    assert (second.what, second.needed_for) == ("math-verify not installed", "the reward math_verify")
+    assert doctor._missing_extras() == [
+        Missing(
+            "datasets not installed", "Parquet files and data sets", install_command("datasets")
+        ),
+        Missing(
+            "math-verify not installed", "the reward math_verify", install_command("math_verify")
+        ),
+    ]
     monkeypatch.setattr(doctor, "find_spec", lambda name: object())
     assert doctor._missing_extras() == []
 

@@ -10,18 +10,12 @@ pytest.importorskip("math_verify")
 
 from spec_rollout.rewards.maths import Grade, grade_answers
 
-PIECES = [
-    *r"\boxed{ \frac{ \sqrt[ } ] ) ( ^ _ \\ $ $$ #### , . = < \le \in \cup \pm ! % 0 7 -1 1e9 10^{99}".split(),
-    *r"\int_0^1 \sum_{n=1}^{\infty} \lim_{x\to0} \begin{pmatrix} & \end{pmatrix} \text{ \mathrm{".split(),
-    *r"x y f(x) \sin \log \infty \pi i \cdot \times \left( \right) \{ \} | [ answer: is {} \binom".split(),
-    "\n",
-    "\x00",
-    "\ud800",
-    "é",
-    "答案",
-    " ",
-    "the final answer is ",
-]
+_LATEX = r"""
+\boxed{ \frac{ \sqrt[ } ] ) ( ^ _ \\ $ $$ #### , . = < \le \in \cup \pm ! % 0 7 -1 1e9 10^{99}
+\int_0^1 \sum_{n=1}^{\infty} \lim_{x\to0} \begin{pmatrix} & \end{pmatrix} \text{ \mathrm{
+x y f(x) \sin \log \infty \pi i \cdot \times \left( \right) \{ \} | [ answer: is {} \binom
+"""
+PIECES = [*_LATEX.split(), "\n", "\x00", "\ud800", "é", "答案", " ", "the final answer is "]
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-trl_rewards = pytest.importorskip("trl.rewards")
-
 from spec_rollout.config.sections import RewardConfig
 from spec_rollout.rewards import Rewards, Sample
+
+trl_rewards = pytest.importorskip("trl.rewards")
 
 HERE = __name__
 MESSAGES = [{"role": "user", "content": "1/3?"}]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("verl")
-
 from spec_rollout.config.sections import RewardConfig
 from spec_rollout.rewards import Rewards, Sample
+
+pytest.importorskip("verl")
 
 COLUMNS = {
     "data_source": "openai/gsm8k",
