@@ -20,19 +20,25 @@ def sample(response, solution, num_tokens=3):
     return Sample("1/3?", response, solution, columns, "d:1", [1] * num_tokens, MESSAGES)
 
 
-def test_functions_of_conversations():
-    pytest.importorskip("math_verify")
-    names = ("trl.rewards:accuracy_reward", "trl.rewards:think_format_reward", f"{HERE}:too_long")
-    samples = [
-        sample(r"<think>easy</think> \boxed{\frac{1}{3}}", r"$\frac{1}{3}$"),
-        sample(r"\boxed{\frac{1}{2}}", r"$\frac{1}{3}$", 8),
-        sample("no idea", "", 12),
-    ]
-    judged = Rewards(RewardConfig(names, (1.0, 0.5, 1.0)), ["solution"]).judge(samples)
+SAMPLES = [
+    sample(r"<think>easy</think> \boxed{\frac{1}{3}}", r"$\frac{1}{3}$"),
+    sample(r"\boxed{\frac{1}{2}}", r"$\frac{1}{3}$", 8),
+    sample("no idea", "", 12),
+]
+
+
+def test_functions_of_conversations_and_of_tokens():
+    names = ("trl.rewards:think_format_reward", f"{HERE}:too_long")
+    judged = Rewards(RewardConfig(names, (0.5, 1.0)), ["solution"]).judge(SAMPLES)
     assert judged.by_function == {
-        # An answer that cannot be parsed is left out.
-        "accuracy_reward": [1.0, 0.0, None],
         "think_format_reward": [1.0, 0.0, 0.0],
         "too_long": [0.0, -0.5, -1.0],
     }
-    assert judged.totals == [1.5, -0.5, -1.0]
+    assert judged.totals == [0.5, -0.5, -1.0]
+
+
+def test_a_function_that_takes_a_column_and_loggers():
+    pytest.importorskip("math_verify")
+    judged = Rewards(RewardConfig(("trl.rewards:accuracy_reward",)), ["solution"]).judge(SAMPLES)
+    # An answer that cannot be parsed is left out.
+    assert judged.totals == [1.0, 0.0, None]
