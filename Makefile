@@ -11,6 +11,8 @@ TRL ?= trl==1.16.0
 # wants newer versions than verl's metadata allows.
 VERL ?= verl==0.9.1 ray[default]==2.60.0 tensordict==0.10.0 TransferQueue>=0.1.10
 VERL_TRANSFORMERS ?= transformers==5.19.0 tokenizers==0.23.2
+# Its rollout side is tested there, too; the rest of it wants flash-attn and DeepSpeed.
+OPENRLHF ?= openrlhf==0.11.2 pylatexenc==2.10
 # CUDA kernels: AUTO for the GPU of this machine, if any; ON for every architecture; OFF for none. Without a value the
 # build that is there will do, whatever it was made with, and the first one is made with AUTO.
 CUDA ?= $(SPEC_ROLLOUT_CUDA)
@@ -30,7 +32,7 @@ TESTS_VLLM := tests/engines/vllm_plugin
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
 VENV_VERL := .venv-verl
-TESTS_VERL := tests/trainers/verl
+TESTS_VERL := tests/trainers/verl tests/trainers/openrlhf
 # Python sources are used in place (editable install); only these need a rebuild.
 NATIVE := $(shell find csrc python_bindings build_tools -name '*.*' -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
@@ -105,7 +107,7 @@ $(VENV_TRL)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
 	@.ci/vllm-venv $(VENV_TRL) $(PYTHON) '$(VLLM)' '$(TRL)'
 
 $(VENV_VERL)/.installed: .ci/verl-venv pyproject.toml | $(VENV)/.created
-	@.ci/verl-venv $(VENV_VERL) $(PYTHON) '$(VLLM)' '$(VERL_TRANSFORMERS)' $(foreach package,$(VERL),'$(package)')
+	@.ci/verl-venv $(VENV_VERL) $(PYTHON) '$(VLLM)' '$(VERL_TRANSFORMERS) $(OPENRLHF)' $(foreach package,$(VERL),'$(package)')
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/.packages
 	$(BIN)/python .ci/requirements.py lint > $(VENV)/lint-requirements.txt
