@@ -29,6 +29,8 @@ BUILD_LOG := $(VENV)/build.log
 VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
+# Another model runner of vLLM's wants a process of its own.
+TESTS_V2 := tests/engines/vllm_v2
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
 VENV_VERL := .venv-verl
@@ -45,12 +47,12 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast torture test-gpu test-trl test-verl bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
 
 venv: $(VENV)/.installed ## Install into .venv what the demo needs, the package in place; CUDA=AUTO, ON or OFF
 
@@ -141,13 +143,21 @@ test: ## All tests
 	@$(MAKE) --no-print-directory -j2 cuda-check venv-vllm
 	@status=0; skip=; vllm=; log=$(VENV_VLLM)/test.log; trap 'kill $$vllm 2> /dev/null' EXIT; \
 	if [ -e $(VENV_VLLM)/.installed ]; then \
-	  skip=--ignore=$(TESTS_VLLM); \
-	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM) > $$log, beside:"; \
-	  $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) > $$log 2>&1 & vllm=$$!; \
+	  skip='--ignore=$(TESTS_VLLM) --ignore=$(TESTS_V2)'; \
+	  v2='$(BIN_VLLM)/python -m pytest $(TESTS_V2) -m'; \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM), $$v2 'not v2_large' > $$log, beside:"; \
+	  { s=0; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || s=$$?; $$v2 'not v2_large' || s=$$?; exit $$s; } \
+	    > $$log 2>&1 & vllm=$$!; \
 	fi; \
 	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip || status=$$?; \
 	if [ -n "$$vllm" ]; then wait $$vllm || status=$$?; cat $$log; fi; \
 	exit $$status
+
+test-v2: export OMP_NUM_THREADS = 1
+test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Triton's interpreter (about 10 minutes)
+	@if [ -e $(VENV_VLLM)/.installed ]; then \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_V2)"; $(BIN_VLLM)/python -m pytest $(TESTS_V2); \
+	else echo "test-v2: skipped, there is no vLLM in $(VENV_VLLM)"; fi
 
 test-trl: export OMP_NUM_THREADS = 1
 test-trl: venv $(VENV_TRL)/.installed ## Tests of the TRL adapter and of TRL with vLLM, in .venv-trl: real trainers, on the CPU

@@ -22,6 +22,14 @@ _MUST_BE_OFF = {
     "thinking_token_budget": None,
     "logprob_token_ids": None,
 }
+# Model Runner V2 counts the draft tokens under test in what depends on the tokens drawn so far.
+_MAY_BE_ON_V2 = {
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "bad_words",
+}
 
 
 # Attribute of vLLM's SamplingParams: what was parsed, and what of it. Every request comes by three
@@ -47,7 +55,15 @@ def _not_raw(params: Any) -> str | None:
     they are."""
     if params.temperature not in (0.0, 1.0):
         return f"temperature {params.temperature}"
-    off: dict[str, Any] = {"logit_bias": None, "allowed_token_ids": None, "min_tokens": 0}
+    off: dict[str, Any] = {
+        "logit_bias": None,
+        "allowed_token_ids": None,
+        "min_tokens": 0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "bad_words": None,
+    }
     if params.temperature > 0.0:  # greedy decoding has no filters
         off |= {"top_p": 1.0, "min_p": 0.0}
         if params.top_k > 0:
@@ -74,20 +90,40 @@ def reuse_data(params: Any) -> Any:
     return of_kind("extra_args", extra_args, dict, "a dict or None").get(EXTRA_ARG)
 
 
-def why_not_ours(params: Any, logprobs_mode: str | None = None) -> str | None:
+def response_limits(params: Any, room: int) -> tuple[int, frozenset[int]]:
+    """Most tokens of a response, and the tokens that end it.
+
+    Args:
+        params: vLLM's SamplingParams.
+        room: Tokens that the model's length leaves for the response.
+    """
+    stops = set(params.stop_token_ids or ())
+    if not params.ignore_eos and getattr(params, "eos_token_id", None) is not None:
+        stops.add(params.eos_token_id)
+    return room if params.max_tokens is None else min(params.max_tokens, room), frozenset(stops)
+
+
+def why_not_ours(
+    params: Any, logprobs_mode: str | None = None, *, on_v2: bool = False
+) -> str | None:
     """The parameter because of which our sampler cannot draw a request's tokens, and its value.
 
     Args:
         params: vLLM's SamplingParams.
         logprobs_mode: The engine's, where known.
+        on_v2: The engine runs vLLM's Model Runner V2, whose own sampler draws.
 
     Returns:
         "name: expected ..., got ...", or None if it can.
     """
     for name, off in _MUST_BE_OFF.items():
+        if on_v2 and name in _MAY_BE_ON_V2:
+            continue
         value = getattr(params, name, off)
         if value != off and not (off is None and not value):
             return f"{name}: expected {off} together with {EXTRA_ARG}, got {value}"
+    if on_v2 and params.n != 1 and params.seed is None and params.temperature > 0.0:
+        return f"seed: expected a number together with {EXTRA_ARG} and n {params.n}, got None"
     if params.logprobs is not None and logprobs_mode in ("raw_logits", "processed_logits"):
         return (
             "logprobs: expected an engine with logprobs_mode raw_logprobs or processed_logprobs "
@@ -97,7 +133,12 @@ def why_not_ours(params: Any, logprobs_mode: str | None = None) -> str | None:
 
 
 def admit(
-    request_id: str, params: Any, *, vocab_size: int | None = None, logprobs_mode: str | None = None
+    request_id: str,
+    params: Any,
+    *,
+    vocab_size: int | None = None,
+    logprobs_mode: str | None = None,
+    on_v2: bool = False,
 ) -> ReuseRequest | SampleName | None:
     """The reuse parameters of a request, checked; None if it has none.
 
@@ -106,6 +147,7 @@ def admit(
         params: vLLM's SamplingParams.
         vocab_size: Upper bound of the draft's ids, where known.
         logprobs_mode: The engine's, where known.
+        on_v2: As in `why_not_ours`.
 
     Raises:
         ValueError: naming the request, the parameter, what was expected and what came.
@@ -122,7 +164,7 @@ def admit(
                     f"n: expected 1 for a request that names its sample, got {params.n}"
                 )
             return request
-        if reason := why_not_ours(params, logprobs_mode):
+        if reason := why_not_ours(params, logprobs_mode, on_v2=on_v2):
             raise ValueError(reason)
         ids = request.draft_ids
         if vocab_size is not None and ids.size and int(ids.max()) >= vocab_size:

@@ -64,6 +64,24 @@ class ReuseMetrics:
         """A request with a draft of `length` tokens was seen for the first time."""
         self.num_drafts += 1
         self.num_draft_tokens += length
+        self._make_room(length)
+
+    def draft_progress(self, draft_len: int, before: tuple[int, ...], now: tuple[int, ...]) -> None:
+        """What has come of a draft since `before`.
+
+        Both are its tokens so far that were accepted, tested, verified and wasted.
+        """
+        self._make_room(draft_len)
+        accepted, tested, verified, wasted = now
+        self.tested_at[before[1] : tested] += 1
+        self.accepted_at[before[0] : accepted] += 1
+        self.num_accepted_tokens += accepted - before[0]
+        self.num_tested_tokens += tested - before[1]
+        self.num_verified_tokens += verified - before[2]
+        self.num_wasted_tokens += wasted - before[3]
+        self.num_fully_reused += before[0] < draft_len == accepted
+
+    def _make_room(self, length: int) -> None:
         if length > self.tested_at.size:
             grow = length - self.tested_at.size
             self.tested_at = np.pad(self.tested_at, (0, grow))

@@ -16,6 +16,12 @@ from typing import Any
 VARIABLE = "SPEC_ROLLOUT"
 SECTION = "spec_rollout"  # of vLLM's additional_config
 PROPOSER = "spec_rollout.engines.vllm.proposer.ReuseProposer"
+# Of that section: which model runner of vLLM's the plugin is set up for.
+MODEL_RUNNER = "model_runner"
+MODEL_RUNNERS = ("v1", "v2")
+# Model Runner V2 takes no proposer of one's own. This method of its own is the one whose speculator
+# needs no model, gets the request states and keeps all token ids on the device.
+V2_METHOD = "ngram_gpu"
 MODES = ("off", "drafting", "coupled", "lenient")
 IDENTITIES = ("request", "arrival")
 
@@ -26,8 +32,19 @@ _PROPOSAL = 15
 _CHUNK = 31
 
 
-def speculative_config(num_speculative_tokens: int) -> dict[str, Any]:
-    """vLLM's `speculative_config` for our proposer."""
+def asks_for_v2(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment tells vLLM to use Model Runner V2.
+
+    Not by vllm.envs, which keeps the value of when the process's first engine was made.
+    """
+    values = os.environ if environment is None else environment
+    return values.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0")
+
+
+def speculative_config(num_speculative_tokens: int, model_runner: str = "v1") -> dict[str, Any]:
+    """vLLM's `speculative_config` for our proposer, or, on Model Runner V2, our speculator."""
+    if model_runner == "v2":
+        return {"method": V2_METHOD, "num_speculative_tokens": num_speculative_tokens}
     return {
         "method": "custom_class",
         "model": PROPOSER,

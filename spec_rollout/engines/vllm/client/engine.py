@@ -10,13 +10,12 @@ from typing import Any, Literal
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
-from spec_rollout.checks import integer, of_kind
 from spec_rollout.engines.vllm import compat
+from spec_rollout.engines.vllm.client.arguments import ModelRunner, engine_args
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
 from spec_rollout.engines.vllm.client.weights import Weights
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
-from spec_rollout.engines.vllm.options import SECTION, speculative_config
 from spec_rollout.engines.vllm.packed_history import pack_history
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
@@ -24,50 +23,6 @@ Strategy = Literal["inflight", "two_pass"]
 
 # Weights go to worker processes in pieces of about this many bytes.
 _BUCKET_BYTES = 64 << 20
-
-
-def engine_args(
-    num_speculative_tokens: int = 64,
-    *,
-    first_chunk: int | None = None,
-    logprobs_mode: str | None = "processed_logprobs",
-) -> dict[str, Any]:
-    """Arguments that put the plugin into any vLLM engine: `LLM(model, **engine_args())`.
-
-    `AsyncEngineArgs` takes the same, and `vllm serve` takes them as JSON: `--speculative-config`,
-    `--worker-extension-cls`, `--logprobs-mode`, `--additional-config`.
-
-    Args:
-        num_speculative_tokens: Most draft tokens of a request that one step verifies.
-        first_chunk: Draft tokens verified in a request's first chunk, which doubles with every
-            chunk accepted whole; None is 16.
-        logprobs_mode: vLLM's, of the log-probs that it returns. `Lenient` reads those of the
-            sampling distribution: `processed_logprobs`. None leaves vLLM's default, which are those
-            of temperature 1 without filters.
-
-    Raises:
-        ValueError: naming the argument.
-        ImportError: if vLLM is missing, or too old.
-    """
-    for name, value in (
-        ("num_speculative_tokens", num_speculative_tokens),
-        ("first_chunk", 1 if first_chunk is None else first_chunk),
-    ):
-        if integer(name, value) < 1:
-            raise ValueError(f"{name}: expected >= 1, got {value}")
-    if logprobs_mode is not None:
-        of_kind("logprobs_mode", logprobs_mode, str, "a mode of vLLM's or None")
-    compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
-    compat.install()
-    args: dict[str, Any] = {
-        "speculative_config": speculative_config(num_speculative_tokens),
-        "worker_extension_cls": compat.WORKER,
-    }
-    if logprobs_mode is not None:
-        args["logprobs_mode"] = logprobs_mode
-    if first_chunk is not None:
-        args["additional_config"] = {SECTION: {"first_chunk": first_chunk}}
-    return args
 
 
 class VLLMEngine:
@@ -85,7 +40,7 @@ class VLLMEngine:
     Args:
         model: Folder or name of the model, as vLLM takes it.
         strategy: See above.
-        num_speculative_tokens, first_chunk: See `engine_args`.
+        num_speculative_tokens, first_chunk, model_runner: See `engine_args`.
         llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take
             precedence.
 
@@ -107,10 +62,13 @@ class VLLMEngine:
         num_speculative_tokens: int = 64,
         first_chunk: int | None = None,
         llm_args: Mapping[str, Any] | None = None,
+        model_runner: ModelRunner | None = None,
     ) -> None:
         _check_strategy(strategy)
         compat.require_vllm("VLLMEngine")
-        plugin = engine_args(num_speculative_tokens, first_chunk=first_chunk)
+        plugin = engine_args(
+            num_speculative_tokens, first_chunk=first_chunk, model_runner=model_runner
+        )
         defaults = {
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
@@ -143,6 +101,11 @@ class VLLMEngine:
         self.llm = llm
         self.strategy = strategy
         self._owns_llm = owns_llm
+        self._on_v2 = compat.runs_on_v2(llm)
+        if self._on_v2 and strategy != "inflight":
+            raise ValueError(
+                f"strategy: expected inflight on vLLM's Model Runner V2, got {strategy}"
+            )
         self.max_model_len, self.vocab_size = compat.model_limits(llm)
         self.metrics = ReuseMetrics()
         self.last_metrics = ReuseMetrics()
@@ -159,7 +122,7 @@ class VLLMEngine:
     @property
     def supports_history(self) -> bool:
         """Whether `RolloutRequests.history` is taken."""
-        return self.strategy == "inflight"
+        return self.strategy == "inflight" and not self._on_v2
 
     @property
     def last_counters(self) -> Mapping[str, float]:
@@ -194,8 +157,8 @@ class VLLMEngine:
         start = time.perf_counter()
         if requests.history is not None and not self.supports_history:
             raise ValueError(
-                f"history: expected None with the strategy {self.strategy}, which does not propose "
-                "from it"
+                f"history: expected None with the strategy {self.strategy} on Model Runner "
+                f"{'V2' if self._on_v2 else 'V1'}, which does not propose from it"
             )
         check_requests(
             requests,
@@ -246,7 +209,11 @@ class VLLMEngine:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
         params = [self._params(job, row, sampling) for row in range(job.batch)]
         outputs = self.submit(job.prompts(), params)
-        return Responses.of(job, [output.outputs[0] for output in outputs], self._take())
+        completions = [output.outputs[0] for output in outputs]
+        collected = self._take()
+        if self._on_v2:  # whose worker keeps no log-probs: they come with the tokens
+            collected = (*compat.packed_logprobs(completions), *collected[3:])
+        return Responses.of(job, completions, collected)
 
     def submit(self, prompts: list[dict[str, list[int]]], params: Any) -> list[Any]:
         """`LLM.generate`; an exception on the way leaves no request behind."""
@@ -335,6 +302,7 @@ class VLLMEngine:
             max_tokens=job.limits[row],
             prompt_logprobs=job.prompt_logprobs,
             extra_args=job.extra_args(row),
+            logprobs=self._on_v2,
         )
 
     def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:

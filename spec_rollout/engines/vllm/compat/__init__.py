@@ -17,6 +17,7 @@ our proposer.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `shared_classes`: transformers' models beside an engine stay as they are.
 - `llm`: an offline `LLM`, as the caller's process uses it.
+- `v2`: the plugin on vLLM's Model Runner V2, whose own sampler draws.
 - `cpu_wheels`: defects of vLLM's builds for CPUs.
 
 Importing this package does not import vLLM; calling its functions does.
@@ -30,6 +31,8 @@ from spec_rollout.engines.vllm.compat.llm import (
     is_in_process,
     model_limits,
     new_llm,
+    packed_logprobs,
+    runs_on_v2,
     sampling_params,
     scored_prompt_tokens,
     scoring_params,
@@ -47,6 +50,7 @@ from spec_rollout.engines.vllm.compat.versions import (
 )
 from spec_rollout.engines.vllm.compat.watching import attach_calls, log, watch_weights
 from spec_rollout.engines.vllm.compat.workers import (
+    call_of,
     finish_update,
     live_requests,
     proposer_of,
@@ -61,6 +65,7 @@ __all__ = [
     "WORKER",
     "Described",
     "attach_calls",
+    "call_of",
     "check_plugged",
     "check_state",
     "check_version",
@@ -77,9 +82,11 @@ __all__ = [
     "log",
     "model_limits",
     "new_llm",
+    "packed_logprobs",
     "plugin",
     "proposer_of",
     "require_vllm",
+    "runs_on_v2",
     "sampling_params",
     "scored_prompt_tokens",
     "scoring_params",

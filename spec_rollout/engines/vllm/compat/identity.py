@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from spec_rollout.engines.vllm.options import PROPOSER
+from spec_rollout.engines.vllm.options import MODEL_RUNNER, PROPOSER, SECTION, V2_METHOD
 
 WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
 
@@ -16,6 +16,17 @@ def is_ours(speculative_config: Any) -> bool:
         speculative_config is not None
         and speculative_config.method == "custom_class"
         and speculative_config.model == PROPOSER
+    )
+
+
+def is_v2(vllm_config: Any) -> bool:
+    """Whether an engine was set up to run the plugin on vLLM's Model Runner V2."""
+    speculative = vllm_config.speculative_config
+    section = (vllm_config.additional_config or {}).get(SECTION, {})
+    return (
+        speculative is not None
+        and speculative.method == V2_METHOD
+        and section.get(MODEL_RUNNER) == "v2"
     )
 
 
@@ -33,7 +44,7 @@ def check_plugged(llm: Any) -> None:
     config = engine.vllm_config
     expected = "llm: expected a vllm.LLM started with spec_rollout.engines.vllm.engine_args()"
     speculative = config.speculative_config
-    if not is_ours(speculative):
+    if not is_ours(speculative) and not is_v2(config):
         found = None if speculative is None else f"{speculative.method} {speculative.model}"
         raise ValueError(f"{expected}, got one with speculative_config {found}")
     extension = config.parallel_config.worker_extension_cls

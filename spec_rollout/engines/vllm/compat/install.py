@@ -14,6 +14,8 @@
 - `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts is
   to cost what it costs without speculation.
 - `_support_torch_compile`: transformers' classes, which a trainer in this process has models of.
+- `EngineArgs.create_engine_config`, `WorkerBase.__init__`: engines on Model Runner V2 (`v2`), which
+  construct no proposer that could install hooks.
 - On CPUs, defects of the wheels (`cpu_wheels`).
 """
 
@@ -38,10 +40,15 @@ def install() -> None:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.worker_base import WorkerBase
 
     from spec_rollout.engines.vllm.compat import recurrent, requests, switch_on
+    from spec_rollout.engines.vllm.compat.v2 import config as v2_config
+    from spec_rollout.engines.vllm.compat.v2 import start as v2_start
 
     replace(EngineArgs, "create_engine_config", recurrent.checked_config)
+    replace(EngineArgs, "create_engine_config", v2_config.checked_config)
+    replace(WorkerBase, "__init__", v2_start.hooked_worker)
     replace(InputProcessor, "process_inputs", requests.checked_inputs)
     replace(EngineCore, "preprocess_add_request", requests.checked_request)
     replace(SamplingParams, "_validate_spec_decode", requests.lenient_validation)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from spec_rollout.engines.vllm.compat.cpu_wheels import threads_kept
+from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.packed import ranges
 from spec_rollout.types import SamplingParams
 
 
@@ -48,8 +50,12 @@ def sampling_params(
     max_tokens: int,
     prompt_logprobs: int | None,
     extra_args: dict[str, Any],
+    logprobs: bool = False,
 ) -> Any:
-    """vLLM's parameters of one request; only `stop_token_ids` and `max_tokens` end it."""
+    """vLLM's parameters of one request; only `stop_token_ids` and `max_tokens` end it.
+
+    `logprobs`: as `packed_logprobs` reads them.
+    """
     from vllm import SamplingParams as VLLMSamplingParams
 
     return VLLMSamplingParams(
@@ -61,8 +67,32 @@ def sampling_params(
         ignore_eos=True,
         detokenize=False,
         prompt_logprobs=prompt_logprobs,
+        logprobs=0 if logprobs else None,
+        flat_logprobs=logprobs,
         extra_args=extra_args,
     )
+
+
+def packed_logprobs(completions: Sequence[Any]) -> tuple[bytes, bytes, bytes]:
+    """Log-probs of responses, as `Collector.take` has them: the first three of its arrays.
+
+    Args:
+        completions: vLLM's, of requests with `sampling_params(logprobs=True)`.
+    """
+    rows, indices, values = b"", b"", b""
+    if completions:
+        flats = [completion.logprobs for completion in completions]
+        known = [np.asarray(f.logprobs, "<f4")[np.asarray(f.start_indices, int)] for f in flats]
+        lens = np.array([part.size for part in known])
+        rows = np.repeat(np.arange(lens.size, dtype="<i4"), lens).tobytes()
+        indices = ranges(lens).astype("<i4").tobytes()
+        values = np.concatenate(known).tobytes()
+    return rows, indices, values
+
+
+def runs_on_v2(llm: Any) -> bool:
+    """Whether an `LLM` runs the plugin on vLLM's Model Runner V2."""
+    return is_v2(llm.llm_engine.vllm_config)
 
 
 def scoring_params() -> Any:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from spec_rollout.engines.vllm.admission import admit
-from spec_rollout.engines.vllm.compat.identity import is_ours
+from spec_rollout.engines.vllm.compat.identity import is_ours, is_v2
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
+from spec_rollout.engines.vllm.compat.v2 import config as v2_config
 from spec_rollout.engines.vllm.options import VARIABLE
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, SALT_ARG, SampleName
 
@@ -32,6 +33,8 @@ def checked_request(original: Callable) -> Callable:
     def preprocess_add_request(self: Any, request: Any) -> Any:
         _check(self.vllm_config, request.request_id, request.sampling_params)
         _carry_salt(request)
+        if is_v2(self.vllm_config):
+            v2_config.carry_seed(request)
         return original(self, request)
 
     return preprocess_add_request
@@ -41,7 +44,7 @@ def lenient_validation(original: Callable) -> Callable:
     """For `SamplingParams._validate_spec_decode`: min_p and logit_bias are allowed."""
 
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        if not is_ours(speculative_config):
+        if not is_ours(speculative_config) and not v2_config.is_marked(speculative_config):
             original(self, speculative_config)
 
     return _validate_spec_decode
@@ -79,7 +82,8 @@ def _check(vllm_config: Any, request_id: str, params: Any) -> None:
     extra_args = getattr(params, "extra_args", None)
     if extra_args is None:
         return
-    ours = is_ours(vllm_config.speculative_config)
+    on_v2 = is_v2(vllm_config)
+    ours = on_v2 or is_ours(vllm_config.speculative_config)
     if isinstance(extra_args, dict):
         if extra_args.get(EXTRA_ARG) is None:
             return
@@ -97,6 +101,7 @@ def _check(vllm_config: Any, request_id: str, params: Any) -> None:
             params,
             vocab_size=model_config.get_vocab_size(),
             logprobs_mode=model_config.logprobs_mode,
+            on_v2=on_v2,
         )
         options = configured_options(vllm_config.additional_config)
         if isinstance(request, SampleName) and (options is None or not options.is_on):

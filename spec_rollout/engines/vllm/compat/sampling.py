@@ -10,7 +10,7 @@ import numpy as np
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from spec_rollout.engines.vllm.admission import admit
+from spec_rollout.engines.vllm.admission import admit, response_limits
 from spec_rollout.engines.vllm.wire import SALT_ARG, ReuseRequest, SampleName
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
 from spec_rollout.engines.vllm.worker.engine_side import Arrival
@@ -147,13 +147,11 @@ def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
     if not isinstance(request, ReuseRequest) and (proposer.live is None or proposer.in_call):
         return None
     room = runner.max_model_len - state.num_prompt_tokens
-    stops = set(params.stop_token_ids or ())
-    if not params.ignore_eos and getattr(params, "eos_token_id", None) is not None:
-        stops.add(params.eos_token_id)
+    most, stops = response_limits(params, room)
     known = {
         "prompt_len": state.num_prompt_tokens,
-        "max_response_len": room if params.max_tokens is None else min(params.max_tokens, room),
-        "stop_token_ids": frozenset(stops),
+        "max_response_len": most,
+        "stop_token_ids": stops,
         "masks": LogitMasks.of(params, runner.device),
     }
     if isinstance(request, ReuseRequest):

@@ -7,14 +7,20 @@ no engine arguments through are reached there, too.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from spec_rollout.engines.vllm.options import PROPOSER, SECTION, VARIABLE, EngineOptions
+from spec_rollout.engines.vllm.options import (
+    MODEL_RUNNER,
+    PROPOSER,
+    SECTION,
+    VARIABLE,
+    EngineOptions,
+    asks_for_v2,
+)
 
 # Keys of that section that are no `EngineOptions`.
-_OTHER_KEYS = ("first_chunk",)
+_OTHER_KEYS = ("first_chunk", MODEL_RUNNER)
 # Backends of vLLM's weight transfer that refuse engines with any speculation, but only when the
 # first weights are sent; and who sets them. verl/workers/rollout/vllm_rollout/delta_weight_transfer
 _WITHOUT_SPECULATION = {"verl_delta_ipc": "verl's checkpoint_engine.backend=delta_sharded"}
@@ -69,11 +75,10 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     if getattr(model_config, "runner_type", "generate") != "generate":
         logger.info("%s: off for %s, which generates nothing", asked, model_config.model)
         return
-    # Not by vllm.envs, which keeps the value of when the process's first engine was made.
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+    if asks_for_v2():
         raise ValueError(
             f"{asked}: expected vLLM's Model Runner V1, got VLLM_USE_V2_MODEL_RUNNER=1; "
-            "proposers of one's own (`custom_class`) exist in V1 only: unset one of the two"
+            "engines that propose by themselves exist on V1 only: unset one of the two"
         )
     if engine_args.pipeline_parallel_size > 1:
         raise ValueError(

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from spec_rollout.engines.vllm.compat import cpu_wheels
 from spec_rollout.engines.vllm.compat.identity import PROPOSER
 from spec_rollout.engines.vllm.compat.reload import WeightUpdate, refresh_derived
+from spec_rollout.engines.vllm.compat.v2.config import table_of
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
     from spec_rollout.engines.vllm.worker.live import LiveRequests
+    from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
 
 def proposer_of(worker: Any) -> ChunkProposer:
@@ -30,6 +32,16 @@ def proposer_of(worker: Any) -> ChunkProposer:
     return proposer
 
 
+def call_of(worker: Any) -> ChunkProposer | DraftTable:
+    """What a worker of either model runner is told of rollout calls.
+
+    Raises:
+        RuntimeError: as `proposer_of`.
+    """
+    table = table_of(worker.model_runner)
+    return proposer_of(worker) if table is None else table
+
+
 def live_requests(worker: Any) -> LiveRequests | None:
     """The requests that a worker's engine serves by itself, as of now; None if it serves none so.
 
@@ -38,6 +50,8 @@ def live_requests(worker: Any) -> LiveRequests | None:
     """
     from spec_rollout.engines.vllm.compat.sampling import sweep
 
+    if table_of(worker.model_runner) is not None:
+        return None
     proposer = proposer_of(worker)
     sweep(worker.model_runner, proposer)
     return proposer.live

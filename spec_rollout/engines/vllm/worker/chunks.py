@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from spec_rollout.drafting import HistoryDrafter
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.engine_history import EngineHistory
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
@@ -105,6 +106,22 @@ class ChunkProposer:
                 token_budget=self.token_budget,
             )
         self.sampler.begin(num_requests, proposals)
+
+    def end(self) -> ReuseMetrics:
+        """The call is over; its counters."""
+        return self.sampler.end()
+
+    def take(self) -> tuple[bytes, ...]:
+        """What was recorded since the last call (`Record.take`)."""
+        return self.sampler.record.take()
+
+    def take_metrics(self, reset: bool) -> ReuseMetrics:
+        """Counters as they are now, optionally starting them anew."""
+        record = self.sampler.record
+        metrics = record.metrics
+        if reset:
+            record.metrics = ReuseMetrics()
+        return metrics
 
     def new_row(
         self,

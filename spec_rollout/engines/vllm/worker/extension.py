@@ -8,7 +8,6 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.engines.vllm import compat
-from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.packed_history import PackedHistory, unpack_history
 
 
@@ -27,11 +26,11 @@ class ReuseWorker:
         See `ChunkProposer.begin`.
         """
         unpacked = None if history is None else unpack_history(history)
-        compat.proposer_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
+        compat.call_of(self).begin(num_requests, unpacked, stop_token_ids, keyed)
 
     def spec_rollout_end(self) -> dict[str, Any]:
         """After the last request of a rollout call: forgets its history, returns its counters."""
-        return compat.proposer_of(self).sampler.end().as_dict()
+        return compat.call_of(self).end().as_dict()
 
     def spec_rollout_take(self) -> tuple[bytes, ...]:
         """Log-probs and accepted lengths recorded since the last call (`collect.Collector.take`).
@@ -40,15 +39,11 @@ class ReuseWorker:
             ValueError: if a kernel has met bad values since (CUDA).
         """
         ops.check_status()
-        return compat.proposer_of(self).sampler.record.take()
+        return compat.call_of(self).take()
 
     def spec_rollout_metrics(self, reset: bool = False) -> dict[str, Any]:
         """Counters (`metrics.ReuseMetrics.as_dict`), optionally starting them anew."""
-        record = compat.proposer_of(self).sampler.record
-        values = record.metrics.as_dict()
-        if reset:
-            record.metrics = ReuseMetrics()
-        return values
+        return compat.call_of(self).take_metrics(reset).as_dict()
 
     def spec_rollout_history(self, action: str = "info", path: str | None = None) -> dict[str, Any]:
         """What an engine remembers by itself (`options.EngineOptions`).

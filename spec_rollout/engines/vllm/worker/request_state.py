@@ -11,6 +11,21 @@ from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.packed import lens_to_stop
 
 
+def usable_draft(
+    draft_ids: np.ndarray, max_response_len: int, stop_token_ids: frozenset[int]
+) -> tuple[np.ndarray, bool]:
+    """A draft, cut to what the response can hold and after its first stop token.
+
+    Returns:
+        The draft [draft_len], int32, and whether the response ends with its last token, should that
+        be accepted.
+    """
+    draft = draft_ids[:max_response_len]
+    lens, stops = lens_to_stop(draft, np.array([0, draft.size]), tuple(stop_token_ids))
+    draft = draft[: int(lens[0])]
+    return draft, bool(stops[0]) or draft.size >= max_response_len
+
+
 class Row:
     """One request, from its first step to its last; survives preemption.
 
@@ -75,9 +90,7 @@ class Row:
         history_id: int = -1,
         is_drawn: bool = True,
     ) -> None:
-        draft = request.draft_ids[:max_response_len]
-        lens, stops = lens_to_stop(draft, np.array([0, draft.size]), tuple(stop_token_ids))
-        draft, stopped = draft[: int(lens[0])], bool(stops[0])
+        draft, ends = usable_draft(request.draft_ids, max_response_len, stop_token_ids)
         self.prompt_len = prompt_len
         self.key = request.key
         self.first_position = request.first_position
@@ -96,7 +109,7 @@ class Row:
         )
         self.alive = draft.size > 0 and request.rule.uses_drafts and not self.follows
         self.draft_list: list[int] = draft.tolist() if self.alive else []
-        self.ends = stopped or draft.size >= max_response_len
+        self.ends = ends
         self.chunk = first_chunk
         self.proposed_at = -1
         self.proposal: list[int] = []

@@ -1,0 +1,116 @@
+"""Engines that are set up for the plugin on Model Runner V2, in every process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.engines.vllm.compat.recurrent import check_state
+from spec_rollout.engines.vllm.compat.switch_on import configured_options
+from spec_rollout.engines.vllm.options import SECTION, VARIABLE
+from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, parse
+
+if TYPE_CHECKING:
+    from spec_rollout.engines.vllm.worker.v2.table import DraftTable
+
+SCHEDULER = "spec_rollout.engines.vllm.compat.v2.scheduler.ReuseScheduler"
+DEFAULT_FIRST_CHUNK = 16
+TABLE = "_spec_rollout_table"  # of vLLM's `RequestState`, which samplers and speculator are given
+_MARK = "_spec_rollout_v2"
+
+
+def checked_config(original: Callable) -> Callable:
+    """For `EngineArgs.create_engine_config`: refuses what cannot be, and sets the scheduler."""
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        if is_v2(config):
+            _check(config)
+            scheduling = config.scheduler_config
+            if scheduling.async_scheduling and scheduling.scheduler_cls is None:
+                scheduling.scheduler_cls = SCHEDULER
+            # Past the dataclass, whose fields are vLLM's.
+            object.__setattr__(config.speculative_config, _MARK, True)
+        return config
+
+    return create_engine_config
+
+
+def is_marked(speculative_config: Any) -> bool:
+    """Whether the speculative config is that of an engine with the plugin on V2."""
+    return getattr(speculative_config, _MARK, False)
+
+
+def table_of(runner: Any) -> DraftTable | None:
+    """The drafts of a model runner's requests; None if it is not V2's, with the plugin."""
+    return getattr(getattr(runner, "req_states", None), TABLE, None)
+
+
+def first_chunk(vllm_config: Any) -> int:
+    """Draft tokens of a request's first chunk.
+
+    Raises:
+        ValueError: if `first_chunk` is no positive integer.
+    """
+    value = (vllm_config.additional_config or {})[SECTION].get("first_chunk", DEFAULT_FIRST_CHUNK)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"first_chunk: expected a positive integer, got {value!r}")
+    return value
+
+
+def carry_seed(request: Any) -> None:
+    """Gives a request with a noise key and no seed the key for a seed.
+
+    Args:
+        request: vLLM's, as the engine core gets it; its parameters are replaced, not changed.
+    """
+    params = request.sampling_params
+    if params is None or params.seed is not None or not isinstance(params.extra_args, dict):
+        return
+    data = params.extra_args.get(EXTRA_ARG)
+    if data is None:
+        return
+    reuse = parse(data)
+    if isinstance(reuse, ReuseRequest):
+        params = copy.copy(params)
+        # -1 is no seed to vLLM.
+        params.seed = reuse.key if reuse.key != -1 else -2
+        request.sampling_params = params
+
+
+def _check(config: Any) -> None:
+    asked = f"{SECTION} on Model Runner V2"
+    if not config.use_v2_model_runner:
+        raise ValueError(
+            f"{asked}: expected an engine on it, got one on Model Runner V1; set "
+            "VLLM_USE_V2_MODEL_RUNNER=1 before vLLM is imported, or leave V2 out of engine_args()"
+        )
+    check_state(config.model_config)
+    first_chunk(config)
+    budget = config.scheduler_config.max_num_batched_tokens
+    most = config.speculative_config.num_speculative_tokens
+    if most >= budget:
+        raise ValueError(
+            f"num_speculative_tokens: expected fewer than max_num_batched_tokens ({budget}), "
+            f"got {most}"
+        )
+    parallel = config.parallel_config
+    for name, wanted, got in (
+        ("pipeline_parallel_size", 1, parallel.pipeline_parallel_size),
+        (
+            "enable_batch_sharded_sampling",
+            False,
+            getattr(parallel, "enable_batch_sharded_sampling", False),
+        ),
+        ("watermark_config", None, getattr(config, "watermark_config", None)),
+    ):
+        if got != wanted:
+            raise ValueError(f"{asked}: {name}: expected {wanted}, got {got}")
+    options = configured_options(config.additional_config)
+    if options is not None and options.is_on:
+        raise ValueError(
+            f"{asked}: mode: expected off, got {options.mode}; engines that propose by themselves "
+            f"({VARIABLE}) run on Model Runner V1"
+        )

@@ -1,0 +1,106 @@
+"""Puts the plugin into the model runner of a worker on V2, once per process.
+
+- `init_speculator`: our speculator in the place of that of `ngram_gpu`.
+- `ModelState.custom_sampler`: our samplers, which take over the state of vLLM's own.
+- `GPUModelRunner.__init__`: synchronous scheduling is told how many tokens were proposed.
+- `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
+
+Each hands over to vLLM's own code unless the engine is set up for the plugin.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
+from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.engines.vllm.compat.v2.config import TABLE, first_chunk, table_of
+from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
+from spec_rollout.engines.vllm.compat.v2.sampler import samplers
+from spec_rollout.engines.vllm.compat.v2.speculator import ReuseSpeculator
+from spec_rollout.engines.vllm.compat.versions import replace
+from spec_rollout.engines.vllm.worker.v2.table import DraftTable
+
+
+@functools.cache
+def install_worker() -> None:
+    """Installs the hooks of a worker process; called before its model runner is built."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+    from spec_rollout.engines.vllm.compat import cpu_wheels
+
+    runner = model_runner.GPUModelRunner
+    replace(model_runner, "init_speculator", _speculator)
+    replace(ModelState, "custom_sampler", _samplers)
+    replace(runner, "__init__", _counting)
+    replace(runner, "_remove_request", _leaving)
+    replace(runner, "finish_requests", _over)
+    if current_platform.is_cpu():
+        cpu_wheels.fix()
+    keep_cpu_weights()
+
+
+def _speculator(original: Callable) -> Callable:
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if not is_v2(vllm_config):
+            return original(vllm_config, device, req_states)
+        most = vllm_config.speculative_config.num_speculative_tokens
+        # An asynchronous scheduler plans the chunks.
+        is_async = vllm_config.scheduler_config.async_scheduling
+        table = DraftTable(
+            req_states.max_num_reqs,
+            req_states.max_model_len,
+            first_chunk=most if is_async else first_chunk(vllm_config),
+            max_chunk=most,
+            device=device,
+        )
+        # Where the samplers find it, which are given the request states, too.
+        setattr(req_states, TABLE, table)
+        return ReuseSpeculator(table, req_states)
+
+    return init_speculator
+
+
+def _samplers(original: Callable) -> Callable:
+    def custom_sampler(self: Any, sampler: Any) -> Any:
+        table = getattr(sampler.req_states, TABLE, None)
+        if table is None:
+            return original(self, sampler)
+        return samplers(sampler, table, self.vllm_config, self.device)
+
+    return custom_sampler
+
+
+def _counting(original: Callable) -> Callable:
+    def __init__(self: Any, vllm_config: Any, device: Any) -> None:
+        original(self, vllm_config, device)
+        table = table_of(self)
+        if table is not None and not vllm_config.scheduler_config.async_scheduling:
+            self.draft_tokens_handler = CountingHandler(device, table)
+
+    return __init__
+
+
+def _leaving(original: Callable) -> Callable:
+    def _remove_request(self: Any, req_id: str) -> bool:
+        table = table_of(self)
+        slot = self.req_states.req_id_to_index.get(req_id)
+        if table is not None and slot is not None:
+            table.leave(slot)
+        return original(self, req_id)
+
+    return _remove_request
+
+
+def _over(original: Callable) -> Callable:
+    def finish_requests(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        table = table_of(self)
+        if table is not None:
+            table.over(scheduler_output.finished_req_ids)
+
+    return finish_requests

@@ -1,0 +1,59 @@
+"""Asynchronous scheduling on V2: draft tokens for those requests that have a draft to follow.
+
+vLLM's own scheduler plans as many as there can be for every request in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from spec_rollout.engines.vllm.admission import admit, response_limits
+from spec_rollout.engines.vllm.compat.v2.config import first_chunk
+from spec_rollout.engines.vllm.wire import ReuseRequest
+from spec_rollout.engines.vllm.worker.v2.plan import Plan
+
+_PLAN = "_spec_rollout_plan"
+_UNSEEN = object()
+
+
+class ReuseScheduler(AsyncScheduler):
+    """vLLM's asynchronous scheduler with a `Plan` for each request that has a draft."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._first_chunk = first_chunk(self.vllm_config)
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            if not request.spec_token_ids:
+                continue
+            plan = getattr(request, _PLAN, _UNSEEN)
+            if plan is _UNSEEN:
+                plan = self._plan(request)
+                # On vLLM's own record, which lives exactly as long as the request.
+                setattr(request, _PLAN, plan)
+            count = 0
+            if plan is not None:
+                count = plan.next(
+                    request.output_token_ids,
+                    request.num_output_placeholders,
+                    len(request.spec_token_ids),
+                )
+            request.spec_token_ids = self._spec_token_placeholders[:count]
+
+    def _plan(self, request: Any) -> Plan | None:
+        params = request.sampling_params
+        reuse = None if params is None else admit(request.request_id, params, on_v2=True)
+        if not isinstance(reuse, ReuseRequest) or not reuse.rule.uses_drafts:
+            return None
+        most, stops = response_limits(params, self.max_model_len - request.num_prompt_tokens)
+        return Plan(
+            reuse.draft_ids,
+            max_response_len=most,
+            stop_token_ids=stops,
+            first_chunk=self._first_chunk,
+        )
