@@ -47,7 +47,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
@@ -135,6 +135,15 @@ endif
 demo-seeds: venv ## Runs of demo-full with three seeds; writes benchmarks/results/demo_seeds.json
 	$(BIN)/spec-rollout demo --full --out runs/demo_seeds --runs vanilla,lenient,coupled --seeds 0,1,2 \
 	  --results benchmarks/results/demo_seeds.json
+
+ABLATION = --lenience 0,0.2,0.5,1.0,inf --baselines random-reuse,random-cut \
+  --also "fresh_half: log_lenience=0.5, fresh_share=0.5" --also "max_age_1: log_lenience=0.5, max_age=1" \
+  --also "budget: lenience_budget=new_per_prompt, lenience_target=4" \
+  --also "drafting: rule=none, drafting=true" --also "coupled: rule=coupled" --also "both: rule=coupled, drafting=true"
+ablation-small: venv ## Rules of reuse and their remedies on the demo's task, three seeds; goes on where it was ended
+	$(BIN)/spec-rollout ablate demo $(ABLATION) --seeds 3 --jobs 2 --out runs/ablation_small \
+	  --results benchmarks/results/ablation_small
+	$(BIN)/python tools/results_tables.py
 
 # Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
 # skipped. One thread each: with more, the threads of either wait, spinning, for a processor that the other's have.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,6 +84,8 @@ class RolloutSession:
             raise ValueError(f"max_age: expected >= 1 or None (no limit), got {max_age}")
         self.fresh_share = float(fresh_share)
         self.max_age = max_age
+        # Called with the requests of each call, drafts as they are verified, before the engine is.
+        self.on_requests: Callable[[RolloutRequests, AcceptanceRule], None] | None = None
         if not callable(getattr(engine, "rollout", None)):
             raise ValueError(f"engine: expected a RolloutEngine, got {shown(engine)}")
         if cache is not None:
@@ -223,7 +225,10 @@ class RolloutSession:
             drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)
         lookup_end = time.perf_counter()
 
-        rollouts = self._generate(batch, keys, drafts, sampling, rule, history)
+        requests = batch.requests(keys, drafts, history)
+        if self.on_requests is not None:
+            self.on_requests(requests, rule)
+        rollouts = self._generate(batch, requests, sampling, rule)
 
         store_start = time.perf_counter()
         if reuse or self.drafting:
@@ -267,7 +272,8 @@ class RolloutSession:
         of_kind("sampling", sampling, SamplingParams, "SamplingParams")
         batch = _Batch.of_prompts(prompts, num_samples, user_keys)
         keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
-        rollouts = self._generate(batch, keys, Drafts.none(batch.size), sampling, NoReuse())
+        requests = batch.requests(keys, Drafts.none(batch.size), None)
+        rollouts = self._generate(batch, requests, sampling, NoReuse())
         stats = replace(rollouts.stats, rollout_seconds=time.perf_counter() - start)
         return replace(rollouts, stats=stats)
 
@@ -279,13 +285,10 @@ class RolloutSession:
     def _generate(
         self,
         batch: _Batch,
-        keys: torch.Tensor,
-        drafts: Drafts,
+        requests: RolloutRequests,
         sampling: SamplingParams,
         rule: AcceptanceRule,
-        history: History | None = None,
     ) -> Rollouts:
-        requests = RolloutRequests(batch.prompt_ids, batch.cu_prompt_lens, keys, drafts, history)
         rollouts = self.engine.rollout(requests, sampling, rule)
         if not (
             torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens)
@@ -295,7 +298,7 @@ class RolloutSession:
                 f"engine {type(self.engine).__name__}: expected the {batch.size} requests back in "
                 f"order, got {rollouts.batch} rows of other prompts"
             )
-        return rollouts if rollouts.ages is not None else with_origins(rollouts, drafts)
+        return rollouts if rollouts.ages is not None else with_origins(rollouts, requests.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +313,11 @@ class _Batch:
     @property
     def size(self) -> int:
         return len(self.keys)
+
+    def requests(
+        self, keys: torch.Tensor, drafts: Drafts, history: History | None
+    ) -> RolloutRequests:
+        return RolloutRequests(self.prompt_ids, self.cu_prompt_lens, keys, drafts, history)
 
     @property
     def groups(self) -> torch.Tensor:

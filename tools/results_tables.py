@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from renderers.ablation import ablation_summary_table, ablation_table
 from renderers.kernels import benchmark_table, gpu_summary_table, gpu_table
 from renderers.models import families_table
 from renderers.rollouts import (
@@ -47,6 +48,7 @@ _SUMMARY = "_summary"
 
 # Of files that are no list of rows, each its own; `benchmark_table` for all others.
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "ablation_small": ablation_table,
     "demo": demo_table,
     "demo_seeds": demo_seeds_table,
     "drafting": drafting_table,
@@ -78,11 +80,13 @@ def table(name: str, results: Path) -> str:
         folder = results / file.removeprefix("gpu_")
         return gpu_summary_table(folder) if summary else gpu_table(folder)
     path = results / f"{file}.json"
+    if not path.is_file():  # a page beside it: benchmarks/results/ablation_small/ablation.json
+        path = results / file / "ablation.json"
     if not path.is_file():
         return "*Not measured yet.*"
     content = json.loads(path.read_text(encoding="utf-8"))
     if summary:
-        return demo_summary_table(content)
+        return (ablation_summary_table if path.stem == "ablation" else demo_summary_table)(content)
     shown = _RENDERERS.get(file, benchmark_table)(content)
     return f"{shown}\n\n<sub>{provenance(content)}</sub>"
 

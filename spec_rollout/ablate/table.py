@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from spec_rollout.runs.efficiency import Point, cost_of
 from spec_rollout.runs.summary import RunSummary
 
 Facts = Mapping[str, Any]
@@ -74,12 +75,67 @@ _LINES: Sequence[tuple[str, Callable[[Facts], str]]] = (
     ("decoding steps from epoch 2 on", lambda r: f"{r['decode_steps_after_first_epoch']:,}"),
     ("accuracy, training prompts", lambda r: _accuracy(r, "train")),
     ("accuracy, held-out prompts", lambda r: _accuracy(r, "heldout")),
+    ("rollout seconds until vanilla's accuracy", lambda r: _until(r, "rollout_seconds", ".1f")),
+    ("generated tokens until then", lambda r: _until(r, "generated_tokens", ",.0f")),
 )
+
+
+def until(curves: Mapping[str, Sequence[Point]], plain: str) -> dict[str, dict[str, float | None]]:
+    """What each run had cost when it first reached the last accuracy of the plain one.
+
+    Args:
+        curves: Of each run, by its name.
+
+    Returns:
+        By run and cost (fields of `Point`); None where it was not reached. Empty without
+        evaluations of the plain run after its start.
+    """
+    if len(curves.get(plain, ())) < 2:
+        return {}
+    target = curves[plain][-1].accuracy
+    costs = ("rollout_seconds", "step_seconds", "generated_tokens")
+    return {
+        name: {cost: cost_of(curve, target, cost) for cost in costs}
+        for name, curve in curves.items()
+    }
+
+
+def _until(run: Facts, cost: str, form: str) -> str:
+    costs = run.get("until_plain_accuracy")
+    if costs is None:
+        return "-"
+    return "not reached" if costs[cost] is None else format(costs[cost], form)
+
+
+def variants_table(content: Mapping[str, Any]) -> str:
+    """The means of a grid as text, a line per variant; `content` is that of ablation.json."""
+    head = ["", "tokens", "speed-up", "step", "accuracy", "seconds until", "reused", "seen"]
+    rows = [head]
+    for name, variant in content["variants"].items():
+        mean, sd = variant["mean"], variant["sd"]
+        spread = f" +- {100 * sd['accuracy']:.1f}" if "accuracy" in sd else ""
+        rows.append(
+            [
+                name,
+                f"{mean['token_share']:.0%}",
+                f"{mean.get('effective_speedup', 1.0):.2f}x",
+                f"{mean.get('step_speedup', 1.0):.2f}x",
+                f"{mean['accuracy']:.1%}{spread}" if "accuracy" in mean else "-",
+                _until(variant, "rollout_seconds", ".1f"),
+                f"{mean['later_reused_fraction']:.0%}" if "later_reused_fraction" in mean else "-",
+                f"{mean['seen_per_prompt']:.1f}",
+            ]
+        )
+    return _aligned(rows)
 
 
 def table(runs: Mapping[str, Facts]) -> str:
     """The facts of each run as text, one column per run."""
     rows = [["", *runs], *([label, *map(cell, runs.values())] for label, cell in _LINES)]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     return "\n".join(
         row[0].ljust(widths[0])

@@ -71,7 +71,7 @@ def train(
     # The config is read before torch is loaded: mistakes in it show at once.
     config = None
     if config_path is not None:
-        config = _finding_modules_beside(config_path, load_config(config_path, overrides))
+        config = finding_modules_beside(config_path, load_config(config_path, overrides))
 
     from spec_rollout.report import load_run, write_report
     from spec_rollout.train.trainer import resume
@@ -95,7 +95,7 @@ def train(
     return 0
 
 
-def _finding_modules_beside(config_path: Path, config: RunConfig) -> RunConfig:
+def finding_modules_beside(config_path: Path, config: RunConfig) -> RunConfig:
     """Modules of reward functions are looked for in the config file's folder, on resume too."""
     reward = config.reward
     if reward.folder is not None or not any(":" in name for name in reward.functions):

@@ -51,6 +51,14 @@ def from_dict(table: Mapping[str, Any]) -> RunConfig:
     return _build(RunConfig, table, "")
 
 
+def with_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
+    """A config with some values replaced, as `load_config` does."""
+    table = to_dict(config)
+    for override in overrides:
+        _apply_override(table, override)
+    return from_dict(table)
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain tables, resolved.
 

@@ -229,7 +229,8 @@ class LogConfig:
             checkpoints.
         progress: "auto" shows a bar on a terminal and, elsewhere, a line every 30 seconds; "on"
             the bar anyway; "off" neither.
-        samples_per_step: Rollouts of each step written to samples.jsonl.
+        samples_per_step: Rollouts of each step of the first epoch written to samples.jsonl; every
+            later epoch writes those of the same prompts.
         to: "tensorboard" and "wandb": the numbers of metrics.jsonl there, too (docs/runs.md).
         wandb_project: Project of a W&B run; None is the variable WANDB_PROJECT, or spec-rollout.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from spec_rollout.config.sections import (
     RunConfig,
     TrainConfig,
 )
+from spec_rollout.config.toml import with_overrides
 from spec_rollout.demo import model_dir
 from spec_rollout.demo.task import (
     MAX_RESPONSE_TOKENS,
@@ -101,23 +102,16 @@ QUICK = DemoSize(num_prompts=128, num_heldout=128, prompts_per_step=64)
 SHORT = DemoSize(
     num_prompts=8, num_heldout=8, prompts_per_step=4, num_samples=2, epochs=2, num_eval_samples=1
 )
+# Of the runs of `spec-rollout ablate demo`: with longer training, accuracies of rules part.
+ABLATION = DemoSize(num_prompts=128, num_heldout=256, prompts_per_step=64, epochs=6, threads=1)
+_TRAIN, _HELDOUT = "train.jsonl", "heldout.jsonl"
 
 
-def demo_grid(
-    runs: Runs,
-    out: Path,
-    size: DemoSize,
-    seed: int,
-    engine: str = "transformers",
-) -> Grid:
-    """The runs, written to `out`/name; the prompts are expected in `out` (`prepare`).
-
-    Args:
-        engine: As `rollout.engine`.
-    """
-    base = RunConfig(
+def demo_config(out: Path, size: DemoSize, seed: int) -> RunConfig:
+    """What all runs have in common; the prompts are expected in `out` (`write_prompts`)."""
+    return RunConfig(
         model=ModelConfig(path=str(model_dir()), device="cpu"),
-        data=DataConfig(path=str(out / "train.jsonl")),
+        data=DataConfig(path=str(out / _TRAIN), max_rows=size.num_prompts),
         rollout=RolloutConfig(
             num_samples=size.num_samples,
             max_tokens=MAX_RESPONSE_TOKENS,
@@ -137,13 +131,29 @@ def demo_grid(
             threads=size.threads,
         ),
         eval=EvalConfig(
-            path=str(out / "heldout.jsonl"),
+            path=str(out / _HELDOUT),
             num_train_prompts=size.num_prompts,
+            num_heldout_prompts=size.num_heldout,
             num_samples=size.num_eval_samples,
+            every_steps=size.num_steps // size.epochs,
         ),
         checkpoint=CheckpointConfig(at_end=False),
         log=LogConfig(progress="off"),
     )
+
+
+def demo_grid(
+    runs: Runs,
+    out: Path,
+    size: DemoSize,
+    seed: int,
+    engine: str = "transformers",
+) -> Grid:
+    """The runs, written to `out`/name; the prompts are expected in `out` (`prepare`).
+
+    Args:
+        engine: As `rollout.engine`.
+    """
     off = cache_off(runs)
     # Equal rollouts make equal weights: of the runs that must be the same, one is judged.
     judged = off if off == "vanilla" else "coupled"
@@ -151,9 +161,39 @@ def demo_grid(
     for name, rollout in runs.items():
         changes[name] = {f"rollout.{key}": value for key, value in rollout.items()}
         changes[name]["rollout.engine"] = engine
-        changes[name]["eval.at_end"] = rollout["rule"] != "coupled" or name == judged
+        if rollout["rule"] == "coupled" and name != judged:
+            changes[name].update({"eval.at_end": False, "eval.every_steps": "none"})
     # An engine of vLLM has the process's process group: one run after the other.
-    return Grid(base, changes, out, together=engine == "transformers")
+    together = engine == "transformers"
+    return Grid(demo_config(out, size, seed), changes, out, together=together)
+
+
+def judged_run(runs: Runs) -> str | None:
+    """The run whose evaluations are those of all lossless ones."""
+    off = cache_off(runs)
+    return off if off == "vanilla" else "coupled" if "coupled" in runs else None
+
+
+def ablation_config(out: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of `spec-rollout ablate demo`: the demo's smaller size for longer, on one thread,
+    judged on held-out prompts only.
+
+    Args:
+        out: Where the prompts are (`write_prompts`).
+        overrides: "section.key=value" each.
+
+    Raises:
+        ConfigError: naming a key.
+    """
+    base = demo_config(out, ABLATION, seed=0)
+    base = replace(base, eval=replace(base.eval, num_train_prompts=0, every_steps=None))
+    return with_overrides(base, overrides)
+
+
+def write_prompts(out: Path, size: DemoSize = FULL) -> None:
+    """Writes prompts to train on and to evaluate on."""
+    write_jsonl(training_problems(size.num_prompts), out / _TRAIN)
+    write_jsonl(heldout_problems(size.num_heldout), out / _HELDOUT)
 
 
 def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
@@ -174,5 +214,4 @@ def prepare(out: Path, names: Sequence[str], size: DemoSize) -> None:
         if (out / name).exists():
             shutil.rmtree(out / name)
     out.mkdir(parents=True, exist_ok=True)
-    write_jsonl(training_problems(size.num_prompts), out / "train.jsonl")
-    write_jsonl(heldout_problems(size.num_heldout), out / "heldout.jsonl")
+    write_prompts(out, size)

@@ -16,15 +16,24 @@ import torch
 from spec_rollout.ablate.compare import compare_responses
 from spec_rollout.ablate.grid import RESPONSES, train_grid
 from spec_rollout.ablate.progress import Progress
-from spec_rollout.ablate.table import comparison_line, run_facts, table
+from spec_rollout.ablate.table import comparison_line, run_facts, table, until
 from spec_rollout.acceptance import NoReuse
 from spec_rollout.config.sections import ModelConfig
 from spec_rollout.demo import model_dir
-from spec_rollout.demo.preset import DemoSize, Runs, cache_off, demo_grid, lossless, prepare
+from spec_rollout.demo.preset import (
+    DemoSize,
+    Runs,
+    cache_off,
+    demo_grid,
+    judged_run,
+    lossless,
+    prepare,
+)
 from spec_rollout.demo.task import training_problems
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.loading.policy import load_policy
-from spec_rollout.report import load_run, write_report
+from spec_rollout.report import Run, load_run, write_report
+from spec_rollout.report.accuracy import curve_of
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.runs.environment import environment, num_cores
 from spec_rollout.types import SamplingParams
@@ -80,13 +89,41 @@ def demo(
             content[f"{name}_equals_off"] = compare_responses(
                 out / name / RESPONSES, out / off / RESPONSES
             )
-    write_json(out / "summary.json", content)
     loaded = [load_run(out / name) for name in runs]
+    _judge_equals(loaded, content, runs)
     for run in loaded:
         # The speed-up is known only once all runs are.
         run.summary.update(content["runs"][run.name])
+    curves = {run.name: curve_of(run, "heldout") for run in loaded}
+    costs = until({name: curve for name, curve in curves.items() if len(curve) > 1}, "vanilla")
+    for name, values in costs.items():
+        content["runs"][name]["until_plain_accuracy"] = values
+    write_json(out / "summary.json", content)
     write_report(loaded, out / "report.html", "spec_rollout demo: GRPO with and without reuse")
     return content
+
+
+def _judge_equals(runs: Sequence[Run], content: Mapping[str, Any], names: Runs) -> None:
+    """Lossless runs, which were not judged, have the accuracies of the one that was: after every
+    step their weights are the same, as far as their rollouts were found to be."""
+    found, judged, off = {run.name: run for run in runs}, judged_run(names), cache_off(names)
+    if judged is None or off is None:
+        return
+    accuracies = {
+        split: {
+            row["step"]: row[f"accuracy_{split}"]
+            for row in found[judged].metrics
+            if f"accuracy_{split}" in row
+        }
+        for split in ("train", "heldout")
+    }
+    pairs = {name: content.get(f"{name}_equals_off") for name in (*lossless(names), off)}
+    equal = [name for name, same in pairs.items() if same and same["identical"] == same["total"]]
+    if judged != off and judged not in equal:
+        return
+    for name in (*equal, off):
+        if name != judged:
+            found[name].judged_elsewhere = accuracies
 
 
 def result_text(content: Mapping[str, Any], runs: Runs) -> str:

@@ -69,7 +69,7 @@ def load_policy(config: ModelConfig) -> Policy:
     """
     device = resolve_device(config.device)
     model = load_model(config.path, config, device, "model.path")
-    tokenizer = _load_tokenizer(Path(config.path))
+    tokenizer = load_tokenizer(Path(config.path))
     head = model.get_output_embeddings()
     if head is None:
         raise ConfigError(
@@ -165,7 +165,12 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
     return model.to(device).eval()
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Loads the tokenizer of a folder.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     import transformers
 
     expected = f"model.path: expected a tokenizer beside the model in {str(folder)!r}"

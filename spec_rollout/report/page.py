@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from spec_rollout import counters
+from spec_rollout.report.accuracy import (
+    COSTS,
+    NOTE,
+    accuracy_svg,
+    curves_of,
+    plain_run,
+)
 from spec_rollout.report.differences import difference_rows
 from spec_rollout.report.plots import (
     PART_COLOURS,
@@ -18,10 +25,11 @@ from spec_rollout.report.plots import (
     running_svg,
     seconds_svg,
 )
+from spec_rollout.report.quantities import summary_rows
 from spec_rollout.report.style import CSS
 from spec_rollout.report.texts import cut, fact_text, plain, visible
-from spec_rollout.report.tokens import samples_html
-from spec_rollout.runs.load import Run, number
+from spec_rollout.report.tokens import LEGEND, samples_html
+from spec_rollout.runs.load import Run
 from spec_rollout.runs.outputs import write_text
 
 _FRESH = "Plain sampling of the current weights with fresh noise, no reuse."
@@ -81,95 +89,6 @@ def _legend(runs: Sequence[Run]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def _total(run: Run, key: str) -> float | None:
-    _, values = run.series(key)
-    return sum(values) if values else None
-
-
-def _share(run: Run, part: str, whole: str) -> float | None:
-    """Sum of `part` over sum of `whole`, over the steps that have both."""
-    pairs = [(number(row.get(part)), number(row.get(whole))) for row in run.metrics]
-    both = [(a, b) for a, b in pairs if a is not None and b is not None]
-    below = sum(b for _, b in both)
-    return sum(a for a, _ in both) / below if below > 0 else None
-
-
-def _last(run: Run, key: str) -> float | None:
-    _, values = run.series(key)
-    return values[-1] if values else None
-
-
-def _reported(run: Run, key: str, group: str | None = None) -> float | None:
-    """A number of `summary.json`, possibly one level down."""
-    value = run.summary.get(key)
-    return number(value.get(group) if group and isinstance(value, dict) else value)
-
-
-def _seen_per_prompt(run: Run) -> float | None:
-    """New responses of all steps per prompt of the data."""
-    new, num_prompts = _total(run, "num_new_responses"), _reported(run, "num_prompts")
-    return new / num_prompts if new is not None and num_prompts else None
-
-
-_NONE = "\N{EN DASH}"
-_REUSED = "num_reused_tokens"
-
-
-def _text(value: float | None, form: str) -> str:
-    return _NONE if value is None else format(value, form)
-
-
-def _num_steps(run: Run) -> float:
-    """Rows of training steps: a row may also be an evaluation before the first one."""
-    return float(len(run.series("rollout_seconds")[0]))
-
-
-_Quantity = tuple[str, str, Callable[[Run], float | None]]
-
-
-def _sum_of(key: str, form: str, name: str | None = None) -> _Quantity:
-    """A counter's sum over all steps."""
-    return name or counters.label(key), form, lambda run: _total(run, key)
-
-
-def _accuracy(split: str, name: str, when: str) -> _Quantity:
-    return (
-        f"accuracy, {name} prompts, {when}",
-        ".1%",
-        lambda r: _reported(r, f"accuracy_{when}", split),
-    )
-
-
-_QUANTITIES: tuple[_Quantity, ...] = (
-    ("training steps", ",.0f", _num_steps),
-    _sum_of("rollout_seconds", ",.1f", "rollout seconds, everything counted"),
-    _sum_of("verification_seconds", ",.1f", "of these verification"),
-    (
-        "effective speed-up from the second epoch on",
-        ".2f",
-        lambda run: _reported(run, "effective_speedup"),
-    ),
-    _sum_of("num_response_tokens", ",.0f"),
-    _sum_of("num_generated_tokens", ",.0f"),
-    ("reused tokens", ".1%", lambda run: _share(run, _REUSED, "num_response_tokens")),
-    ("fully reused rollouts", ".1%", lambda run: _share(run, "num_fully_reused", "num_rollouts")),
-    ("divergence per reused token", ".4f", lambda r: _share(r, "sum_kl_reused", _REUSED)),
-    ("mean age of tokens", ".2f", lambda run: _share(run, "sum_ages", "num_response_tokens")),
-    ("responses of a prompt that training saw", ".1f", _seen_per_prompt),
-    ("reward at the last step", ".3f", lambda run: _last(run, "reward")),
-    _accuracy("train", "training", "before"),
-    _accuracy("train", "training", "after"),
-    _accuracy("heldout", "held-out", "before"),
-    _accuracy("heldout", "held-out", "after"),
-)
-
-
-def summary_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One row per quantity that at least one run has: its name, then its value per run."""
-    rows = [[name, *(_text(value(run), form) for run in runs)] for name, form, value in _QUANTITIES]
-    return [row for row in rows if any(cell != _NONE for cell in row[1:])]
-
-
 def _table(title: str, runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ["", *(run.name for run in runs)])
     body = "".join(
@@ -192,14 +111,27 @@ def _differences(runs: Sequence[Run], problems: list[str]) -> str:
     return f'<section><h2>What differs</h2><p class="soft">{note}</p></section>'
 
 
-def _figures(runs: Sequence[Run], draw: _Draw) -> str:
+def _figures(runs: Sequence[Run], draw: _Draw, panels: Sequence[Panel]) -> str:
     cards = []
-    for index, panel in enumerate(PANELS):
+    for index, panel in enumerate(panels):
         svg = draw(panel.title, partial(panel_svg, panel, runs, salt=f"p{index}"))
         if svg:
             caption = f"<h3>{escape(panel.title)}</h3><p>{escape(panel.note)}</p>"
             cards.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
     parts = []
+    costs = []
+    for cost, what in COSTS.items():
+        svg = draw(what, partial(accuracy_svg, runs, cost, salt=cost))
+        if svg:
+            costs.append(f"<figure>{svg}</figure>")
+    if costs:
+        split = {"heldout": "held-out", "train": "training"}[curves_of(runs)[0]]
+        line = "" if plain_run(runs) is None else " The grey line is the plain run's last one."
+        parts.append(
+            f"<section><h2>Fresh accuracy on {split} prompts, against what it cost</h2>"
+            f'{_legend(runs)}<p class="soft">{NOTE}{line}</p>'
+            f'<div class="grid two">{"".join(costs)}</div></section>'
+        )
     if cards:
         note = "Thick: running mean; thin: each step. Dotted: a new epoch begins."
         parts.append(
@@ -233,7 +165,8 @@ def _samples(runs: Sequence[Run], draw: _Draw) -> str:
         if html:
             shown.append((run.name, html))
     # The first run with something to see is unfolded.
-    unfolded = next((name for name, html in shown if "<mark" in html), None)
+    seen = ("<mark", 'class="kept"')
+    unfolded = next((name for name, html in shown if any(part in html for part in seen)), None)
     parts = [
         f"<details{' open' if name == unfolded else ''}><summary>{escape(name)}</summary>"
         f'<div class="samples">{html}</div></details>'
@@ -241,8 +174,8 @@ def _samples(runs: Sequence[Run], draw: _Draw) -> str:
     ]
     if not parts:
         return ""
-    note = 'What came from the cache is <mark class="reused">marked</mark>; the rest was generated.'
-    return f'<section><h2>Sample rollouts</h2><p class="soft">{note}</p>{"".join(parts)}</section>'
+    body = "".join(parts)
+    return f'<section><h2>Sample rollouts</h2><p class="soft">{LEGEND}</p>{body}</section>'
 
 
 def _rows_of(facts: Mapping[Any, Any]) -> list[tuple[str, str]]:
@@ -286,9 +219,19 @@ def _problems(problems: Sequence[str]) -> str:
     return f'<div class="problems">Incomplete:<ul>{items}</ul></div>' if items else ""
 
 
-def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
+def render_page(
+    runs: Sequence[Run],
+    title: str = "spec_rollout report",
+    *,
+    lead: Callable[[], str] | None = None,
+    panels: Sequence[Panel] = (),
+) -> str:
     """The whole page as HTML. What a run holds that cannot be shown is named at the top; the rest
     is there.
+
+    Args:
+        lead: Makes HTML that stands in the place of the summary and of what differs.
+        panels: Figures beside the usual ones.
 
     Raises:
         ValueError: if `runs` is empty.
@@ -307,10 +250,15 @@ def render_page(runs: Sequence[Run], title: str = "spec_rollout report") -> str:
             problems.append(f"{what}: not shown ({type(error).__name__}: {error})")
             return ""
 
-    parts = [
-        draw("summary", lambda: _table("Summary", runs, summary_rows(runs))),
-        draw("what differs", lambda: _differences(runs, problems)),
-        _figures(runs, draw),
+    if lead is None:
+        parts = [
+            draw("summary", lambda: _table("Summary", runs, summary_rows(runs))),
+            draw("what differs", lambda: _differences(runs, problems)),
+        ]
+    else:
+        parts = [draw("tables", lead)]
+    parts += [
+        _figures(runs, draw, (*PANELS, *panels)),
         _samples(runs, draw),
         draw("hardware and versions", lambda: _environments(runs)),
         draw("configuration", lambda: _configs(runs)),

@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from spec_rollout.report.texts import cut, visible
 from spec_rollout.runs.load import Run, number
 
-# Okabe and Ito's colours: told apart with any colour vision. Runs beyond the eighth share colours.
+# Okabe and Ito's colours: told apart with any colour vision. Eight more, less well; runs beyond the
+# sixteenth share colours.
 RUN_COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -31,10 +32,18 @@ RUN_COLOURS = (
     "#e69f00",
     "#444444",
     "#b2a800",
+    "#7f3c8d",
+    "#6b3d12",
+    "#117733",
+    "#e31a5c",
+    "#8fa3c4",
+    "#a3d977",
+    "#d9a5c7",
+    "#2b2b72",
 )
 _LEAST_RANGE = 1e-6  # of a y axis
 PART_COLOURS = {"verification": "#d55e00", "decode": "#0072b2", "other": "#bbbbbb"}
-_STYLE: Any = {  # matplotlib types it by a literal of all its keys
+STYLE: Any = {  # matplotlib types it by a literal of all its keys
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -92,7 +101,20 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return (cumulative[high] - cumulative[low]) / (high - low)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def new_figures(width: float, height: float, num_frames: int) -> tuple[Figure, list[Axes]]:
+    """A figure of frames side by side, in inches; made and drawn within `STYLE`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, list(figure.subplots(1, num_frames, squeeze=False).flat)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one frame; see `new_figures`."""
+    figure, (axes,) = new_figures(width, height, 1)
+    return figure, axes
+
+
+def svg_of(figure: Figure, salt: str) -> str:
     """The figure as an <svg> element that fits its container and shares no ids with others."""
     buffer = io.StringIO()
     style: Any = {"svg.hashsalt": salt}
@@ -134,10 +156,8 @@ def panel_svg(panel: Panel, runs: Sequence[Run], salt: str) -> str | None:
     curves = [curve for curve in curves if curve[1]]
     if not curves:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.0, 2.35), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(4.0, 2.35)
         for index, steps, values in curves:
             window = smoothing_window(len(values)) if panel.smooth else 1
             if window > 1:
@@ -157,7 +177,7 @@ def panel_svg(panel: Panel, runs: Sequence[Run], salt: str) -> str | None:
                 step - 0.5, color="#b9bec6", linewidth=0.8, linestyle=(0, (2, 3)), zorder=0
             )
         _finish(axes, panel.percent)
-        return _svg(figure, salt)
+        return svg_of(figure, salt)
 
 
 def seconds_parts(run: Run) -> tuple[list[float], dict[str, list[float]]]:
@@ -186,7 +206,7 @@ def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
         return None
     columns = min(4, len(stacks))
     lines = -(-len(stacks) // columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(4.0, 3.05 * columns), 2.35 * lines), layout="constrained")
         FigureCanvasSVG(figure)
         grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
@@ -210,7 +230,7 @@ def seconds_svg(runs: Sequence[Run], salt: str) -> str | None:
                 parse_math=False,
             )
             _finish(axes, percent=False)
-        return _svg(figure, salt)
+        return svg_of(figure, salt)
 
 
 def running_curve(run: Run) -> tuple[float, list[float], list[float]] | None:
@@ -233,10 +253,8 @@ def running_svg(runs: Sequence[Run], salt: str) -> str | None:
     curves = [(i, curve) for i, run in enumerate(runs) if (curve := running_curve(run)) is not None]
     if not curves:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.0, 2.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(8.0, 2.6)
         for index, (_, seconds, running) in curves:
             axes.plot(
                 seconds,
@@ -249,4 +267,4 @@ def running_svg(runs: Sequence[Run], salt: str) -> str | None:
         axes.set_xlabel("seconds since the rollouts began")
         _finish(axes, percent=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8))
-        return _svg(figure, salt)
+        return svg_of(figure, salt)

@@ -1,6 +1,6 @@
 """The style sheet of the page."""
 
-CSS = """
+CSS = r"""
 :root{color-scheme:light;--ink:#1d2229;--soft:#5b616b;--line:#e3e6ea;--bg:#f6f7f9}
 *{box-sizing:border-box}
 body{
@@ -16,6 +16,7 @@ h3{font-size:15px;margin:0}
   display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:7px;
   vertical-align:-2px}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:16px}
+.grid.two{grid-template-columns:repeat(auto-fill,minmax(460px,1fr))}
 figure,.card{
   background:#fff;border:1px solid var(--line);border-radius:8px;margin:0;padding:14px 16px}
 figure svg{display:block;width:100%;height:auto;font-family:inherit;margin-top:8px}
@@ -40,11 +41,30 @@ details>.card,details>.samples{margin-top:10px}
 .sample .facts{margin:0 0 8px;font-size:13px}
 .sample .prompt{
   color:var(--soft);border-left:3px solid var(--line);padding-left:10px;margin-bottom:8px}
-mark.reused{background:#cfe8d5;color:inherit;border-radius:3px;box-shadow:0 0 0 1px #cfe8d5}
-.response span:hover{outline:1px solid #8a8f98}
+.sample.wide{grid-column:1/-1}
+.sample.wide .facts{margin:14px 0 6px;border-top:1px solid var(--line);padding-top:10px}
+.fork{display:grid;grid-template-columns:1fr 1fr;gap:14px;margin-top:8px}
+.fork>div{border-left:3px solid var(--line);padding-left:10px;min-width:0}
+.fork h4{margin:0;font-size:12px;font-weight:400;color:var(--soft)}
+mark.reused,pre.kept b{background:#d3ebd9;color:inherit;border-radius:2px}
+pre b{font-weight:400;position:relative}
+pre.gone,s{color:#8a8f98;text-decoration:line-through}
+pre.gone b.cut,b.cut{color:#a3200d;background:#fbdcd5;font-weight:600;border-radius:2px}
+pre.new b,b.fresh{background:#dbe9fb;font-weight:400;border-radius:2px}
+pre b:hover{outline:2px solid #4a5260}
+pre b:hover::after{
+  position:absolute;left:0;top:calc(100% + 5px);z-index:9;padding:6px 10px;border-radius:6px;
+  background:#1d2229;color:#fff;font:12px/1.45 system-ui,sans-serif;white-space:pre;
+  text-decoration:none;pointer-events:none;content:"token " attr(data-i)}
+pre b[data-l]:hover::after{content:"token " attr(data-i) "\A log-prob " attr(data-l)}
+pre b[data-q]:hover::after,pre b[data-p]:hover::after{
+  content:"token " attr(data-i) "\A old log-prob " attr(data-q) "\A new log-prob " attr(data-p)}
+pre b[data-u]:hover::after{
+  content:"token " attr(data-i) "\A old log-prob " attr(data-q) "\A new log-prob " attr(data-p)
+  "\A kept up to " attr(data-h) "\A draw " attr(data-u)}
 .problems{
   background:#fff6e0;border:1px solid #ecd9a4;border-radius:8px;padding:10px 16px;
   margin:16px 0}
 .problems ul{margin:4px 0;padding-left:20px}
-@media(max-width:560px){main{padding:20px 12px}.samples{grid-template-columns:1fr}}
+@media(max-width:560px){main{padding:20px 12px}.samples,.fork{grid-template-columns:1fr}}
 """

@@ -30,6 +30,8 @@ class Run:
             then.
         environment: Machine and versions the run recorded about itself; None if it did not.
         problems: What could not be read, in words; shown on the page.
+        judged_elsewhere: Accuracies by step, of each split, of another run whose weights were the
+            same after every step, where this one was not evaluated itself.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Run:
     running: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
+    judged_elsewhere: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of the rows where `key` is a finite number."""

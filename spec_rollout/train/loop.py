@@ -36,6 +36,7 @@ from spec_rollout.train.adapter import engine_weights
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.components import Components
 from spec_rollout.train.experience import gather
+from spec_rollout.train.followed import FollowedDrafts, followed_places
 from spec_rollout.train.interrupt import RunInterrupted, StopRequest
 from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
@@ -150,7 +151,10 @@ class TrainingRun:
                 self._on_rollouts(self._step + 1, rollouts)
             return rollouts
 
-        seen = gather(parts, self._step, roll)
+        places = followed_places(parts.order, self._step, config.log.samples_per_step)
+        followed = FollowedDrafts(places, config.rollout.num_samples)
+        with followed.listening(parts.session):
+            seen = gather(parts, self._step, roll)
         scores = seen.scores
         self._watch.failed(f"step {self._step + 1}", scores.num_failed, scores.failures)
         rollouts = seen.trained
@@ -170,6 +174,7 @@ class TrainingRun:
             )
         )
         self._watch.idle(bool(trained.advantages.any()))
+        drafts = followed.tested(seen.rollouts, self._scored_by_policy())
         train_start = time.perf_counter()
         bar.set_description(f"{self._run_dir.name}: epoch {epoch} update")
         update = parts.updater.update(
@@ -204,17 +209,27 @@ class TrainingRun:
         row["train_seconds"] = end - train_start
         row["step_seconds"] = end - start
         self._watch.repeated(row)
+        lenience = {key: row[key] for key in ("log_lenience",) if key in row}
         for sample in sample_rows(
-            self._step,
+            {"step": self._step, "epoch": epoch, "rule": config.rollout.rule, **lenience},
             seen.rollouts,
             seen.scores.total,
-            seen.rows[: config.log.samples_per_step],
+            seen.rows,
+            places,
+            drafts,
             parts.policy.tokenizer.decode,
         ):
             self._samples.write(sample)
         if seen.rollouts.running is not None:
             self._running.write({"step": self._step, **thinned(seen.rollouts.running)})
         return row
+
+    def _scored_by_policy(self) -> Callable[[Rollouts], torch.Tensor] | None:
+        """Log-probs of the sampling distribution by the trainer's forward pass, which knows no
+        top-k and top-p."""
+        sampling = self._parts.sampling
+        whole = sampling.top_k == 0 and sampling.top_p == 1.0
+        return self._parts.updater.logprobs if whole else None
 
     def _lenience_row(self, stats: RolloutStats) -> Row:
         """What lenience a step had, and how its budget stands with the step counted in."""

@@ -12,6 +12,7 @@ from spec_rollout.evals.sampling import Scores
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.pieces import pieces
 from spec_rollout.train.algorithms.base import Advantages
+from spec_rollout.train.followed import Draft
 from spec_rollout.train.update_result import UpdateResult
 from spec_rollout.types import FinishReason, Rollouts
 
@@ -63,33 +64,39 @@ def reward_row(scores: Scores) -> Row:
 
 
 def sample_rows(
-    step: int,
+    facts: Row,
     rollouts: Rollouts,
     rewards: torch.Tensor,
-    rows: Sequence[PromptRow],
+    prompts: Sequence[PromptRow],
+    places: Mapping[int, int],
+    drafts: Mapping[int, Draft],
     decode: Callable[[list[int]], str],
 ) -> Iterator[Row]:
-    """The first response of each prompt, token by token, for the report's viewer.
+    """The first response of some prompts, token by token, for the report's viewer.
 
     Args:
-        step: Updates done with this one.
+        facts: What all of them have: step, epoch, rule.
         rollouts: Of all prompts of the step.
         rewards: Of the same. [num_prompts, num_samples].
-        rows: The first prompts of the step.
+        prompts: All prompts of the step.
+        places: Which ones: the row of the data of each, by its place within the step.
+        drafts: Of the responses that had one, by the same.
         decode: The tokenizer's.
     """
-    for index, row in enumerate(rows):
-        r = index * rewards.shape[1]
+    for place, row in places.items():
+        r = place * rewards.shape[1]
         span = slice(int(rollouts.cu_response_lens[r]), int(rollouts.cu_response_lens[r + 1]))
-        reward = float(rewards[index, 0])
+        reward = float(rewards[place, 0])
         yield {
-            "step": step,
-            "prompt": row.rendered,
+            **facts,
+            "row": row,
+            "prompt": prompts[place].rendered,
             "tokens": pieces(rollouts.response_ids[span].tolist(), decode),
             "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
             "accepted_tokens": int(rollouts.accepted_lens[r]),
             "finish_reason": FinishReason(int(rollouts.finish_reasons[r])).name.lower(),
             "reward": None if reward != reward else reward,
+            "draft": drafts[place].as_row(decode) if place in drafts else None,
         }
 
 

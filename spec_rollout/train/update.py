@@ -318,6 +318,10 @@ class PolicyUpdater:
             logits, hidden = response_outputs(model, batch.input_ids, batch.positions)
         return *logprobs_and_entropy(logits, batch.token_ids, self._temperature), hidden
 
+    def logprobs(self, rollouts: Rollouts) -> torch.Tensor:
+        """Of every response token under the policy as it is now. [num_response_tokens], float32."""
+        return self._recompute(rollouts, list(range(rollouts.batch)))
+
     @torch.no_grad()
     def _recompute(self, rollouts: Rollouts, rows: list[int]) -> torch.Tensor:
         result = rollouts.logprobs.clone()

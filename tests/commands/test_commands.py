@@ -203,7 +203,7 @@ def test_the_short_demo_compares_three_runs(
     assert "both and vanilla: 32 of 32 rollouts identical, token for token" in out
     assert out.endswith("make demo-full\n")
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert 'class="reused"' in page
+    assert 'class="kept"' in page
 
 
 @pytest.mark.slow
@@ -230,6 +230,14 @@ def test_the_full_demo_reports_every_run(
     assert set(runs["vanilla"]["accuracy_before"]) == {"train", "heldout"}
     assert runs["both"]["reused_fraction"] == runs["coupled"]["reused_fraction"]
     assert runs["both"]["accepted_proposals"] > runs["coupled"]["accepted_proposals"] == 0
+    # `both` was not judged: its weights are those of `coupled`, after as many tokens.
+    until = {name: run["until_plain_accuracy"] for name, run in runs.items()}
+    for name in ("both", "coupled_off"):
+        assert (until[name]["rollout_seconds"] is None) == (
+            until["coupled"]["rollout_seconds"] is None
+        )
+    assert until["both"]["generated_tokens"] == until["coupled"]["generated_tokens"]
+    assert 0 <= until["vanilla"]["generated_tokens"] <= runs["vanilla"]["generated_tokens"]
     for name in ("coupled", "both"):
         same = summary[f"{name}_equals_off"]
         assert same == {"total": 32, "identical": 32, "first_difference": None}

@@ -4,16 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from spec_rollout.config.sections import ConfigError
 from spec_rollout.demo.preset import (
+    ABLATION,
     FULL,
     FULL_RUNS,
     QUICK,
     QUICK_RUNS,
     SHORT,
+    ablation_config,
     cache_off,
     demo_grid,
+    judged_run,
     lossless,
     prepare,
+    write_prompts,
 )
 
 
@@ -62,3 +67,22 @@ def test_earlier_runs_are_replaced_and_other_files_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"--out: expected a new folder or an earlier demo"):
         prepare(tmp_path, ["vanilla", "both"], SHORT)
     assert (tmp_path / "both" / "mine.txt").exists()
+
+
+def test_the_config_of_an_ablation_takes_overrides(tmp_path: Path) -> None:
+    config = ablation_config(tmp_path, ["train.epochs=2", "rollout.num_samples=4"])
+    assert (config.train.epochs, config.rollout.num_samples) == (2, 4)
+    assert (config.data.max_rows, config.train.threads) == (ABLATION.num_prompts, 1)
+    assert (config.eval.num_train_prompts, config.eval.every_steps) == (0, None)
+    assert ablation_config(tmp_path).train.epochs == ABLATION.epochs
+    write_prompts(tmp_path)
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) >= ABLATION.num_prompts
+    assert len((tmp_path / "heldout.jsonl").read_text().splitlines()) >= ABLATION.num_heldout
+    with pytest.raises(ConfigError, match=r"train\.epoch: unknown key"):
+        ablation_config(tmp_path, ["train.epoch=2"])
+
+
+def test_one_run_is_judged_for_all_that_equal_it() -> None:
+    assert judged_run(QUICK_RUNS) == "vanilla"
+    assert judged_run(FULL_RUNS) == "coupled"
+    assert judged_run({"lenient": FULL_RUNS["lenient"]}) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spec_rollout.report import Run, find_runs, load_run, render_page, write_report
-from spec_rollout.report.page import PANELS, summary_rows
+from spec_rollout.report.page import PANELS
 from spec_rollout.report.plots import (
     Panel,
     panel_svg,
@@ -17,7 +17,14 @@ from spec_rollout.report.plots import (
     running_mean,
     seconds_parts,
 )
-from spec_rollout.report.tokens import pick_samples, response_html
+from spec_rollout.report.quantities import summary_rows
+from spec_rollout.report.tokens import (
+    followed,
+    laid_over_draft,
+    pick_samples,
+    response_html,
+    samples_html,
+)
 
 EVIL = "<script>alert('x')</script>\"&$x$"
 _VOID = {"meta", "br", "img"}
@@ -112,7 +119,8 @@ def test_page_of_two_runs_holds_every_figure_and_loads_nothing(tmp_path: Path) -
     runs = [load_run(path) for path in find_runs(tmp_path)]
     page = write_report(runs, tmp_path / "report.html").read_text()
     structure = parse(page)
-    assert structure.tags["svg"] == len(PANELS) + 1  # and the stacked seconds
+    # and accuracy against seconds and tokens, and the stacked seconds
+    assert structure.tags["svg"] == len(PANELS) + 3
     assert structure.tags["script"] == structure.tags["link"] == structure.tags["img"] == 0
     assert all(link.startswith("#") for link in structure.links)
     assert not re.search(r"url\(http|@import", page)
@@ -171,11 +179,64 @@ def test_reused_prefix_is_marked_exactly() -> None:
     assert response_html(by_char) == '<mark class="reused">a&lt;b</mark>&gt;cd'
     by_token = {"tokens": ["1", "<", "3"], "accepted_tokens": 2, "logprobs": [-0.5, None]}
     assert response_html(by_token) == (
-        '<mark class="reused"><span title="token 0, log-prob -0.500">1</span>'
-        '<span title="token 1">&lt;</span></mark><span title="token 2">3</span>'
+        '<mark class="reused"><b data-i="0" data-l="-0.500">1</b>'
+        '<b data-i="1">&lt;</b></mark><b data-i="2">3</b>'
     )
     assert "<mark" not in response_html({"response": "abc"})
     assert response_html({"response": "abc", "accepted_chars": 99}).endswith("abc</mark>")
+
+
+def sample(row: int, epoch: int, kept: int, draft: str | None) -> dict[str, object]:
+    tokens = list("abcd")
+    found = None
+    if draft is not None:
+        found = {
+            "tokens": list(draft),
+            "old_logprobs": [-0.25] * len(draft),
+            "new_logprobs": [-0.5] * kept + [None] * (len(draft) - kept),
+            "thresholds": None,
+            "draws": [0.125] * len(draft),
+        }
+    return {
+        "step": 2 * epoch + 1, "epoch": epoch, "row": row, "prompt": f"p{row}", "tokens": tokens,
+        "logprobs": [-1.0] * 4, "accepted_tokens": kept, "draft": found, "log_lenience": 0.5,
+    }  # fmt: skip
+
+
+def test_a_response_is_laid_over_its_draft() -> None:
+    kept = '<b data-i="0" data-q="-0.250" data-p="-0.500" data-u="0.125">a</b>'
+    assert laid_over_draft(sample(0, 1, 1, "axy")) == (
+        f'<pre class="kept">{kept}</pre><div class="fork"><div><h4>the draft went on</h4>'
+        '<pre class="gone"><b class="cut" data-i="1" data-q="-0.250" data-u="0.125">x</b>'
+        '<b data-i="2" data-q="-0.250" data-u="0.125">y</b></pre></div>'
+        '<div><h4>generated instead</h4><pre class="new"><b data-i="1" data-l="-1.000">b</b>'
+        '<b data-i="2" data-l="-1.000">c</b><b data-i="3" data-l="-1.000">d</b></pre></div></div>'
+    )
+    whole = laid_over_draft(sample(0, 1, 4, "abcd"))
+    assert whole.count("<b ") == 4
+    assert "fork" not in whole
+    assert laid_over_draft(sample(0, 0, 0, None)).startswith('<pre class="new"><b data-i="0"')
+    # a draft that was cut, kept whole, and gone on with
+    assert "fork" not in laid_over_draft(sample(0, 1, 2, "ab"))
+
+
+def test_a_response_is_shown_in_all_its_epochs() -> None:
+    samples = [
+        sample(row, epoch, row if epoch else 0, "abxy" if epoch else None)
+        for epoch in range(3)
+        for row in range(3)
+    ]
+    chosen = followed(samples, 2)
+    assert [[(s["row"], s["epoch"]) for s in epochs] for epochs in chosen] == [
+        [(row, epoch) for epoch in range(3)] for row in (1, 2)
+    ]
+    run = Run("x", samples=samples)
+    html = samples_html(run, 2)
+    assert html.count("<article") == 2
+    assert "epoch 1 · step 1 · 4 tokens, no draft · log_lenience 0.5" in html
+    assert "epoch 3 · step 5 · 2 of 4 draft tokens kept, 2 new · log_lenience 0.5" in html
+    long = [sample(0, epoch, 1, "ax") for epoch in range(30)]
+    assert [s["epoch"] for s in followed(long)[0]] == [0, 4, 8, 12, 17, 21, 25, 29]
 
 
 def test_samples_are_spread_over_the_run() -> None:

@@ -79,7 +79,11 @@ def test_a_run_learns_and_writes_everything(make_config):
     assert saved["seed"] == 7
     assert load_config(run_dir / "config.toml") == config.settled()
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [s for s in range(1, 17) for _ in range(2)]
+    # The same four prompts in every epoch of two steps.
+    assert [s["step"] for s in samples[:4]] == [1, 1, 2, 2]
+    followed = {s["row"] for s in samples[:4]}
+    for epoch in range(8):
+        assert {s["row"] for s in samples if s["epoch"] == epoch} == followed
     assert all(len(s["tokens"]) == len(s["logprobs"]) >= s["accepted_tokens"] for s in samples)
     assert any(s["accepted_tokens"] > 0 for s in samples)
     (checkpoint,) = list_checkpoints(run_dir / "checkpoints")

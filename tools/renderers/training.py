@@ -13,7 +13,24 @@ def _change(run: Mapping[str, Any], split: str) -> str:
     return "" if before is None or after is None else f"{before:.1%} → {after:.1%}"
 
 
-def _demo_cells(run: Mapping[str, Any]) -> list[str]:
+def _until(run: Mapping[str, Any]) -> list[str]:
+    """What it took to reach the plain run's last accuracy; nothing of a run that was not judged."""
+    costs = run.get("until_plain_accuracy")
+    if costs is None:
+        return [""]
+    seconds, tokens = costs["rollout_seconds"], costs["generated_tokens"]
+    return ["not reached" if seconds is None else f"{seconds:.1f} s, {tokens:,.0f} tokens"]
+
+
+def _demo_header(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [*_DEMO_HEADER, *(["until vanilla's last accuracy"] if _has_until(runs) else [])]
+
+
+def _has_until(runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any("until_plain_accuracy" in run for run in runs.values())
+
+
+def _demo_cells(run: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         f"{run['rollout_seconds']:.1f} s",
         f"{run['verification_seconds']:.1f} s",
@@ -23,6 +40,7 @@ def _demo_cells(run: Mapping[str, Any]) -> list[str]:
         f"{run['fully_reused_fraction']:.1%}",
         _change(run, "train"),
         _change(run, "heldout"),
+        *(_until(run) if _has_until(runs) else []),
     ]
 
 
@@ -40,8 +58,8 @@ _DEMO_HEADER = [
 
 def demo_table(content: Mapping[str, Any]) -> str:
     """`summary.json` of the demo."""
-    rows = [[name, *_demo_cells(run)] for name, run in content["runs"].items()]
-    table = markdown_table(["run", *_DEMO_HEADER], rows)
+    rows = [[name, *_demo_cells(run, content["runs"])] for name, run in content["runs"].items()]
+    table = markdown_table(["run", *_demo_header(content["runs"])], rows)
     notes = [
         f"`{name}` against the same run with the cache off: {same['identical']:,} of "
         f"{same['total']:,} rollouts are the same, token for token."
@@ -82,9 +100,10 @@ def demo_summary_table(content: Mapping[str, Any]) -> str:
 def demo_seeds_table(content: Mapping[str, Any]) -> str:
     """The demo over several seeds: a line per run and seed."""
     rows = [
-        [name, str(summary["seed"]), *_demo_cells(run)]
+        [name, str(summary["seed"]), *_demo_cells(run, summary["runs"])]
         for name in content["summaries"][0]["runs"]
         for summary in content["summaries"]
         for run in [summary["runs"][name]]
     ]
-    return markdown_table(["run", "seed", *_DEMO_HEADER], rows)
+    header = _demo_header(content["summaries"][0]["runs"])
+    return markdown_table(["run", "seed", *header], rows)

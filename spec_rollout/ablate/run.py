@@ -1,0 +1,140 @@
+"""A grid from its config to ablation.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spec_rollout.ablate.page import ablation_page
+from spec_rollout.ablate.results import load_runs, mean_runs, results
+from spec_rollout.ablate.study import Study, begin
+from spec_rollout.ablate.table import variants_table
+from spec_rollout.ablate.variants import Variants
+from spec_rollout.ablate.workers import is_finished, train_all
+from spec_rollout.config.sections import RunConfig
+from spec_rollout.loading.data import read_rows
+from spec_rollout.runs.environment import environment
+from spec_rollout.runs.files import write_atomically
+from spec_rollout.runs.outputs import check_outputs
+from spec_rollout.runs.progress import clock_time
+
+JSON, PAGE = "ablation.json", "report.html"
+# Of the first seed; the others of them would only make the page large.
+_WITH_SAMPLES = 3
+_NUM_SAMPLES = 2
+
+
+class Ablation:
+    """One grid.
+
+    Args:
+        config: Of every run. Without `eval.every_steps` each is judged after every epoch.
+        variants: From `variants`.
+        num_seeds: From the config's seed on.
+        out: Folder of everything.
+    """
+
+    def __init__(self, config: RunConfig, variants: Variants, num_seeds: int, out: Path) -> None:
+        first = config.train.seed
+        self._study = Study(config, variants, range(first, first + num_seeds), out)
+
+    def begin(self) -> None:
+        """Checks everything that can be without the data; the definition is written, or found.
+
+        Raises:
+            ValueError: naming what was expected; nothing is written then.
+        """
+        if begin(self._study):
+            runs = [is_finished(self._study.folder(*run)) for run in self._study.runs()]
+            print(f"{self._study.out}: {sum(runs)} of {len(runs)} runs are finished", flush=True)
+
+    def finish(self, jobs: int, command: Sequence[str], copies: Path | None) -> dict[str, Any]:
+        """Trains what is left, and writes ablation.json and report.html.
+
+        Args:
+            jobs: Runs at once.
+            command: What to write down as the command.
+            copies: Folder for copies of both files; None for none.
+
+        Returns:
+            Content of ablation.json, and `text`, a table to print.
+        """
+        study = self._study
+        if copies is not None:
+            copies.mkdir(parents=True, exist_ok=True)
+            check_outputs({f"--results ({name})": copies / name for name in (JSON, PAGE)})
+        every = study.base.eval.every_steps or _steps_per_epoch(study.base)
+        configs = [
+            replace(config, eval=replace(config.eval, every_steps=every))
+            for config in (study.config(*run) for run in study.runs())
+        ]
+        begun = time.monotonic()
+        left = sum(not is_finished(Path(config.log.run_dir)) for config in configs)
+        done = 0
+
+        def tell(config: RunConfig) -> None:
+            nonlocal done
+            done += 1
+            gone = time.monotonic() - begun
+            print(
+                f"{done} of {left} runs ({config.log.run_dir}): {clock_time(gone)} gone, about "
+                f"{clock_time(gone / done * (left - done))} left",
+                flush=True,
+            )
+
+        train_all(configs, jobs, tell)
+        runs = load_runs(study)
+        content: dict[str, Any] = {
+            "name": JSON.partition(".")[0],
+            "command": shlex.join(command),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "jobs": jobs,
+            "seeds": list(study.seeds),
+            "model": Path(study.base.model.path).resolve().name,
+            "environment": {
+                **environment(),
+                "threads": study.base.train.threads or torch.get_num_threads(),
+            },
+            **results(study, runs),
+        }
+        means = mean_runs(study, runs)
+        _keep_few_samples(means)
+        seeds = f"{len(study.seeds)} seed{'' if len(study.seeds) == 1 else 's'}"
+        page = ablation_page(content, means, f"spec_rollout: {len(means)} variants, {seeds}")
+        text = json.dumps(content, indent=1) + "\n"
+        for folder in (study.out, copies):
+            if folder is not None:
+                write_atomically(folder / JSON, text)
+                write_atomically(folder / PAGE, page)
+        print(f"report: {study.out / PAGE}", file=sys.stderr)
+        return {**content, "text": variants_table(content)}
+
+
+def _steps_per_epoch(config: RunConfig) -> int:
+    data = config.data
+    rows = read_rows(
+        data.path,
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        max_rows=data.max_rows,
+    )
+    return -(-len(rows) // config.train.prompts_per_step)
+
+
+def _keep_few_samples(runs: Sequence[Any]) -> None:
+    """Of the first variants that reuse, the responses that say most; none of the others."""
+    from spec_rollout.report.tokens import followed
+
+    reusing = [run for run in runs if any(s.get("draft") for s in run.samples)]
+    for run in runs:
+        few = followed(run.samples, _NUM_SAMPLES) if run in reusing[-_WITH_SAMPLES:] else []
+        run.samples = [sample for epochs in few for sample in epochs]

@@ -1,0 +1,143 @@
+"""A grid with the real engine: ended and gone on with, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec_rollout.ablate import workers
+from spec_rollout.ablate.run import Ablation
+from spec_rollout.ablate.variants import variants
+from spec_rollout.config.sections import ConfigError, RunConfig
+from spec_rollout.runs.load import load_run
+
+VARIANTS = variants("0.5,inf", also=["both: rule=coupled, drafting=true"])
+
+
+def grid(config: RunConfig, out: Path, found: Any = VARIANTS, seeds: int = 2) -> Ablation:
+    return Ablation(config, found, seeds, out)
+
+
+def finish(ablation: Ablation, copies: Path | None = None, jobs: int = 1) -> dict[str, Any]:
+    ablation.begin()
+    return ablation.finish(jobs, ["spec-rollout", "ablate", "x"], copies)
+
+
+def test_a_grid_goes_on_where_it_was_and_says_what_was_found(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = make_config(train={"epochs": 2, "lr": 1e-2}), tmp_path / "grid"
+    trained: list[str] = []
+    real = workers.train_one
+
+    def fails_at_the_fourth(run: RunConfig) -> None:
+        trained.append(Path(run.log.run_dir).name)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        real(run)
+
+    monkeypatch.setattr(workers, "train_one", fails_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        finish(grid(config, out))
+    assert trained == ["plain", "lenient_0.5", "lenient_inf", "both"]
+    kept = (out / "seed-7" / "plain" / "metrics.jsonl").stat().st_mtime_ns
+
+    content = finish(grid(config, out), tmp_path / "copies")
+    assert trained[4:] == ["both", *VARIANTS]
+    assert (out / "seed-7" / "plain" / "metrics.jsonl").stat().st_mtime_ns == kept
+    assert not list(out.glob("*/*/responses"))
+    assert content.pop("text").count("\n") == 4
+    for name in ("ablation.json", "report.html"):
+        assert (out / name).read_bytes() == (tmp_path / "copies" / name).read_bytes()
+    text = (out / "ablation.json").read_text()
+    assert not any(word in text for word in ("NaN", "Infinity"))
+    saved = json.loads(text)
+    assert saved == json.loads(json.dumps(content))
+    check_facts(saved, out)
+    page = (out / "report.html").read_text()
+    assert "not shown" not in page
+    for text in ("published: speed-up", "Against log_lenience", "Overlap with the epoch before"):
+        assert text in page
+
+    for other, message in (
+        (grid(config, out, seeds=3), r"--out: .*seeds = \[7, 8, 9\] instead of \[7, 8\]"),
+        (grid(make_config(train={"epochs": 3}), out), r"base\.train\.epochs = 3 instead of 2"),
+        (grid(config, out, variants("0.5,inf")), r"variants\.both\..* = 'left out'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.begin()
+
+
+def check_facts(saved: dict[str, Any], out: Path) -> None:
+    """Against the rows that the runs themselves wrote."""
+    assert list(saved["variants"]) == list(VARIANTS)
+    rows = {
+        name: [load_run(out / f"seed-{seed}" / name).metrics for seed in (7, 8)]
+        for name in VARIANTS
+    }
+
+    def total(name: str, index: int, key: str, first_epoch: int = 0) -> float:
+        return sum(
+            row[key] for row in rows[name][index] if row["step"] and row["epoch"] >= first_epoch
+        )
+
+    tokens = "num_generated_tokens"
+    for name, variant in saved["variants"].items():
+        shares = [total(name, i, tokens) / total("plain", i, tokens) for i in (0, 1)]
+        assert variant["mean"]["token_share"] == pytest.approx(sum(shares) / 2, rel=1e-4)
+        assert variant["sd"]["token_share"] == pytest.approx(
+            abs(shares[0] - shares[1]) / math.sqrt(2), rel=1e-4, abs=1e-6
+        )
+        for index, facts in enumerate(variant["runs"]):
+            assert facts["seed"] == 7 + index
+            seconds = [total(n, index, "rollout_seconds", 1) for n in ("plain", name)]
+            assert facts["effective_speedup"] == pytest.approx(seconds[0] / seconds[1], rel=1e-4)
+            last = rows[name][index][-1]
+            assert facts["accuracy"] == pytest.approx(last["accuracy_train"], abs=1e-6)
+            # All variants of a seed were judged once before training.
+            first = rows["plain"][index][0]
+            assert facts["accuracy_before"]["train"] == first["accuracy_train"]
+        # Judged before training, and after each epoch of two steps.
+        assert [point[0] for point in variant["curve"]] == [0, 2, 4]
+        assert len(variant["by_epoch"]["entropy"]) == 2
+    # Full reuse generates nothing after the first epoch; its responses are those of before.
+    full = saved["variants"]["lenient_inf"]
+    assert full["by_epoch"]["epoch_overlap"] == [None, 1.0]
+    assert full["mean"]["token_share"] == pytest.approx(0.5, abs=0.1)
+    assert full["mean"]["later_new_per_prompt"] == 0.0
+    assert full["changes"]["rollout.log_lenience"] == "inf"
+    assert full["published"]["speedup"] == 14.86
+    assert saved["variants"]["plain"]["mean"]["effective_speedup"] == 1.0
+    reached = saved["variants"]["plain"]["until_plain_accuracy"]["generated_tokens"]
+    assert reached <= sum(total("plain", i, tokens) for i in (0, 1)) / 2 * 1.0001
+
+
+def test_a_variant_that_does_not_fit_is_named_before_anything_is_written(
+    make_config, tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    wrong = variants(also=["x: rule=coupled, fresh_share=0.5"])
+    with pytest.raises(ConfigError, match=r"x: rollout\.fresh_share: expected 0 with the rule"):
+        grid(make_config(), out, wrong).begin()
+    assert not out.exists()
+    (out / "seed-0").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"--out: expected a new folder"):
+        grid(make_config(), out).begin()
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_the_runs_one_after_the_other(make_config, tmp_path: Path) -> None:
+    config = make_config(train={"epochs": 2, "threads": 1})
+    contents = [finish(grid(config, tmp_path / str(jobs), seeds=1), jobs=jobs) for jobs in (1, 2)]
+    for name in VARIANTS:
+        one, two = (content["variants"][name]["mean"] for content in contents)
+        for key in ("generated_tokens", "accuracy", "later_entropy"):
+            assert one.get(key) == two.get(key)
+    # What fails in a worker is named with its run, and can be gone on with.
+    broken = make_config(train={"epochs": 2}, model={"path": str(tmp_path / "none")})
+    with pytest.raises(ValueError, match=r"seed-7/\w+.*: ConfigError: model\.path"):
+        finish(grid(broken, tmp_path / "broken", seeds=1), jobs=2)
