@@ -18,7 +18,7 @@ MOST_BYTES = 200_000
 
 
 def pictures(page_path: Path, folder: Path) -> list[Path]:
-    """The top of the page with its plots of accuracy, and one response with the pointer on the
+    """Plots of the page, and one response with the pointer on the
     token that was rejected.
 
     Raises:
@@ -34,6 +34,9 @@ def pictures(page_path: Path, folder: Path) -> list[Path]:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1180, "height": 1000})
         page.goto(page_path.resolve().as_uri())
+        start = page.locator("h2", has_text="Against log_lenience")
+        if start.count():  # a grid: behind its tables
+            start.evaluate("h => window.scrollTo(0, h.getBoundingClientRect().top - 12)")
         page.screenshot(path=top)
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         article = page.locator("article.sample.wide", has=page.locator("b.cut")).first
@@ -43,7 +46,7 @@ def pictures(page_path: Path, folder: Path) -> list[Path]:
         article.evaluate(
             "a => { const fork = a.querySelector('.fork'); let n = fork.nextElementSibling;"
             " while (n) { const next = n.nextElementSibling; n.remove(); n = next; }"
-            " a.style.paddingBottom = '64px'; }"
+            " a.style.paddingBottom = '110px'; }"
         )
         article.locator("pre.gone b.cut").first.hover()
         article.screenshot(path=viewer)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 import matplotlib
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from spec_rollout.ablate.published import ALGORITHMS
 from spec_rollout.ablate.results import OVERLAP_KEY
@@ -126,7 +126,7 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     return (
-        f'<div class="card scroll"><table><thead><tr>{top}</tr></thead>'
+        f'<div class="card scroll"><table class="dense"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -233,8 +233,9 @@ def lenience_svg(content: Mapping[str, Any], salt: str) -> str | None:
             axes.tick_params(length=0)
             if title.startswith("speed-up"):
                 axes.set_yscale("log")
-                axes.yaxis.set_minor_formatter("{x:g}")
-                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_major_locator(LogLocator(base=2))
+                axes.yaxis.set_minor_locator(NullLocator())
+                axes.yaxis.set_major_formatter("{x:g}x")
             if percent:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         return svg_of(figure, salt)

@@ -131,10 +131,15 @@ def _steps_per_epoch(config: RunConfig) -> int:
 
 
 def _keep_few_samples(runs: Sequence[Any]) -> None:
-    """Of the first variants that reuse, the responses that say most; none of the others."""
+    """Of some variants that reuse, the responses that say most; none of the others. Those whose
+    rule draws against a threshold come first: there is most to see."""
     from spec_rollout.report.tokens import followed
 
-    reusing = [run for run in runs if any(s.get("draft") for s in run.samples)]
+    drafts = {id(run): [s["draft"] for s in run.samples if s.get("draft")] for run in runs}
+    reusing = sorted(
+        (run for run in runs if drafts[id(run)]),
+        key=lambda run: not any(draft.get("draws") for draft in drafts[id(run)]),
+    )
     for run in runs:
-        few = followed(run.samples, _NUM_SAMPLES) if run in reusing[-_WITH_SAMPLES:] else []
+        few = followed(run.samples, _NUM_SAMPLES) if run in reusing[:_WITH_SAMPLES] else []
         run.samples = [sample for epochs in few for sample in epochs]

@@ -27,6 +27,9 @@ th,td{padding:7px 12px;text-align:right;white-space:nowrap;border-bottom:1px sol
 th:first-child,td:first-child{text-align:left}
 tr:last-child td{border-bottom:0}
 thead th{font-weight:600;color:var(--soft);font-size:13px}
+table.dense{font-size:13px}
+table.dense th{white-space:normal;vertical-align:bottom}
+table.dense td,table.dense th{padding:6px 7px}
 table.facts td{white-space:normal;text-align:left}
 table.facts td:first-child{width:190px;color:var(--soft)}
 pre{
@@ -57,9 +60,11 @@ pre b:hover::after{
   background:#1d2229;color:#fff;font:12px/1.45 system-ui,sans-serif;white-space:pre;
   text-decoration:none;pointer-events:none;content:"token " attr(data-i)}
 pre b[data-l]:hover::after{content:"token " attr(data-i) "\A log-prob " attr(data-l)}
-pre b[data-q]:hover::after,pre b[data-p]:hover::after{
+pre b[data-q]:hover::after{content:"token " attr(data-i) "\A old log-prob " attr(data-q)}
+pre b[data-p]:hover::after{content:"token " attr(data-i) "\A new log-prob " attr(data-p)}
+pre b[data-q][data-p]:hover::after{
   content:"token " attr(data-i) "\A old log-prob " attr(data-q) "\A new log-prob " attr(data-p)}
-pre b[data-u]:hover::after{
+pre b[data-q][data-u]:hover::after{
   content:"token " attr(data-i) "\A old log-prob " attr(data-q) "\A new log-prob " attr(data-p)
   "\A kept up to " attr(data-h) "\A draw " attr(data-u)}
 .problems{
