@@ -23,7 +23,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "COMMAND: expected one of train, rollout, report, demo, vllm-args, cache, doctor, got trian; did you mean train?"),
+        (["trian"], "COMMAND: expected one of train, rollout, ablate, report, demo, vllm-args, cache, doctor, got trian; did you mean train?"),
         (["train", "--lr", "1"], "unrecognized arguments: --lr"),
         (["report"], "the following arguments are required: RUNDIR"),
         (["rollout", "--rule", "copled"], "--rule: expected one of lenient, coupled, one_hot, random_reuse, random_cut, none, got copled; did you mean coupled?"),
@@ -34,6 +34,10 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["demo", "--full", "--runs", "vanila"], "--runs: expected names out of vanilla, lenient, coupled, both, coupled_off, got 'vanila'"),
         (["demo", "--epochs", "1"], "--epochs: expected at least 2"),
         (["demo", "--seeds", "0,x"], "--seeds: expected integers with commas, got '0,x'"),
+        (["ablate", "demo"], "ablate: expected --lenience, --baselines or --also, got none of them"),
+        (["ablate", "demo", "--lenience", "0,x"], "--lenience: expected numbers with commas, got 'x'"),
+        (["ablate", "demo", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["ablate", "demo", "--lenience", "0", "--set", "train.lrr=1"], "train.lrr: unknown key; did you mean train.lr?"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line_are_one_line(
