@@ -102,7 +102,7 @@ QUICK = DemoSize(num_prompts=128, num_heldout=128, prompts_per_step=64)
 SHORT = DemoSize(
     num_prompts=8, num_heldout=8, prompts_per_step=4, num_samples=2, epochs=2, num_eval_samples=1
 )
-# Of the runs of `spec-rollout ablate demo`: 42 of them are half an hour of two cores.
+# Of the runs of `spec-rollout ablate demo`: small, for there are many of them.
 ABLATION = DemoSize(num_prompts=128, num_heldout=256, prompts_per_step=64, epochs=4, threads=1)
 _TRAIN, _HELDOUT = "train.jsonl", "heldout.jsonl"
 
