@@ -88,7 +88,7 @@ $(VENV)/.installed: $(NATIVE) $(if $(filter-out $(BUILT_CUDA),$(CUDA)),rebuild)
 	touch $@
 
 $(VENV)/.test-tools: pyproject.toml | $(VENV)/.installed
-	$(BIN)/python .ci/requirements.py test disk data math tensorboard wandb > $(VENV)/test-requirements.txt
+	$(BIN)/python .ci/requirements.py test disk data math lm-eval tensorboard wandb > $(VENV)/test-requirements.txt
 	$(PIP) --no-compile -r $(VENV)/test-requirements.txt
 	touch $@
 

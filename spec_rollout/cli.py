@@ -1,4 +1,4 @@
-"""The command line: `spec-rollout train|rollout|ablate|report|demo|vllm-args|cache|doctor`.
+"""The command line: `spec-rollout train|rollout|ablate|eval|report|demo|vllm-args|cache|doctor`.
 
 A file per command is in `spec_rollout.commands`. torch is not imported before a command runs, so
 that help and errors come at once. A failure is one line on stderr and exit status 2;
@@ -20,7 +20,7 @@ from spec_rollout.extras import TRAIN, install_command
 
 # Modules of `spec_rollout.commands` with HELP, add_options(parser) and run(args); they import what
 # they need when they run.
-_COMMANDS = ("train", "rollout", "ablate", "report", "demo", "vllm-args", "cache")
+_COMMANDS = ("train", "rollout", "ablate", "eval", "report", "demo", "vllm-args", "cache")
 
 
 class UsageError(Exception):

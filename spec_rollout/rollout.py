@@ -96,12 +96,8 @@ class RolloutSession:
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
         self.drafting = drafting
-        if drafting and not engine.supports_history:
-            raise ValueError(
-                f"drafting: expected False with {type(engine).__name__}, which does not propose "
-                "from "
-                "history; got True"
-            )
+        if drafting:
+            _check_drafting(engine)
         if reuse and self.schedule.rule.needs_draft_logprobs and not self.cache.keep_logprobs:
             raise ValueError(
                 f"cache: expected one that keeps log-probs, as {self.schedule.rule} needs, "
@@ -268,11 +264,45 @@ class RolloutSession:
         Arguments as in `rollout`.
         """
         start = time.perf_counter()
+        batch = _Batch.of_prompts(prompts, num_samples, user_keys)
+        return self._evaluate(batch, sampling, step, False, start)
+
+    def evaluate_rows(
+        self,
+        prompts: Sequence[TokenIds],
+        sample_ids: Sequence[int] | np.ndarray | torch.Tensor,
+        sampling: SamplingParams,
+        *,
+        step: int,
+        drafting: bool = False,
+    ) -> Rollouts:
+        """`evaluate` for rows, as `rollout_rows` is `rollout` for rows.
+
+        Args:
+            drafting: Propose from what the other samples of a prompt in this call have generated so
+                far. It changes the number of decoding steps, never a token.
+        """
+        start = time.perf_counter()
+        batch = _Batch.of_rows(prompts, sample_ids, None)
+        return self._evaluate(batch, sampling, step, drafting, start)
+
+    def _evaluate(
+        self, batch: _Batch, sampling: SamplingParams, step: int, drafting: bool, start: float
+    ) -> Rollouts:
         _check_count("step", step)
         of_kind("sampling", sampling, SamplingParams, "SamplingParams")
-        batch = _Batch.of_prompts(prompts, num_samples, user_keys)
+        history = None
+        if drafting:
+            _check_drafting(self.engine)
+            history = History(
+                token_ids=torch.empty(0, dtype=torch.int32),
+                cu_lens=torch.zeros(1, dtype=torch.int64),
+                row_groups=torch.empty(0, dtype=torch.int64),
+                request_groups=batch.groups,
+                logprobs=torch.empty(0),
+            )
         keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
-        requests = batch.requests(keys, Drafts.none(batch.size), None)
+        requests = batch.requests(keys, Drafts.none(batch.size), history)
         rollouts = self._generate(batch, requests, sampling, NoReuse())
         stats = replace(rollouts.stats, rollout_seconds=time.perf_counter() - start)
         return replace(rollouts, stats=stats)
@@ -416,6 +446,14 @@ def _identify(
         arrays.append(found[1])
         keys.append(found[2])
     return arrays, keys
+
+
+def _check_drafting(engine: RolloutEngine) -> None:
+    if not engine.supports_history:
+        raise ValueError(
+            f"drafting: expected False with {type(engine).__name__}, which does not propose from "
+            "history; got True"
+        )
 
 
 def _end_at_stop(drafts: Drafts, stop_token_ids: Sequence[int]) -> Drafts:

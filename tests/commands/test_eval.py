@@ -1,0 +1,193 @@
+"""`spec-rollout eval`: the trainer's own evaluation, drafting that changes nothing, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spec_rollout import cli
+from spec_rollout.config.sections import RunConfig
+from spec_rollout.config.toml import from_dict
+from spec_rollout.demo import model_dir
+from spec_rollout.demo.task import heldout_problems, write_jsonl
+from spec_rollout.evals.estimates import estimate
+from spec_rollout.train.trainer import run
+
+REWARD = "spec_rollout.demo.task:reward"
+MODEL = ["eval", "--model", str(model_dir()), "--reward", REWARD, "--max-tokens", "120"]
+
+
+@pytest.fixture
+def heldout(tmp_path: Path) -> Path:
+    """Six problems, of which one comes twice."""
+    path = tmp_path / "heldout.jsonl"
+    problems = heldout_problems(6)
+    write_jsonl([*problems, problems[0]], path)
+    return path
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def demo_run(tmp_path: Path, heldout: Path) -> RunConfig:
+    return from_dict(
+        {
+            "model": {"path": str(model_dir()), "device": "cpu"},
+            "data": {"path": str(heldout)},
+            "rollout": {"num_samples": 2, "max_tokens": 120, "num_slots": 16},
+            "reward": {"functions": [REWARD]},
+            "train": {
+                "prompts_per_step": 2, "max_steps": 2, "lr": 4e-4, "kl_coef": 0.0, "seed": 5,
+            },
+            "eval": {"path": str(heldout), "num_train_prompts": 3, "num_samples": 2},
+            "log": {"run_dir": str(tmp_path / "run"), "progress": "off"},
+        }
+    )  # fmt: skip
+
+
+def test_it_is_the_trainers_own_evaluation(
+    tmp_path: Path, heldout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = demo_run(tmp_path, heldout)
+    run_dir = Path(config.log.run_dir)
+    run(config)
+    first, *_, last = lines(run_dir / "metrics.jsonl")
+    out, responses = tmp_path / "eval.json", tmp_path / "responses.jsonl"
+    files = ["--out", str(out), "--responses", str(responses)]
+
+    # The shipped checkpoint, as it was before the first step.
+    options = ["--num-samples", "2", "--top-p", "1", "--seed", "5", "--num-slots", "1"]
+    capsys.readouterr()
+    assert cli.main([*MODEL, "--prompts", str(heldout), *options, *files]) == 0
+    (figures,) = json.loads(out.read_text())["suites"]
+    assert figures["pass@1"] == first["accuracy_heldout"]
+    assert 0 < first["accuracy_heldout"] < 1
+    rows = lines(responses)
+    assert [(row["problem"], row["sample"]) for row in rows] == [
+        (p, s) for p in range(7) for s in (0, 1)
+    ]
+    counts = [(2, sum(row["correct"] for row in rows if row["problem"] == p)) for p in range(7)]
+    wanted = estimate(counts)
+    assert wanted is not None
+    assert figures["pass@1_interval"] == [wanted.low, wanted.high]
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["suite", "problems", "samples", "pass@1"]
+    interval = f"{wanted.value:.3f} ({wanted.low:.3f} to {wanted.high:.3f})"
+    assert line.startswith("heldout")
+    assert interval in line
+    # The problem that comes twice has other samples the second time.
+    texts = [[row["response"] for row in rows if row["problem"] == p] for p in (0, 6)]
+    assert texts[0] != texts[1]
+
+    # The run's checkpoint, with everything from its config.
+    assert cli.main(["eval", "--run", str(run_dir), *files]) == 0
+    content = json.loads(out.read_text())
+    found = {suite["suite"]: suite["pass@1"] for suite in content["suites"]}
+    assert found == {"train": last["accuracy_train"], "heldout": last["accuracy_heldout"]}
+    assert content["settings"]["step"] == 2
+    assert {row["suite"] for row in lines(responses)} == {"train", "heldout"}
+    assert cli.main(["eval", "--run", str(run_dir), "--set", "eval.num_samples=1", *files]) == 0
+    assert len(lines(responses)) == 10
+
+
+def test_drafting_changes_the_steps_and_no_token(tmp_path: Path, heldout: Path) -> None:
+    figures, responses = [], []
+    for name, extra in (("plain", []), ("drafted", ["--drafting"])):
+        out, texts = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        argv = [*MODEL, "--prompts", str(heldout), "--num-samples", "6", "--pass-at", "1,4"]
+        argv += ["--temperature", "0.7", "--max-rows", "2", "--num-slots", "4", *extra]
+        assert cli.main([*argv, "--out", str(out), "--responses", str(texts)]) == 0
+        figures.append(json.loads(out.read_text())["suites"][0])
+        responses.append(lines(texts))
+    assert responses[0] == responses[1]
+    assert len({row["response"] for row in responses[0]}) > 2
+    plain, drafted = figures
+    assert drafted["num_decode_steps"] < plain["num_decode_steps"]
+    for name in ("pass@1", "pass@4", "pass@4_interval", "num_response_tokens"):
+        assert plain[name] == drafted[name]
+    assert plain["pass@4"] >= plain["pass@1"]
+
+
+def test_greedy_samples_are_equal_and_suites_have_a_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("amc23", "gsm8k"):
+        rows = [{"question": "7 7 =?", "answer": "14"}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    responses = tmp_path / "responses.jsonl"
+    argv = [
+        "eval",
+        "--model",
+        str(model_dir()),
+        "--suites",
+        "amc-23,GSM8K",
+        "--reward",
+        "exact_match",
+    ]
+    argv += ["--data-dir", str(tmp_path), "--instruction", "", "--temperature", "0"]
+    argv += ["--num-samples", "3", "--max-tokens", "5", "--responses", str(responses)]
+    assert cli.main(argv) == 0
+    texts = [row["response"] for row in lines(responses)]
+    assert len(set(texts)) == 1
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["suite", "AMC23", "GSM8K", "mean"]
+    assert table[3].split()[1] == "0.000"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "eval: expected --suites, --prompts or --lm-eval, got none of them"),
+        (["--suites", "AIME25"], "--suites: expected names of AMC23, AIME24"),
+        (["--suites", "AIME25"], "got 'AIME25'; did you mean AIME24?"),
+        (["--suites", "AMC23", "--data-dir", "nowhere"], "--data-dir: expected a folder"),
+        (["--prompts", "{file}", "--num-samples", "0"], "--num-samples: expected at least 1"),
+        (["--prompts", "{file}", "--temperature", "-1"], "--temperature: expected >= 0, got -1.0"),
+        (["--prompts", "{file}", "--top-p", "0"], "--top-p: expected 0 < value <= 1, got 0.0"),
+        (["--prompts", "{file}", "--pass-at", "1,x"], "--pass-at: expected numbers from 1 on"),
+        (["--prompts", "{file}", "--pass-at", "2"], "--pass-at: expected at most the 1 samples"),
+        (["--prompts", "{file}", "--confidence", "95"], "--confidence: expected between 0 and 1"),
+        (["--prompts", "{file}", "--max-rows", "0"], "--max-rows: expected at least 1, got 0"),
+        (["--prompts", "{file}", "--max-tokens", "600"], "--max-tokens: expected prompt and"),
+        (["--prompts", "{file}", "--reward", "nobodys"], "reward.functions: expected"),
+        (["--prompts", "{file}", "--out", "{file}"], "--out: expected a file of its own"),
+        (["--prompts", "{file}", "--set", "a.b=1"], "--set: expected --run RUNDIR"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    heldout: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    out = heldout.with_name("out.json")
+    given = [option.replace("{file}", str(heldout)) for option in options]
+    assert cli.main([*MODEL, "--out", str(out), *given]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ")
+    assert message in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--run: expected the folder of a run with config.toml"),
+        (["--suites", "AMC23"], "--suites: expected to be left out with --run"),
+        (["--top-p", "0.5"], "--top-p: expected to be left out with --run (--set rollout.top_p"),
+    ],
+)
+def test_mistakes_with_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli.main(["eval", "--run", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_tokens_than_the_model_has_room_for_are_cut_with_a_note(
+    heldout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "--model", str(model_dir()), "--reward", REWARD, "--prompts", str(heldout)]
+    assert cli.main([*argv, "--max-rows", "1"]) == 0
+    assert "note: responses end after 49" in capsys.readouterr().err
