@@ -154,9 +154,7 @@ def run(args: argparse.Namespace) -> int:
     from spec_rollout.runs.outputs import check_outputs
 
     prompts = None if args.prompts is None else Path(args.prompts)
-    check_outputs(
-        {"--out": args.out, "--responses": args.responses}, inputs={"--prompts": prompts}
-    )
+    check_outputs({"--out": args.out, "--responses": args.responses}, inputs={"--prompts": prompts})
     if args.run_dir is not None:
         subject = subject_of_run(args)
     else:

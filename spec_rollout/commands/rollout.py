@@ -166,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
                 total += rollouts.stats
                 yield from _rows(rollouts, chosen, start, policy, config.num_samples)
                 tokens_per_second = total.num_response_tokens / max(total.rollout_seconds, 1e-9)
-                shown.set_postfix(tokens_per_second=f"{tokens_per_second:.0f}")
+                shown.set_postfix(
+                    reused=f"{total.reused_fraction:.0%}",
+                    tokens_per_second=f"{tokens_per_second:.0f}",
+                )
                 shown.update(rollouts.batch)
 
     _write_lines(args.out, rows())

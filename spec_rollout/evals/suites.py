@@ -122,7 +122,7 @@ def load_suite(
             answer = ", ".join(map(str, answer))
         prompt = f"{problem}\n{instruction}" if instruction else problem
         row = {"prompt": prompt, "answer": answer}
-        columns = {k: v for k, v in record.items() if k not in "hub:prompt:response@answer"}
+        columns = {k: v for k, v in record.items() if k not in ("prompt", "response", "answer")}
         rows.append(SourceRow(_NAMES, row, prompt, answer, columns, source))
     if not rows:
         raise DataError(f"{suite.name}: expected at least one problem, got none")

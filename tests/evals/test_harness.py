@@ -13,11 +13,11 @@ import torch
 pytest.importorskip("lm_eval")
 
 from spec_rollout import cli
+from spec_rollout.acceptance import NoReuse
 from spec_rollout.demo import model_dir
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.evals.harness import EngineLM, run_harness
 from spec_rollout.rollout import RolloutSession
-from spec_rollout.acceptance import NoReuse
 
 CHOICE = """
 task: {name}
@@ -82,12 +82,12 @@ def plain_loglikelihood(policy, context: str, continuation: str) -> tuple[float,
 
 
 def test_loglikelihoods_are_those_of_a_plain_forward(policy, model) -> None:
-    prompt = "3+4*2 =?\n"
+    prompt = "3 +4 -2 =?\n"
     greedy = model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 3})))[0]
     pairs = [
         (prompt, greedy),
         (prompt, "7"),
-        (prompt, "12+3"),
+        (prompt, "12 +"),
         ("5 =?\n", greedy[:1]),
         ("5 =?\n", "9"),
     ]
@@ -100,7 +100,7 @@ def test_loglikelihoods_are_those_of_a_plain_forward(policy, model) -> None:
 
 
 def test_a_long_text_is_scored_in_windows(policy, model) -> None:
-    text = "1+2*3 =?\n" * 12  # 108 tokens, of which the model is let see 64
+    text = "1 +2 -3 =?\n" * 10  # 110 tokens, of which the model is let see 64
     (found,) = model.loglikelihood_rolling(instances((text,)))
     ids = [model.prefix_token_id, *policy.tokenizer(text)["input_ids"]]
     with torch.no_grad():
@@ -114,18 +114,18 @@ def test_a_long_text_is_scored_in_windows(policy, model) -> None:
 
 
 def test_responses_are_cut_at_stop_strings_and_bounded(model) -> None:
-    prompt = "3+4*2 =?\n"
+    prompt = "3 +4 -2 =?\n"
     asked = [
         (prompt, {"until": [], "max_gen_toks": 9}),
-        (prompt, {"until": ["="], "max_gen_toks": 9}),
+        (prompt, {"until": [" "], "max_gen_toks": 9}),
     ]
     whole, cut = model.generate_until(instances(*asked))
     assert len(whole) == 9
-    assert cut == whole.partition("=")[0]
-    assert "=" in whole
-    with pytest.raises(ValueError, match="lm-eval: expected generation with .*, got num_beams"):
+    assert cut == whole.partition(" ")[0]
+    assert " " in whole
+    with pytest.raises(ValueError, match=r"lm-eval: expected generation with .*, got num_beams"):
         model.generate_until(instances((prompt, {"until": [], "num_beams": 4})))
-    with pytest.raises(ValueError, match="less than 64 tokens .*, got 64"):
+    with pytest.raises(ValueError, match=r"less than 64 tokens .*, got 64"):
         model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 64})))
 
 
