@@ -1,10 +1,8 @@
-"""lm-eval's tasks over our engine: the same figures as from its own model class."""
+"""What lm-eval's tasks ask of a model, over our engine: against plain forwards of the model."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,45 +10,11 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from spec_rollout import cli
 from spec_rollout.acceptance import NoReuse
 from spec_rollout.demo import model_dir
 from spec_rollout.engines import TransformersEngine
-from spec_rollout.evals.harness import EngineLM, run_harness
+from spec_rollout.evals.harness import EngineLM
 from spec_rollout.rollout import RolloutSession
-
-CHOICE = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["1", "12", "-3"]
-target_delimiter: ""
-doc_to_target: label
-metric_list:
-  - metric: acc
-"""
-GENERATION = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{target}}}}"
-generation_kwargs:
-  until: ["="]
-  do_sample: false
-  max_gen_toks: 12
-metric_list:
-  - metric: exact_match
-"""
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +46,14 @@ def plain_loglikelihood(policy, context: str, continuation: str) -> tuple[float,
 
 
 def test_loglikelihoods_are_those_of_a_plain_forward(policy, model) -> None:
-    prompt = "3 +4 -2 =?\n"
+    prompt = "3 +4 -2 =?\nbegin"  # lm-eval moves space at its end to what follows
     greedy = model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 3})))[0]
     pairs = [
         (prompt, greedy),
         (prompt, "7"),
         (prompt, "12 +"),
-        ("5 =?\n", greedy[:1]),
-        ("5 =?\n", "9"),
+        ("5 +1 =?\nfrom", greedy[:1]),
+        ("5 +1 =?\nfrom", "9"),
     ]
     found = model.loglikelihood(instances(*pairs), disable_tqdm=True)
     wanted = [plain_loglikelihood(policy, *pair) for pair in pairs]
@@ -127,54 +91,3 @@ def test_responses_are_cut_at_stop_strings_and_bounded(model) -> None:
         model.generate_until(instances((prompt, {"until": [], "num_beams": 4})))
     with pytest.raises(ValueError, match=r"less than 64 tokens .*, got 64"):
         model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 64})))
-
-
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    rows = [
-        {"question": f"{a}+{b} =?\n", "label": a % 3, "target": str(a)}
-        for a in range(3)
-        for b in range(2)
-    ]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in (("sr_choice", CHOICE), ("sr_generation", GENERATION)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(name=name, data=data))
-    return tmp_path
-
-
-@pytest.mark.slow
-def test_tasks_give_what_lm_evals_own_model_class_gives(
-    policy, model, tasks: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    names = ["sr_choice", "sr_generation"]
-    found = run_harness(model, names, include_path=tasks)
-    theirs = simple_evaluate(
-        model=HFLM(
-            pretrained=policy.model, tokenizer=policy.tokenizer, device="cpu", max_length=64
-        ),
-        tasks=names,
-        task_manager=TaskManager(include_path=str(tasks)),
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    for name, metric in (("sr_choice", "acc,none"), ("sr_generation", "exact_match,none")):
-        assert found[name][metric] == theirs["results"][name][metric]
-    with pytest.raises(ValueError, match="--lm-eval: expected tasks of lm-eval, got nonesuch"):
-        run_harness(model, ["sr_choice", "nonesuch"], include_path=tasks)
-
-
-@pytest.mark.slow
-def test_the_command_runs_tasks(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out.json"
-    argv = ["eval", "--model", str(model_dir()), "--lm-eval", "sr_choice", "--out", str(out)]
-    assert cli.main([*argv, "--lm-eval-path", str(tasks), "--max-rows", "3"]) == 0
-    value = json.loads(out.read_text())["lm_eval"]["sr_choice"]["acc,none"]
-    assert f"sr_choice  acc,none  {value:.4f}" in capsys.readouterr().out
