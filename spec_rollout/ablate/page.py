@@ -218,10 +218,10 @@ def lenience_svg(content: Mapping[str, Any], salt: str) -> str | None:
         figure, frames = new_figures(9.6, 2.5, len(panels))
         for axes, (title, ours, theirs, percent) in zip(frames, panels, strict=True):
             for values, style in ((ours, "-"), (theirs, (0, (4, 2)))):
-                places = [i for i, value in enumerate(values) if value is not None]
+                shown = [(i, value) for i, value in enumerate(values) if value is not None]
                 axes.plot(
-                    places,
-                    [values[i] for i in places],
+                    [i for i, _ in shown],
+                    [value for _, value in shown],
                     color="#0072b2" if style == "-" else "#8a8f98",
                     linestyle=style,
                     marker="o",

@@ -207,9 +207,8 @@ def mean_runs(study: Study, runs: Mapping[tuple[int, str], Run]) -> list[Run]:
         for step in sorted(set.intersection(*(set(steps) for steps in by_step))):
             at = [steps[step] for steps in by_step]
             values = {key: [number(row.get(key)) for row in at] for key in at[0]}
-            rows.append(
-                {key: statistics.fmean(v) for key, v in values.items() if None not in v}  # type: ignore[type-var]
-            )
+            known = {key: [value for value in v if value is not None] for key, v in values.items()}
+            rows.append({key: statistics.fmean(v) for key, v in known.items() if len(v) == len(at)})
         summary = {
             "reuse": config.rollout.reuse,
             "drafting": config.rollout.drafting,

@@ -91,7 +91,7 @@ class Shared:
             # between removes the table, too.
             self._lock.share()
         with _errors(self.path, "open it"):
-            self.env: lmdb.Environment = lmdb.open(
+            self.env: Any = lmdb.open(
                 os.fspath(self.path),
                 map_size=_MAP_BYTES,
                 max_dbs=len(_NAMES),

@@ -42,9 +42,10 @@ def add_adapter(model: PreTrainedModel, config: ModelConfig) -> None:
     import peft
 
     targets: Any = list(config.lora_targets)
+    alpha: Any = config.lora_alpha or 2 * (config.lora_rank or 0)  # peft's type says int
     lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * (config.lora_rank or 0),
+        r=config.lora_rank or 0,
+        lora_alpha=alpha,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",
     )

@@ -47,7 +47,7 @@ class ReuseSampler(Sampler):
     """
 
     def __init__(self, sampler: Sampler, table: DraftTable) -> None:
-        vars(self).update(vars(sampler))
+        self.__dict__.update(vars(sampler))
         self.table = table
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:

@@ -31,7 +31,7 @@ class ReuseScheduler(AsyncScheduler):
             request = self.requests[request_id]
             if not request.spec_token_ids:
                 continue
-            plan = getattr(request, _PLAN, _UNSEEN)
+            plan: Any = getattr(request, _PLAN, _UNSEEN)
             if plan is _UNSEEN:
                 plan = self._plan(request)
                 # On vLLM's own record, which lives exactly as long as the request.

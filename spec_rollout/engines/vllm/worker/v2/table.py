@@ -117,6 +117,8 @@ class DraftTable:
         self._returned: dict[int, torch.Tensor] = {}
         self._left: dict[str, tuple[Held, torch.Tensor]] = {}
         self._gone: list[tuple[Held, torch.Tensor]] = []
+        self._accepted: dict[int, int] = {}
+        self.metrics = ReuseMetrics()
         self._forget(0)
 
     def begin(
@@ -250,7 +252,7 @@ class DraftTable:
     def _forget(self, num_requests: int) -> None:
         self.metrics = ReuseMetrics()
         self._gone.clear()
-        self._accepted: dict[int, int] = {}
+        self._accepted = {}
         self._unclaimed = set(range(num_requests))
         for held in [*self._held, *(held for held, _ in self._left.values())]:
             if held is not None:  # of an earlier call
