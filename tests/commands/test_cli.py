@@ -23,7 +23,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "COMMAND: expected one of train, rollout, ablate, report, demo, vllm-args, cache, doctor, got trian; did you mean train?"),
+        (["trian"], "COMMAND: expected one of train, rollout, ablate, eval, report, demo, vllm-args, cache, doctor, got trian; did you mean train?"),
         (["train", "--lr", "1"], "unrecognized arguments: --lr"),
         (["report"], "the following arguments are required: RUNDIR"),
         (["rollout", "--rule", "copled"], "--rule: expected one of lenient, coupled, one_hot, random_reuse, random_cut, none, got copled; did you mean coupled?"),
