@@ -44,7 +44,7 @@ def test_by_time(model_dir, tmp_path) -> None:
         cache=model.cache,
         value_head=None,
         lenience=None,
-        store=None,
+        store=SimpleNamespace(inner=None),
     )
     clock = Clock()
     keeper = keeper_of(parts, tmp_path, clock)
