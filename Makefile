@@ -163,7 +163,7 @@ test: ## All tests
 	exit $$status
 
 test-v2: export OMP_NUM_THREADS = 1
-test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Triton's interpreter (about 10 minutes)
+test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Triton's interpreter
 	@if [ -e $(VENV_VLLM)/.installed ]; then \
 	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_V2)"; $(BIN_VLLM)/python -m pytest $(TESTS_V2); \
 	else echo "test-v2: skipped, there is no vLLM in $(VENV_VLLM)"; fi

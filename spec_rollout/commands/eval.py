@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "judge a model by fresh samples: pass@k with confidence intervals"
 
-# The published evaluation (SPEC-RL, arXiv 2509.23232, appendix A.2; eval/example.sh of its code).
+# The published evaluation (SPEC-RL, arXiv 2509.23232): eval/example.sh of its code.
 TEMPERATURE = 1.0
 TOP_P = 0.95
 MAX_TOKENS = 16000

@@ -119,7 +119,7 @@ def test_the_key_is_the_seed_of_a_request_that_has_none(reuse: Any, stock: Any) 
     assert_same(generate(reuse, PROMPTS[:2], given), seeded)
 
 
-def test_stop_tokens_strings_and_min_tokens(stock: Any, reuse: Any) -> None:
+def test_stop_tokens_and_min_tokens(stock: Any, reuse: Any) -> None:
     # Of this prompt: what comes early, so that every stop is met, in mid-chunk, too.
     prompt = PROMPTS[3]
     first = generate(stock, [prompt], [params(9, max_tokens=20)]).tokens[0]
