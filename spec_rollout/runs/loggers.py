@@ -194,4 +194,6 @@ def numbers_of(row: Row) -> dict[str, float]:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    # In one piece: a logger's thread may be writing its traceback there.
+    sys.stderr.write(f"note: {text}\n")
+    sys.stderr.flush()
