@@ -29,7 +29,7 @@ from renderers.rollouts import (
 from renderers.stores import store_soak_table, torture_table
 from renderers.text import provenance
 from renderers.trainers import trainers_table
-from renderers.training import demo_seeds_table, demo_summary_table, demo_table
+from renderers.training import demo_seeds_table, demo_table
 
 __all__ = ["benchmark_table", "main", "render"]
 
@@ -86,7 +86,7 @@ def table(name: str, results: Path) -> str:
         return "*Not measured yet.*"
     content = json.loads(path.read_text(encoding="utf-8"))
     if summary:
-        return (ablation_summary_table if path.stem == "ablation" else demo_summary_table)(content)
+        return ablation_summary_table(content)
     shown = _RENDERERS.get(file, benchmark_table)(content)
     return f"{shown}\n\n<sub>{provenance(content)}</sub>"
 

@@ -229,29 +229,6 @@ def test_demo_tables_hold_every_run() -> None:
     ]
 
 
-def test_the_demo_summary_has_few_columns_and_the_accuracy_of_equal_weights(
-    results: Path,
-) -> None:
-    run = {
-        "rollout_seconds_after_first_epoch": 7.5,
-        "effective_speedup": 1.0,
-        "reused_fraction_after_first_epoch": 0.0,
-        "accuracy_before": {"heldout": 0.3},
-        "accuracy_after": {"heldout": 0.5},
-    }
-    # `both` is not evaluated: its weights are those of `coupled`.
-    both = {**run, "effective_speedup": 1.66, "accuracy_after": {}}
-    content = json.loads((results / "ops.json").read_text())
-    content["runs"] = {"vanilla": run, "coupled": run, "both": both, "coupled_off": run}
-    lines = training.demo_summary_table(content).splitlines()
-    assert lines[2:5] == [
-        "| no reuse | 7.5 s | 1x | 0% | 30.0% → 50.0% |",
-        "| `Coupled()` | 7.5 s | 1x | 0% | 30.0% → 50.0% |",
-        "| `Coupled()`, drafting | 7.5 s | **1.66x** | 0% | 30.0% → 50.0% |",
-    ]
-    assert lines[-1].startswith("<sub>")
-
-
 def test_drafting_table_shows_two_ways_to_propose() -> None:
     def replay(max_tokens: int, adaptive: bool, min_match: int = 1) -> dict:
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from renderers.text import markdown_table, origin, speedup
+from renderers.text import markdown_table
 
 
 def _change(run: Mapping[str, Any], split: str) -> str:
@@ -67,34 +67,6 @@ def demo_table(content: Mapping[str, Any]) -> str:
         if (same := content.get(f"{name}_equals_off")) is not None
     ]
     return "\n\n".join([table, *notes])
-
-
-# What the README calls the runs it shows; the weights of `both` are those of `coupled`, which alone
-# is evaluated.
-_SUMMARY_RUNS = {
-    "vanilla": ("no reuse", "vanilla"),
-    "lenient": ("`Lenient(0.5)`", "lenient"),
-    "coupled": ("`Coupled()`", "coupled"),
-    "both": ("`Coupled()`, drafting", "coupled"),
-}
-
-
-def demo_summary_table(content: Mapping[str, Any]) -> str:
-    """The four runs of the demo that say what reuse saves, in few columns."""
-    runs = content["runs"]
-    rows = [
-        [
-            label,
-            f"{runs[name]['rollout_seconds_after_first_epoch']:.1f} s",
-            speedup(runs[name]["effective_speedup"]),
-            f"{runs[name]['reused_fraction_after_first_epoch']:.0%}",
-            _change(runs[evaluated], "heldout"),
-        ]
-        for name, (label, evaluated) in _SUMMARY_RUNS.items()
-        if name in runs and evaluated in runs
-    ]
-    header = ["rollouts with", "time of rollouts", "speed-up", "tokens reused", "held-out accuracy"]
-    return f"{markdown_table(header, rows)}\n\n<sub>{origin([content])}</sub>"
 
 
 def demo_seeds_table(content: Mapping[str, Any]) -> str:
