@@ -36,6 +36,7 @@ void bind_splice_kv(py::module_& module);   // splice_kv.cpp
 void bind_assemble(py::module_& module);    // assemble.cpp
 void bind_forward(py::module_& module);     // forward.cpp
 void bind_drafting(py::module_& module);    // drafting.cpp
+void bind_cache(py::module_& module);       // cache.cpp
 void bind_arithmetic(py::module_& module);  // arithmetic.cpp
 
 }  // namespace spec_rollout::python
@@ -51,5 +52,6 @@ PYBIND11_MODULE(_C, module) {
   bind_assemble(module);
   bind_forward(module);
   bind_drafting(module);
+  bind_cache(module);
   bind_arithmetic(module);
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from spec_rollout.cache.entry import Entry, make_entry
+from spec_rollout._native import _C, num_threads
+from spec_rollout.cache.entry import Entry
 from spec_rollout.cache.writer import Staging
 from spec_rollout.origins import aged
-from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
+
+# Entries are made so many tokens at a time, some 10 MB: threads meet at the end of each time.
+_TOKENS_AT_ONCE = 1 << 20
+_ARRAYS = ("token_ids", "logprobs", "trainer_logprobs", "behaviour_logprobs", "ages")
 
 
 class PackedRollouts:
@@ -33,9 +37,10 @@ class PackedRollouts:
         keep_logprobs: bool,
         keep_behaviour: bool,
     ) -> None:
-        self._cu: list[int] = rollouts.cu_response_lens.tolist()
-        self._reasons: list[int] = rollouts.finish_reasons.tolist()
-        self._reused: list[int] = rollouts.accepted_lens.tolist()
+        # Copies: nothing of the rollouts is referenced once `copied` was called.
+        self._cu = np.array(rollouts.cu_response_lens.tolist(), np.int64)
+        self._reasons = np.array(rollouts.finish_reasons.tolist(), np.uint8)
+        self._reused = np.array(rollouts.accepted_lens.tolist(), np.int64) > 0
         self._policy_version = rollouts.policy_version
         tokens = view_bytes("rollouts.response_ids", rollouts.response_ids, torch.int32)
         size = len(tokens) // 4
@@ -78,80 +83,114 @@ class PackedRollouts:
             self._views[name] = copies[id(view)]
         return buffers
 
-    def usable(self, row: int) -> bool:
-        """Whether a row is a draft for later: it has tokens, and was not aborted."""
-        return self._cu[row + 1] > self._cu[row] and self._reasons[row] != FinishReason.ABORT
+    def groups(
+        self, prompt_keys: Sequence[bytes], sample_ids: Sequence[int], *, num_threads: int
+    ) -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
+        """The entries of all rows that are drafts for later: with tokens, and not aborted.
 
-    def entry(self, key: bytes, sample_id: int, row: int) -> Entry:
-        """The entry of a row."""
-        start, end = self._cu[row], self._cu[row + 1]
-        reused = self._reused[row] > 0
-        arrays: dict[str, bytes] = {}
-        for name, view in self._views.items():
-            # Of a rollout of which nothing was reused these say nothing new.
-            if (name == "ages" and not reused) or (
-                name == "behaviour_logprobs" and not reused and "logprobs" in self._views
-            ):
-                continue
-            width = 2 if name == "ages" else 4
-            arrays[name] = bytes(view[width * start : width * end])
-        return make_entry(
-            key,
-            sample_id,
-            token_ids=arrays["token_ids"],
-            logprobs=arrays.get("logprobs"),
-            trainer_logprobs=arrays.get("trainer_logprobs"),
-            finish_reason=self._reasons[row],
-            policy_version=self._policy_version,
-            behaviour_logprobs=arrays.get("behaviour_logprobs"),
-            ages=arrays.get("ages"),
+        Some are made at a time, as they are asked for: what they replace can go before the next
+        ones are made. Of rows with the same key and sample id the last one counts.
+
+        Args:
+            prompt_keys, sample_ids: Length batch.
+            num_threads: That copy.
+        """
+        lens = np.diff(self._cu)
+        usable = (lens > 0) & (self._reasons != FinishReason.ABORT)
+        rows_of: dict[bytes, list[int]] = {}
+        for row in np.flatnonzero(usable).tolist():
+            rows_of.setdefault(prompt_keys[row], []).append(row)
+        tokens_of, num_tokens = lens.tolist(), 0
+        chunk: list[tuple[bytes, list[int]]] = []
+        for key, rows in rows_of.items():
+            chunk.append((key, rows))
+            num_tokens += sum(tokens_of[row] for row in rows)
+            if num_tokens >= _TOKENS_AT_ONCE:
+                yield from self._made(chunk, prompt_keys, sample_ids, num_threads)
+                chunk, num_tokens = [], 0
+        yield from self._made(chunk, prompt_keys, sample_ids, num_threads)
+
+    def _made(
+        self,
+        chunk: Sequence[tuple[bytes, list[int]]],
+        prompt_keys: Sequence[bytes],
+        sample_ids: Sequence[int],
+        num_threads: int,
+    ) -> Iterator[tuple[bytes, Mapping[int, Entry]]]:
+        entries = iter(
+            _C.pack_entries(
+                *(Entry, prompt_keys, sample_ids, [row for _, rows in chunk for row in rows]),
+                [self._views.get(name) for name in _ARRAYS],
+                *(self._cu, self._reasons, self._reused, self._policy_version, num_threads),
+            )
         )
+        for key, rows in chunk:
+            yield key, {sample_ids[row]: next(entries) for row in rows}
 
 
-def drafts_of(entries: Sequence[Entry | None], max_tokens: int, trainer_logprobs: bool) -> Drafts:
-    """Entries as packed drafts, each cut to `max_tokens`; see `RolloutCache.lookup`."""
-    lens = torch.zeros(len(entries), dtype=torch.int64)
-    finished = torch.zeros(len(entries), dtype=torch.bool)
-    rows = [row for row, entry in enumerate(entries) if entry is not None]
-    found = [entry for entry in entries if entry is not None]
-    if rows:
-        full_lens = torch.tensor([len(entry.token_ids) // 4 for entry in found])
-        reasons = torch.tensor([entry.finish_reason for entry in found])
-        lens[rows] = full_lens.clamp(max=max_tokens)
-        finished[rows] = (reasons == FinishReason.STOP) & (full_lens <= max_tokens)
-    kept = [entry.trainer_logprobs if trainer_logprobs else entry.logprobs for entry in found]
-    return Drafts(
-        token_ids=join([entry.token_ids for entry in found], max_tokens, np.int32),
-        cu_lens=cu_lens_from(lens),
-        logprobs=join_known(kept, max_tokens),
-        finished=finished,
-        behaviour_logprobs=behaviour_of(found, max_tokens, trainer_logprobs),
-        ages=ages_of(found, max_tokens),
-    )
+def sound_drafts(
+    prompt_keys: Sequence[bytes],
+    sample_ids: Sequence[int],
+    entries: Sequence[Entry | None],
+    max_tokens: int,
+    *,
+    trainer_logprobs: bool,
+) -> tuple[Drafts, list[int]]:
+    """Entries as packed drafts, each cut to `max_tokens`; see `RolloutCache.lookup`.
 
+    Checksums are compared while the arrays are copied, by as many threads as torch has.
 
-def behaviour_of(
-    found: Sequence[Entry], max_tokens: int, beside_others: bool
-) -> torch.Tensor | None:
-    """Behaviour log-probs of entries; None if they are their `logprobs`, or not known.
-
-    Args:
-        beside_others: The drafts' log-probs are not the entries' `logprobs`.
+    Returns:
+        The drafts, and the rows whose entry is not what was once stored there; these are empty.
     """
-    if not beside_others and all(entry.behaviour_logprobs is None for entry in found):
-        return None
-    return join_known(
-        [entry.logprobs if e is None else e for entry in found for e in [entry.behaviour_logprobs]],
-        max_tokens,
+    rows, wrong = list(entries), list[int]()
+    while True:
+        batch = _C.EntryBatch(prompt_keys, sample_ids, rows)
+        drafts, failed = _unpacked(batch, len(rows), max_tokens, trainer_logprobs)
+        if not failed:
+            return drafts, sorted(wrong)
+        # Rare: all is copied again, as if these were not there.
+        wrong += failed
+        for row in failed:
+            rows[row] = None
+
+
+def _unpacked(
+    batch: _C.EntryBatch, num_rows: int, max_tokens: int, trainer_logprobs: bool
+) -> tuple[Drafts, list[int]]:
+    cu_lens, finished = np.empty(num_rows + 1, np.int64), np.empty(num_rows, np.bool_)
+    batch.layout(max_tokens, int(FinishReason.STOP), cu_lens, finished)
+    counts = batch.counts()
+
+    def room(dtype: type[np.generic], wanted: bool) -> np.ndarray | None:
+        # NumPy asks for huge pages: at 50 MB twice as fast as filling a torch.empty.
+        return np.empty(int(cu_lens[-1]), dtype) if wanted else None
+
+    def known(name: str) -> bool:
+        return counts[name] == counts["entries"]
+
+    # Behaviour log-probs are not said again where they are the drafts' log-probs.
+    says_more = trainer_logprobs or counts["behaviour_logprobs"] > 0
+    token_ids = room(np.int32, True)
+    logprobs = room(np.float32, known("trainer_logprobs" if trainer_logprobs else "logprobs"))
+    behaviour = room(np.float32, says_more and known("any_logprobs"))
+    ages = room(np.int16, counts["ages"] > 0)
+    failed = batch.unpack(
+        cu_lens, trainer_logprobs, token_ids, logprobs, behaviour, ages, num_threads()
     )
 
+    def tensor(values: np.ndarray | None) -> torch.Tensor | None:
+        return None if values is None else torch.from_numpy(values)
 
-def ages_of(found: Sequence[Entry], max_tokens: int) -> torch.Tensor | None:
-    """Ages of entries, one epoch later; None if all are 1."""
-    if all(entry.ages is None for entry in found):
-        return None
-    arrays = [bytes(len(e.token_ids) // 2) if e.ages is None else e.ages for e in found]
-    return aged(join(arrays, max_tokens, np.int16))
+    drafts = Drafts(
+        token_ids=torch.from_numpy(token_ids),
+        cu_lens=torch.from_numpy(cu_lens),
+        logprobs=tensor(logprobs),
+        finished=torch.from_numpy(finished),
+        behaviour_logprobs=tensor(behaviour),
+        ages=None if ages is None else aged(torch.from_numpy(ages)),
+    )
+    return drafts, failed
 
 
 def view_bytes(
@@ -166,23 +205,3 @@ def view_bytes(
             f"got {values.dtype} of shape {list(values.shape)}"
         )
     return values.detach().cpu().contiguous().numpy().view(np.uint8).data
-
-
-def join_known(arrays: Sequence[bytes | None], max_tokens: int) -> torch.Tensor | None:
-    """`join` of float32; None if an array is missing."""
-    known = [array for array in arrays if array is not None]
-    return join(known, max_tokens, np.float32) if len(known) == len(arrays) else None
-
-
-def join(arrays: Sequence[bytes], max_tokens: int, dtype: type[np.generic]) -> torch.Tensor:
-    """Packs arrays of `dtype`, each cut to `max_tokens`, with one copy per row."""
-    width = np.dtype(dtype).itemsize
-    limit = width * max_tokens
-    sizes = [min(len(array), limit) for array in arrays]
-    # NumPy asks for huge pages: at 50 MB twice as fast as filling a bytearray or a torch.empty.
-    packed = np.empty(sum(sizes) // width, dtype=dtype)
-    view, end = packed.view(np.uint8).data, 0
-    for array, size in zip(arrays, sizes, strict=True):
-        start, end = end, end + size
-        view[start:end] = array if len(array) == size else memoryview(array)[:size]
-    return torch.from_numpy(packed)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from spec_rollout._native import num_threads
 from spec_rollout.cache import file
-from spec_rollout.cache.arrays import PackedRollouts, drafts_of
+from spec_rollout.cache.arrays import PackedRollouts, sound_drafts
 from spec_rollout.cache.entry import Entry, is_sound, owned
 from spec_rollout.cache.memory import MemoryStore
-from spec_rollout.cache.store import Store
+from spec_rollout.cache.store import Groups, Store
 from spec_rollout.cache.writer import Staging, Writer
 from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
 from spec_rollout.types import Drafts, Rollouts
@@ -134,8 +134,20 @@ class RolloutCache:
         if integer("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
         self._wait_for(prompt_keys)
-        with self._sound_entries(prompt_keys, ids) as entries:
-            return drafts_of(entries, max_tokens, trainer_logprobs)
+        with self._store.borrow_many(prompt_keys, ids) as entries:
+            drafts, wrong = sound_drafts(
+                prompt_keys, ids, entries, max_tokens, trainer_logprobs=trainer_logprobs
+            )
+            corrupt = [
+                (prompt_keys[row], ids[row], owned(entry))
+                for row in wrong
+                for entry in [entries[row]]
+                if entry is not None
+            ]
+            num_misses = entries.count(None) + len(corrupt)
+            self._count(hits=len(entries) - num_misses, misses=num_misses)
+        self._drop_corrupt(corrupt)
+        return drafts
 
     def store(
         self,
@@ -175,30 +187,22 @@ class RolloutCache:
         )
         keys = list(prompt_keys)
         if self._writer is None:
-            self._put(keys, ids, packed)
+            self._put(packed.groups(keys, ids, num_threads=num_threads()))
             return
         self._writer.wait_for_room(packed.num_bytes)
         buffers = packed.copied(self._staging)
 
         def job() -> None:
             try:
-                self._put(keys, ids, packed)
+                # On this thread alone: the others are the trainer's.
+                self._put(packed.groups(keys, ids, num_threads=1))
             finally:
                 self._staging.release(buffers)
 
         self._unwritten.update(keys)
         self._writer.submit(job, packed.num_bytes)
 
-    def _put(self, prompt_keys: list[bytes], ids: list[int], packed: PackedRollouts) -> None:
-        rows_of: dict[bytes, list[int]] = {}
-        for row, key in enumerate(prompt_keys):
-            if packed.usable(row):
-                rows_of.setdefault(key, []).append(row)
-        # Made as the store asks for them: what a group replaces goes before the next one is made.
-        groups = (
-            (key, {ids[row]: packed.entry(key, ids[row], row) for row in rows})
-            for key, rows in rows_of.items()
-        )
+    def _put(self, groups: Groups) -> None:
         self._count(evictions=self._store.put_many(groups, self.max_bytes))
 
     def flush(self) -> None:
@@ -278,24 +282,6 @@ class RolloutCache:
         self.flush()
         self._count(evictions=self._store.replace_all(groups.items(), self.max_bytes))
         return pass_index
-
-    @contextmanager
-    def _sound_entries(
-        self, prompt_keys: Sequence[bytes], ids: list[int]
-    ) -> Iterator[list[Entry | None]]:
-        """What is cached for each row, valid in the block; what fails its checksum is None, and
-        dropped when the block ends."""
-        corrupt: list[tuple[bytes, int, Entry]] = []
-        with self._store.borrow_many(prompt_keys, ids) as entries:
-            rows = zip(prompt_keys, ids, entries, strict=True)
-            for row, (key, sample_id, entry) in enumerate(rows):
-                if entry is not None and not is_sound(key, sample_id, entry):
-                    corrupt.append((key, sample_id, owned(entry)))
-                    entries[row] = None
-            num_misses = entries.count(None)
-            self._count(hits=len(entries) - num_misses, misses=num_misses)
-            yield entries
-        self._drop_corrupt(corrupt)
 
     def _drop_corrupt(self, corrupt: list[tuple[bytes, int, Entry]]) -> None:
         if corrupt:

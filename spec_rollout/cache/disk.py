@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from spec_rollout.cache import disk_env, disk_marks
@@ -188,7 +189,7 @@ class DiskStore:
     def _touch(self, prompt_keys: Sequence[bytes]) -> None:
         shared = self._shared
         with shared.touched_lock:
-            for key in prompt_keys:
+            for key, _ in groupby(prompt_keys):  # rows of a prompt mostly follow each other
                 shared.touched[key] = None
                 shared.touched.move_to_end(key)
             many = len(shared.touched) > _MOST_TOUCHED

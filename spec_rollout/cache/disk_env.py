@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 DATA = "data.mdb"
 IN_USE = "in-use"
 LMDB_LOCK = "lock.mdb"
-SCHEMA = b"spec-rollout disk store 1"
+SCHEMA = b"spec-rollout disk store 2"
+_CRC32_SCHEMA = b"spec-rollout disk store 1"
 # Address space, not memory and not disk: the file is as long as what is in it.
 _MAP_BYTES = 1 << 40
 _PATIENCE_SECONDS = 60.0
@@ -113,6 +114,12 @@ class Shared:
                 txn.put(b"schema", SCHEMA, db=self.meta)
                 txn.put(b"identity", uuid.uuid4().hex.encode(), db=self.meta)
                 txn.put(b"counters", Counters().to_bytes(), db=self.meta)
+            elif schema == _CRC32_SCHEMA:
+                raise StoreError(
+                    f"{self.path}: expected rollouts with checksums of CRC-32C, got a store of a "
+                    "version before them (CRC-32): export it with that one (spec-rollout cache "
+                    "export) and import the file, or remove the folder to begin without drafts"
+                )
             elif schema != SCHEMA:
                 raise StoreError(f"{self.path}: expected {SCHEMA!r}, got {bytes(schema)!r:.100}")
             self.identity = bytes(txn.get(b"identity", b"", db=self.meta)).decode()

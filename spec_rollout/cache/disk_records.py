@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -172,21 +172,20 @@ def entry_of(row: Row, segment: memoryview | None, *, borrowed: bool) -> Entry:
     _, policy_version, checksum, finish_reason, _, start, *lens = row
     if segment is None or start < 0 or lens[0] < 0:
         return UNREADABLE
-    parts: list[bytes | None] = []
+    parts: list[Any] = []  # bytes, or memoryviews in their place
     for length in lens:
         if length < 0:
             parts.append(None)
             continue
-        part = segment[start : start + length]
-        parts.append(cast(bytes, part) if borrowed else bytes(part))
-        start += length
+        end = start + length
+        part = segment[start:end]
+        parts.append(part if borrowed else bytes(part))
+        start = end
     if start > len(segment):
         return UNREADABLE
     tokens, logprobs, trainer, behaviour, ages = parts
-    return Entry(
-        cast(bytes, tokens),
-        *(logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages),
-    )
+    fields = (tokens, logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages)
+    return Entry._make(fields)
 
 
 def _arrays(entry: Entry) -> tuple[bytes | None, ...]:

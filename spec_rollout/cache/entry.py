@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+from spec_rollout._native import _C
 
 # What describes an entry beside its arrays, in memory checksums and in files alike:
 # sample_id, policy_version, num_tokens, finish_reason, arrays present.
@@ -63,8 +65,8 @@ def owned(entry: Entry) -> Entry:
     )
 
 
-# Stands for a record that a store holds but cannot take apart. A CRC-32 is never negative, so the
-# checksum is wrong whatever it is compared with.
+# Stands for a record that a store holds but cannot take apart. A checksum is never negative, so
+# this one is wrong whatever it is compared with.
 UNREADABLE = Entry(b"", None, None, finish_reason=0, policy_version=0, checksum=-1)
 
 
@@ -105,16 +107,39 @@ def arrays_present(present: int, most: int = 15) -> Present:
 
 
 def checksum_of(prompt_key: bytes, sample_id: int, entry: Entry) -> int:
-    """CRC-32 over the key, the description and every array of an entry."""
-    crc = zlib.crc32(describe(sample_id, entry), zlib.crc32(prompt_key))
+    """CRC-32C over the key, the description and every array of an entry."""
+    return _checksum(_C.crc32c, prompt_key, sample_id, entry)
+
+
+def crc32_of(prompt_key: bytes, sample_id: int, entry: Entry) -> int:
+    """CRC-32 (zlib's) over the same: the checksum of cache files before version 4."""
+    return _checksum(zlib.crc32, prompt_key, sample_id, entry)
+
+
+def _checksum(
+    crc_of: Callable[[bytes, int], int], prompt_key: bytes, sample_id: int, entry: Entry
+) -> int:
+    crc = crc_of(describe(sample_id, entry), crc_of(prompt_key, 0))
     for array in entry.arrays:
-        crc = zlib.crc32(array, crc)
+        crc = crc_of(array, crc)
     return crc
 
 
 def is_sound(prompt_key: bytes, sample_id: int, entry: Entry) -> bool:
     """Whether an entry found under this key and sample id is what was once stored there."""
-    return checksum_of(prompt_key, sample_id, entry) == entry.checksum
+    return has_equal_lens(entry) and checksum_of(prompt_key, sample_id, entry) == entry.checksum
+
+
+def has_equal_lens(entry: Entry) -> bool:
+    """Whether all arrays have as many tokens, and the finish reason is one at all."""
+    size = len(entry.token_ids)
+    float_arrays = (entry.logprobs, entry.trainer_logprobs, entry.behaviour_logprobs)
+    return (
+        size % 4 == 0
+        and all(array is None or len(array) == size for array in float_arrays)
+        and (entry.ages is None or 2 * len(entry.ages) == size)
+        and 0 <= entry.finish_reason < 256
+    )
 
 
 def make_entry(

@@ -1,14 +1,15 @@
-"""A whole cache as one file (format version 3, little-endian, no padding).
+"""A whole cache as one file (format version 4, little-endian, no padding).
 
     header   magic 8s, version u32, num_groups u64, file size u64, pass i64 (-1: not known), CRC-32
              u32 of all before it
     group    key length u32, num_samples u32, key, CRC-32 u32 of all before it in the group's header
-    entry    `entry.DESCRIPTION`, CRC-32 u32 (`entry.checksum_of`), token ids i32, then those that
+    entry    `entry.DESCRIPTION`, CRC-32C u32 (`entry.checksum_of`), token ids i32, then those that
              are present of: log-probs, trainer log-probs, behaviour log-probs f32, ages i16
 
 Groups follow each other from the least to the most recently used, entries follow their group.
-Versions 1 and 2 are read, too: version 1 has no pass, neither has behaviour log-probs and ages, so
-their rollouts count as drawn when they were stored.
+Versions 1 to 3 are read, too: an entry has its CRC-32 (`entry.crc32_of`) there. Version 1 has no
+pass, and 1 and 2 have no behaviour log-probs and ages, so their rollouts count as drawn when they
+were stored.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
-from spec_rollout.cache.entry import DESCRIPTION, Entry, arrays_present, checksum_of, describe
+from spec_rollout.cache.entry import (
+    DESCRIPTION,
+    Entry,
+    arrays_present,
+    checksum_of,
+    crc32_of,
+    describe,
+)
 from spec_rollout.cache.store import Groups
 from spec_rollout.files import replacing
 from spec_rollout.types import FinishReason
 
 MAGIC = b"SPECROLL"
-VERSION = 3
+VERSION = 4
 _PREAMBLE = struct.Struct("<8sI")
 # By version.
-_COUNTS = {1: struct.Struct("<QQ"), 2: struct.Struct("<QQq"), 3: struct.Struct("<QQq")}
-_MOST_ARRAYS = {1: 3, 2: 3, 3: 15}
+_COUNTS = {1: struct.Struct("<QQ"), **dict.fromkeys((2, 3, 4), struct.Struct("<QQq"))}
+_MOST_ARRAYS = {1: 3, 2: 3, 3: 15, 4: 15}
+_CHECKSUMS = {1: crc32_of, 2: crc32_of, 3: crc32_of, 4: checksum_of}
 _GROUP = struct.Struct("<II")
 _CRC = struct.Struct("<I")
 _HEADER_BYTES = _PREAMBLE.size + _COUNTS[VERSION].size + _CRC.size
@@ -167,7 +176,8 @@ class _Reader:
         entry = Entry(
             token_ids, logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages
         )
-        self._check_crc(checksum_of(key, sample_id, entry), _CRC.pack(checksum), start)
+        computed = _CHECKSUMS[self._version](key, sample_id, entry)
+        self._check_crc(computed, _CRC.pack(checksum), start)
         if (
             sample_id < 0
             or num_tokens < 1
@@ -175,6 +185,8 @@ class _Reader:
         ):
             got = f"sample {sample_id}, {num_tokens} tokens, finish reason {finish_reason}"
             raise self._error(start, "a finished rollout", got)
+        if self._version < 4:
+            entry = entry._replace(checksum=checksum_of(key, sample_id, entry))
         return sample_id, entry
 
     def _take(self, num_bytes: int, what: str) -> bytes:

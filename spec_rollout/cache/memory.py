@@ -96,14 +96,14 @@ class MemoryStore:
         """See `Store.get_many`."""
         entries: list[Entry | None] = []
         with self._lock:
-            groups = self._content.groups
-            for key, sample_id in zip(prompt_keys, sample_ids, strict=True):
-                group = groups.get(key)
-                if group is None:
-                    entries.append(None)
-                else:
-                    groups.move_to_end(key)
-                    entries.append(group.samples.get(sample_id))
+            groups, key, group = self._content.groups, None, None
+            for row_key, sample_id in zip(prompt_keys, sample_ids, strict=True):
+                if row_key != key:  # rows of a prompt mostly follow each other
+                    key = row_key
+                    group = groups.get(key)
+                    if group is not None:
+                        groups.move_to_end(key)
+                entries.append(None if group is None else group.samples.get(sample_id))
         return entries
 
     @contextmanager

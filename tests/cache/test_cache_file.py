@@ -14,14 +14,15 @@ import torch
 from cache_samples import logprob_rows_of, make_rollouts, rows_of
 
 from spec_rollout.cache import CacheStats, RolloutCache
+from spec_rollout.cache.reference import crc32c
 from spec_rollout.types import FinishReason
 
 A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
 
-# Format version 3, byte by byte: one group of one response, with the three checksums left zero.
+# Format version 4, byte by byte: one group of one response, with the three checksums left zero.
 # A change here is a new format version.
 GOLDEN = bytes.fromhex(
-    "53504543524f4c4c03000000"  # magic, version
+    "53504543524f4c4c04000000"  # magic, version
     "01000000000000006a00000000000000"  # groups, bytes in all
     "ffffffffffffffff"  # pass not known
     "00000000"
@@ -36,7 +37,8 @@ GOLDEN = bytes.fromhex(
 )
 
 
-# The same as versions 2 and 1 had it; 1 has no pass.
+# The same as earlier versions had it; 1 has no pass. All have CRC-32 for a checksum of the entry.
+GOLDEN_3 = GOLDEN[:8] + b"\3" + GOLDEN[9:]
 GOLDEN_2 = GOLDEN[:8] + b"\2" + GOLDEN[9:]
 GOLDEN_1 = b"SPECROLL\1" + GOLDEN[9:20] + b"\x62" + GOLDEN[21:28] + GOLDEN[36:]
 
@@ -125,7 +127,7 @@ def _sealed(blob: bytes, header_bytes: int = 36) -> bytes:
     header, rest = blob[:header_bytes], blob[header_bytes + 4 :]
     group, entry, arrays = rest[:16], rest[20:46], rest[50:]
     crc = struct.Struct("<I")
-    entry_crc = zlib.crc32(arrays, zlib.crc32(entry, zlib.crc32(rest[8:16])))
+    entry_crc = (crc32c if blob[8] == 4 else zlib.crc32)(rest[8:16] + entry + arrays)
     return b"".join(
         (
             *(header, crc.pack(zlib.crc32(header))),
@@ -182,11 +184,12 @@ def test_who_drew_what_survives_and_is_where_the_format_says(tmp_path: Path) -> 
     assert drafts.ages.tolist() == [259, 1]
 
 
-def test_rollouts_of_a_file_of_version_2_count_as_drawn_when_they_were_stored(
-    tmp_path: Path,
+@pytest.mark.parametrize("golden", [GOLDEN_2, GOLDEN_3], ids=["2", "3"])
+def test_rollouts_of_a_file_of_version_2_or_3_count_as_drawn_when_they_were_stored(
+    tmp_path: Path, golden: bytes
 ) -> None:
     path, cache, same = tmp_path / "cache", RolloutCache(), RolloutCache()
-    path.write_bytes(_sealed(GOLDEN_2))
+    path.write_bytes(_sealed(golden))
     assert cache.load(path) is None
     path.write_bytes(_sealed(GOLDEN))
     same.load(path)
@@ -252,9 +255,9 @@ def test_other_files_and_versions_are_refused(tmp_path: Path) -> None:
     blob = path.read_bytes()
     _assert_refused(path, b"PK\3\4 something else" * 9, "expected the magic .* at byte 0, got")
     # A later version may have another header: its checksum is no reason to call it damaged.
-    for version in (0, 4):
+    for version in (0, 5):
         newer = blob[:8] + struct.pack("<I", version) + blob[12:]
-        _assert_refused(path, newer, f"expected format version 1 to 3 at byte 8, got {version}")
+        _assert_refused(path, newer, f"expected format version 1 to 4 at byte 8, got {version}")
 
 
 def test_a_wrong_checksum_names_the_entry_it_belongs_to(tmp_path: Path) -> None:

@@ -180,10 +180,19 @@ def test_what_is_no_store_is_left_alone(tmp_path: Path, make, message: str) -> N
         DiskStore(tmp_path / "absent", create=False)
 
 
-def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (b"9", r"expected b'spec-rollout disk store 2', got b'.* 9'"),
+        (b"1", r"checksums of CRC-32C, got .* \(CRC-32\): export it with that one"),
+    ],
+)
+def test_a_store_of_another_version_is_refused(
+    tmp_path: Path, version: bytes, message: str
+) -> None:
     with DiskStore(tmp_path / "store") as store, store._shared.writing() as txn:
-        txn.put(b"schema", b"spec-rollout disk store 9", db=store._shared.meta)
-    with pytest.raises(StoreError, match=r"expected b'spec-rollout disk store 1', got b'.* 9'"):
+        txn.put(b"schema", b"spec-rollout disk store " + version, db=store._shared.meta)
+    with pytest.raises(StoreError, match=message):
         DiskStore(tmp_path / "store")
 
 

@@ -43,8 +43,14 @@ def benchmark_table(content: Mapping[str, Any]) -> str:
     ]
     kept = [c for c in range(len(header)) if any(row[c] for row in rows)]
     table = markdown_table([header[c] for c in kept], [[row[c] for c in kept] for row in rows])
+    notes = [
+        f"`{row['op']}`: {row['bytes_per_token']} bytes a token beyond ids and log-probs."
+        for row in content["rows"]
+        if "bytes_per_token" in row
+    ]
     copy = content["copy_bandwidth_gb_per_s"]
-    return f"{table}\n\nCopy bandwidth in the same run: {copy} GB/s (read and written)."
+    notes.append(f"Copy bandwidth in the same run: {copy} GB/s (read and written).")
+    return f"{table}\n\n" + "\n".join(notes)
 
 
 # A row of the GPU tables: results file, op, and what of its shape and dtype tells it from others.
