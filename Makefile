@@ -47,7 +47,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-real bench-gpu lint format \
   cuda-check sass sanitize clean rebuild
 .DELETE_ON_ERROR:
 
@@ -204,6 +204,11 @@ sass: venv ## Registers and widths of loads of the kernels over logits, from mac
 
 bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the tables of the pages
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python tools/results_tables.py
+
+# Another set of questions: make bench-real REAL="--data questions.jsonl"; another size, too.
+bench-real: venv venv-vllm ## Rollouts of a small model that speaks, in both engines, with every rule; 45 minutes at most
+	$(BIN)/python benchmarks/bench_real.py $(REAL)
 	$(BIN)/python tools/results_tables.py
 
 bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of the pages

@@ -239,6 +239,18 @@ def _relative(argv: list[str]) -> list[str]:
     return shown
 
 
+def vllm_environment(variable: str) -> dict[str, str]:
+    """Variables of a process with vLLM's engine in it; `variable` is SPEC_ROLLOUT's value."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        # On a CPU vLLM's compiler gains nothing for a small model.
+        **({} if torch.cuda.is_available() else {"TORCH_COMPILE_DISABLE": "1"}),
+        "SPEC_ROLLOUT": variable,
+    }
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options all benchmarks have: `--threads`, `--out`, `--quick`."""
     options = argparse.ArgumentParser(description=description)

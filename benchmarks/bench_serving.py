@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS_DIR, Results, Timing, parser
+from _common import RESULTS_DIR, Results, Timing, parser, vllm_environment
 
 GROUP = 8
 PASSES = ("first", "second", "updated")
@@ -75,15 +75,8 @@ class Child:
         command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
         if args.model:
             command += ["--model", args.model]
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            # On a CPU vLLM's compiler gains nothing for a model this small.
-            **({} if torch.cuda.is_available() else {"TORCH_COMPILE_DISABLE": "1"}),
-            "SPEC_ROLLOUT": CONTENDERS[name].get("variable", "off"),
-        }
+        variable = CONTENDERS[name].get("variable", "off")
+        environment = {**os.environ, **vllm_environment(variable)}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the child
         self._process = subprocess.Popen(
             command,

@@ -219,9 +219,10 @@ class RolloutSession:
             draft_lens = drafts.lens  # what the baselines throw away unseen was a draft too
             cut_lens = rule.cut_lens(draft_lens, keys)
             drafts = drafts if cut_lens is None else drafts.cut_to(cut_lens)
+        expected_lens = batch.expected_lens(cached, sampling.max_tokens)
         lookup_end = time.perf_counter()
 
-        requests = batch.requests(keys, drafts, history)
+        requests = batch.requests(keys, drafts, history, expected_lens)
         if self.on_requests is not None:
             self.on_requests(requests, rule)
         rollouts = self._generate(batch, requests, sampling, rule)
@@ -345,9 +346,26 @@ class _Batch:
         return len(self.keys)
 
     def requests(
-        self, keys: torch.Tensor, drafts: Drafts, history: History | None
+        self,
+        keys: torch.Tensor,
+        drafts: Drafts,
+        history: History | None,
+        expected_lens: torch.Tensor | None = None,
     ) -> RolloutRequests:
-        return RolloutRequests(self.prompt_ids, self.cu_prompt_lens, keys, drafts, history)
+        return RolloutRequests(
+            self.prompt_ids, self.cu_prompt_lens, keys, drafts, history, expected_lens
+        )
+
+    def expected_lens(self, cached: Drafts, max_tokens: int) -> torch.Tensor | None:
+        """How long the responses may become: as long as they were, or, where that is not known, as
+        the longest of the prompt's, or as may be. None if nothing is cached. [batch], int64."""
+        if not cached.token_ids.numel():
+            return None
+        groups = self.groups
+        longest = torch.zeros(int(groups.max()) + 1, dtype=torch.int64)
+        longest.scatter_reduce_(0, groups, cached.lens, "amax")
+        longest[longest == 0] = max_tokens
+        return torch.where(cached.lens > 0, cached.lens, longest[groups])
 
     @property
     def groups(self) -> torch.Tensor:

@@ -232,6 +232,9 @@ class RolloutRequests:
         keys: Noise keys (`spec_rollout.keys.noise_keys`). [batch], int64.
         drafts: Drafts to verify; `Drafts.none(batch)` for plain generation.
         history: What to propose from where there is no draft to follow; None proposes nothing.
+        expected_lens: Response tokens that each request may take, as what was cached tells: engines
+            begin with those that may take longest. It changes no token. [batch], int64, >= 0; None
+            if nothing is known.
     """
 
     prompt_ids: torch.Tensor
@@ -239,6 +242,7 @@ class RolloutRequests:
     keys: torch.Tensor
     drafts: Drafts
     history: History | None = None
+    expected_lens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors(prompt_ids=self.prompt_ids, cu_prompt_lens=self.cu_prompt_lens, keys=self.keys)
@@ -266,10 +270,36 @@ class RolloutRequests:
                 f"history.request_groups: expected {batch} requests, "
                 f"got {self.history.request_groups.numel()}"
             )
+        lens = self.expected_lens
+        if lens is not None:
+            tensors(expected_lens=lens)
+            if lens.shape != (batch,) or lens.dtype != torch.int64 or bool((lens < 0).any()):
+                raise ValueError(
+                    f"expected_lens: expected int64 >= 0 of shape [{batch}], got {lens.dtype} of "
+                    f"shape {list(lens.shape)}{', some below 0' if bool((lens < 0).any()) else ''}"
+                )
 
     @property
     def batch(self) -> int:
         return self.keys.numel()
+
+    def longest_first(self, draft_lens: torch.Tensor) -> torch.Tensor:
+        """Rows in the order in which an engine best begins them; those alike stay in order.
+
+        First those without a draft, which have a whole response to generate; in either part those
+        that may take longest, so that the call does not end with a single long one.
+
+        Args:
+            draft_lens: Of the drafts that are verified. [batch], int64.
+
+        Returns:
+            [batch], int64.
+        """
+        lens = draft_lens
+        if self.expected_lens is not None:
+            lens = torch.maximum(lens, self.expected_lens)
+        order = np.lexsort((-lens.numpy(), draft_lens.numpy() > 0))
+        return torch.from_numpy(order.astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True)

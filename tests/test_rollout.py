@@ -552,3 +552,30 @@ def test_rows_that_are_not_those_asked_for_are_not_stored() -> None:
     with pytest.raises(RuntimeError, match="engine Misordering: expected the 2 requests back"):
         session.rollout([[0], [1]], 1, SAMPLING, step=0, epoch=0)
     assert session.cache.stats.num_groups == 0
+
+
+def test_engines_are_told_how_long_responses_were() -> None:
+    told: list[torch.Tensor | None] = []
+    session = RolloutSession(MarkovEngine(policy(1)), NoReuse(), drafting=False, reuse=False)
+    session.on_requests = lambda requests, rule: told.append(requests.expected_lens)
+    session.rollout([[0], [1]], 3, SAMPLING, step=0, epoch=0)
+    session.rollout([[0], [1]], 3, SAMPLING, step=1, epoch=1)
+    assert told == [None, None]  # nothing is looked up
+
+    told.clear()
+    session = RolloutSession(MarkovEngine(policy(1)), Coupled())
+    session.on_requests = lambda requests, rule: told.append(requests.expected_lens)
+    first = session.rollout_rows([[0], [0], [1]], [0, 1, 0], SAMPLING, step=0, epoch=0)
+    lens = first.response_lens.tolist()
+    rows = ([[2], [0], [1], [0], [0]], [0, 1, 0, 5, 0])
+    session.rollout_rows(*rows, SAMPLING, step=1, epoch=1)
+    assert told[0] is None
+    assert told[1] is not None
+    # Unknown prompts may take all there is, unknown samples as much as the longest of their prompt.
+    assert told[1].tolist() == [
+        SAMPLING.max_tokens,
+        lens[1],
+        lens[2],
+        max(lens[:2]),
+        lens[0],
+    ]

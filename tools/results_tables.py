@@ -19,6 +19,7 @@ from typing import Any
 from renderers.ablation import ablation_summary_table, ablation_table
 from renderers.kernels import benchmark_table, gpu_summary_table, gpu_table
 from renderers.models import families_table
+from renderers.real import real_summary_table, real_table
 from renderers.rollouts import (
     drafting_table,
     rollout_drafting_table,
@@ -53,6 +54,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo_seeds": demo_seeds_table,
     "drafting": drafting_table,
     "model_families": families_table,
+    "real": real_table,
     "rollout_vllm": rollout_table,
     "rollout_vllm_small": rollout_table,
     "rollout_vllm_tiny": rollout_table,
@@ -86,7 +88,7 @@ def table(name: str, results: Path) -> str:
         return "*Not measured yet.*"
     content = json.loads(path.read_text(encoding="utf-8"))
     if summary:
-        return ablation_summary_table(content)
+        return (real_summary_table if file == "real" else ablation_summary_table)(content)
     shown = _RENDERERS.get(file, benchmark_table)(content)
     return f"{shown}\n\n<sub>{provenance(content)}</sub>"
 

@@ -150,8 +150,6 @@ def _facts(
     facts = run_facts(own, base, study.base.eval.num_samples)
     for key in ("rule", "reuse", "drafting", "num_eval_samples"):
         facts.pop(key)
-    later, other = own.after_first_epoch, base.after_first_epoch
-    facts["step_speedup"] = other.step_seconds / later.step_seconds if later.step_seconds else None
     facts["token_share"] = own.totals.num_generated_tokens / base.totals.num_generated_tokens
     facts["seen_per_prompt"] = own.totals.num_new_responses / max(1, own.num_prompts)
     rows = [row for row in runs[seed, name].metrics if row["step"] > 0 and row["epoch"] > 0]

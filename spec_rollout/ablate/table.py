@@ -17,13 +17,15 @@ def run_facts(
     """What the summary of several runs says about one of them.
 
     Args:
-        baseline: The run that the speed-up is over; None leaves it open.
+        baseline: The run that the speed-ups are over; None leaves them open.
         num_eval_samples: Fresh samples per evaluated prompt.
     """
     totals, later = summary.totals, summary.after_first_epoch
-    speedup = None
+    speedup = step_speedup = None
     if baseline is not None and later.rollout_seconds > 0:
         speedup = baseline.after_first_epoch.rollout_seconds / later.rollout_seconds
+    if baseline is not None and later.step_seconds > 0:
+        step_speedup = baseline.after_first_epoch.step_seconds / later.step_seconds
     return {
         "seed": summary.seed,
         "rule": summary.rule,
@@ -37,6 +39,7 @@ def run_facts(
         "train_seconds": totals.train_seconds,
         "rollout_seconds_after_first_epoch": later.rollout_seconds,
         "effective_speedup": speedup,
+        "step_speedup": step_speedup,
         "generated_tokens": totals.num_generated_tokens,
         "response_tokens": totals.num_response_tokens,
         "reused_fraction": totals.reused_fraction,
@@ -59,14 +62,15 @@ def _accuracy(run: Facts, split: str) -> str:
     return "-" if before is None or after is None else f"{before:.1%} -> {after:.1%}"
 
 
-def _speedup(run: Facts) -> str:
-    return "-" if run["effective_speedup"] is None else f"{run['effective_speedup']:.2f}x"
+def _speedup(run: Facts, key: str = "effective_speedup") -> str:
+    return "-" if run[key] is None else f"{run[key]:.2f}x"
 
 
 _LINES: Sequence[tuple[str, Callable[[Facts], str]]] = (
     ("rollout seconds, everything counted", lambda r: f"{r['rollout_seconds']:.1f}"),
     ("  of these verification", lambda r: f"{r['verification_seconds']:.1f}"),
     ("effective speed-up from epoch 2 on", _speedup),
+    ("  of the whole step", lambda r: _speedup(r, "step_speedup")),
     ("response tokens", lambda r: f"{r['response_tokens']:,}"),
     ("generated tokens", lambda r: f"{r['generated_tokens']:,}"),
     ("reused tokens", lambda r: f"{r['reused_fraction']:.1%}"),

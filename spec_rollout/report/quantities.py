@@ -77,6 +77,7 @@ _QUANTITIES: tuple[_Quantity, ...] = (
         ".2f",
         lambda run: _reported(run, "effective_speedup"),
     ),
+    ("of the whole step", ".2f", lambda run: _reported(run, "step_speedup")),
     _sum_of("num_response_tokens", ",.0f"),
     _sum_of("num_generated_tokens", ",.0f"),
     ("reused tokens", ".1%", lambda run: _share(run, _REUSED, "num_response_tokens")),

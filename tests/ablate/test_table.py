@@ -45,12 +45,14 @@ def summary(seconds: float, **changes: Any) -> RunSummary:
 def test_the_speed_up_is_that_of_the_epochs_with_drafts() -> None:
     facts = run_facts(summary(2.0), summary(5.0), num_eval_samples=3)
     assert facts["effective_speedup"] == 2.5
+    assert facts["step_speedup"] == 2.0  # an update of a second beside rollouts of 5 and 2
     assert facts["rollout_seconds"] == 4.0
     assert facts["rollout_seconds_after_first_epoch"] == 2.0
     assert facts["generated_tokens"] == 60
     assert facts["reused_fraction"] == 0.25
     assert facts["num_eval_samples"] == 3
-    assert run_facts(summary(2.0), None, 3)["effective_speedup"] is None
+    alone = run_facts(summary(2.0), None, 3)
+    assert alone["effective_speedup"] is alone["step_speedup"] is None
 
 
 def test_the_table_has_a_column_per_run() -> None:
@@ -66,6 +68,7 @@ def test_the_table_has_a_column_per_run() -> None:
         "another": {
             **facts,
             "effective_speedup": None,
+            "step_speedup": None,
             "until_plain_accuracy": {"rollout_seconds": None, "generated_tokens": None},
         },
     }
@@ -73,6 +76,7 @@ def test_the_table_has_a_column_per_run() -> None:
     assert lines[0].split() == ["one", "another"]
     cells = {line[:40].strip(): line[40:].split("  ") for line in lines}
     assert [c.strip() for c in cells["effective speed-up from epoch 2 on"] if c] == ["2.50x", "-"]
+    assert [c.strip() for c in cells["of the whole step"] if c] == ["2.00x", "-"]
     assert "25.0% -> 75.0%" in lines[-4]
     assert lines[-3].split()[-2:] == ["-", "-"]  # held-out prompts were not evaluated afterwards
     assert lines[-1].split()[-3:] == ["100", "not", "reached"]

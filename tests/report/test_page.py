@@ -142,9 +142,14 @@ def test_summary_counts_are_sums_over_the_steps() -> None:
     assert table["reused tokens"] == "60.0%"
     assert table["fully reused rollouts"] == "30.0%"
     assert "effective speed-up from the second epoch on" not in table  # nobody reported it
-    run.summary = {"effective_speedup": 1.994, "accuracy_after": {"heldout": 0.625}}
+    run.summary = {
+        "effective_speedup": 1.994,
+        "step_speedup": 1.5,
+        "accuracy_after": {"heldout": 0.625},
+    }
     table = dict(summary_rows([run]))
     assert table["effective speed-up from the second epoch on"] == "1.99"
+    assert table["of the whole step"] == "1.50"
     assert table["accuracy, held-out prompts, after"] == "62.5%"
 
 

@@ -219,6 +219,9 @@ def test_demo_tables_hold_every_run() -> None:
     cells = "10.0 s | 1.0 s | **1.50x** | 1,000 of 4,000 | 75.0% | 50.0% | 40.0% → 60.0% | 30.0% → 50.0% |"
     text = training.demo_table(demo)
     assert f"| lenient | {cells}" in text
+    newer = {**demo, "runs": {"vanilla": run, "lenient": {**run, "step_speedup": 1.25}}}
+    newer["runs"]["vanilla"] = {**run, "step_speedup": 1.0}
+    assert "1.0 s | **1.50x** | **1.25x** | 1,000" in training.demo_table(newer)
     assert "9 of 10 rollouts are the same" in text
     text = training.demo_seeds_table({"summaries": [demo, {**demo, "seed": 4}]})
     assert [line[:15] for line in text.splitlines()[2:]] == [

@@ -23,11 +23,15 @@ def _until(run: Mapping[str, Any]) -> list[str]:
 
 
 def _demo_header(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [*_DEMO_HEADER, *(["until vanilla's last accuracy"] if _has_until(runs) else [])]
+    before, after = _DEMO_HEADER[:3], _DEMO_HEADER[3:]
+    step = ["of the whole step"] if _has(runs, "step_speedup") else []
+    until = ["until vanilla's last accuracy"] if _has(runs, "until_plain_accuracy") else []
+    return [*before, *step, *after, *until]
 
 
-def _has_until(runs: Mapping[str, Mapping[str, Any]]) -> bool:
-    return any("until_plain_accuracy" in run for run in runs.values())
+def _has(runs: Mapping[str, Mapping[str, Any]], key: str) -> bool:
+    """Whether the file is of a version that knew this."""
+    return any(key in run for run in runs.values())
 
 
 def _demo_cells(run: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -35,12 +39,13 @@ def _demo_cells(run: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -
         f"{run['rollout_seconds']:.1f} s",
         f"{run['verification_seconds']:.1f} s",
         f"**{run['effective_speedup']:.2f}x**",
+        *([f"**{run['step_speedup']:.2f}x**"] if _has(runs, "step_speedup") else []),
         f"{run['generated_tokens']:,} of {run['response_tokens']:,}",
         f"{run['reused_fraction']:.1%}",
         f"{run['fully_reused_fraction']:.1%}",
         _change(run, "train"),
         _change(run, "heldout"),
-        *(_until(run) if _has_until(runs) else []),
+        *(_until(run) if _has(runs, "until_plain_accuracy") else []),
     ]
 
 

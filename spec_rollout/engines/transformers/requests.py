@@ -25,6 +25,7 @@ class Plan:
         rooms: Most response tokens of each request. [batch], int64.
         draft_ends: Whether nothing follows a wholly accepted draft. [batch], bool.
         keys: Noise keys. [batch], int64.
+        expected_lens: As in `RolloutRequests`; 0 where nothing is known. [batch], int64.
     """
 
     stream_ids: np.ndarray
@@ -35,6 +36,7 @@ class Plan:
     rooms: np.ndarray
     draft_ends: np.ndarray
     keys: np.ndarray
+    expected_lens: np.ndarray
 
     @classmethod
     def of(
@@ -99,6 +101,9 @@ class Plan:
             rooms=rooms,
             draft_ends=at_stop | (draft_lens == rooms),
             keys=requests.keys.numpy(),
+            expected_lens=np.zeros(requests.batch, dtype=np.int64)
+            if requests.expected_lens is None
+            else requests.expected_lens.numpy(),
         )
 
     @property
@@ -119,9 +124,11 @@ class Plan:
     def order(self) -> np.ndarray:
         """Requests as they are best taken: what may take longest first, rows of a batch alike.
 
-        A request without a draft has its whole response to decode; among the rest, long rows first.
+        A request without a draft has its whole response to decode, and those come first that were
+        long the last time; among the rest, long rows first.
         """
-        return np.lexsort((-self.feed_lens, self.has_draft))
+        to_decode = np.where(self.has_draft, 0, self.expected_lens)
+        return np.lexsort((-self.feed_lens, -to_decode, self.has_draft))
 
     def prompt_ids(self, request: int) -> np.ndarray:
         """The prompt. [prompt_len], int64."""

@@ -207,9 +207,13 @@ class VLLMEngine:
 
     def generate(self, job: Job, sampling: SamplingParams) -> Responses:
         """Runs one batch of requests to the end and gathers what the workers recorded."""
-        params = [self._params(job, row, sampling) for row in range(job.batch)]
-        outputs = self.submit(job.prompts(), params)
-        completions = [output.outputs[0] for output in outputs]
+        # vLLM begins them in the order in which they come.
+        order = range(job.batch) if job.order is None else job.order
+        params, prompts = [self._params(job, row, sampling) for row in order], job.prompts()
+        outputs = self.submit([prompts[row] for row in order], params)
+        completions: list[Any] = [None] * job.batch
+        for row, output in zip(order, outputs, strict=True):
+            completions[row] = output.outputs[0]
         collected = self._take()
         if self._on_v2:  # whose worker keeps no log-probs: they come with the tokens
             collected = (*compat.packed_logprobs(completions), *collected[3:])

@@ -88,6 +88,7 @@ class Job:
         drafts: To verify.
         prompt_logprobs: As in vLLM's SamplingParams.
         has_history: The call has one, so that a drafter wants the drafts' log-probs.
+        order: Rows in the order in which vLLM gets them; None is as they are.
     """
 
     prompt_ids: list[list[int]]
@@ -98,6 +99,7 @@ class Job:
     drafts: Drafts
     prompt_logprobs: int | None = None
     has_history: bool = False
+    order: Sequence[int] | None = None
 
     @classmethod
     def of(
@@ -115,16 +117,18 @@ class Job:
         room = max_model_len - requests.cu_prompt_lens.diff()
         limits_ = torch.minimum(torch.tensor(list(limits), dtype=torch.int64), room)
         use = rule.uses_drafts and requests.drafts.token_ids.numel()
+        drafts = Drafts.none(requests.batch)
+        if use:
+            drafts = _cut(requests.drafts, limits_, sampling.stop_token_ids)
         return cls(
             prompt_ids=split(requests.prompt_ids, requests.cu_prompt_lens),
             limits=limits_.tolist(),
             keys=requests.keys.tolist(),
             first_positions=[0] * requests.batch,
             rule=rule,
-            drafts=_cut(requests.drafts, limits_, sampling.stop_token_ids)
-            if use
-            else Drafts.none(requests.batch),
+            drafts=drafts,
             has_history=requests.history is not None,
+            order=requests.longest_first(drafts.lens).tolist(),
         )
 
     @property

@@ -1,0 +1,47 @@
+"""The benchmark of a model that speaks, on vLLM, as far as the demo's goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.slow
+def test_every_rule_is_measured_beside_stock_vllm(vllm_installed: None, tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/bench_real.py", "--tiny", "--folder", str(tmp_path)]
+    command += ["--out", str(tmp_path), "--engines", "vllm", "--dtypes", "float32"]
+    command += ["--requests", "16", "--repeats", "1", "--group", "4", "--max-tokens", "16"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "real.json").read_text())
+    rows = {(row["phase"], row["contender"]): row for row in content["rows"]}
+    rules = {"none", "drafting", "coupled", "lenient 0", "lenient 0.5", "both"}
+    orders = {"as they come", "longest first"}
+    assert {name for phase, name in rows if phase == "later"} == {"stock"} | rules | orders
+    assert {name for phase, name in rows if phase == "first"} == {"none", "drafting"}
+    assert all("over_stock" in row for row in rows.values())
+    assert rows["later", "stock"]["over_stock"] == 1
+    for key in ("num_response_tokens", "reused"):
+        assert rows["later", "both"][key] == rows["later", "coupled"][key]
+        assert rows["later", "as they come"][key] == rows["later", "longest first"][key]
+    assert rows["later", "coupled"]["reused"] > 0
+    assert rows["later", "both"]["num_engine_steps"] < rows["later", "stock"]["num_engine_steps"]
+    # In a quarter of the slots there are more steps, if slots are what the benchmark thinks.
+    assert (
+        rows["later", "longest first"]["num_engine_steps"]
+        > rows["later", "both"]["num_engine_steps"]
+    )

@@ -1,0 +1,124 @@
+"""The benchmark of a model that speaks, as far as the demo's goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+for _folder in ("benchmarks", "tools"):
+    sys.path.insert(0, str(ROOT / _folder))
+
+import bench_real  # noqa: E402
+import real_policies  # noqa: E402
+from renderers.real import real_summary_table, real_table  # noqa: E402
+
+
+def tiny(folder: Path, *arguments: str) -> dict[str, Any]:
+    """real.json of a run of seconds."""
+    command = [sys.executable, "benchmarks/bench_real.py", "--tiny", "--folder", str(folder)]
+    command += ["--out", str(folder / "out"), "--repeats", "1", "--group", "4"]
+    command += ["--max-tokens", "16", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "out" / "real.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("real")
+    arguments = ["--engines", "embedded", "--dtypes", "float32", "--requests", "4", "16"]
+    content = tiny(folder, *arguments)
+    assert (folder / "out" / "real.png").stat().st_size > 5_000
+    return content
+
+
+def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
+    rows = {(r["requests"], r["phase"], r["contender"]): r for r in content["rows"]}
+    rules = ["none", "drafting", "coupled", "lenient 0", "lenient 0.5", "both"]
+    orders = ["as they come", "longest first"]
+    assert set(rows) == {
+        *((n, "first", name) for n in (4, 16) for name in rules[:2]),
+        *((n, "later", name) for n in (4, 16) for name in rules),
+        *((16, "later", name) for name in orders),
+    }
+    for n in (4, 16):
+        assert rows[n, "later", "none"]["reused"] == rows[n, "first", "none"]["reused"] == 0
+        assert rows[n, "later", "none"]["over_stock"] == 1
+        assert rows[n, "later", "lenient 0.5"]["reused"] > rows[n, "later", "lenient 0"]["reused"]
+        # The same noise: proposals change steps, never tokens; nor does the order.
+        for key in ("num_response_tokens", "reused", "longest_response"):
+            assert rows[n, "later", "both"][key] == rows[n, "later", "coupled"][key]
+            assert rows[16, "later", orders[0]][key] == rows[16, "later", orders[1]][key]
+        assert 0 < rows[n, "later", "coupled"]["reused"] < 1
+        assert rows[n, "first", "drafting"]["tokens_per_step"] > 1
+    assert content["training"]["updates"] == 2
+    assert len(content["crossovers"]) == 1 + 5 + 2
+
+
+def test_the_sample_is_guessed_better_than_the_mode_where_the_policy_is_uncertain(
+    content: dict[str, Any],
+) -> None:
+    found = content["entropy"]
+    assert found["tokens"] == sum(one["tokens"] for one in found["bins"])
+    assert found["guessed"]["old mode"] == found["guessed"]["old sample"] == 1
+    sure, unsure = found["bins"][0], found["bins"][7]
+    assert min(sure["tokens"], unsure["tokens"]) > 5
+    assert sure["old mode"] > 0.9 > 0.6 > unsure["old mode"]
+    assert unsure["old sample"] > unsure["old mode"] + 0.2
+    assert found["right"]["history and noise"] > found["right"]["history"]
+
+
+def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
+    text = real_table(content)
+    assert "| embedded | float32 | 4 | " in text
+    assert "| embedded | float32 | 16 in 4 slots | longest first | " in text
+    summary = real_summary_table(content).splitlines()
+    assert summary[0].startswith("|  | reused | steps of the longest | embedded, 4 / 16 requests")
+    assert len(summary) == 2 + 6 + 2
+    assert summary[2].startswith("| first epoch, drafting from siblings | 0% | ")
+
+
+def test_where_it_stops_paying() -> None:
+    def rows(*speeds: float) -> list[dict[str, Any]]:
+        base = {"engine": "vllm", "dtype": "float32", "phase": "later", "contender": "both"}
+        sizes = (4, 16, 64)
+        pairs = zip(sizes, speeds, strict=True)
+        return [{**base, "requests": size, "over_stock": speed} for size, speed in pairs]
+
+    def said(*speeds: float) -> tuple[float | None, str]:
+        (one,) = bench_real.crossovers(rows(*speeds))
+        return one["at"], one["text"]
+
+    assert said(2.0, 1.5, 1.1) == (None, "pays at all sizes (4 to 64 tried)")
+    assert said(0.9, 0.8, 0.7) == (None, "pays at no size (4 to 64 tried)")
+    assert said(2.0, 1.2, 0.8) == (32.0, "pays up to about 32 requests")
+    assert said(0.9, 1.1, 1.2) == (8.0, "pays from about 8 requests")
+
+
+def test_questions_come_from_the_demo_or_a_file(tmp_path: Path) -> None:
+    (row,) = real_policies.questions(None, 1)
+    assert row["question"].startswith("I have ")
+    assert real_policies.in_words("62 +17 -8 =?\n").startswith(
+        "I have 62 marbles. Then I find 17. Then I lose 8. How many"
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "one?", "answer": 1}\n{"question": "two?"}\n')
+    assert real_policies.questions(path, 1) == [{"question": "one?", "answer": "1"}]
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: expected a question and an answer"):
+        real_policies.questions(path, 2)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: expected at least 3 rows, got 2"):
+        real_policies.questions(path, 3)

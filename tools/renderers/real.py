@@ -1,0 +1,204 @@
+"""Tables of bench_real.py: a model that speaks, rule by rule, in both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from renderers.text import markdown_table, origin, speedup
+
+Row = Mapping[str, Any]
+_ENGINES = {"vllm": "vLLM", "embedded": "embedded"}
+_ORDERS = ("as they come", "longest first")
+_SUMMARY = {
+    ("first", "drafting"): "first epoch, drafting from siblings",
+    ("later", "drafting"): "later epochs, drafting",
+    ("later", "coupled"): "`Coupled()`",
+    ("later", "both"): "`Coupled()`, drafting",
+    ("later", "lenient 0"): "`Lenient(0)`",
+    ("later", "lenient 0.5"): "`Lenient(0.5)`",
+}
+
+
+def _find(rows: Sequence[Row], **wanted: Any) -> Row | None:
+    return next((r for r in rows if all(r[k] == v for k, v in wanted.items())), None)
+
+
+def _values(rows: Sequence[Row], key: str) -> list[Any]:
+    """Different values, in the order in which they come."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _speed(row: Row | None, key: str = "over_stock") -> str:
+    return "" if row is None or key not in row else speedup(row[key])
+
+
+def real_table(content: Mapping[str, Any]) -> str:
+    """Every size, what reuse gave at the largest, orders, crossovers, and guesses by entropy."""
+    rows = content["rows"]
+    training = content["training"]
+    about = (
+        f"Questions: {content['data']}. Temperature {content['temperature']}, responses of at most "
+        f"{content['max_tokens']} tokens; an epoch of {training['updates']} updates between the "
+        "policies. In each cell: speed-up of rollouts, everything counted, and of a training step."
+    )
+    parts = [about]
+    if content.get("entropy"):
+        one = content["entropy"]
+        parts[0] += (
+            f" The new policy has {one['entropy']:.2f} nats a token and lies "
+            f"{one['divergence']:.1e} nats from the old one."
+        )
+    parts.append(_speeds(rows))
+    parts.append(_reuse(rows))
+    if orders := _orders(rows):
+        parts.append(orders)
+    lines = [
+        f"- {_ENGINES[c['engine']]}, {c['dtype']}, {c['phase']} epoch, {c['contender']}: "
+        + c["text"]
+        for c in content.get("crossovers", [])
+        if c["at"] is not None or "no size" in c["text"]
+    ]
+    parts.append(
+        "Where it stops paying (what is not named pays at all sizes tried):\n\n" + "\n".join(lines)
+        if lines
+        else "It pays at all sizes tried."
+    )
+    if content.get("entropy"):
+        parts.append(_guesses(content["entropy"]))
+    return "\n\n".join(parts)
+
+
+def _speeds(rows: Sequence[Row]) -> str:
+    columns = [
+        (phase, name)
+        for phase in ("first", "later")
+        for name in _values([r for r in rows if r["phase"] == phase], "contender")
+        if name not in ("stock", *_ORDERS) and (phase, name) != ("first", "none")
+    ]
+    lines = []
+    for engine in _ENGINES:
+        for dtype in _values(rows, "dtype"):
+            for count in sorted(_values(rows, "requests")):
+                here = [
+                    _find(rows, engine=engine, dtype=dtype, requests=count, phase=p, contender=name)
+                    for p, name in columns
+                ]
+                cells = [
+                    f"{_speed(row)}, {row['step_over_stock']:.3g}x"
+                    if row is not None and "over_stock" in row
+                    else ""
+                    for row in here
+                ]
+                if any(cells):
+                    lines.append([_ENGINES[engine], dtype, str(count), *cells])
+    head = [f"{phase} epoch: {name}" if phase == "first" else name for phase, name in columns]
+    return markdown_table(["engine", "dtype", "requests", *head], lines)
+
+
+def _reuse(rows: Sequence[Row]) -> str:
+    """What is reused and how many steps are left, at the largest size of each engine and dtype."""
+    lines = []
+    for engine in _ENGINES:
+        for dtype in _values(rows, "dtype"):
+            here = [
+                r
+                for r in rows
+                if (r["engine"], r["dtype"]) == (engine, dtype) and r["contender"] not in _ORDERS
+            ]
+            most = max((r["requests"] for r in here), default=0)
+            lines += [
+                [
+                    _ENGINES[engine],
+                    dtype,
+                    str(most),
+                    f"{r['phase']} epoch: {r['contender']}",
+                    f"{r['reused']:.0%}",
+                    f"{r['tokens_per_step']:.2f}",
+                    f"{r['max_row_steps']:.0f}",
+                    f"{r['num_engine_steps']:.0f}",
+                    f"{r['computed_per_token']:.2f}" if r["computed_per_token"] else "",
+                    f"{r['seconds']['p50']:.2f} s",
+                ]
+                for r in here
+                if r["requests"] == most
+            ]
+    head = ["engine", "dtype", "requests", "", "reused", "tokens per step", "steps of the longest"]
+    return markdown_table([*head, "engine steps", "computed per token", "median"], lines)
+
+
+def _orders(rows: Sequence[Row]) -> str:
+    lines = [
+        [
+            _ENGINES[r["engine"]],
+            r["dtype"],
+            f"{r['requests']} in {max(1, r['requests'] // 4)} slots",
+            r["contender"],
+            f"{r['num_engine_steps']:.0f}",
+            f"{r['num_tail_steps']:.0f}",
+            f"{r['tail_seconds']:.2f} s",
+            f"{r['seconds']['p50']:.2f} s",
+        ]
+        for r in rows
+        if r["contender"] in _ORDERS
+    ]
+    if not lines:
+        return ""
+    head = ["engine", "dtype", "requests", "order", "engine steps", "tail steps", "tail", "median"]
+    return (
+        "Requests that were long the last time begin first (drafting; the tail: fewer than a tenth "
+        f"of the requests running):\n\n{markdown_table(head, lines)}"
+    )
+
+
+def _guesses(found: Mapping[str, Any]) -> str:
+    names = list(found["right"])
+    lines = []
+    for one, after in zip(found["bins"], [*found["bins"][1:], None], strict=True):
+        if one["tokens"]:
+            up_to = "more" if after is None else f"{after['from']:g}"
+            shares = ["" if one[name] is None else f"{one[name]:.0%}" for name in names]
+            lines.append([f"{one['from']:g} to {up_to}", f"{one['tokens']:,}", *shares])
+    return (
+        "Guesses of the next token that pass, by the entropy of the policy there (nats):\n\n"
+        f"{markdown_table(['entropy', 'tokens', *names], lines)}\n\n"
+        "![Guesses that pass over entropy](../benchmarks/results/real.png)"
+    )
+
+
+def real_summary_table(content: Mapping[str, Any]) -> str:
+    """The README's few lines: speed-ups by rule, of the narrowest dtype measured."""
+    rows = content["rows"]
+    dtype = "bfloat16" if "bfloat16" in _values(rows, "dtype") else _values(rows, "dtype")[0]
+    sizes = sorted(_values(rows, "requests"))
+    engines = [name for name in _ENGINES if name in _values(rows, "engine")]
+    middle = sizes[len(sizes) // 2]
+    lines = []
+    for (phase, contender), label in _SUMMARY.items():
+        at = {
+            (engine, size): _find(
+                rows, engine=engine, dtype=dtype, requests=size, phase=phase, contender=contender
+            )
+            for engine in engines
+            for size in sizes
+        }
+        shown = at[engines[0], middle]
+        if shown is None:
+            continue
+        longest = shown.get("longest_over_stock")
+        lines.append(
+            [
+                label,
+                f"{shown['reused']:.0%}",
+                "" if longest is None else f"{longest:.0%}",
+                *(" / ".join(_speed(at[e, s]) or "-" for s in sizes) for e in engines),
+                _speed(shown, "step_over_stock"),
+            ]
+        )
+    tried = " / ".join(map(str, sizes))
+    head = ["", "reused", "steps of the longest"]
+    head += [f"{_ENGINES[engine]}, {tried} requests" for engine in engines]
+    return (
+        f"{markdown_table([*head, f'whole step, {middle}'], lines)}\n\n"
+        f"<sub>{dtype}, {origin([content])}</sub>"
+    )
