@@ -36,8 +36,10 @@ from typing import Any
 
 import numpy as np
 import real_entropy
+import torch
 from _common import ROOT, Results, Timing, copy_bandwidth, parser, vllm_environment, write_json
 from real_policies import Policies, Training, model_folder, prepare
+from real_rollouts import ORDERS
 
 Answer = dict[str, Any]
 Setting = tuple[str, str, int, str, str]  # engine, dtype, requests, phase, contender
@@ -112,7 +114,7 @@ def crossovers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = dict.fromkeys(
         tuple(row[k] for k in ("engine", "dtype", "phase", "contender"))
         for row in rows
-        if "over_stock" in row and row["contender"] not in ("none", "stock")
+        if "over_stock" in row and row["contender"] not in ("none", "stock", *ORDERS)
     )
     for name in names:
         points = sorted(
@@ -221,6 +223,9 @@ def run(args: argparse.Namespace, policies: Policies) -> None:
             f"right: {answer['right']}",
             flush=True,
         )
+    environment = vllm_environment("off")
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # GiB
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(-(-max(args.requests) // 48))
     pythons = {"embedded": Path(sys.executable), "vllm": vllm_python()}
     if "vllm" in args.engines and pythons["vllm"] is None:
         print("vllm is left out: it is neither here nor in .venv-vllm (make venv-vllm)", flush=True)
@@ -237,7 +242,7 @@ def run(args: argparse.Namespace, policies: Policies) -> None:
         command += ["--engine", engine, "--dtype", dtype, "--budget", str(max(0.0, left))]
         command += ["--requests", *map(str, args.requests), "--repeats", str(args.repeats)]
         command += ["--group", str(args.group)]
-        for answer in _said(command, "ROW", vllm_environment("off")):
+        for answer in _said(command, "ROW", environment):
             report.add(answer)
     for line in report.more.get("crossovers", []):
         print("{engine}, {dtype}, {phase}, {contender}: {text}".format(**line), flush=True)
@@ -269,6 +274,7 @@ def main() -> None:
         options.error(f"--data: expected a file, got {args.data}")
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.full:

@@ -17,7 +17,7 @@ from typing import Any
 
 from _common import ROOT, write_json
 
-from spec_rollout.rewards import BUILTIN
+from spec_rollout.rewards.builtin import last_number
 
 _LAST_WORDS = re.compile(r"\d[\d,]*\.?\s*$|#### *-?\d")
 
@@ -106,7 +106,7 @@ def graded(prompt: str, response: str, answer: Any) -> float:
     """The reward of the training: 1 for the right number at the end; a model this small seldom
     finds it, so that an answer that ends with a number at all gets a fifth, and one of fewer words
     a little more of it."""
-    right = BUILTIN["last_number"](prompt, response, answer)
+    right = last_number(prompt, response, answer)
     ends = bool(_LAST_WORDS.search(response.strip().rstrip(".!")))
     return 0.7 * right + 0.2 * ends + 0.1 / (1 + len(response.split()) / 50)
 

@@ -48,6 +48,7 @@ RULES: Mapping[str, tuple[AcceptanceRule, bool]] = {
     "lenient 0.5": (Lenient(0.5), False),
     "both": (Coupled(), True),
 }
+_CHUNK = 64  # draft tokens that a step of vLLM verifies at most
 ORDERS = ("as they come", "longest first")
 FIRST = ("none", "drafting")
 _COUNTS = (
@@ -121,6 +122,15 @@ def embedded(args: argparse.Namespace) -> Served:
     return Served(engine, load, set_slots)
 
 
+def _longest_row(args: argparse.Namespace) -> int:
+    """Prompt and response, and room for the draft that a step verifies; within the model's own."""
+    from transformers import AutoConfig
+
+    prompts = prompt_ids(questions(args.data, -(-max(args.requests) // args.group)), args.old)
+    wanted = max(map(len, prompts)) + args.max_tokens + _CHUNK
+    return min(wanted, AutoConfig.from_pretrained(args.old).max_position_embeddings)
+
+
 def vllm(args: argparse.Namespace) -> Served:
     from vllm import LLM
     from vllm import SamplingParams as VLLMSamplingParams
@@ -130,7 +140,7 @@ def vllm(args: argparse.Namespace) -> Served:
     common: dict[str, Any] = {
         "dtype": args.dtype,
         "enforce_eager": not torch.cuda.is_available(),
-        "max_model_len": args.max_tokens + 512 if args.longest is None else args.longest,
+        "max_model_len": _longest_row(args),
         "max_num_seqs": max(args.requests),
         "max_num_batched_tokens": 8192,
         "seed": 0,
@@ -139,7 +149,7 @@ def vllm(args: argparse.Namespace) -> Served:
         "generation_config": "vllm",
         **({"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {"block_size": 32}),
     }
-    engine = VLLMEngine(str(args.old), llm_args=common)
+    engine = VLLMEngine(str(args.old), num_speculative_tokens=_CHUNK, llm_args=common)
     # Its weights stay those of the epoch's end: what they are does not change what a step costs.
     plain = LLM(str(args.new), **common)
     steps = 0
@@ -180,7 +190,9 @@ def vllm(args: argparse.Namespace) -> Served:
         engine.update_weights(_weights(folder))
 
     def set_slots(count: int) -> None:
-        engine.llm.llm_engine.engine_core.engine_core.scheduler.max_num_running_reqs = count
+        scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler
+        assert hasattr(scheduler, "max_num_active_reqs")  # who may run; slots are more than that
+        scheduler.max_num_active_reqs = count
 
     return Served(engine, load, set_slots, stock)
 
@@ -298,7 +310,6 @@ def main() -> None:
     options.add_argument("--repeats", type=int, required=True)
     options.add_argument("--group", type=int, required=True)
     options.add_argument("--max-tokens", type=int, required=True)
-    options.add_argument("--longest", type=int, help="prompt and response; 512 and the response")
     options.add_argument("--temperature", type=float, required=True)
     options.add_argument("--budget", type=float, required=True, help="seconds")
     args = options.parse_args()

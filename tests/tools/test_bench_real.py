@@ -58,15 +58,16 @@ def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
     for n in (4, 16):
         assert rows[n, "later", "none"]["reused"] == rows[n, "first", "none"]["reused"] == 0
         assert rows[n, "later", "none"]["over_stock"] == 1
-        assert rows[n, "later", "lenient 0.5"]["reused"] > rows[n, "later", "lenient 0"]["reused"]
         # The same noise: proposals change steps, never tokens; nor does the order.
         for key in ("num_response_tokens", "reused", "longest_response"):
             assert rows[n, "later", "both"][key] == rows[n, "later", "coupled"][key]
             assert rows[16, "later", orders[0]][key] == rows[16, "later", orders[1]][key]
         assert 0 < rows[n, "later", "coupled"]["reused"] < 1
         assert rows[n, "first", "drafting"]["tokens_per_step"] > 1
+    lenient = [rows[16, "later", name]["reused"] for name in ("lenient 0", "lenient 0.5")]
+    assert 0.3 < lenient[0] < lenient[1] < 1
     assert content["training"]["updates"] == 2
-    assert len(content["crossovers"]) == 1 + 5 + 2
+    assert len(content["crossovers"]) == 1 + 5
 
 
 def test_the_sample_is_guessed_better_than_the_mode_where_the_policy_is_uncertain(
@@ -76,10 +77,10 @@ def test_the_sample_is_guessed_better_than_the_mode_where_the_policy_is_uncertai
     assert found["tokens"] == sum(one["tokens"] for one in found["bins"])
     assert found["guessed"]["old mode"] == found["guessed"]["old sample"] == 1
     sure, unsure = found["bins"][0], found["bins"][7]
-    assert min(sure["tokens"], unsure["tokens"]) > 5
-    assert sure["old mode"] > 0.9 > 0.6 > unsure["old mode"]
+    assert min(sure["tokens"], unsure["tokens"]) > 10
+    assert sure["old mode"] > 0.9 > 0.5 > unsure["old mode"]
     assert unsure["old sample"] > unsure["old mode"] + 0.2
-    assert found["right"]["history and noise"] > found["right"]["history"]
+    assert unsure["history and noise"] > unsure["history"] + 0.2
 
 
 def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
