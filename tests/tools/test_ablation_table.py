@@ -14,7 +14,7 @@ tables = importlib.import_module("results_tables")
 
 def variant(share: float, speedup: float, seconds: float | None, published: Any) -> dict[str, Any]:
     return {
-        "mean": {"token_share": share, "effective_speedup": speedup, "accuracy": 0.75, "later_entropy": 0.25},
+        "mean": {"token_share": share, "effective_speedup": speedup, "step_speedup": speedup / 1.5, "accuracy": 0.75, "later_entropy": 0.25},
         "sd": {"accuracy": 0.0125},
         "until_plain_accuracy": {"rollout_seconds": seconds, "generated_tokens": seconds and 1000.0},
         "published": published,
@@ -39,7 +39,7 @@ def test_a_grid_has_a_line_per_variant(tmp_path: Path) -> None:
     (tmp_path / "ablation_small" / "ablation.json").write_text(json.dumps(content))
     lines = tables.table("ablation_small", tmp_path).splitlines()
     assert (
-        "| `lenient_0.5` | 40% | **1.88x** | 1x | 75.0% ± 1.2 | not reached | not reached | 2.00x, 40% | +1.5 |"
+        "| `lenient_0.5` | 40% | **1.88x** | **1.25x** | 75.0% ± 1.2 | not reached | not reached | 2.00x, 40% | +1.5 |"
         in lines
     )
     assert "| `both` | 60% | **1.5x** | 1x | 75.0% ± 1.2 | 10.0 | 1,000 |  |  |" in lines
@@ -51,5 +51,6 @@ def test_a_grid_has_a_line_per_variant(tmp_path: Path) -> None:
         "| `lenient_0.5`",
         "| `both`",
     ]
+    assert summary[3] == "| `lenient_0.5` | 40% | **1.88x** | **1.25x** | 75.0% ± 1.2 | not reached |"
     assert summary[-1] == "<sub>X, 2 cores, torch 2, commit aaaaaaaaaa, 2026-01-02</sub>"
     assert tables.table("ablation_large", tmp_path) == "*Not measured yet.*"

@@ -93,10 +93,12 @@ def ablation_summary_table(content: Mapping[str, Any]) -> str:
             f"`{name}`",
             _mean(variants[name], "token_share", ".0%"),
             speedup(variants[name]["mean"].get("effective_speedup", 1.0)),
+            speedup(variants[name]["mean"].get("step_speedup", 1.0)),
             _accuracy(variants[name]),
             _until(variants[name], "rollout_seconds", ".0f"),
         ]
         for name in shown
     ]
-    header = ["variant", "tokens generated", "rollouts", "accuracy", "rollout seconds until"]
+    header = ["variant", "tokens generated", "rollouts", "whole step", "accuracy"]
+    header += ["rollout seconds until"]
     return f"{markdown_table(header, rows)}\n\n<sub>{origin([content])}</sub>"
