@@ -51,6 +51,8 @@ def test_a_grid_has_a_line_per_variant(tmp_path: Path) -> None:
         "| `lenient_0.5`",
         "| `both`",
     ]
-    assert summary[3] == "| `lenient_0.5` | 40% | **1.88x** | **1.25x** | 75.0% ± 1.2 | not reached |"
+    assert (
+        summary[3] == "| `lenient_0.5` | 40% | **1.88x** | **1.25x** | 75.0% ± 1.2 | not reached |"
+    )
     assert summary[-1] == "<sub>X, 2 cores, torch 2, commit aaaaaaaaaa, 2026-01-02</sub>"
     assert tables.table("ablation_large", tmp_path) == "*Not measured yet.*"

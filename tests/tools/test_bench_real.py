@@ -46,6 +46,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
     rows = {(r["requests"], r["phase"], r["contender"]): r for r in content["rows"]}
     rules = ["none", "drafting", "coupled", "lenient 0", "lenient 0.5", "both"]
@@ -70,6 +71,7 @@ def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
     assert len(content["crossovers"]) == 1 + 5
 
 
+@pytest.mark.slow
 def test_the_sample_is_guessed_better_than_the_mode_where_the_policy_is_uncertain(
     content: dict[str, Any],
 ) -> None:
@@ -83,6 +85,7 @@ def test_the_sample_is_guessed_better_than_the_mode_where_the_policy_is_uncertai
     assert unsure["history and noise"] > unsure["history"] + 0.2
 
 
+@pytest.mark.slow
 def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
     text = real_table(content)
     assert "| embedded | float32 | 4 | " in text
