@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from spec_rollout.cache.entry import (
     GROUP_OVERHEAD_BYTES,
     UNREADABLE,
     Entry,
+    owned,
 )
 
 _CRC = struct.Struct("<I")
@@ -169,23 +170,23 @@ def entry_of(row: Row, segment: memoryview | None, *, borrowed: bool) -> Entry:
         segment: Where its arrays are; None gives `UNREADABLE`, as anything does that does not fit.
         borrowed: The arrays are views of the segment, not copies.
     """
-    _, policy_version, checksum, finish_reason, _, start, *lens = row
-    if segment is None or start < 0 or lens[0] < 0:
+    _, policy_version, checksum, finish_reason, _, start, *_ = row
+    size, logprobs_size, trainer_size, behaviour_size, ages_size = row[_LENS:]
+    if segment is None or start < 0 or size < 0:
         return UNREADABLE
-    parts: list[Any] = []  # bytes, or memoryviews in their place
-    for length in lens:
-        if length < 0:
-            parts.append(None)
-            continue
-        end = start + length
-        part = segment[start:end]
-        parts.append(part if borrowed else bytes(part))
-        start = end
-    if start > len(segment):
+    # Written out: a step looks up thousands of rows.
+    end = start + size
+    token_ids = segment[start:end]
+    logprobs = None if logprobs_size < 0 else segment[end : (end := end + logprobs_size)]
+    trainer = None if trainer_size < 0 else segment[end : (end := end + trainer_size)]
+    behaviour = None if behaviour_size < 0 else segment[end : (end := end + behaviour_size)]
+    ages = None if ages_size < 0 else segment[end : (end := end + ages_size)]
+    if end > len(segment):
         return UNREADABLE
-    tokens, logprobs, trainer, behaviour, ages = parts
-    fields = (tokens, logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages)
-    return Entry._make(fields)
+    entry = Entry._make(  # of memoryviews in place of bytes
+        (token_ids, logprobs, trainer, finish_reason, policy_version, checksum, behaviour, ages)
+    )
+    return entry if borrowed else owned(entry)
 
 
 def _arrays(entry: Entry) -> tuple[bytes | None, ...]:

@@ -114,10 +114,12 @@ def test_every_flipped_bit_is_found(threads: int) -> None:
     keys, ids = [b"key"] * len(entries), [7] * len(entries)
     expected = [row for row, e in enumerate(entries) if e is not None and e is not entry]
     assert len(expected) > 8 * 18 * 5
-    drafts, failed = sound_drafts(keys, ids, entries, 9, trainer_logprobs=False)
-    assert failed == expected
-    assert drafts.lens.tolist() == [5 if e is entry else 0 for e in entries]
-    assert torch.equal(drafts.token_ids.reshape(-1, 5)[-1], torch.arange(5, dtype=torch.int32))
+    for length in (5, 2):  # also where it would not be used
+        drafts, failed = sound_drafts(keys, ids, entries, length, trainer_logprobs=False)
+        assert failed == expected
+        assert drafts.lens.tolist() == [length if e is entry else 0 for e in entries]
+        last = drafts.token_ids.reshape(-1, length)[-1]
+        assert torch.equal(last, torch.arange(length, dtype=torch.int32))
     # Nor does it fit another place.
     for key, sample_id in ((b"kez", 7), (b"key", 6), (b"key\0", 7)):
         assert not is_sound(key, sample_id, entry)
