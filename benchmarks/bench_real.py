@@ -261,7 +261,7 @@ def main() -> None:
     options.add_argument("--group", type=int, default=8, help="samples of a prompt")
     options.add_argument("--max-tokens", type=int, default=128)
     options.add_argument("--temperature", type=float, default=0.5)
-    options.add_argument("--budget", type=float, default=1500.0, help="seconds of all rollouts")
+    options.add_argument("--budget", type=float, default=1400.0, help="seconds of all rollouts")
     options.add_argument("--entropy-prompts", type=int, default=8)
     options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")
     args = options.parse_args()
