@@ -262,6 +262,7 @@ def main() -> None:
     options.add_argument("--max-tokens", type=int, default=128)
     options.add_argument("--temperature", type=float, default=0.5)
     options.add_argument("--budget", type=float, default=1400.0, help="seconds of all rollouts")
+    options.add_argument("--lr", type=float, default=Training().lr, help="of the epoch's training")
     options.add_argument("--entropy-prompts", type=int, default=8)
     options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")
     args = options.parse_args()
@@ -279,7 +280,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.full:
         args.requests = sorted({*args.requests, 256})
-    training = Training(temperature=args.temperature, max_tokens=args.max_tokens, group=args.group)
+    training = Training(
+        group=args.group, max_tokens=args.max_tokens, lr=args.lr, temperature=args.temperature
+    )
     if args.tiny:
         model, args.data = _tiny(args.folder)
         args.entropy_prompts = 2
