@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -91,3 +92,46 @@ def test_responses_are_cut_at_stop_strings_and_bounded(model) -> None:
         model.generate_until(instances((prompt, {"until": [], "num_beams": 4})))
     with pytest.raises(ValueError, match=r"less than 64 tokens .*, got 64"):
         model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 64})))
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_from_its_file_to_the_figures(policy, model, tmp_path, capsys) -> None:
+    """Choices as in MMLU and texts as in IFEval, through lm-eval's own evaluation."""
+    from spec_rollout.cli import main
+
+    documents = [{"q": f"{n} +{n + 1} -2 =?\nbegin", "choices": ["7", "12 +", "x"], "gold": n % 3} for n in range(3, 9)]  # fmt: skip
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+    shared = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "sums.jsonl"}}}}}
+test_split: test
+doc_to_text: "{{{{q}}}}"
+target_delimiter: ""
+"""
+    (tmp_path / "choose.yaml").write_text(
+        f"task: own_choice\noutput_type: multiple_choice{shared}"
+        'doc_to_choice: "{{choices}}"\ndoc_to_target: gold\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (tmp_path / "write.yaml").write_text(
+        f"task: own_text\noutput_type: generate_until{shared}"
+        'doc_to_target: "{{choices[0]}}"\ngeneration_kwargs: {until: [" "], max_gen_toks: 4}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    out = tmp_path / "figures.json"
+    asked = ["--lm-eval", "own_choice,own_text", "--lm-eval-path", str(tmp_path)]
+    status = main(
+        ["eval", "--model", str(model_dir()), *asked, "--device", "cpu", "--out", str(out)]
+    )  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    found = json.loads(out.read_text())["lm_eval"]
+    right = 0
+    for doc in documents:
+        scores = [plain_loglikelihood(policy, doc["q"], choice)[0] for choice in doc["choices"]]
+        right += scores.index(max(scores)) == doc["gold"]
+    assert found["own_choice"]["acc,none"] == pytest.approx(right / len(documents))
+    texts = model.generate_until(
+        instances(*((doc["q"], {"until": [" "], "max_gen_toks": 4}) for doc in documents))
+    )
+    equal = sum(text == doc["choices"][0] for text, doc in zip(texts, documents, strict=True))
+    assert found["own_text"]["exact_match,none"] == pytest.approx(equal / len(documents))
