@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from spec_rollout.drafting.step_cost import StepCost
 
 _FORGET = 0.9  # what passed, per step with proposals
@@ -11,8 +9,8 @@ _FORGET_UNUSED = 0.95  # and per step whose proposals were not used
 _PRIOR_TOKENS = 4.0  # for which the drafter's word is taken
 # What is remembered of what passed: as many tokens as in so many steps like the last, and so many.
 _TRUST_STEPS, _TRUST_TOKENS = 3.0, 16.0
-_FORGET_PRICE = 0.95  # what tokens took, per step of about that batch size
-_MOST_PER_ROW = 4.0  # tokens of a step that count
+_FORGET_PRICE = 0.95  # what tokens took, per step
+_MOST_PER_ROW = 6.0  # tokens of a step that count
 _PLAIN_STEPS = 2.0  # for which tokens are taken to cost what they do without proposals
 # A probability, while it is not known what proposed tokens take.
 _FIRST_GUESS = 0.5
@@ -26,22 +24,14 @@ _FIRST_TRIAL, _LAST_TRIAL = 16, 512
 _DOUBTFUL_STEPS = 2  # with proposals, after a trial that showed that costs were wrong
 
 
-@dataclass(slots=True)
-class _Lately:
-    """Decayed sums over the last steps of about one batch size."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-
-
 class Payoff:
     """Decides which proposals are worth computing.
 
     A token that is not given now has to be given later. What that takes is taken to be what tokens
-    take now: seconds of the last steps of about this batch size, divided by the tokens they gave;
-    at first, of steps without proposals. A step in which whole drafts passed says little of those
-    that follow, and counts as part of one. So one more token pays if it passes with a probability
-    of at least
+    take now: of the last steps, the seconds over those of a step without proposals, divided by the
+    tokens they gave a row; at first, of steps without proposals. A step in which whole drafts
+    passed says little of those that follow, and counts as part of one. So one more token pays if it
+    passes with a probability of at least
 
         threshold = seconds per proposed token / seconds per token
 
@@ -81,7 +71,7 @@ class Payoff:
     def begin(self) -> None:
         """The history has changed, as when a rollout call begins: what proposals were good for is
         forgotten."""
-        self._lately: dict[int, _Lately] = {}
+        self._lately_steps = self._lately_tokens = 0.0  # as long as plain ones; of each row
         self._expected = self._accepted = 0.0
         self._refused = 0  # steps in a row
         self._wait = 0  # steps
@@ -98,15 +88,12 @@ class Payoff:
         if self.cost.observe(rows, proposed, seconds, is_trial=self._is_trial):
             self._num_doubtful = _DOUBTFUL_STEPS
         self._is_trial = False
-        if accepted is not None:
-            size = rows.bit_length()
-            lately = self._lately.get(size)
-            if lately is None:
-                lately = self._lately[size] = _Lately()
-            tokens = rows + accepted
-            share = min(1.0, _MOST_PER_ROW * rows / tokens)
-            lately.seconds = _FORGET_PRICE * lately.seconds + share * seconds
-            lately.tokens = _FORGET_PRICE * lately.tokens + share * tokens
+        plain = self.cost.plain(rows)
+        if accepted is not None and plain:
+            tokens = 1.0 + accepted / rows
+            share = min(1.0, _MOST_PER_ROW / tokens)
+            self._lately_steps = _FORGET_PRICE * self._lately_steps + share * seconds / plain
+            self._lately_tokens = _FORGET_PRICE * self._lately_tokens + share * tokens
 
     def tested(self, expected: float, accepted: int) -> None:
         """Of the proposals of a step, `expected` tokens were expected to pass, `accepted` did."""
@@ -194,7 +181,5 @@ class Payoff:
         plain = self.cost.plain(rows)
         if plain is None:
             return None
-        lately = self._lately.get(rows.bit_length())
-        if lately is None:
-            return plain / rows
-        return (lately.seconds + _PLAIN_STEPS * plain) / (lately.tokens + _PLAIN_STEPS * rows)
+        steps, tokens = self._lately_steps + _PLAIN_STEPS, self._lately_tokens + _PLAIN_STEPS
+        return plain / rows * steps / tokens
