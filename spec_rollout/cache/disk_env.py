@@ -38,6 +38,7 @@ _CRC32_SCHEMA = b"spec-rollout disk store 1"
 # Address space, not memory and not disk: the file is as long as what is in it.
 _MAP_BYTES = 1 << 40
 _PATIENCE_SECONDS = 60.0
+_MOST_FILLED = 64 << 20
 _MOST_READERS = 1024
 _NAMES = ("meta", "groups", "order", "segments", "undo", "marks")
 
@@ -221,6 +222,29 @@ def check_file(path: Path) -> None:
         raise StoreError(
             f"{file}: expected a sound database, got a damaged one: {problems[0]}{more}"
         )
+    _fill_up(path)
+
+
+def _fill_up(path: Path) -> None:
+    """Zeros at the end of a file up to the last page that it says it has.
+
+    A rollout's pages may be cut short where only the first of them was looked at, and a process
+    that reads beyond the end of a mapped file is ended. Zeros fail the rollout's checksum. (Pages
+    that a transaction took and gave back need not be in the file.)
+    """
+    with _errors(path, "open it"):
+        env = lmdb_module().open(os.fspath(path), readonly=True, lock=False)
+        try:
+            expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        finally:
+            env.close()
+    size = (path / DATA).stat().st_size
+    if expected > 2 * size + _MOST_FILLED:
+        raise StoreError(
+            f"{path / DATA}: expected {expected} bytes, got {size}: it was cut short, or says so"
+        )
+    if expected > size:
+        os.truncate(path / DATA, expected)
 
 
 def compact(path: PathLike) -> tuple[int, int]:

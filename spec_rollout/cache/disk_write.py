@@ -21,6 +21,7 @@ from spec_rollout.cache.disk_records import (
     slice_of,
 )
 from spec_rollout.cache.entry import ENTRY_OVERHEAD_BYTES, UNREADABLE, Entry
+from spec_rollout.cache.store import StoreError
 
 if TYPE_CHECKING:
     import lmdb
@@ -48,6 +49,11 @@ class Change:
         self._before = self.counters
 
     def finish(self) -> None:
+        if min(self.counters) < 0:
+            raise StoreError(
+                f"{self.shared.path}: expected sums of what is there, got {self.counters}: it is "
+                "damaged (what is sound in it can be exported)"
+            )
         if self.counters != self._before:
             self.txn.put(b"counters", self.counters.to_bytes(), db=self.shared.meta)
 
@@ -158,8 +164,9 @@ class Change:
             with self.txn.cursor(self.shared.order) as cursor:
                 if not cursor.first():
                     break
-                index = bytes(cursor.value()[PLACE.size :])
+                use, index = bytes(cursor.key()), bytes(cursor.value()[PLACE.size :])
             self.remove(index)
+            self.txn.delete(use, db=self.shared.order)  # damaged, it may lead to no group
             evicted += 1
         return evicted
 
@@ -224,17 +231,17 @@ class Change:
         if record is None:
             return
         try:
-            use = Group.from_bytes(record).use
+            group = Group.from_bytes(record)
         except DamagedRecord:
-            found = self._place_of(index)
-            if found is None:
-                self.txn.delete(index, db=self.shared.groups)
-                return
-            use = found
-        place = self.txn.pop(number(use), db=self.shared.order)
-        if place is not None:
-            size, num_samples = PLACE.unpack_from(place)
-            self._count(-1, -num_samples, -size)
+            use = self._place_of(index)
+            place = None if use is None else self.txn.pop(number(use), db=self.shared.order)
+            if place is not None:
+                size, num_samples = PLACE.unpack_from(place)
+                self._count(-1, -num_samples, -size)
+        else:
+            # By its own record, which has a checksum, and not by its place, which has none.
+            self.txn.delete(number(group.use), db=self.shared.order)
+            self._count(-1, -len(group.rows), -group.num_bytes)
         self.txn.delete(index, db=self.shared.groups)
 
     def _place_of(self, index: bytes) -> int | None:

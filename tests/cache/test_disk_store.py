@@ -12,7 +12,7 @@ import pytest
 from cache_samples import check_integrity, content_of, entry_of, make_rollouts, put, rows_of
 
 from spec_rollout.cache import DiskStore, RolloutCache, StoreError, disk_env
-from spec_rollout.cache.disk_records import index_key, number
+from spec_rollout.cache.disk_records import Counters, index_key, number
 from spec_rollout.cache.entry import UNREADABLE
 
 A, B, C = b"prompt-a", b"prompt-b", b"prompt-c"
@@ -148,6 +148,59 @@ def test_a_damaged_record_is_a_miss_and_makes_room(tmp_path: Path, then: str) ->
         else:
             store.replace_all([(B, {0: entry_of(B, 0, [1] * 10)})])
         check_integrity(store)
+
+
+def test_a_damaged_place_in_the_order_of_use_is_not_believed(tmp_path: Path) -> None:
+    """It says what has to be known of a group whose record is damaged, and has no checksum."""
+    with DiskStore(tmp_path / "store") as store:
+        for key in (A, B, C):
+            put(store, key, 0)
+        shared, size = store._shared, store.size()
+        with shared.writing() as txn:
+            for use, value in list(txn.cursor(shared.order)):
+                place = b"\xff" * 12 + bytes(value[12:])  # of more bytes and samples than there are
+                # The first leads to a group that is not there.
+                place = place[:-1] + b"?" if bytes(value[12:]) == index_key(A) else place
+                txn.put(bytes(use), place, db=shared.order)
+        put(store, B, 0)
+        assert store.size() == size
+        assert store.evict(size.num_bytes // 2) == 3
+        assert [key for key, _ in store.iterate()] == []
+        assert store.size().num_groups == 1  # A, which is out of the order of use
+        put(store, A, 0)
+        check_integrity(store)
+
+
+def test_sums_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with DiskStore(tmp_path / "store") as store:
+        put(store, A, 0)
+        put(store, B, 0)
+        shared = store._shared
+        with shared.writing() as txn:
+            txn.put(b"counters", Counters(next_use=2, next_segment=2).to_bytes(), db=shared.meta)
+        with pytest.raises(StoreError, match="expected sums of what is there"):
+            store.evict(-1)
+        store.put_many([(B, {1: entry_of(B, 1, [1])})])
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_a_rollout_cut_short_at_the_files_end_is_a_miss(tmp_path: Path, pages: int) -> None:
+    """Its first page is there: reading on would end the process, for the file is mapped."""
+    folder = tmp_path / "store"
+    with DiskStore(folder) as store:
+        for _ in range(6):  # which leaves room for all pages but those of the next rollout
+            put(store, A, 0)
+        put(store, B, 0, num_tokens=4000)
+    data = folder / disk_env.DATA
+    os.truncate(data, data.stat().st_size - pages * 4096)
+    said = in_another_process(
+        "from spec_rollout.cache import RolloutCache\n"
+        "drafts = RolloutCache(store=store).lookup([A, B], [0, 0], max_tokens=9)\n"
+        "print(drafts.lens.tolist())\n"
+        "put(store, B, 0); print(store.get_many([B], [0]) == [entry_of(B, 0, [1] * 10)])",
+        folder,
+    )
+    assert said == "[9, 0]\nTrue\n"
 
 
 def test_a_segment_that_is_gone_is_a_miss(tmp_path: Path) -> None:
