@@ -14,12 +14,14 @@ from vllm_samples import make_model
 pytestmark = pytest.mark.slow
 
 _SCRIPT = """
-import json, sys
+import json, multiprocessing, sys
 from dataclasses import replace
 import torch
 from vllm_samples import *
 from spec_rollout.acceptance import Coupled
+from spec_rollout.cache import MemoryStore, RolloutCache
 from spec_rollout.engines.vllm import VLLMEngine
+from spec_rollout.rollout import RolloutSession
 from spec_rollout.types import History, SamplingParams
 
 if __name__ == "__main__":
@@ -39,6 +41,20 @@ if __name__ == "__main__":
     engine.update_weights(AutoModelForCausalLM.from_pretrained(new_folder).float().named_parameters())
     out["updated"] = rows_of(engine.rollout(make_requests(prompts), sampling, Coupled()))
     out["in_process"] = hasattr(engine.llm.llm_engine.engine_core, "engine_core")
+    if not out["in_process"]:
+        store = MemoryStore()
+        session = RolloutSession(engine, Coupled(), cache=RolloutCache(store=store))
+        session.rollout(prompts, 1, sampling, step=0, epoch=0)
+        before = [(key, dict(samples)) for key, samples in store.iterate()]
+        (core,) = multiprocessing.active_children()
+        engine.before_step = core.kill
+        out["deaths"] = []
+        for _ in range(2):
+            try:
+                session.rollout(prompts, 1, sampling, step=1, epoch=1)
+            except Exception as error:
+                out["deaths"].append(type(error).__name__)
+        out["kept"] = before == [(key, dict(samples)) for key, samples in store.iterate()]
     print("RESULT " + json.dumps(out))
     engine.close()
 """
@@ -71,6 +87,9 @@ def test_same_results_from_a_process_of_its_own(vllm_installed: None, tmp_path: 
     assert sum(found["accepted"]) > 0
     assert found["logprob_gap"] < 2e-5
     assert found["updated"] != found["plain"]
+    # Killed in mid-rollout: the step fails instead of waiting, and so does the next one.
+    assert found["deaths"] == ["EngineDeadError", "EngineDeadError"]
+    assert found["kept"]
     here = _run(tmp_path, "0")
     assert here["in_process"]
     for name in ("plain", "accepted", "updated"):

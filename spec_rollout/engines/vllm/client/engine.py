@@ -98,6 +98,7 @@ class VLLMEngine:
         return engine
 
     def _take_over(self, llm: Any, strategy: Strategy, *, owns_llm: bool) -> None:
+        compat.tell_of_death(llm)
         self.llm = llm
         self.strategy = strategy
         self._owns_llm = owns_llm
@@ -139,6 +140,7 @@ class VLLMEngine:
 
         Raises:
             ValueError: naming the argument, before anything is computed.
+            vllm.v1.engine.exceptions.EngineDeadError: if the engine's process dies meanwhile.
         """
         limits = [sampling.max_tokens] * requests.batch
         return self.rollout_with_limits(requests, sampling, acceptance, limits)

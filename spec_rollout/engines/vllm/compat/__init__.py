@@ -24,6 +24,7 @@ Importing this package does not import vLLM; calling its functions does.
 """
 
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
+from spec_rollout.engines.vllm.compat.death import tell_of_death
 from spec_rollout.engines.vllm.compat.identity import PROPOSER, WORKER, check_plugged, is_ours
 from spec_rollout.engines.vllm.compat.install import install, install_worker, plugin
 from spec_rollout.engines.vllm.compat.llm import (
@@ -92,6 +93,7 @@ __all__ = [
     "scoring_params",
     "shut_down",
     "start_update",
+    "tell_of_death",
     "transformers_config",
     "watch_weights",
     "weights_loaded",
