@@ -39,7 +39,7 @@ def load_config(
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: expected a TOML file, got {str(path)!r}: {error}") from None
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers without end are a ValueError
             raise ConfigError(f"config: {str(path)!r} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(table, override)
@@ -95,7 +95,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     text = text.strip()
     try:
         group[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         group[key] = text
 
 
@@ -165,7 +165,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         pairs = enumerate(zip(inner_hints, value, strict=True))
         return tuple(_convert(h, v, f"{name}[{i}]") for i, (h, v) in pairs)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name}: expected a number, got one beyond 1e308") from None
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         raise ConfigError(
             f"{name}: expected {_describe(hint)}, got {type(value).__name__} {value!r}"

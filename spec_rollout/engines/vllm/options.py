@@ -147,10 +147,10 @@ class EngineOptions:
             return cls.from_mapping({"mode": text}, source=source)
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{source}: expected a mode ({', '.join(MODES)}) or a JSON object, got {text!r} "
-                f"({error})"
+                f"{source}: expected a mode ({', '.join(MODES)}) or a JSON object, got "
+                f"{text!r:.80} ({error})"
             ) from None
         # An object that says nothing of the mode wants the lossless one that needs no names.
         return cls.from_mapping({"mode": "drafting", **values}, source=source)

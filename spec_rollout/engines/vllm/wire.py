@@ -123,6 +123,10 @@ class SampleName:
             _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
         if not isinstance(self.prompt_id, str):
             raise ValueError(f"prompt_id: expected text, got {self.prompt_id!r}")
+        try:  # the worker, where an error would end the engine, hashes it
+            self.prompt_id.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt_id: expected text of UTF-8, got {error}") from None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SampleName:
@@ -254,7 +258,7 @@ def parse(data: Any) -> ReuseRequest | SampleName:
     if isinstance(data, str) and data.lstrip().startswith("{"):
         try:
             data = json.loads(data)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{EXTRA_ARG}: expected JSON, got {data[:80]!r} ({error})") from None
     if isinstance(data, Mapping):
         return SampleName.from_mapping(data)
