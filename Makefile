@@ -48,7 +48,7 @@ BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-real bench-gpu lint format \
-  cuda-check sass sanitize clean rebuild
+  cuda-check sass sanitize sanitize-cpu fuzz clean rebuild
 .DELETE_ON_ERROR:
 
 help: ## This list
@@ -188,12 +188,25 @@ test-fast: $(VENV)/.test-tools ## Tests of seconds
 torture: export OMP_NUM_THREADS = 1
 torture: $(VENV)/.test-tools ## Kills, damaged files, full disks by the hundred; writes benchmarks/results/torture.json
 	$(BIN)/python tests/torture/torture.py --out benchmarks/results
+	$(BIN)/python tools/results_tables.py
+
+$(VENV)/.fuzz: pyproject.toml | $(VENV)/.test-tools
+	$(BIN)/python .ci/requirements.py fuzz > $(VENV)/fuzz-requirements.txt
+	$(PIP) --no-compile -r $(VENV)/fuzz-requirements.txt
+	touch $@
+
+fuzz: $(VENV)/.fuzz ## Every parser under a coverage-guided fuzzer (atheris), SECONDS each; adds to tests/fuzz/corpus
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(or $(SECONDS),60)
 
 test-gpu: $(VENV)/.test-tools ## Tests that need an NVIDIA GPU: every op on it, graphs, streams, adversarial inputs
 	$(BIN)/python -m pytest -m gpu
 
 sanitize: $(VENV)/.test-tools ## Every CUDA kernel under compute-sanitizer: memcheck, racecheck, initcheck
 	@PYTHON=$(BIN)/python .ci/sanitize
+
+sanitize-cpu: export OMP_NUM_THREADS = 2
+sanitize-cpu: $(VENV)/.test-tools ## csrc/ built with address, undefined-behaviour and thread sanitizers, and the tests of the ops on it
+	@PYTHON=$(BIN)/python .ci/sanitize-cpu
 
 cuda-check: venv $(VENV)/.triton ## Registers of every CUDA kernel; fails on warnings, spills and narrow loads
 	@PYTHON=$(BIN)/python .ci/cuda-check $(BUILD_LOG) \

@@ -110,7 +110,11 @@ def _code(page: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "script", [".ci/run", ".ci/cuda-toolkit", ".ci/cuda-check", ".ci/sanitize", ".ci/vllm-venv"]
+    "script",
+    [
+        *(".ci/run", ".ci/cuda-toolkit", ".ci/cuda-check", ".ci/sanitize", ".ci/sanitize-cpu"),
+        ".ci/vllm-venv",
+    ],
 )
 def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111

@@ -46,19 +46,26 @@ def save(root: Path, store: DiskStore, model: Any, optimizer: Any, step: int) ->
     )
 
 
+def first_optimizer() -> None:
+    """Has torch import what a process's first optimizer wants, seconds long: once for all children,
+    which are forks of this process."""
+    torch.optim.AdamW(Weights(1, 1).named_parameters())
+
+
 def kill_while_saving(folder: Path, times: int, seed: int = 0) -> Outcome:
     """SIGKILL at random moments of steps that store and then write a checkpoint.
 
     Each time the newest checkpoint is whole, and the store goes back to the step that it says.
     """
     outcome, rng = Outcome("kill -9 while checkpointing"), random.Random(seed)
+    torch.set_num_threads(1)
+    first_optimizer()
     root, place = folder / "checkpoints", folder / "store"
     next_step = 0
     for _ in range(times):
         start = next_step
 
         def work(say: Say, start: int = start) -> None:
-            torch.set_num_threads(1)
             model = Weights(4, 4)
             optimizer = torch.optim.AdamW(model.named_parameters())
             with DiskStore(place) as store:
@@ -71,7 +78,8 @@ def kill_while_saving(folder: Path, times: int, seed: int = 0) -> Outcome:
         child.wait_for_word()
         time.sleep(rng.random() * 0.05)
         child.kill()
-        last = max([start - 1, *child.end().said])
+        killed = child.end()
+        last = max([start - 1, *killed.said])
 
         def check(say: Say, last: int = last) -> None:
             found = list_checkpoints(root)
@@ -93,7 +101,7 @@ def kill_while_saving(folder: Path, times: int, seed: int = 0) -> Outcome:
 
         ended = run(check)
         step, lost = ended.said[0] if ended.said else (last, NUM_KEYS)
-        outcome.count(ended, lost)
+        outcome.count(ended, lost, killed)
         next_step = step + 1
     shutil.rmtree(folder)
     return outcome

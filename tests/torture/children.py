@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,20 +44,24 @@ class Child:
         os.close(pipe)
 
     def wait_for_word(self, seconds: float = 60.0) -> None:
-        """Until it has said something."""
-        while b"\n" not in self._text:
-            if not self._read(seconds):
+        """Until it has said something, or ended."""
+        while b"\n" not in self._text and seconds > 0:
+            came = self._read(1.0)
+            if came is False:
                 return
+            seconds -= came is None
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
     def end(self, seconds: float = 120.0) -> Ended:
-        """Waits until it has ended; kills it if that takes too long."""
-        deadline = time.monotonic() + seconds
-        while self._read(max(0.0, deadline - time.monotonic())):
-            pass
-        if time.monotonic() >= deadline:
+        """Waits until it has ended; kills it if that takes too long.
+
+        Seconds are counted one by one: a machine that stands still meanwhile loses one.
+        """
+        while (came := self._read(1.0)) is not False and seconds > 0:
+            seconds -= came is None
+        if came is not False:
             self.kill()
         _, status = os.waitpid(self.pid, 0)
         os.close(self._pipe)
@@ -70,9 +73,10 @@ class Child:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         return Ended(said, number, error)
 
-    def _read(self, seconds: float) -> bool:
+    def _read(self, seconds: float) -> bool | None:
+        """Whether something came; False at the end, None if nothing did for so long."""
         if not select.select([self._pipe], [], [], seconds)[0]:
-            return False
+            return None
         data = os.read(self._pipe, 1 << 16)
         self._text += data
         return bool(data)
