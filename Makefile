@@ -31,6 +31,8 @@ BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
 # Another model runner of vLLM's wants a process of its own.
 TESTS_V2 := tests/engines/vllm_v2
+# Tests without vLLM that run beside the others once those with it have ended, so that both processors are at work.
+TESTS_BESIDE := tests/ablate tests/cache tests/evals tests/fuzz tests/report tests/tools tests/torture
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
 VENV_VERL := .venv-verl
@@ -152,10 +154,11 @@ test: ## All tests
 	@$(MAKE) --no-print-directory -j2 cuda-check venv-vllm
 	@status=0; skip=; vllm=; log=$(VENV_VLLM)/test.log; trap 'kill $$vllm 2> /dev/null' EXIT; \
 	if [ -e $(VENV_VLLM)/.installed ]; then \
-	  skip='--ignore=$(TESTS_VLLM) --ignore=$(TESTS_V2)'; \
+	  skip='$(addprefix --ignore=,$(TESTS_VLLM) $(TESTS_V2) $(TESTS_BESIDE))'; \
 	  v2='$(BIN_VLLM)/python -m pytest $(TESTS_V2) -m'; \
-	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM), $$v2 'not v2_large' > $$log, beside:"; \
-	  { s=0; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || s=$$?; $$v2 'not v2_large' || s=$$?; exit $$s; } \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM), $$v2 'not v2_large', $(BIN)/python -m pytest $(TESTS_BESIDE) > $$log, beside:"; \
+	  { s=0; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || s=$$?; $$v2 'not v2_large' || s=$$?; \
+	    $(BIN)/python -m pytest $(TESTS_BESIDE) || s=$$?; exit $$s; } \
 	    > $$log 2>&1 & vllm=$$!; \
 	fi; \
 	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip || status=$$?; \
