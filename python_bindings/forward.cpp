@@ -53,17 +53,17 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
   const TensorView q = reader.tensor(query, "query", {rows, heads, tokens, head_dim},
                                      {DType::kFloat32}, Contiguity::kLastDim);
   const TensorView k = reader.tensor(key, "key", {cache_rows, kv_heads, width, head_dim},
-                                     {DType::kFloat32}, Contiguity::kLastDim);
+                                     {DType::kFloat32, DType::kBFloat16}, Contiguity::kLastDim);
   const TensorView v = reader.tensor(value, "value", {cache_rows, kv_heads, width, head_dim},
-                                     {DType::kFloat32}, Contiguity::kLastDim);
+                                     {k.dtype}, Contiguity::kLastDim);
   if (!reader.on_cpu()) fail("query: expected a tensor on CPU, got one on a GPU");
   if (kv_heads.value == 0 || heads.value % kv_heads.value != 0) {
     fail("query: expected a multiple of key's ", kv_heads.value, " heads, got ", heads.value);
   }
   CausalAttentionArgs args;
   args.query = static_cast<const float*>(q.data);
-  args.key = static_cast<const float*>(k.data);
-  args.value = static_cast<const float*>(v.data);
+  args.key = k.data;
+  args.value = v.data;
   std::copy_n(q.strides, 3, args.query_strides);
   std::copy_n(k.strides, 3, args.key_strides);
   std::copy_n(v.strides, 3, args.value_strides);
@@ -76,6 +76,7 @@ void causal_attention(py::handle query, py::handle key, py::handle value, py::ha
   args.num_cache_rows = cache_rows.value;
   args.width = width.value;
   args.head_dim = head_dim.value;
+  args.dtype = k.dtype;
   args.scale = static_cast<float>(scale);
   py::gil_scoped_release release;
   cpu::causal_attention(args, num_threads);
@@ -85,13 +86,13 @@ void rms_norm(py::handle x, py::handle weight, double eps, py::handle out, int n
   ArgReader reader;
   Dim rows{"rows"}, dim{"dim"};
   const TensorView view =
-      reader.tensor(x, "x", {rows, dim}, {DType::kFloat32}, Contiguity::kLastDim);
+      reader.tensor(x, "x", {rows, dim}, {DType::kFloat32, DType::kBFloat16}, Contiguity::kLastDim);
   RmsNormArgs args;
-  args.x = static_cast<const float*>(view.data);
+  args.x = view.data;
+  args.dtype = view.dtype;
   args.row_stride = view.strides[0];
-  args.weight =
-      static_cast<const float*>(reader.tensor(weight, "weight", {dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
+  args.weight = reader.tensor(weight, "weight", {dim}, {view.dtype}).data;
+  args.out = reader.tensor(out, "out", {rows, dim}, {view.dtype}).data;
   if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
   args.num_rows = rows.value;
   args.dim = dim.value;
@@ -103,11 +104,13 @@ void rms_norm(py::handle x, py::handle weight, double eps, py::handle out, int n
 void silu_mul(py::handle gate, py::handle up, py::handle out, int num_threads) {
   ArgReader reader;
   Dim rows{"rows"}, dim{"dim"};
+  const TensorView view =
+      reader.tensor(gate, "gate", {rows, dim}, {DType::kFloat32, DType::kBFloat16});
   SiluMulArgs args;
-  args.gate =
-      static_cast<const float*>(reader.tensor(gate, "gate", {rows, dim}, {DType::kFloat32}).data);
-  args.up = static_cast<const float*>(reader.tensor(up, "up", {rows, dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, dim}, DType::kFloat32);
+  args.gate = view.data;
+  args.dtype = view.dtype;
+  args.up = reader.tensor(up, "up", {rows, dim}, {view.dtype}).data;
+  args.out = reader.tensor(out, "out", {rows, dim}, {view.dtype}).data;
   if (!reader.on_cpu()) fail("gate: expected a tensor on CPU, got one on a GPU");
   args.size = rows.value * dim.value;
   py::gil_scoped_release release;
@@ -117,17 +120,16 @@ void silu_mul(py::handle gate, py::handle up, py::handle out, int num_threads) {
 void rotate_halves(py::handle x, py::handle cos, py::handle sin, py::handle out, int num_threads) {
   ArgReader reader;
   Dim rows{"rows"}, heads{"heads"}, tokens{"tokens"}, head_dim{"head_dim"};
-  const TensorView view = reader.tensor(x, "x", {rows, heads, tokens, head_dim}, {DType::kFloat32},
-                                        Contiguity::kLastDim);
+  const TensorView view = reader.tensor(x, "x", {rows, heads, tokens, head_dim},
+                                        {DType::kFloat32, DType::kBFloat16}, Contiguity::kLastDim);
   if (head_dim.value % 2 != 0) fail("x: expected an even head_dim, got ", head_dim.value);
   RotateHalvesArgs args;
-  args.x = static_cast<const float*>(view.data);
+  args.x = view.data;
+  args.dtype = view.dtype;
   std::copy_n(view.strides, 3, args.strides);
-  args.cos = static_cast<const float*>(
-      reader.tensor(cos, "cos", {rows, tokens, head_dim}, {DType::kFloat32}).data);
-  args.sin = static_cast<const float*>(
-      reader.tensor(sin, "sin", {rows, tokens, head_dim}, {DType::kFloat32}).data);
-  args.out = output<float>(reader, out, "out", {rows, tokens, heads, head_dim}, DType::kFloat32);
+  args.cos = reader.tensor(cos, "cos", {rows, tokens, head_dim}, {view.dtype}).data;
+  args.sin = reader.tensor(sin, "sin", {rows, tokens, head_dim}, {view.dtype}).data;
+  args.out = reader.tensor(out, "out", {rows, tokens, heads, head_dim}, {view.dtype}).data;
   if (!reader.on_cpu()) fail("x: expected a tensor on CPU, got one on a GPU");
   args.num_rows = rows.value;
   args.num_heads = heads.value;

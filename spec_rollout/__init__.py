@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spec_rollout.engines.vllm import ReuseRequest, VLLMEngine, engine_args, extra_args
     from spec_rollout.keys import noise_keys, prompt_key
     from spec_rollout.rollout import RolloutSession
+    from spec_rollout.rounding import Rounding
     from spec_rollout.types import (
         Drafts,
         FinishReason,
@@ -57,6 +58,7 @@ __all__ = [
     "RolloutSession",
     "RolloutStats",
     "Rollouts",
+    "Rounding",
     "SamplingParams",
     "Schedule",
     "TransformersEngine",
@@ -86,6 +88,7 @@ _MODULES = {
     "engines.vllm": ("ReuseRequest", "VLLMEngine", "engine_args", "extra_args"),
     "keys": ("noise_keys", "prompt_key"),
     "rollout": ("RolloutSession",),
+    "rounding": ("Rounding",),
     "types": (
         "Drafts",
         "FinishReason",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Literal
 
 import torch
 
@@ -65,6 +66,17 @@ class AcceptanceRule:
         """(rule_kind, log_lenience, scale, min_target_prob), as the ops take them."""
         return int(self.kind), 0.0, 1.0, 0.0
 
+    @property
+    def needs_rounding(self) -> bool:
+        """Whether the engine's rounding has to be measured first (`tolerance="auto"`)."""
+        return isinstance(self, Lenient | Coupled) and self.tolerance == "auto"
+
+    def with_tolerance(self, nats: float) -> AcceptanceRule:
+        """The rule with this number in the place of `tolerance="auto"`; others stay as they are."""
+        if isinstance(self, Lenient | Coupled) and self.needs_rounding:
+            return replace(self, tolerance=nats)
+        return self
+
     def cut_lens(self, draft_lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Lengths that drafts are cut to *before* verification, or None for "whole".
 
@@ -81,7 +93,28 @@ def _log_lenience(value: float) -> float:
     return number
 
 
-def _set(rule: AcceptanceRule | Schedule, **numbers: float) -> None:
+def _tolerance(value: float | Literal["auto"]) -> float | Literal["auto"]:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"tolerance: expected nats or 'auto', got {value!r}")
+        return "auto"
+    number = real("tolerance", value)
+    if not (0.0 <= number < math.inf):
+        raise ValueError(f"tolerance: expected a finite number >= 0 of nats, got {value}")
+    return number
+
+
+def _bonus(rule: Lenient | Coupled) -> float:
+    """What the test adds to the drafted token's log-probability."""
+    if isinstance(rule.tolerance, str):
+        raise ValueError(
+            "tolerance: expected a number of nats, got 'auto', which a RolloutSession replaces "
+            "by the measured rounding of its engine (measure_rounding)"
+        )
+    return rule.log_lenience + rule.tolerance
+
+
+def _set(rule: AcceptanceRule | Schedule, **numbers: float | str) -> None:
     """Puts the numbers, as Python's own, in the place of what was given, of whatever library."""
     for name, number in numbers.items():
         object.__setattr__(rule, name, number)
@@ -101,11 +134,15 @@ class Lenient(AcceptanceRule):
         log_lenience: Natural-log units; 0 is the standard test, > 0 accepts more.
         scale: Positive factor on the log ratio; 1 is the published rule.
         min_target_prob: A token is also required to have p_i above this. 0 (off) to 1.
+        tolerance: Nats added to `log_lenience` to make up for what rounding loses; "auto" is the
+            measured rounding of the engine (`Rounding.tolerance`). At one position the law moves by
+            at most 1 - e^(-scale * tolerance) in total variation.
     """
 
     log_lenience: float = 0.0
     scale: float = 1.0
     min_target_prob: float = 0.0
+    tolerance: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         log_lenience = _log_lenience(self.log_lenience)
@@ -118,6 +155,7 @@ class Lenient(AcceptanceRule):
                 f"min_target_prob: expected 0 <= value < 1, got {self.min_target_prob}"
             )
         _set(self, log_lenience=log_lenience, scale=scale, min_target_prob=min_target_prob)
+        _set(self, tolerance=_tolerance(self.tolerance))
 
     @property
     def needs_draft_logprobs(self) -> bool:
@@ -129,7 +167,7 @@ class Lenient(AcceptanceRule):
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return _LENIENT, self.log_lenience, self.scale, self.min_target_prob
+        return _LENIENT, _bonus(self), self.scale, self.min_target_prob
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +180,17 @@ class Coupled(AcceptanceRule):
     which biases towards the draft. Needs no stored probabilities. Across epochs the noise must stay
     the same for drafts to be re-accepted, so it is refreshed only every `refresh_epochs` (an option
     of the rollout, not of the rule).
+
+    Attributes:
+        log_lenience: Bonus of the drafted token in nats; greater than -inf.
+        tolerance: Nats added to it, so that rounding alone rejects fewer near-ties; "auto" is the
+            measured rounding of the engine (`Rounding.tolerance`), which is 0 where results do not
+            depend on the batch. At one position the law is at most 1 - e^(-tolerance) from plain
+            sampling's in total variation.
     """
 
     log_lenience: float = 0.0
+    tolerance: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         log_lenience = _log_lenience(self.log_lenience)
@@ -153,7 +199,7 @@ class Coupled(AcceptanceRule):
                 "log_lenience: expected > -inf, got -inf, which would forbid the drafted token; "
                 "for plain generation use NoReuse()"
             )
-        _set(self, log_lenience=log_lenience)
+        _set(self, log_lenience=log_lenience, tolerance=_tolerance(self.tolerance))
 
     @property
     def kind(self) -> RuleKind:
@@ -165,11 +211,11 @@ class Coupled(AcceptanceRule):
 
     @property
     def lossless(self) -> bool:
-        return self.log_lenience == 0.0
+        return self.log_lenience == 0.0 and self.tolerance == 0.0
 
     @property
     def kernel_params(self) -> tuple[int, float, float, float]:
-        return _COUPLED, self.log_lenience, 1.0, 0.0
+        return _COUPLED, _bonus(self), 1.0, 0.0
 
 
 @dataclass(frozen=True, slots=True)

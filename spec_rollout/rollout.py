@@ -5,6 +5,7 @@ Drafts are looked up, the engine verifies and continues them, the result is stor
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +21,10 @@ from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import TokenIds, noise_keys, prompt_key
 from spec_rollout.origins import count_responses, kl_sum, taken_lens, with_origins
 from spec_rollout.packed import cu_lens_from, lens_to_stop
+from spec_rollout.rounding import Rounding, measure_rounding
 from spec_rollout.types import Drafts, History, RolloutRequests, Rollouts, SamplingParams
+
+_LOGGER = logging.getLogger(__name__)
 
 # Keeps the noise of evaluation apart from that of training with the same seed.
 _EVALUATION_SALT = 0x5DEECE66D2B79F1A
@@ -51,6 +55,11 @@ class RolloutSession:
         drafting: Where no draft is followed, propose from the prompt's cached rollouts and from
             what its samples generate meanwhile. It changes the number of decoding steps, never a
             token. Needs the cache, with any rule and `reuse`.
+
+    Attributes:
+        rounding: What the engine's rounding was when it was measured: for a rule with
+            `tolerance="auto"` before the first drafts are verified, else by `measure_rounding`.
+            None before.
 
     Raises:
         ValueError: naming the argument; also if the rule reads draft log-probs that the cache does
@@ -95,6 +104,9 @@ class RolloutSession:
         self.seed = whole("seed", seed)
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
+        self.rounding: Rounding | None = None
+        if reuse:
+            _warn_of_rounding(engine, self.schedule.rule)
         self.drafting = drafting
         if drafting:
             _check_drafting(engine)
@@ -222,6 +234,10 @@ class RolloutSession:
         expected_lens = batch.expected_lens(cached, sampling.max_tokens)
         lookup_end = time.perf_counter()
 
+        if rule.needs_rounding:
+            if self.rounding is None and drafts.token_ids.numel():
+                self.rounding = self._measure_rounding(batch, sampling)
+            rule = rule.with_tolerance(0.0 if self.rounding is None else self.rounding.tolerance)
         requests = batch.requests(keys, drafts, history, expected_lens)
         if self.on_requests is not None:
             self.on_requests(requests, rule)
@@ -248,6 +264,26 @@ class RolloutSession:
         )
         stats.rollout_seconds = time.perf_counter() - start
         return replace(rollouts, stats=stats)
+
+    def measure_rounding(
+        self, prompts: Sequence[TokenIds], num_samples: int, sampling: SamplingParams
+    ) -> Rounding:
+        """How far log-probs of the engine's own tokens move when they are verified, under the
+        weights that drew them (`rounding.measure_rounding`). The cache is left alone.
+
+        Arguments as in `rollout`.
+        """
+        of_kind("sampling", sampling, SamplingParams, "SamplingParams")
+        batch = _Batch.of_prompts(prompts, num_samples, None)
+        self.rounding = self._measure_rounding(batch, sampling)
+        return self.rounding
+
+    def _measure_rounding(self, batch: _Batch, sampling: SamplingParams) -> Rounding:
+        keys = noise_keys(self.seed ^ _EVALUATION_SALT, 0, batch.keys, batch.sample_ids)
+        requests = batch.requests(keys, Drafts.none(batch.size), None)
+        rounding = measure_rounding(self.engine, requests, sampling)
+        _LOGGER.info("rounding of %s: %s", type(self.engine).__name__, rounding)
+        return rounding
 
     def evaluate(
         self,
@@ -464,6 +500,19 @@ def _identify(
         arrays.append(found[1])
         keys.append(found[2])
     return arrays, keys
+
+
+def _warn_of_rounding(engine: RolloutEngine, rule: AcceptanceRule) -> None:
+    """Says so where a lossless rule meets an engine whose results depend on the batch."""
+    if not rule.fresh_noise and rule.lossless and getattr(engine, "batch_invariant", None) is False:
+        _LOGGER.warning(
+            "%s: the engine's log-probs depend, by rounding, on what is computed together. The law "
+            "of the samples stays exact, but near-ties turn: drafts are rejected that the policy "
+            "would draw again, and tokens differ from those without a cache. "
+            "RolloutSession.measure_rounding says how many; Coupled(tolerance='auto') keeps them, "
+            "at a stated bias (docs/acceptance.md)",
+            rule,
+        )
 
 
 def _check_drafting(engine: RolloutEngine) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -37,6 +37,12 @@ def _keys(count: int, noise_epoch: int = 0) -> torch.Tensor:
         (Lenient(-INF), False, False, True, False, (RuleKind.LENIENT, -INF, 1.0, 0.0)),
         (Coupled(), False, True, False, True, (RuleKind.COUPLED, 0.0, 1.0, 0.0)),
         (Coupled(0.3), False, True, False, False, (RuleKind.COUPLED, 0.3, 1.0, 0.0)),
+        (Coupled(tolerance=0.2), False, True, False, False, (RuleKind.COUPLED, 0.2, 1.0, 0.0)),
+        (
+            Lenient(0.5, 2.0, tolerance=0.25),
+            *(True, True, True, False),
+            (RuleKind.LENIENT, 0.75, 2.0, 0.0),
+        ),
         (OneHot(), False, True, True, True, (RuleKind.ONE_HOT, 0.0, 1.0, 0.0)),
         (RandomReuse(0.2), False, True, True, False, (RuleKind.LENIENT, INF, 1.0, 0.0)),
         (RandomCut(), False, True, True, False, (RuleKind.LENIENT, INF, 1.0, 0.0)),
@@ -73,6 +79,11 @@ def test_what_each_rule_says_of_itself(
         (lambda: Lenient(min_target_prob=math.nan), r"min_target_prob: .*got nan"),
         (lambda: Coupled(math.nan), r"log_lenience: .*NaN"),
         (lambda: Coupled(-INF), r"log_lenience: expected > -inf.*NoReuse"),
+        (lambda: Coupled(tolerance=-0.1), r"tolerance: expected a finite number >= 0.*got -0.1"),
+        (lambda: Lenient(tolerance=INF), r"tolerance: .*got inf"),
+        (lambda: Lenient(tolerance=math.nan), r"tolerance: .*got nan"),
+        (lambda: Coupled(tolerance="most"), r"tolerance: expected nats or 'auto', got 'most'"),
+        (lambda: Coupled(tolerance="auto").kernel_params, r"tolerance: .*'auto'.*RolloutSession"),
         (lambda: RandomReuse(-0.01), r"prob: .*got -0.01"),
         (lambda: RandomReuse(1.01), r"prob: .*got 1.01"),
         (lambda: RandomReuse(math.nan), r"prob: .*got nan"),
@@ -95,6 +106,17 @@ def test_rules_are_immutable_values() -> None:
     assert rule == Lenient(0.5)
     assert hash(rule) == hash(Lenient(0.5))
     assert rule != Coupled(0.5)
+
+
+@pytest.mark.parametrize("rule", [Lenient(0.5, 2.0), Coupled(0.1)], ids=repr)
+def test_a_measured_tolerance_takes_the_place_of_auto(rule: AcceptanceRule) -> None:
+    auto = replace(rule, tolerance="auto")
+    assert auto.needs_rounding
+    assert not auto.lossless
+    assert auto.with_tolerance(0.25) == replace(rule, tolerance=0.25)
+    assert not rule.needs_rounding
+    assert rule.with_tolerance(0.25) == rule
+    assert OneHot().with_tolerance(0.25) == OneHot()
 
 
 def test_a_schedule_is_linear_and_then_constant() -> None:

@@ -6,7 +6,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "simd.h"
+#include "sixteen_bits.h"
 #include "spec_rollout/check.h"
 #include "spec_rollout/logits.h"
 
@@ -15,18 +15,6 @@ namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
 constexpr int kBlock = 512;  // tokens
 constexpr int kGroup =
     64;  // blocks are padded to a multiple of this; the noise of a group is made at once
-
-inline float half_to_float(uint16_t half) {
-  // The exponent is moved by a multiplication, which handles subnormals too; infinity and NaN keep
-  // theirs.
-  const float scaled = float_from_bits((half & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = (half & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return float_from_bits(float_bits(scaled) | special |
-                         (static_cast<uint32_t>(half & 0x8000u) << 16));
-}
-inline float bfloat16_to_float(uint16_t x) {
-  return float_from_bits(static_cast<uint32_t>(x) << 16);
-}
 
 class LogitsRow {
  public:

@@ -41,6 +41,8 @@ class RolloutConfig:
         log_lenience: Of the rules lenient and coupled; None is 0 for coupled, and for lenient what
             is published for the algorithm (GRPO 0.5, PPO 0.3, DAPO 0.15).
         scale, min_target_prob: Of the rule lenient.
+        tolerance: Of the rules lenient and coupled: nats that rounding may take without a token
+            being rejected, or "auto", the measured rounding of the engine (docs/acceptance.md).
         reuse_prob: Of the rule random_reuse.
         start_log_lenience, schedule_steps: Move `log_lenience` linearly from the first value over
             this many steps.
@@ -80,6 +82,7 @@ class RolloutConfig:
     log_lenience: float | None = None
     scale: float = 1.0
     min_target_prob: float = 0.0
+    tolerance: float | Literal["auto"] = 0.0
     reuse_prob: float = 0.5
     start_log_lenience: float | None = None
     schedule_steps: int = 0
@@ -130,6 +133,12 @@ class RolloutConfig:
                 f"rollout.log_lenience: expected to be left out with rule {self.rule!r} "
                 f"(only lenient and coupled have one), got {self.log_lenience!r}"
             )
+        require(
+            self.tolerance == 0.0 or self.rule in ("lenient", "coupled"),
+            "rollout.tolerance",
+            f"0 with rule {self.rule!r} (only lenient and coupled have one)",
+            self.tolerance,
+        )
         require(
             self.engine != "vllm" or not self.batch_invariant,
             "rollout.batch_invariant",
@@ -199,9 +208,9 @@ class RolloutConfig:
         match self.rule:
             case "lenient":
                 lenience = 0.5 if self.log_lenience is None else self.log_lenience
-                return Lenient(lenience, self.scale, self.min_target_prob)
+                return Lenient(lenience, self.scale, self.min_target_prob, self.tolerance)
             case "coupled":
-                return Coupled(self.log_lenience or 0.0)
+                return Coupled(self.log_lenience or 0.0, self.tolerance)
             case "one_hot":
                 return OneHot()
             case "random_reuse":

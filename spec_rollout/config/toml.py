@@ -146,6 +146,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         inner = next(arg for arg in get_args(hint) if arg is not type(None))
         return None if value in (None, "none") else _convert(inner, value, name)
     origin = get_origin(hint)
+    if origin in (Union, types.UnionType):  # a number, or a word
+        number, word = get_args(hint)
+        return _convert(word if isinstance(value, str) else number, value, name)
     if origin is Literal:
         choices = get_args(hint)
         if value not in choices:
@@ -184,6 +187,8 @@ def _describe(hint: Any) -> str:
         return names[hint]
     if _allows_none(hint):
         return _describe(next(arg for arg in get_args(hint) if arg is not type(None)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_describe, get_args(hint)))
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is tuple:

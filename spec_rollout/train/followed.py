@@ -163,7 +163,7 @@ def _thresholds(
     if not isinstance(rule, Lenient) or old is None or not rule.needs_draft_logprobs:
         return None
     ratio = new.double() - old.double()
-    threshold = (rule.scale * (rule.log_lenience + ratio)).exp().clamp(max=1.0)
+    threshold = (rule.scale * (rule.kernel_params[1] + ratio)).exp().clamp(max=1.0)
     return torch.where(new.double().exp() > rule.min_target_prob, threshold, 0.0)
 
 

@@ -232,11 +232,15 @@ class TrainingRun:
         return self._parts.updater.logprobs if whole else None
 
     def _lenience_row(self, stats: RolloutStats) -> Row:
-        """What lenience a step had, and how its budget stands with the step counted in."""
+        """Lenience and tolerance of a step, and how its budget stands with the step counted in."""
         rule = self._parts.session.schedule.at(self._step)
         row: Row = {}
         if isinstance(rule, (Lenient, Coupled)):
             row["log_lenience"] = rule.log_lenience
+        rounding = self._parts.session.rounding
+        if rounding is not None:
+            row["tolerance"] = rounding.tolerance
+            row["rounding_mean"], row["rounding_largest"] = rounding.mean, rounding.largest
         controller = self._parts.lenience
         if controller is not None:
             controller.observe(stats)

@@ -119,6 +119,16 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             {"rollout": {"rule": "one_hot", "log_lenience": 1}},
             r"rollout\.log_lenience: .*'one_hot'",
         ),
+        (
+            {"rollout": {"tolerance": "much"}},
+            r"rollout\.tolerance: expected one of auto, got 'much'",
+        ),
+        ({"rollout": {"tolerance": -1}}, r"rollout\.tolerance: expected a finite number >= 0"),
+        ({"rollout": {"tolerance": True}}, r"rollout\.tolerance: expected a number, got bool True"),
+        (
+            {"rollout": {"tolerance": 0.1, "rule": "one_hot"}},
+            r"rollout\.tolerance: expected 0 with rule 'one_hot' .*got 0\.1",
+        ),
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature: expected a positive number"),
         ({"rollout": {"max_tokens": 0}}, r"rollout\.max_tokens: expected >= 1, got 0"),
         (

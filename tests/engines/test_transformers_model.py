@@ -10,7 +10,6 @@ from tiny_models import (
     assert_same,
     build,
     draft_rows,
-    drafts_of,
     perturbed,
     random_requests,
     with_drafts,
@@ -68,17 +67,6 @@ def test_dropout_is_off_while_generating() -> None:
     expected = TransformersEngine(build("gpt2")).rollout(requests, SAMPLING, NoReuse())
     model = build("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
     assert_same(TransformersEngine(model).rollout(requests, SAMPLING, NoReuse()), expected)
-
-
-def test_bfloat16() -> None:
-    model = build("llama").to(torch.bfloat16)
-    requests = random_requests(12)
-    engine = TransformersEngine(model, num_slots=5)
-    assert not engine.batch_invariant
-    first = engine.rollout(requests, SAMPLING, Coupled())
-    again = engine.rollout(with_drafts(requests, drafts_of(first)), SAMPLING, Lenient(1.0))
-    assert again.stats.reused_fraction > 0.9
-    assert first.logprobs.dtype == torch.float32
 
 
 # --- Bad input ----------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ else the next token.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from laws import assert_law as assert_counts
-from laws import assert_rate
+from laws import assert_rate, p_value
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse, OneHot
@@ -76,7 +77,8 @@ def verify_one(
 def lenient_law(p: torch.Tensor, q: torch.Tensor, rule: Lenient) -> torch.Tensor:
     """q a + (1 - sum q a) p with a_v the probability that v is accepted; min(q, l p) = q a at scale
     1."""
-    ratio = torch.where(q > 0, p / q, math.inf) * math.exp(rule.log_lenience)
+    assert not isinstance(rule.tolerance, str)
+    ratio = torch.where(q > 0, p / q, math.inf) * math.exp(rule.log_lenience + rule.tolerance)
     accept = ratio.pow(rule.scale).clamp(max=1.0)
     accept = torch.where((p > rule.min_target_prob) & (p > 0), accept, 0.0)
     if rule.log_lenience == math.inf:
@@ -105,6 +107,7 @@ def test_the_law_used_here_is_the_documented_one() -> None:
         Lenient(0.0, min_target_prob=0.11),
         Lenient(0.3, scale=0.5),
         Lenient(0.0, scale=2.0, min_target_prob=0.045),
+        Lenient(0.1, scale=0.5, tolerance=0.2),
         NoReuse(),
     ],
     ids=str,
@@ -179,6 +182,93 @@ def test_coupled_with_a_bonus_has_the_boosted_law(device) -> None:
     boosted = p.clone()
     boosted[drafted] *= math.exp(bonus)
     assert_law(tokens, boosted)
+
+
+def coupled_law(p: list[float], q: list[float], bonus: float) -> torch.Tensor:
+    """Law of `Coupled` with a bonus where the draft was drawn from q under the same noise.
+
+    With e_v the exponential of the noise, j is drafted where e_j / q_j is the least of all e_v /
+    q_v. It stays where e_j / (p_j e^bonus) is at most every other e_v / p_v. It makes room for k
+    where e_k / p_k is at most that and every other; r is e_j / e_k.
+    """
+    num = len(p)
+    law = torch.zeros(num, dtype=torch.float64)
+    boost = math.exp(bonus)
+
+    def over(a: float, b: float) -> float:
+        return a / b if b > 0 else math.inf
+
+    for j in range(num):
+        if q[j] == 0:
+            continue
+        others = [v for v in range(num) if v != j]
+        if p[j] > 0:
+            law[j] += 1 / (1 + sum(max(q[v] / q[j], p[v] / (p[j] * boost)) for v in others))
+        for k in others:
+            low, high = over(p[j] * boost, p[k]), over(q[j], q[k])
+            if p[k] == 0 or low >= high:
+                continue
+            rest = [(q[v] / q[j], p[v] / p[k]) for v in others if v != k]
+            turns = [over(b, a) for a, b in rest]
+            ends = sorted({low, high, *(t for t in turns if low < t < high)})
+            for start, end in itertools.pairwise(ends):
+                middle = start + 1 if end == math.inf else (start + end) / 2
+                slope = 1 + sum(a for a, b in rest if a * middle > b)
+                base = 1 + sum(b for a, b in rest if a * middle <= b)
+                law[k] += (1 / (base + slope * start) - 1 / (base + slope * end)) / slope
+    return law
+
+
+BONUSES = (0.0, 0.05, 0.3, 1.0)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_law_of_a_coupled_draft_and_its_bound(pair) -> None:
+    """The closed form is a law, p without a tolerance and q without bounds; the documented bounds
+    hold."""
+    p, q = PAIRS[pair]
+    target = torch.tensor(p).double()
+    torch.testing.assert_close(coupled_law(p, q, 0.0), target, atol=1e-7, rtol=0)
+    if min(p) > 0:
+        draft = torch.tensor(q).double()
+        torch.testing.assert_close(coupled_law(p, q, 40.0), draft, atol=1e-6, rtol=0)
+    for bonus in BONUSES:
+        law = coupled_law(p, q, bonus)
+        assert abs(float(law.sum()) - 1.0) < 1e-6
+        distance = 0.5 * float((law - target).abs().sum())
+        boost = math.exp(bonus)
+        near_ties = target * (1 - target) * (boost - 1) / (target + (1 - target) * boost)
+        assert distance <= float(near_ties.sum()) + 1e-6
+        assert float(near_ties.sum()) <= 1 - math.exp(-bonus) + 1e-6
+
+
+@pytest.mark.parametrize("tolerance", BONUSES[1:])
+@pytest.mark.parametrize("pair", ["near", "far", "p(y) = 0", "eight"])
+def test_coupled_with_a_tolerance_has_its_law(device, pair, tolerance) -> None:
+    p, q = PAIRS[pair]
+    keys = _keys(61)
+    drafts = ops.sample_tokens(
+        _logits(q, DRAWS).to(device),
+        keys=keys.to(device),
+        positions=torch.full((DRAWS,), 5, device=device),
+    ).token_ids.cpu()
+    rule = Coupled(tolerance=tolerance)
+    tokens, _ = verify_one(p, drafts, rule, keys, position=5, device=device)
+    assert_law(tokens, coupled_law(p, q, tolerance))
+    if pair in ("near", "eight"):  # the test can tell it from the law without a tolerance
+        counts = torch.bincount(tokens.long(), minlength=len(p))
+        assert p_value(counts, torch.tensor(p).double()) < 1e-6
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_lenient_tolerance_moves_the_law_by_no_more_than_its_bound(pair) -> None:
+    p, q = (torch.tensor(values).double() for values in PAIRS[pair])
+    for scale in (0.5, 1.0, 2.0):
+        for tolerance in (0.01, 0.2, 1.0):
+            with_it = lenient_law(p, q, Lenient(0.1, scale, tolerance=tolerance))
+            without = lenient_law(p, q, Lenient(0.1, scale))
+            distance = 0.5 * float((with_it - without).abs().sum())
+            assert distance <= 1 - math.exp(-scale * tolerance) + 1e-9
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -5,7 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/sixteen_bits.h"
 #include "spec_rollout/check.h"
 
 namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA {
@@ -15,7 +15,7 @@ namespace {
 // same sequence of operations whatever is computed with it. Which of the independent sums share a
 // vector is free: of many queries (Tile) the lanes are queries; of few (FewQueries), keys and then
 // dimensions.
-constexpr int64_t kCacheLine = 16;  // floats
+constexpr int64_t kCacheLine = 64;  // bytes
 
 struct Query {
   int64_t row, head, token;
@@ -69,14 +69,9 @@ inline void transpose(VecF (&rows)[kVecLanes]) {
   if constexpr (2 * Step < kVecLanes) transpose<2 * Step>(rows);
 }
 
-inline VecF load_some(const float* p, int64_t count) {
-  VecF v = {};
-  std::memcpy(&v, p, count * sizeof(float));
-  return v;
-}
-
 // A few queries that share a key head, as in decoding: keys and values are read once, and that is
 // what takes the time.
+template <class T>
 class FewQueries {
  public:
   static constexpr int kMost = 4;
@@ -110,16 +105,16 @@ class FewQueries {
     for (int lane = 0; lane < kVecLanes; ++lane) lanes[lane] = lane;
 
     const int64_t key_stride = args_.key_strides[2];
-    const float* key = args_.key + span.cache_row * args_.key_strides[0] +
-                       kv_head * args_.key_strides[1] + range.begin * key_stride;
-    const float* value = args_.value + span.cache_row * args_.value_strides[0] +
-                         kv_head * args_.value_strides[1] + range.begin * args_.value_strides[2];
+    const T* key = static_cast<const T*>(args_.key) + span.cache_row * args_.key_strides[0] +
+                   kv_head * args_.key_strides[1] + range.begin * key_stride;
+    const T* value = static_cast<const T*>(args_.value) + span.cache_row * args_.value_strides[0] +
+                     kv_head * args_.value_strides[1] + range.begin * args_.value_strides[2];
     for (int64_t j = range.begin; j < range.end; j += kVecLanes, key += kVecLanes * key_stride) {
       // The values will be needed soon; fetching them now fills the time that the scores take.
       for (int i = 0; i < kVecLanes && j + i < range.end; ++i) {
-        const float* soon = value + (j + i - range.begin) * args_.value_strides[2];
-        const float* next = key + (i + 2 * kVecLanes) * key_stride;
-        for (int64_t d = 0; d < dims; d += kCacheLine) {
+        const T* soon = value + (j + i - range.begin) * args_.value_strides[2];
+        const T* next = key + (i + 2 * kVecLanes) * key_stride;
+        for (int64_t d = 0; d < dims; d += kCacheLine / static_cast<int64_t>(sizeof(T))) {
           __builtin_prefetch(soon + d);
           __builtin_prefetch(next + d);
         }
@@ -183,7 +178,7 @@ class FewQueries {
 
  private:
   template <int Vecs, bool Whole = true>
-  void weighted_sum(const float* value, const float* w, int64_t num_keys, int64_t dims,
+  void weighted_sum(const T* value, const float* w, int64_t num_keys, int64_t dims,
                     float* out) const {
     VecF sums[Vecs] = {}, total = {};
     for (int64_t j = 0; j < num_keys; ++j, value += args_.value_strides[2]) {
@@ -206,7 +201,7 @@ class FewQueries {
 };
 
 // Up to Vecs * kVecLanes queries that share a key head. Keys and values are broadcast.
-template <int Vecs>
+template <class T, int Vecs>
 class Tile {
   static constexpr int kLanes = Vecs * kVecLanes;
   static constexpr int kKeys = 8 / Vecs;   // keys per pass over the dimensions
@@ -237,15 +232,16 @@ class Tile {
                        query.head * args_.query_strides[1] + query.token * args_.query_strides[2];
       for (int64_t d = 0; d < dims; ++d) q_[d * kLanes + lane] = q[d] * args_.scale;
     }
-    scores(args_.key + span.cache_row * args_.key_strides[0] + kv_head * args_.key_strides[1]);
+    scores(static_cast<const T*>(args_.key) + span.cache_row * args_.key_strides[0] +
+           kv_head * args_.key_strides[1]);
     softmax();
-    weighted_sum(
-        args_.value + span.cache_row * args_.value_strides[0] + kv_head * args_.value_strides[1],
-        queries, count);
+    weighted_sum(static_cast<const T*>(args_.value) + span.cache_row * args_.value_strides[0] +
+                     kv_head * args_.value_strides[1],
+                 queries, count);
   }
 
  private:
-  void scores(const float* keys) {
+  void scores(const T* keys) {
     for (int v = 0; v < Vecs; ++v) top_[v] = splat(-INFINITY);
     int64_t j = range_.begin;
     for (; j + kKeys <= range_.end; j += kKeys) scores_of<kKeys>(keys, j);
@@ -253,15 +249,15 @@ class Tile {
   }
 
   template <int Keys>
-  void scores_of(const float* keys, int64_t j) {
+  void scores_of(const T* keys, int64_t j) {
     const int64_t stride = args_.key_strides[2];
-    const float* k = keys + j * stride;
+    const T* k = keys + j * stride;
     VecF sums[Keys][Vecs] = {};
     for (int64_t d = 0; d < args_.head_dim; ++d) {
       VecF q[Vecs];
       for (int v = 0; v < Vecs; ++v) q[v] = load(q_ + d * kLanes + v * kVecLanes);
       for (int i = 0; i < Keys; ++i) {
-        const VecF x = splat(k[i * stride + d]);
+        const VecF x = splat(to_float(k[i * stride + d]));
         for (int v = 0; v < Vecs; ++v) sums[i][v] = vec_fma(q[v], x, sums[i][v]);
       }
     }
@@ -295,7 +291,7 @@ class Tile {
     }
   }
 
-  void weighted_sum(const float* values, const Query* queries, int count) {
+  void weighted_sum(const T* values, const Query* queries, int count) {
     const int64_t dims = args_.head_dim;
     int64_t d = 0;
     for (; d + kDims <= dims; d += kDims) weighted_sum_of<kDims>(values, d, queries, count);
@@ -303,15 +299,15 @@ class Tile {
   }
 
   template <int Dims>
-  void weighted_sum_of(const float* values, int64_t d, const Query* queries, int count) {
+  void weighted_sum_of(const T* values, int64_t d, const Query* queries, int count) {
     VecF sums[Dims][Vecs] = {};
-    const float* x = values + range_.begin * args_.value_strides[2] + d;
+    const T* x = values + range_.begin * args_.value_strides[2] + d;
     const float* w = weights_;
     for (int64_t j = range_.begin; j < range_.end; ++j, x += args_.value_strides[2], w += kLanes) {
       VecF weight[Vecs];
       for (int v = 0; v < Vecs; ++v) weight[v] = load(w + v * kVecLanes);
       for (int i = 0; i < Dims; ++i) {
-        const VecF value = splat(x[i]);
+        const VecF value = splat(to_float(x[i]));
         for (int v = 0; v < Vecs; ++v) sums[i][v] = vec_fma(weight[v], value, sums[i][v]);
       }
     }
@@ -341,9 +337,8 @@ class Tile {
   VecF top_[Vecs], sum_[Vecs];
 };
 
-}  // namespace
-
-void causal_attention(const CausalAttentionArgs& args, int num_threads) {
+template <class T>
+void attend(const CausalAttentionArgs& args, int num_threads) {
   // Neighbouring rows of one cache row are computed together, so that its keys are read once.
   std::vector<int64_t> segments;
   for (int64_t r = 0; r < args.num_rows; ++r) {
@@ -371,9 +366,9 @@ void causal_attention(const CausalAttentionArgs& args, int num_threads) {
   parallel_for(num_segments * args.num_kv_heads, 4, num_threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     std::vector<Query> queries;
-    FewQueries few(args, scratch);
-    Tile<1> narrow(args, scratch);
-    Tile<2> wide(args, scratch);
+    FewQueries<T> few(args, scratch);
+    Tile<T, 1> narrow(args, scratch);
+    Tile<T, 2> wide(args, scratch);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t segment = item / args.num_kv_heads, kv_head = item % args.num_kv_heads;
       queries.clear();
@@ -395,7 +390,7 @@ void causal_attention(const CausalAttentionArgs& args, int num_threads) {
       const auto total = static_cast<int64_t>(queries.size());
       for (int64_t i = 0; i < total;) {
         const int left = static_cast<int>(std::min<int64_t>(total - i, 2 * kVecLanes));
-        if (left <= FewQueries::kMost) {
+        if (left <= FewQueries<T>::kMost) {
           few.run(span, kv_head, &queries[i], left);
         } else if (left > kVecLanes) {
           wide.run(span, kv_head, &queries[i], left);
@@ -406,6 +401,12 @@ void causal_attention(const CausalAttentionArgs& args, int num_threads) {
       }
     }
   });
+}
+
+}  // namespace
+
+void causal_attention(const CausalAttentionArgs& args, int num_threads) {
+  (args.dtype == DType::kBFloat16 ? attend<BFloat16> : attend<float>)(args, num_threads);
 }
 
 }  // namespace spec_rollout::cpu::SPEC_ROLLOUT_ISA

@@ -26,8 +26,9 @@ struct WriteKvArgs {
 // at position p attends to positions max(0, p - window + 1)..p of its cache row.
 struct CausalAttentionArgs {
   const float* query = nullptr;   // [num_rows, num_heads, num_tokens, head_dim]
-  const float* key = nullptr;     // [num_cache_rows, num_kv_heads, width, head_dim]
-  const float* value = nullptr;   // the same shape
+  const void* key = nullptr;      // [num_cache_rows, num_kv_heads, width, head_dim]
+  const void* value = nullptr;    // the same shape
+  DType dtype = DType::kFloat32;  // of keys and values; all arithmetic is in float32
   int64_t query_strides[3] = {};  // in elements, of row, head and token; head_dim is contiguous
   int64_t key_strides[3] = {};    // of row, head and position
   int64_t value_strides[3] = {};
@@ -38,32 +39,37 @@ struct CausalAttentionArgs {
   float scale = 1.0f;  // of the scores
 };
 
-// The parts of a decoder layer between its matrix products, float32,
+// The parts of a decoder layer between its matrix products. Inputs and outputs are of one dtype,
+// float32 or bfloat16; arithmetic is in float32, rounded to the dtype where transformers' modules
+// round.
 //
 // out = weight * x / sqrt(mean(x^2) + eps), row by row.
 struct RmsNormArgs {
-  const float* x = nullptr;       // [num_rows, dim], rows row_stride elements apart
-  const float* weight = nullptr;  // [dim]
-  float* out = nullptr;           // [num_rows, dim]
+  const void* x = nullptr;       // [num_rows, dim], rows row_stride elements apart
+  const void* weight = nullptr;  // [dim]
+  void* out = nullptr;           // [num_rows, dim]
+  DType dtype = DType::kFloat32;
   int64_t num_rows = 0, dim = 0, row_stride = 0;
   float eps = 0.0f;
 };
 
 // out = gate / (1 + e^-gate) * up.
 struct SiluMulArgs {
-  const float* gate = nullptr;  // [size]
-  const float* up = nullptr;    // [size]
-  float* out = nullptr;         // [size]
+  const void* gate = nullptr;  // [size]
+  const void* up = nullptr;    // [size]
+  void* out = nullptr;         // [size]
+  DType dtype = DType::kFloat32;
   int64_t size = 0;
 };
 
 // Rotary embedding: out = x * cos + (-second half of x, first half of x) * sin, head by head.
 struct RotateHalvesArgs {
-  const float* x = nullptr;    // [num_rows, num_heads, num_tokens, head_dim]
-  int64_t strides[3] = {};     // in elements, of row, head and token; head_dim is contiguous
-  const float* cos = nullptr;  // [num_rows, num_tokens, head_dim]
-  const float* sin = nullptr;  // the same shape
-  float* out = nullptr;        // [num_rows, num_tokens, num_heads, head_dim]
+  const void* x = nullptr;    // [num_rows, num_heads, num_tokens, head_dim]
+  int64_t strides[3] = {};    // in elements, of row, head and token; head_dim is contiguous
+  const void* cos = nullptr;  // [num_rows, num_tokens, head_dim]
+  const void* sin = nullptr;  // the same shape
+  void* out = nullptr;        // [num_rows, num_tokens, num_heads, head_dim]
+  DType dtype = DType::kFloat32;
   int64_t num_rows = 0, num_heads = 0, num_tokens = 0, head_dim = 0;
 };
 

@@ -5,10 +5,10 @@ A padded attention reads every row's cache up to the longest row's length, and d
 that reading; and it may sum in another order for another shape, so that a token's logits change in
 the last bits with what is computed beside it. The kernel behind this function
 (csrc/cpu/forward/causal_attention.cpp) reads each row at its own length and adds up keys one after
-the other, whatever the shape.
+the other, whatever the shape, in float32 also where the cache is bfloat16.
 
-Matrix products remain torch's. Float32 products on CPU keep one order of summation per output
-element where they have enough rows (`row_counts`). `TransformersEngine.batch_invariance_error`
+Matrix products remain torch's. On CPU they keep one order of summation per output element where
+they have enough rows (`row_counts`). `TransformersEngine.batch_invariance_error`
 measures whether that does for a model on the machine at hand.
 """
 
@@ -58,20 +58,22 @@ def batch_invariant_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers (`AttentionInterface`), for float32 on CPU.
+    """An attention function of transformers (`AttentionInterface`), on CPU.
+
+    Scores and sums are float32, whatever the dtype of keys and values.
 
     Args:
         module: The attention layer; not read.
-        query: [rows, heads, tokens, head_dim].
-        key, value: [cache rows, kv_heads, width, head_dim]; of each row what lies up to its last
-            position is read.
+        query: [rows, heads, tokens, head_dim], float32 or bfloat16.
+        key, value: [cache rows, kv_heads, width, head_dim], of the same dtype; of each row
+            what lies up to its last position is read.
         attention_mask: From `span_mask`.
         scaling: Factor of the scores; None is 1 / sqrt(head_dim).
         dropout: Must be 0: the engine does not train.
 
     Returns:
-        [rows, tokens, heads, head_dim], 0 for padding after a row's last position, and None in
-        place of the weights.
+        [rows, tokens, heads, head_dim] of that dtype, 0 for padding after a row's last position,
+        and None in place of the weights.
     """
     if dropout or any(kwargs.get(name) is not None for name in _NOT_SERVED):
         raise NotImplementedError(
@@ -80,6 +82,7 @@ def batch_invariant_attention(
         )
     rows, num_heads, num_tokens, head_dim = query.shape
     out = torch.empty((rows, num_tokens, num_heads, head_dim), dtype=torch.float32)
+    query_dtype, query = query.dtype, query.float()
     _C.causal_attention(
         query if query.stride(-1) == 1 else query.contiguous(),
         key,
@@ -89,4 +92,4 @@ def batch_invariant_attention(
         out,
         num_threads(),
     )
-    return out, None
+    return out.to(query_dtype), None

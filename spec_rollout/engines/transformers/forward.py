@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from spec_rollout.engines.transformers.attention import (
 )
 from spec_rollout.engines.transformers.layer_parts import LayerParts
 from spec_rollout.engines.transformers.lengths import declared
-from spec_rollout.engines.transformers.row_counts import row_counts
+from spec_rollout.engines.transformers.row_counts import MIN_ROWS, row_counts
 from spec_rollout.engines.transformers.slot_cache import WIDTH_MULTIPLE, SlotCache, round_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LOGGER = logging.getLogger(__name__)
 _MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -33,7 +35,8 @@ class ModelForward:
     Args:
         model: A causal LM that takes `position_ids` and a 4-D `attention_mask`.
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in the
-            batch; None: yes for float32 models on CPU.
+            batch; None: yes on CPU in float32, and in bfloat16 where the machine's matrix products
+            allow it.
         max_model_len: Most tokens of a row; None is no limit.
 
     Attributes:
@@ -222,7 +225,14 @@ class ModelForward:
         """Finds out how few rows will do, if the number of threads is another than last time."""
         threads = torch.get_num_threads()
         if self.batch_invariant and threads != self._counted_for:
-            self._row_counts = row_counts(self.model)
+            counts = row_counts(self.model)
+            if not counts:
+                _LOGGER.warning(
+                    "with %d threads, this machine's %s products depend on how many rows are "
+                    "computed together: results differ by rounding",
+                    *(threads, self.dtype),
+                )
+            self._row_counts = counts or (MIN_ROWS,)
             self._counted_for = threads
 
     def _at_least(self, count: int) -> int:
@@ -253,11 +263,15 @@ class ModelForward:
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._select)[None], *rest)
 
     def _resolve_batch_invariant(self, wanted: bool | None) -> bool:
+        if wanted is False:
+            return False
         reasons = []
         if self.device.type != "cpu":
             reasons.append(f"runs on {self.device}")
-        if self.dtype != torch.float32:
+        elif self.dtype == torch.float16:
             reasons.append(f"is {self.dtype}")
+        elif not row_counts(self.model):
+            reasons.append(f"has {self.dtype} products that depend on the number of rows here")
         if self.model.config._attn_implementation != "sdpa":
             reasons.append(f"uses {self.model.config._attn_implementation} attention")
         if not getattr(self.model, "_supports_attention_backend", False):
@@ -267,10 +281,10 @@ class ModelForward:
             reasons.append("has values narrower than its keys")
         if wanted and reasons:
             raise ValueError(
-                "batch_invariant: expected a float32 model with sdpa attention on CPU, "
+                "batch_invariant: expected a float32 or bfloat16 model with sdpa attention on CPU, "
                 f"got one that {' and '.join(reasons)}"
             )
-        if wanted is False or reasons:
+        if reasons:
             return False
         from transformers import AttentionInterface
 

@@ -22,14 +22,16 @@ from spec_rollout._native import _C, num_threads
 
 # In every modeling file of transformers that has rotary embeddings.
 _ROTARY = "apply_rotary_pos_emb"
-_TOLERANCE = 1e-5
+# Relative; in bfloat16 one rounding may fall to the other side.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 Forward = Callable[..., Any]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension. [..., dim], float32 on CPU."""
-    out = torch.empty(x.shape, dtype=torch.float32)
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension. [..., dim], float32 or bfloat16
+    on CPU, `weight` of the same dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype)
     dim = x.shape[-1]
     rows = x.contiguous().view(-1, dim)
     _C.rms_norm(rows, weight, eps, out.view(-1, dim), num_threads())
@@ -37,8 +39,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up. [..., dim], float32 on CPU."""
-    out = torch.empty(gate.shape, dtype=torch.float32)
+    """silu(gate) * up. [..., dim], both float32 or both bfloat16 on CPU."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
     flat = [tensor.contiguous().view(1, -1) for tensor in (gate, up)]
     _C.silu_mul(*flat, out.view(1, -1), num_threads())
     return out
@@ -48,14 +50,14 @@ def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Rotary embedding of queries or keys, the same bits as transformers' own.
 
     Args:
-        x: [rows, heads, tokens, head_dim], float32 on CPU.
-        cos, sin: [rows, tokens, head_dim].
+        x: [rows, heads, tokens, head_dim], float32 or bfloat16 on CPU.
+        cos, sin: [rows, tokens, head_dim], the same dtype.
 
     Returns:
         [rows, heads, tokens, head_dim]; underneath, a token's heads lie together.
     """
     rows, heads, tokens, head_dim = x.shape
-    out = torch.empty(rows, tokens, heads, head_dim, dtype=torch.float32)
+    out = torch.empty(rows, tokens, heads, head_dim, dtype=x.dtype)
     x = x if x.stride(-1) == 1 else x.contiguous()
     _C.rotate_halves(x, cos.contiguous(), sin.contiguous(), out, num_threads())
     return out.transpose(1, 2)
@@ -65,7 +67,7 @@ class LayerParts:
     """The parts of one model that `installed` replaces.
 
     Args:
-        model: A float32 model on CPU.
+        model: On CPU, float32 or bfloat16.
 
     Attributes:
         num_modules: Norms and MLPs replaced.
@@ -162,6 +164,7 @@ def _agrees(module: torch.nn.Module, make: Callable[[torch.nn.Module], Forward])
             parameter.normal_(generator=generator)
         size = probe.gate_proj.in_features if _is_gated_mlp(probe) else probe.weight.numel()
         x = torch.randn(3, 1, size, generator=generator, dtype=torch.float32)
+        x = x.to(next(probe.parameters()).dtype)
         expected, actual = probe(x), make(probe)(x)
     return _close(actual, expected)
 
@@ -186,7 +189,8 @@ def _make_rotary(original: Forward) -> Forward:
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    dtype = tensors[0].dtype
+    return dtype in _TOLERANCE and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
 
 
 def _rotates_halves(original: Forward) -> bool:
@@ -210,6 +214,7 @@ def _rotates_halves(original: Forward) -> bool:
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = _TOLERANCE[expected.dtype]
     return actual.shape == expected.shape and torch.allclose(
-        actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())
+        actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
     )

@@ -7,11 +7,15 @@ was tried, four and eight rows keep the order of many with one and two threads, 
 alone. So what few rows are filled up to is tried, once per shape, number of threads and process.
 A step of one to four rows then takes a fifth to a third less than with sixteen. It cannot take much
 less: reading the weights is most of it.
+
+Products in bfloat16 (oneDNN) accumulate in float32, on processors that have instructions for them
+in one order for any number of rows from a few on. Elsewhere they may not: what is tried there
+includes many rows, and a model whose products fail is not run as batch-invariant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -20,8 +24,13 @@ import torch
 MIN_ROWS = 16
 
 _CANDIDATES = (4, 8)
+_CANDIDATES_BFLOAT16 = (1, 2, 4, 8)
 _TRIED = 17  # rows
-# Which of the candidates give the bits of many rows, by what decides about the kernel.
+# Of bfloat16 every one of these must have the bits of `_TRIED_BFLOAT16`.
+_MANY_BFLOAT16 = (MIN_ROWS, 17, 33, 48)
+_TRIED_BFLOAT16 = 80
+# Which of the candidates give the bits of many rows, by what decides about the kernel; `MIN_ROWS`
+# among them says that many rows are all alike.
 _EQUAL: dict[tuple[object, ...], frozenset[int]] = {}
 
 
@@ -29,17 +38,25 @@ def row_counts(model: torch.nn.Module) -> tuple[int, ...]:
     """Ascending numbers of rows that give the same bits as many rows; the last is `MIN_ROWS`.
 
     For the present number of torch's threads. A model whose products are not all known (weights
-    outside linear layers, as of fused experts) has `MIN_ROWS` alone.
+    outside linear layers, as of fused experts) has `MIN_ROWS` alone; in bfloat16 it has none, as
+    has one whose products depend on the number of rows.
 
     Args:
-        model: On a CPU, float32, outside any session of a `ModelForward`.
+        model: On a CPU, all weights of one dtype, outside any session of a `ModelForward`.
     """
-    counts = set(_CANDIDATES)
+    counts = {*_CANDIDATES_BFLOAT16, MIN_ROWS}
     for module in _products(model):
-        if module is None or not counts:
-            return (MIN_ROWS,)
-        counts &= _equal(module)
-    return (*sorted(counts), MIN_ROWS)
+        if module is None:
+            counts &= {MIN_ROWS} if _is_float32(model) else set()
+        else:
+            counts &= _equal(module)
+        if not counts:
+            break
+    return tuple(sorted(counts))
+
+
+def _is_float32(module: torch.nn.Module) -> bool:
+    return next(module.parameters()).dtype == torch.float32
 
 
 def _products(model: torch.nn.Module) -> Iterator[torch.nn.Module | None]:
@@ -58,25 +75,59 @@ def _products(model: torch.nn.Module) -> Iterator[torch.nn.Module | None]:
 def _equal(module: torch.nn.Module) -> frozenset[int]:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, torch.Tensor)
-    kind = (type(module), tuple(weight.shape), weight.stride(), bias is None)
+    kind = (type(module), tuple(weight.shape), weight.stride(), weight.dtype, bias is None)
     key = (*kind, torch.get_num_threads())
     if key not in _EQUAL:
         # A linear layer has its inputs last, a Conv1D first.
-        width = weight.shape[-1 if isinstance(module, torch.nn.Linear) else 0]
-        _EQUAL[key] = _try(module, width)
+        inputs = -1 if isinstance(module, torch.nn.Linear) else 0
+        _EQUAL[key] = (_try if weight.dtype == torch.float32 else _try_bfloat16)(module, inputs)
     return _EQUAL[key]
 
 
-def _try(module: torch.nn.Module, width: int) -> frozenset[int]:
+def _try(module: torch.nn.Module, inputs: int) -> frozenset[int]:
+    width = module.get_parameter("weight").shape[inputs]
+    rows = torch.randn(_TRIED, 1, width, generator=torch.Generator().manual_seed(0))
+    return frozenset(_same(module, rows, _CANDIDATES)) | {MIN_ROWS}
+
+
+def _try_bfloat16(module: torch.nn.Module, inputs: int) -> frozenset[int]:
+    """Outputs rounded to eight bits would hide most of another order of summation.
+
+    So the trial's sums are 0: the second half of each is the first half's negative. What comes out
+    is the error of adding up alone, all of it visible.
+    """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_TRIED, 1, width, generator=generator)
+    weights = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
+    weight = weights["weight"]
+    width = weight.shape[inputs]
+    half = width // 2
+    first, second = (weight.narrow(inputs, start, half) for start in (0, half))
+    torch.neg(first.uniform_(-1, 1, generator=generator), out=second)
+    rows = torch.zeros(_TRIED_BFLOAT16, 1, width, dtype=weight.dtype)
+    rows[..., :half].uniform_(-1, 1, generator=generator)
+    rows[..., half : 2 * half] = rows[..., :half]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.functional_call(module, weights, (x,))
+        return result
+
+    counts = _same(product, rows, (*_CANDIDATES_BFLOAT16, *_MANY_BFLOAT16))
+    if not counts.issuperset(_MANY_BFLOAT16):
+        return frozenset()
+    return frozenset(counts.intersection(_CANDIDATES_BFLOAT16)) | {MIN_ROWS}
+
+
+def _same(
+    product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, counts: Iterable[int]
+) -> set[int]:
+    """Those counts whose products have the bits of all rows together."""
     with torch.inference_mode():
-        expected = module(rows)
-
-        def same(count: int) -> bool:
-            return all(
-                torch.equal(module(rows[start : start + count]), expected[start : start + count])
-                for start in (0, _TRIED - count)
+        expected = product(rows)
+        return {
+            count
+            for count in counts
+            if all(
+                torch.equal(product(rows[start : start + count]), expected[start : start + count])
+                for start in (0, len(rows) - count)
             )
-
-        return frozenset(count for count in _CANDIDATES if same(count))
+        }

@@ -22,11 +22,12 @@ def accept_mask(
         return uniforms.log() <= p
     if not isinstance(rule, Lenient):  # baselines keep what they were cut to
         return torch.ones_like(p, dtype=torch.bool) & (rule.kernel_params[1] > 0)
-    if math.isinf(rule.log_lenience):
-        return torch.full_like(p, rule.log_lenience > 0, dtype=torch.bool)
+    log_lenience = rule.kernel_params[1]
+    if math.isinf(log_lenience):
+        return torch.full_like(p, log_lenience > 0, dtype=torch.bool)
     assert draft_logprobs is not None
     ratio = torch.where(p.isneginf(), p, p - draft_logprobs.double())
-    accept = uniforms.log() <= rule.scale * (ratio + rule.log_lenience)
+    accept = uniforms.log() <= rule.scale * (ratio + log_lenience)
     return accept & (p.exp() > rule.min_target_prob)
 
 
