@@ -22,11 +22,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, NoReuse
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.engines.transformers.attention import batch_invariant_attention, span_mask
-from spec_rollout.engines.transformers.layer_parts import rms_norm, rotate_halves, silu_mul
+from spec_rollout.engines.transformers.layer_parts import (
+    LayerParts,
+    rms_norm,
+    rotate_halves,
+    silu_mul,
+)
 from spec_rollout.engines.transformers.row_counts import row_counts
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.rounding import Rounding, measure_rounding
-from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
+from spec_rollout.types import Drafts, RolloutRequests, Rollouts, SamplingParams
 
 HALF = torch.bfloat16
 # One rounding: half a unit in the last of eight bits, relative to the value.
@@ -94,6 +99,17 @@ def test_norm_and_gate_are_those_of_transformers(dim: int) -> None:
     for count in (1, 3, 16):
         assert torch.equal(rms_norm(x[:count], norm.weight.detach(), 1e-6), actual[:count])
         assert torch.equal(silu_mul(gate[:count], up[:count]), gated[:count])
+
+
+def test_norms_kept_in_float32_remain_those_of_transformers() -> None:
+    norm = LlamaRMSNorm(32)
+    parts = LayerParts(norm)
+    assert parts.num_modules == 1
+    with torch.no_grad():
+        expected = norm(random(3, 32))
+        with parts.installed():
+            actual = norm(random(3, 32))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize(("heads", "tokens", "head_dim"), [(4, 1, 32), (3, 2, 18)])
@@ -198,8 +214,6 @@ def test_rounding_is_what_verification_differs_by(rounding_engine) -> None:
     # By hand, of the first rows: drawn, then verified.
     short = SamplingParams(max_tokens=30, stop_token_ids=SAMPLING.stop_token_ids)
     end = int(requests.cu_prompt_lens[20])
-    from spec_rollout.types import Drafts
-
     first = RolloutRequests(
         requests.prompt_ids[:end],
         requests.cu_prompt_lens[:21],

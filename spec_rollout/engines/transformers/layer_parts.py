@@ -133,6 +133,8 @@ def _is_norm(module: Any) -> bool:
 
 def _make_norm(module: Any) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != module.weight.dtype:  # as with norms kept in float32
+            return type(module).forward(module, hidden_states)
         return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
     return forward
