@@ -158,12 +158,15 @@ py::tuple row_of(const Group& group, int64_t row) {
                         bytes_of(group.index.row_logprobs(row), len * sizeof(float)));
 }
 
+py::object row_if_any(const std::pair<const Group*, int64_t>& found) {
+  if (found.first == nullptr) return py::none();
+  return row_of(*found.first, found.second);
+}
+
 py::object recall(const HistoryDrafter& drafter, py::handle groups, int64_t tag) {
   ArgReader reader;
   Dim count{"count"};
-  const auto [group, row] = drafter.recall(keys_of(reader, groups, count).at(0), tag);
-  if (group == nullptr) return py::none();
-  return row_of(*group, row);
+  return row_if_any(drafter.recall(keys_of(reader, groups, count).at(0), tag));
 }
 
 // Of every group with kept rows, the least recently used first: key, and (tag, tokens, log-probs)
@@ -277,6 +280,8 @@ void bind_drafting(py::module_& module) {
       .def("propose", &propose_for)
       .def("observe", &observe)
       .def("recall", &recall)
+      .def("generated", [](const HistoryDrafter& d,
+                           int64_t request) { return row_if_any(d.generated(request)); })
       .def("kept_rows", &kept_rows)
       .def("clear", &HistoryDrafter::clear)
       .def("followed_len", &HistoryDrafter::followed_len)

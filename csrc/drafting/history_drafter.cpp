@@ -354,6 +354,12 @@ void HistoryDrafter::observe(const int64_t* requests, const int64_t* accepted_le
   }
 }
 
+std::pair<const Group*, int64_t> HistoryDrafter::generated(int64_t handle) const {
+  const Request& request = live(handle);
+  if (request.row == Group::kNoRow) return {nullptr, Group::kNoRow};
+  return {request.group, request.row};
+}
+
 std::pair<const Group*, int64_t> HistoryDrafter::recall(GroupKey key, int64_t tag) const {
   const Group* group = history_.find(key);
   if (group == nullptr) return {nullptr, Group::kNoRow};

@@ -77,6 +77,8 @@ class HistoryDrafter {
   // How many of the tokens proposed last to each of these requests passed.
   void observe(const int64_t* requests, const int64_t* accepted_lens, int64_t count);
 
+  // What a live request has generated: (group, row); null: nothing yet.
+  std::pair<const Group*, int64_t> generated(int64_t request) const;
   // The newest kept rollout of a group with this tag: (group, row); null: there is none.
   std::pair<const Group*, int64_t> recall(GroupKey group, int64_t tag) const;
   // Forgets all history, and nothing of live requests but what others may learn from them.

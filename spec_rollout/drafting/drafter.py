@@ -189,6 +189,22 @@ class Drafter:
         known = None if tags is None else torch.tensor(list(tags), dtype=torch.int64)
         self._native.add_history(token_ids, logprobs, cu_lens, words, known, num_threads())
 
+    def add_rows(self, rows: KeptRows) -> int:
+        """As `add`, of rollouts that were read from bytes and checked there.
+
+        Returns:
+            How many.
+        """
+        self._native.add_history(
+            torch.from_numpy(rows.token_ids),
+            torch.from_numpy(rows.logprobs),
+            torch.from_numpy(rows.cu_lens),
+            torch.from_numpy(rows.keys),
+            torch.from_numpy(rows.tags),
+            num_threads(),
+        )
+        return rows.tags.size
+
     def recall(self, group_key: bytes, tag: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The newest kept rollout of a prompt with this tag.
 
@@ -196,10 +212,15 @@ class Drafter:
             Token ids [len], int32, and the log-probs they were drawn with, NaN where not known
             [len], float32. None if there is no such rollout.
         """
-        found = self._native.recall(_words([group_key]), tag)
-        if found is None:
-            return None
-        return np.frombuffer(found[0], np.int32), np.frombuffer(found[1], np.float32)
+        return _arrays(self._native.recall(_words([group_key]), tag))
+
+    def generated(self, handle: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """What a live request has generated so far, as `recall` gives it; None if nothing.
+
+        Raises:
+            ValueError: if the request is not live.
+        """
+        return _arrays(self._native.generated(handle))
 
     def follow(self, request: int, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Gives a request its own earlier rollout, which was drawn with the same noise (`Coupled`).
@@ -324,7 +345,7 @@ class Drafter:
         Raises:
             ValueError: if it is not such data, whole and unchanged; nothing is added then.
         """
-        return self._add_kept(history_file.unpacked(data))
+        return self.add_rows(history_file.unpacked(data))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As `export_bytes`, into a file, which appears complete or not at all."""
@@ -337,21 +358,10 @@ class Drafter:
             OSError: if it cannot be read.
             ValueError: naming the path.
         """
-        return self._add_kept(history_file.read(path))
+        return self.add_rows(history_file.read(path))
 
     def _kept_rows(self) -> KeptRows:
         return KeptRows.of(self._native.kept_rows())
-
-    def _add_kept(self, rows: KeptRows) -> int:
-        self._native.add_history(
-            torch.from_numpy(rows.token_ids),
-            torch.from_numpy(rows.logprobs),
-            torch.from_numpy(rows.cu_lens),
-            torch.from_numpy(rows.keys),
-            torch.from_numpy(rows.tags),
-            num_threads(),
-        )
-        return rows.tags.size
 
     @property
     def num_tokens(self) -> int:
@@ -362,6 +372,12 @@ class Drafter:
     def num_bytes(self) -> int:
         """Memory of indices and n-gram table, of which pages count that were never touched."""
         return self._native.num_bytes
+
+
+def _arrays(row: tuple[bytes, bytes] | None) -> tuple[np.ndarray, np.ndarray] | None:
+    if row is None:
+        return None
+    return np.frombuffer(row[0], np.int32), np.frombuffer(row[1], np.float32)
 
 
 def _words(group_keys: Sequence[bytes]) -> torch.Tensor:

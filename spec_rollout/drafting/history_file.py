@@ -27,8 +27,10 @@ from spec_rollout.files import replacing
 MAGIC = b"SPECHIST"
 VERSION = 2
 _HEADER = struct.Struct("<8sIIQQQ")
+HEADER_BYTES = _HEADER.size
 _ROW_BYTES = 16 + 8 + 4
 _TOKEN_BYTES = {1: 4 + 2, 2: 4 + 4}  # by version
+NO_TAG = -(2**63)  # of a row without
 MAX_ROW_TOKENS = 2**20 - 2  # of a suffix index (csrc/drafting/suffix_index.h)
 
 
@@ -101,7 +103,7 @@ def unpacked(data: bytes) -> KeptRows:
         )
     # Sizes are believed only once they agree with what is there.
     found = len(data) - _HEADER.size
-    if size != found or size != num_rows * _ROW_BYTES + num_tokens * _TOKEN_BYTES[version]:
+    if size != found or size != _body_bytes(version, num_rows, num_tokens):
         raise ValueError(
             f"history: expected {size} bytes of {num_rows} rows and {num_tokens} tokens after the "
             f"header, got {found}"
@@ -130,6 +132,20 @@ def unpacked(data: bytes) -> KeptRows:
         token_ids,
         _widened(logprobs) if version == 1 else np.frombuffer(logprobs, "<f4").astype(np.float32),
     )
+
+
+def num_bytes(data: bytes, start: int) -> int | None:
+    """Of the history that begins at `start` of `data`, as its header has it; None if none does."""
+    if len(data) - start < _HEADER.size:
+        return None
+    magic, version, _, size, num_rows, num_tokens = _HEADER.unpack_from(data, start)
+    if magic != MAGIC or version not in _TOKEN_BYTES:
+        return None
+    return HEADER_BYTES + size if size == _body_bytes(version, num_rows, num_tokens) else None
+
+
+def _body_bytes(version: int, num_rows: int, num_tokens: int) -> int:
+    return num_rows * _ROW_BYTES + num_tokens * _TOKEN_BYTES[version]
 
 
 def write(path: str | os.PathLike[str], rows: KeptRows) -> None:

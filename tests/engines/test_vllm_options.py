@@ -42,6 +42,12 @@ def test_the_variable_names_a_mode_or_holds_options() -> None:
         ('{"log_lenience": NaN}', "log_lenience: expected a finite number"),
         ('{"log_lenience": "x"}', "log_lenience: expected a finite number"),
         ('{"log_seconds": -1}', "log_seconds: expected a finite number >= 0"),
+        ('{"share": "folder"}', "share: expected the absolute path of a folder, got 'folder'"),
+        ('{"share": 1}', "share: expected the absolute path"),
+        (
+            '{"mode": "coupled", "identity": "arrival", "share": "/tmp/x"}',
+            "share: expected identity .request. with it, got .arrival.",
+        ),
         ('{"require_lossless": 1}', "require_lossless: expected true or false, got 1"),
         (
             '{"mode": "lenient", "require_lossless": true}',

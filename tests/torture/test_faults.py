@@ -9,6 +9,7 @@ import damage
 import faults
 import kills
 import pytest
+import shared_rollouts
 import together
 import training
 
@@ -51,6 +52,21 @@ def test_two_processes_on_one_store(tmp_path: Path) -> None:
 
 def test_readers_while_it_is_compacted(tmp_path: Path) -> None:
     outcome = together.readers_while_compacting(tmp_path / "store", 20)
+    assert unharmed(outcome), outcome.line()
+
+
+def test_kills_while_sharing(tmp_path: Path) -> None:
+    outcome = shared_rollouts.kill_while_sharing(tmp_path / "shared", 6)
+    assert unharmed(outcome), outcome.line()
+
+
+def test_a_full_disk_while_sharing(tmp_path: Path) -> None:
+    outcome = shared_rollouts.full_folder(tmp_path / "shared", 4)
+    assert unharmed(outcome), outcome.line()
+
+
+def test_two_processes_share(tmp_path: Path) -> None:
+    outcome = shared_rollouts.two_sharing(tmp_path / "shared", 100)
     assert unharmed(outcome), outcome.line()
 
 

@@ -24,6 +24,7 @@ import checkpoints
 import damage
 import engine_deaths
 import kills
+import shared_rollouts
 import together
 import training
 from _common import Results, copy_bandwidth
@@ -44,6 +45,11 @@ def all_faults(times: int, seed: int) -> Mapping[str, Callable[[Path], Iterable[
         "runs": lambda at: [together.two_runs(at, times, seed)],
         "readers": lambda at: [together.readers_while_compacting(at, times)],
         "clocks": lambda at: [together.clocks_that_jump(at, few, seed)],
+        "sharing": lambda at: [
+            shared_rollouts.kill_while_sharing(at / "killed", times, seed),
+            shared_rollouts.full_folder(at / "full", times, seed),
+            shared_rollouts.two_sharing(at / "two", 2 * times),
+        ],
         "engine": lambda _: [engine_deaths.kill_engines(max(1, times // 50), seed)],
     }
 

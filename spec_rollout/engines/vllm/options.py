@@ -69,6 +69,8 @@ class EngineOptions:
         require_lossless: Refuse rules that change the distribution.
         seed: Of the noise of samples.
         log_seconds: Least time between two log lines; 0 writes none.
+        share: Folder in which engines of this machine find each other's finished rollouts, of at
+            most `history_bytes`; empty: none.
     """
 
     mode: str = "off"
@@ -79,6 +81,7 @@ class EngineOptions:
     require_lossless: bool = False
     seed: int = 0
     log_seconds: float = 60.0
+    share: str = ""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)
@@ -88,6 +91,13 @@ class EngineOptions:
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_number("log_lenience", self.log_lenience, -math.inf)
         _check_number("log_seconds", self.log_seconds, 0.0)
+        if not isinstance(self.share, str) or (self.share and not os.path.isabs(self.share)):
+            raise ValueError(f"share: expected the absolute path of a folder, got {self.share!r}")
+        if self.share and self.identity == "arrival":
+            raise ValueError(
+                'share: expected identity "request" with it, got "arrival": each engine counts its '
+                "own requests, so two would call different samples by one number"
+            )
         if not isinstance(self.require_lossless, bool):
             raise ValueError(
                 f"require_lossless: expected true or false, got {self.require_lossless!r}"

@@ -13,6 +13,7 @@ from spec_rollout.engines.vllm.options import SECTION
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.extension import ReuseWorker
+from spec_rollout.engines.vllm.worker.sharing import HistorySharing
 
 DEFAULT_FIRST_CHUNK = 16
 
@@ -26,7 +27,8 @@ class ReuseProposer(ChunkProposer):
 
     Raises:
         ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
-            token budget, or the model keeps a recurrent state.
+            token budget, or the model keeps a recurrent state, or the folder of shared rollouts is
+            another model's.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -57,7 +59,15 @@ class ReuseProposer(ChunkProposer):
                 replica=vllm_config.parallel_config.data_parallel_rank,
                 logprobs_mode=vllm_config.model_config.logprobs_mode,
             )
-            self.serve_by_itself(side, compat.log)
+            sharing = None
+            if engine_options.share:
+                sharing = HistorySharing.in_folder(
+                    engine_options.share,
+                    compat.history_identity(vllm_config),
+                    engine_options.history_bytes,
+                    compat.log,
+                )
+            self.serve_by_itself(side, compat.log, sharing)
 
     def load_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """There is no model to load; vLLM hands over its own, whose weights are watched."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -394,6 +397,45 @@ def test_lenient_reuses_by_its_rule(make_llm: MakeLLM, even_steps: None) -> None
     assert metrics(llm)["num_fully_reused"] == len(prompts)
 
 
+def test_engines_draft_from_what_others_of_their_folder_finished(
+    make_llm: MakeLLM, even_steps: None, tmp_path: Path
+) -> None:
+    variable = json.dumps({"mode": "coupled", "share": str(tmp_path)})
+    one, other = (make_llm(variable, seed=seed) for seed in (0, 1))
+    prompts = [prompt for prompt in prompts_of(3) for _ in range(4)]
+    each = [
+        lambda i: {"temperature": 0.0},
+        lambda i: {"extra_args": {"spec_rollout": {"sample": i % 4}}},
+    ]
+    expected = [generate(one, prompts, each=one_each) for one_each in each]
+    # Offline, the last ones are let go of when something else begins.
+    generate(one, prompts[:1], max_tokens=1, repetition_penalty=1.1)
+    for _ in range(1000):
+        if info(other)["num_received"] == 2 * len(prompts):
+            break
+        time.sleep(0.01)
+    assert info(other)["num_received"] == info(one)["num_shared"] == 2 * len(prompts)
+    for one_each, tokens in zip(each, expected, strict=True):
+        metrics(other)
+        before = info(other)["num_with_draft"]
+        assert generate(other, prompts, each=one_each) == tokens
+        assert info(other)["num_with_draft"] == before + len(prompts)
+        assert metrics(other)["num_engine_steps"] < 0.3 * max(map(len, tokens))
+
+
+def test_rollouts_of_another_vocabulary_are_refused(
+    make_llm: MakeLLM, model_dir: Path, tmp_path: Path
+) -> None:
+    from spec_rollout.drafting import HistoryFolder, HistoryIdentity
+    from spec_rollout.engines.vllm.proposer import ReuseProposer
+
+    config = copy.copy(make_llm("drafting").llm_engine.vllm_config)
+    config.additional_config = {"spec_rollout": {"mode": "drafting", "share": str(tmp_path)}}
+    HistoryFolder(tmp_path, HistoryIdentity("another", "qwen3", VOCAB + 1, ""), 1 << 20)
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected rollouts of {model_dir} .*another"):
+        ReuseProposer(config)
+
+
 def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
     prompt = prompts_of(1)[0]
 
@@ -425,6 +467,12 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
             "SPEC_ROLLOUT=drafting: expected vLLM's Model Runner V1",
         ),
         ("drafting", {}, {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
+        (
+            '{"share": "/tmp/shared"}',
+            {},
+            {"tensor_parallel_size": 2},
+            "share: expected tensor_parallel_size 1 with it, got 2",
+        ),
         ("drafting", {}, {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
         (
             "drafting",

@@ -13,6 +13,7 @@ our proposer.
 - `watching`: what a worker is told about its model.
 - `sampling`: our sampler in the place of vLLM's rejection sampler.
 - `workers`: a worker's proposer, and its model's weights.
+- `shared_rollouts`: of which model an engine's rollouts are.
 - `recurrent`: models that are refused.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `shared_classes`: transformers' models beside an engine stay as they are.
@@ -42,6 +43,7 @@ from spec_rollout.engines.vllm.compat.llm import (
 )
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
+from spec_rollout.engines.vllm.compat.shared_rollouts import history_identity
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.versions import (
     NEWEST_TESTED,
@@ -74,6 +76,7 @@ __all__ = [
     "destinations",
     "finish_update",
     "generate",
+    "history_identity",
     "install",
     "install_worker",
     "is_in_process",

@@ -62,6 +62,22 @@ def plain_inputs(original: Callable) -> Callable:
     return _prepare_inputs
 
 
+def let_go(original: Callable) -> Callable:
+    """For `GPUModelRunner._update_states`: requests that are over leave at once.
+
+    An engine that has nothing more to do makes one more step for that, in which nothing is sampled.
+    """
+
+    def _update_states(self: Any, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
+        result = original(self, scheduler_output, *args, **kw)
+        proposer = getattr(self, "drafter", None)
+        if scheduler_output.finished_req_ids and isinstance(proposer, ChunkProposer):
+            sweep(self, proposer)
+        return result
+
+    return _update_states
+
+
 def drafts_if_any(original: Callable) -> Callable:
     """For `GPUModelRunner.take_draft_token_ids`: where there are none, there is nothing to take.
 

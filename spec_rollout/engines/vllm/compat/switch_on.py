@@ -59,8 +59,9 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         model_config: vLLM's `ModelConfig` of the model.
 
     Raises:
-        ValueError: where the engine has another speculative method, a pipeline, Model Runner V2, or
-            a weight transfer that goes with no speculation, or an option is wrong.
+        ValueError: where the engine has another speculative method, a pipeline, Model Runner V2, a
+            weight transfer that goes with no speculation, or shares rollouts between tensor
+            parallel ranks, or an option is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -83,6 +84,12 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     if engine_args.pipeline_parallel_size > 1:
         raise ValueError(
             f"{asked}: expected pipeline_parallel_size 1, got {engine_args.pipeline_parallel_size}"
+        )
+    if options.share and engine_args.tensor_parallel_size > 1:
+        raise ValueError(
+            f"{asked}: share: expected tensor_parallel_size 1 with it, got "
+            f"{engine_args.tensor_parallel_size}: its ranks have to draft alike in every step, and "
+            "would each find what others share at another moment"
         )
     if engine_args.logits_processors:
         raise ValueError(

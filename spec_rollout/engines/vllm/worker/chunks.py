@@ -18,6 +18,7 @@ from spec_rollout.engines.vllm.worker.live import LiveRequests
 from spec_rollout.engines.vllm.worker.masks import LogitMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sampler import ReuseSampler
+from spec_rollout.engines.vllm.worker.sharing import HistorySharing
 from spec_rollout.types import History
 
 
@@ -47,12 +48,18 @@ class ChunkProposer:
         self._is_drawn = True  # tokens of the call, with its requests' noise
         self.last_batch: tuple[list[Any], list[Row | None]] = ([], [])
 
-    def serve_by_itself(self, side: EngineSide, write_log: Callable[[str], None]) -> None:
+    def serve_by_itself(
+        self,
+        side: EngineSide,
+        write_log: Callable[[str], None],
+        sharing: HistorySharing | None = None,
+    ) -> None:
         """From now on requests that no rollout call announced are served, too.
 
         Args:
             side: Decides what each is served with.
             write_log: Takes a line for the log now and then.
+            sharing: Of what is remembered, with other engines.
         """
         times = self.sampler.times
         history = EngineHistory(
@@ -61,6 +68,7 @@ class ChunkProposer:
             self.sampler.match_shares,
             max_proposal=self.sampler.max_chunk,
             token_budget=self.token_budget,
+            sharing=sharing,
         )
         side.recall = history.recall
         self.live = LiveRequests(
@@ -199,7 +207,7 @@ class ChunkProposer:
             if record.drawn is None:
                 given = [len(tokens) for tokens in sampled_token_ids]
                 num_rows, num_tokens = len(given) - given.count(0), sum(given)
-            self.live.log(num_rows, num_tokens)
+            self.live.end_step(num_rows, num_tokens)
         return drafts
 
     @staticmethod

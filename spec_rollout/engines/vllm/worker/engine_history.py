@@ -11,6 +11,7 @@ import numpy as np
 from spec_rollout.drafting import Drafter, MatchShares, Payoff
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.sharing import HistorySharing
 
 # Of a prompt's rollouts, and of the n-gram table, as shares of all that may be remembered.
 _GROUP_SHARE = 1 / 64
@@ -26,6 +27,7 @@ class EngineHistory(HistoryProposals):
     Args:
         max_bytes: Bound of what is remembered.
         payoff, shares, max_proposal, token_budget: See `HistoryProposals`.
+        sharing: With other engines; None: with none.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class EngineHistory(HistoryProposals):
         *,
         max_proposal: int,
         token_budget: int,
+        sharing: HistorySharing | None = None,
     ) -> None:
         table = min(max(int(max_bytes * _TABLE_SHARE), _LEAST_TABLE), _MOST_TABLE)
         drafter = Drafter(
@@ -47,6 +50,10 @@ class EngineHistory(HistoryProposals):
         super().__init__(drafter, 0, payoff, max_proposal=max_proposal, token_budget=token_budget)
         self._handle_of = np.empty(0, np.int64)
         self._free: list[int] = []
+        self._sharing = sharing
+        if sharing is not None:
+            sharing.start(drafter)
+        self._named: dict[int, tuple[bytes, int | None]] = {}  # group and tag by slot, to be shared
 
     def join(self, group: bytes, stop_token_ids: Iterable[int], tag: int | None) -> int:
         """A request begins.
@@ -64,6 +71,8 @@ class EngineHistory(HistoryProposals):
             self._grow()
         slot = self._free.pop()
         self._handle_of[slot] = handle
+        if self._sharing is not None:
+            self._named[slot] = (group, tag)
         self._num_known[slot] = 0
         self._proposed_at[slot] = -1
         return slot
@@ -78,7 +87,12 @@ class EngineHistory(HistoryProposals):
             (ids[ids != slot], accepted[ids != slot]) for ids, accepted in self._outcomes
         ]
         self._tell_late()
-        self._drafter.leave(int(self._handle_of[slot]))
+        handle = int(self._handle_of[slot])
+        if self._sharing is not None:
+            group, tag = self._named.pop(slot)
+            if (generated := self._drafter.generated(handle)) is not None:
+                self._sharing.offer(group, tag, *generated)
+        self._drafter.leave(handle)
         self._followers.pop(slot, None)
         self._proposed_at[slot] = -1
         self._free.append(slot)
@@ -107,6 +121,11 @@ class EngineHistory(HistoryProposals):
         """Nothing: requests are asked one by one when they leave."""
         return []
 
+    def receive(self) -> None:
+        """Adds rollouts of other engines, if some have come."""
+        if self._sharing is not None:
+            self._sharing.give_to(self._drafter)
+
     def clear(self) -> None:
         """Forgets all but what live requests have generated."""
         self._tell_late()
@@ -125,7 +144,8 @@ class EngineHistory(HistoryProposals):
         """What is remembered; `num_bytes` is the sum."""
         self._tell_late()
         info = self._drafter.info()
-        return {**asdict(info), "num_bytes": info.history_bytes + info.table_bytes}
+        shared = {} if self._sharing is None else self._sharing.info()
+        return {**asdict(info), "num_bytes": info.history_bytes + info.table_bytes, **shared}
 
     def _handles(self, requests: np.ndarray) -> np.ndarray:
         return self._handle_of[requests]

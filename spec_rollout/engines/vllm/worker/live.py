@@ -84,6 +84,8 @@ class LiveRequests:
     def sweep(self, row_of: Callable[[str], Any]) -> None:
         """Lets go of requests that are finished or aborted; what they generated is remembered.
 
+        Those that come next find what other engines shared.
+
         Args:
             row_of: Request id -> its row as the model runner has it now, None if it has none.
         """
@@ -95,9 +97,11 @@ class LiveRequests:
             self.history.leave(row.history_id)
             if sample >= 0 and self.side.samples is not None:
                 self.side.samples.end(group, sample)
+        self.history.receive()
 
-    def log(self, num_rows: int, num_tokens: int) -> None:
+    def end_step(self, num_rows: int, num_tokens: int) -> None:
         """A step is over; see `LogLine.step`."""
+        self.history.receive()
         self._log_line.step(num_rows, num_tokens, self._metrics(), self._summary)
 
     def clear(self) -> None:
@@ -114,4 +118,9 @@ class LiveRequests:
             f"requests: {counters.num_served:,} served, {counters.num_passed_by:,} passed by, "
             f"{counters.num_with_draft:,} with a rollout of their own; history: "
             f"{history['num_groups']:,} prompts, {history['num_bytes'] / 2**20:.0f} MiB"
+            + (
+                f"; shared: {history['num_shared']:,} given, {history['num_received']:,} taken"
+                if "num_shared" in history
+                else ""
+            )
         )
