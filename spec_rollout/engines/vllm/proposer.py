@@ -61,6 +61,7 @@ class ReuseProposer(ChunkProposer):
             )
             sharing = None
             if engine_options.share:
+                compat.install_sharing()
                 sharing = HistorySharing.in_folder(
                     engine_options.share,
                     compat.history_identity(vllm_config),

@@ -27,7 +27,12 @@ Importing this package does not import vLLM; calling its functions does.
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
 from spec_rollout.engines.vllm.compat.death import tell_of_death
 from spec_rollout.engines.vllm.compat.identity import PROPOSER, WORKER, check_plugged, is_ours
-from spec_rollout.engines.vllm.compat.install import install, install_worker, plugin
+from spec_rollout.engines.vllm.compat.install import (
+    install,
+    install_sharing,
+    install_worker,
+    plugin,
+)
 from spec_rollout.engines.vllm.compat.llm import (
     generate,
     is_in_process,
@@ -78,6 +83,7 @@ __all__ = [
     "generate",
     "history_identity",
     "install",
+    "install_sharing",
     "install_worker",
     "is_in_process",
     "is_ours",

@@ -13,8 +13,8 @@
   needs one array of them.
 - `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts is
   to cost what it costs without speculation.
-- `GPUModelRunner._update_states`: what a request generated is known to others once it is over, also
-  where no request comes after it.
+- `GPUModelRunner._update_states`, only where engines share rollouts: what a request generated is
+  known to others once it is over, also where no request comes after it.
 - `_support_torch_compile`: transformers' classes, which a trainer in this process has models of.
 - `EngineArgs.create_engine_config`, `WorkerBase.__init__`: engines on Model Runner V2 (`v2`), which
   construct no proposer that could install hooks.
@@ -74,11 +74,20 @@ def install_worker() -> None:
     replace(runner, "_sample", sampling.sample)
     replace(runner, "_prepare_inputs", sampling.plain_inputs)
     replace(runner, "_calc_spec_decode_metadata", sampling.few_indices)
-    replace(runner, "_update_states", sampling.let_go)
     replace(runner, "take_draft_token_ids", sampling.drafts_if_any)
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
     if current_platform.is_cpu():
         cpu_wheels.fix()
+
+
+@functools.cache
+def install_sharing() -> None:
+    """Installs what a worker needs that shares rollouts with other engines, and no other does."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from spec_rollout.engines.vllm.compat import sampling
+
+    replace(GPUModelRunner, "_update_states", sampling.let_go)
 
 
 def plugin() -> None:

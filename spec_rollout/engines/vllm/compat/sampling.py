@@ -63,7 +63,7 @@ def plain_inputs(original: Callable) -> Callable:
 
 
 def let_go(original: Callable) -> Callable:
-    """For `GPUModelRunner._update_states`: requests that are over leave at once.
+    """For `GPUModelRunner._update_states`: requests that are over leave at once, for others.
 
     An engine that has nothing more to do makes one more step for that, in which nothing is sampled.
     """
@@ -71,7 +71,12 @@ def let_go(original: Callable) -> Callable:
     def _update_states(self: Any, scheduler_output: Any, *args: Any, **kw: Any) -> Any:
         result = original(self, scheduler_output, *args, **kw)
         proposer = getattr(self, "drafter", None)
-        if scheduler_output.finished_req_ids and isinstance(proposer, ChunkProposer):
+        if (
+            scheduler_output.finished_req_ids
+            and isinstance(proposer, ChunkProposer)
+            and proposer.live is not None
+            and proposer.live.history.is_shared
+        ):
             sweep(self, proposer)
         return result
 

@@ -121,6 +121,11 @@ class EngineHistory(HistoryProposals):
         """Nothing: requests are asked one by one when they leave."""
         return []
 
+    @property
+    def is_shared(self) -> bool:
+        """With other engines."""
+        return self._sharing is not None
+
     def receive(self) -> None:
         """Adds rollouts of other engines, if some have come."""
         if self._sharing is not None:
