@@ -245,6 +245,13 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
                          num_threads, static_cast<int32_t*>(ids.data), lens, own, passing);
 }
 
+void expect_noise(HistoryDrafter& drafter, int law) {
+  if (law < 0 || law > static_cast<int>(NoiseLaw::kVllm64)) {
+    fail("law: expected 0 to 2, got ", law);
+  }
+  drafter.expect_noise(static_cast<NoiseLaw>(law));
+}
+
 void observe(HistoryDrafter& drafter, py::handle requests, py::handle accepted_lens) {
   ArgReader reader;
   Dim count{"count"};
@@ -267,11 +274,15 @@ void bind_drafting(py::module_& module) {
       .def_property_readonly("num_tokens", &SuffixIndex::num_tokens)
       .def_property_readonly("num_bytes", &SuffixIndex::num_bytes)
       .def_property_readonly("num_visits", &SuffixIndex::num_visits);
+  // What a drafter expects of a token's noise.
+  module.def("vllm_gumbel", &vllm_noise::gumbel, py::arg("seed"), py::arg("position"),
+             py::arg("token"), py::arg("is_float64"));
   py::class_<MatchShares, std::shared_ptr<MatchShares>>(module, "MatchShares").def(py::init<>());
   py::class_<HistoryDrafter>(module, "HistoryDrafter")
       .def(py::init(&make_drafter), py::kw_only(), py::arg("max_bytes"), py::arg("max_group_bytes"),
            py::arg("table_tokens"), py::arg("max_table_bytes"), py::arg("is_lasting"),
            py::arg("shares").none(false))
+      .def("expect_noise", &expect_noise)
       .def("join", &join)
       .def("leave", &HistoryDrafter::leave)
       .def("add_history", &add_history)

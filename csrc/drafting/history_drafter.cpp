@@ -9,7 +9,6 @@
 #include "cpu/parallel.h"
 #include "drafting/token_guess.h"
 #include "spec_rollout/check.h"
-#include "spec_rollout/philox.h"
 
 namespace spec_rollout {
 namespace {
@@ -237,7 +236,7 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
     if (is_own) {
       token = request.draft[at];
       const double logprob = request.draft_logprobs[at];
-      const double score = logprob + gumbel(NoiseKey(*noise.key), noise.position + k, token);
+      const double score = logprob + noise_of(noise_law_, *noise.key, noise.position + k, token);
       // All other tokens' best is below `score` with this probability.
       cell = MatchShares::cell(MatchShares::kOwnDraft,
                                std::exp(std::expm1(logprob) * std::exp(-score)));
@@ -252,7 +251,7 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
       const NgramTable::Line* lines[NgramTable::kNumOrders];
       const int num_lines = table_.find(place, lines);
       const TokenGuess guess = guess_token(followers, num_followers, contexts_, lines, num_lines,
-                                           noise.key, noise.position + k);
+                                           noise_law_, noise.key, noise.position + k);
       if (guess.token >= 0 && guess.token != token) {
         const int other = MatchShares::cell(guess.source, guess.chance);
         const double other_passes = probability(other, request);

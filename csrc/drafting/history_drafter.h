@@ -10,6 +10,7 @@
 #include "drafting/group_history.h"
 #include "drafting/match_shares.h"
 #include "drafting/ngram_table.h"
+#include "drafting/noise.h"
 #include "drafting/token_guess.h"
 #include "drafting/word_size.h"
 
@@ -44,6 +45,9 @@ class HistoryDrafter {
   };
 
   HistoryDrafter(const Options& options, std::shared_ptr<MatchShares> shares);
+
+  // Whose noise the keys of `propose` are of; Philox if nothing is said.
+  void expect_noise(NoiseLaw law) { noise_law_ = law; }
 
   // A request joins a group. Returns a handle. Nothing from the first of `stop_token_ids` on is
   // proposed: where one is drawn, the request ends. What it generates is kept under `tag` (see
@@ -135,6 +139,7 @@ class HistoryDrafter {
   void learned(int64_t num_tokens);
 
   bool is_lasting_;
+  NoiseLaw noise_law_ = NoiseLaw::kPhilox;
   GroupHistory history_;
   NgramTable table_;  // of all groups
   WordSize word_size_;

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "spec_rollout/bfloat16_bits.h"
-#include "spec_rollout/philox.h"
 
 namespace spec_rollout {
 namespace {
@@ -74,7 +73,7 @@ class Blend {
     }
   }
 
-  TokenGuess best(const int64_t* key, int64_t position) const {
+  TokenGuess best(NoiseLaw law, const int64_t* key, int64_t position) const {
     TokenGuess guess;
     if (num_ == 0) return guess;
     if (key == nullptr) {
@@ -86,7 +85,7 @@ class Blend {
     float first = -INFINITY, second = std::log(rest_ + 1e-6f);
     for (int c = 0; c < num_; ++c) {
       if (p_[c] < kLeastProbability) continue;
-      const float score = std::log(p_[c]) + gumbel(NoiseKey(*key), position, tokens_[c]);
+      const float score = std::log(p_[c]) + noise_of(law, *key, position, tokens_[c]);
       if (score > first) {
         second = std::max(second, first);
         first = score;
@@ -124,7 +123,7 @@ GroupContexts::GroupContexts(double bits) {
 
 TokenGuess guess_token(const SuffixIndex::Follower* followers, int num_followers,
                        const GroupContexts& contexts, const NgramTable::Line* const* lines,
-                       int num_lines, const int64_t* key, int64_t position) {
+                       int num_lines, NoiseLaw law, const int64_t* key, int64_t position) {
   Blend blend;
   Seen seen[kMaxTokens];
   for (int l = 0; l < num_lines; ++l) {
@@ -155,7 +154,7 @@ TokenGuess guess_token(const SuffixIndex::Follower* followers, int num_followers
     }
     blend.add(seen, num, kGroupDoubt, NgramTable::kNumOrders + c);
   }
-  return blend.best(key, position);
+  return blend.best(law, key, position);
 }
 
 }  // namespace spec_rollout

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "drafting/ngram_table.h"
+#include "drafting/noise.h"
 #include "drafting/suffix_index.h"
 
 namespace spec_rollout {
@@ -40,6 +41,6 @@ struct GroupContexts {
 // noise, the likeliest token.
 TokenGuess guess_token(const SuffixIndex::Follower* followers, int num_followers,
                        const GroupContexts& contexts, const NgramTable::Line* const* lines,
-                       int num_lines, const int64_t* key, int64_t position);
+                       int num_lines, NoiseLaw law, const int64_t* key, int64_t position);
 
 }  // namespace spec_rollout

@@ -18,6 +18,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="as in the variable SPEC_ROLLOUT: drafting (default), coupled, lenient, or JSON",
     )
     parser.add_argument(
+        "--model-runner",
+        choices=("v1", "v2"),
+        help="of vLLM's, that the engine is to run on (default: v1, unless "
+        "VLLM_USE_V2_MODEL_RUNNER=1 is set)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="as JSON, for LLM(**arguments) and config files"
     )
 
@@ -28,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if the options are wrong, or switch nothing on.
     """
-    from spec_rollout.engines.vllm.options import EngineOptions
+    from spec_rollout.engines.vllm.options import EngineOptions, chosen_runner
 
     options = EngineOptions.from_text(args.options, source="OPTIONS")
     if not options.is_on:
         raise ValueError("OPTIONS: expected drafting, coupled or lenient, got off")
-    arguments = options.vllm_arguments()
+    arguments = options.vllm_arguments(args.model_runner or chosen_runner())
     if args.json:
         print(json.dumps(arguments, indent=2))
         return 0

@@ -4,6 +4,7 @@ from spec_rollout.drafting.drafter import Drafter, DrafterInfo, MatchShares, Pro
 from spec_rollout.drafting.history import HistoryDrafter
 from spec_rollout.drafting.history_file import NO_TAG, KeptRows
 from spec_rollout.drafting.history_folder import HistoryFolder, HistoryIdentity
+from spec_rollout.drafting.noise import NoiseLaw
 from spec_rollout.drafting.payoff import Payoff
 from spec_rollout.drafting.step_cost import StepCost
 
@@ -16,6 +17,7 @@ __all__ = [
     "HistoryIdentity",
     "KeptRows",
     "MatchShares",
+    "NoiseLaw",
     "Payoff",
     "Proposals",
     "StepCost",

@@ -12,6 +12,7 @@ import torch
 from spec_rollout._native import _C, num_threads
 from spec_rollout.drafting import history_file
 from spec_rollout.drafting.history_file import KeptRows
+from spec_rollout.drafting.noise import NoiseLaw
 
 # How many proposed tokens passed, by the kind of match and the estimate. Nothing but the extension
 # looks into it. An engine keeps one and gives it to the drafter of every call.
@@ -100,6 +101,7 @@ class Drafter:
         max_table_bytes: Most memory for the n-gram table; the largest power of two of lines within
             it is taken.
         shares: How many proposals passed so far. None starts from nothing.
+        noise: That requests are drawn with.
 
     Raises:
         ValueError: naming the bound that is too small.
@@ -112,6 +114,7 @@ class Drafter:
         max_group_bytes: int = 2**22,
         max_table_bytes: int = TABLE_BYTES,
         shares: MatchShares | None = None,
+        noise: NoiseLaw = NoiseLaw.PHILOX,
     ) -> None:
         for name, value, least in (
             ("max_bytes", max_bytes, 0),
@@ -128,6 +131,8 @@ class Drafter:
             is_lasting=True,
             shares=MatchShares() if shares is None else shares,
         )
+        if noise is not NoiseLaw.PHILOX:
+            self._native.expect_noise(noise)
 
     def join(
         self, group_key: bytes, *, stop_token_ids: Sequence[int] = (), tag: int | None = None
@@ -289,8 +294,8 @@ class Drafter:
                 proposals are cut; where there would be more requests than that, the likeliest first
                 tokens are left. None is no such limit.
             keys, positions: Noise key of each request, and noise position of its next token
-                (`sample_tokens`). None where tokens are not drawn with keyed noise. [count], int64
-                both.
+                (`sample_tokens`; of vLLM's noise see `NoiseLaw`). None where tokens are not drawn
+                with keyed noise. [count], int64 both.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
         lens = np.empty(requests.size, dtype=np.int64)

@@ -10,6 +10,7 @@ import torch
 from spec_rollout._native import _C, num_threads
 from spec_rollout.drafting.drafter import TABLE_BYTES, Drafter, MatchShares
 from spec_rollout.drafting.groups import split_large_groups
+from spec_rollout.drafting.noise import NoiseLaw
 from spec_rollout.types import History
 
 # What a request is expected to generate.
@@ -28,6 +29,7 @@ class HistoryDrafter(Drafter):
         stop_token_ids: These are never proposed, and nothing after them is.
         shares: How many proposals passed so far. An engine gives its own to the drafter of every
             call. None starts from nothing.
+        noise: That requests are drawn with.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class HistoryDrafter(Drafter):
         history: History,
         stop_token_ids: Sequence[int] = (),
         shares: MatchShares | None = None,
+        noise: NoiseLaw = NoiseLaw.PHILOX,
     ) -> None:
         row_groups, request_groups = split_large_groups(history.row_groups, history.request_groups)
         self._num_requests = request_groups.numel()
@@ -46,6 +49,8 @@ class HistoryDrafter(Drafter):
             is_lasting=False,
             shares=MatchShares() if shares is None else shares,
         )
+        if noise is not NoiseLaw.PHILOX:
+            self._native.expect_noise(noise)
         self._native.join(_numbered(request_groups), list(stop_token_ids), None)
         self._native.add_history(
             history.token_ids,

@@ -8,7 +8,8 @@ import torch
 from laws import assert_rate
 
 from spec_rollout import ops
-from spec_rollout.drafting import HistoryDrafter, MatchShares
+from spec_rollout._native import _C
+from spec_rollout.drafting import HistoryDrafter, MatchShares, NoiseLaw
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import History
 
@@ -246,14 +247,19 @@ def test_what_one_call_learns_the_next_one_knows() -> None:
     assert call(0, 0) >= 1
 
 
-def _guesses(probs: dict[int, float], keyed: bool, known: bool = True) -> tuple[np.ndarray, ...]:
+def _guesses(
+    probs: dict[int, float],
+    keyed: bool,
+    known: bool = True,
+    law: NoiseLaw = NoiseLaw.PHILOX,
+) -> tuple[np.ndarray, ...]:
     """4,000 requests at the same text, which each token of `probs` followed once: proposed tokens,
     keys, positions."""
     n = 4_000
     rows = [[A, B, token] for token in probs]
     logprobs = torch.tensor([[0.0, 0.0, np.log(p)] for p in probs.values()]).flatten()
     past = history({0: rows}, [0] * n)
-    drafter = HistoryDrafter(replace(past, logprobs=logprobs.float() if known else None))
+    drafter = HistoryDrafter(replace(past, logprobs=logprobs.float() if known else None), noise=law)
     requests = np.arange(n)
     drafter.extend(requests, np.tile(np.array([A, B], np.int32), n), np.full(n, 2))
     keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, n)
@@ -284,6 +290,20 @@ def test_the_noise_says_which_follower_will_be_drawn() -> None:
     blind, keys, positions = _guesses(probs, keyed=False)
     assert set(blind) == {3}
     assert_rate(blind == _drawn(probs, keys, positions), 0.5)
+
+
+@pytest.mark.parametrize("law", [NoiseLaw.VLLM, NoiseLaw.VLLM64])
+def test_the_noise_may_be_vllms(law: NoiseLaw) -> None:
+    probs = {3: 0.5, 4: 0.3, 5: 0.2}
+    guessed, keys, positions = _guesses(probs, keyed=True, law=law)
+    noise = [
+        [_C.vllm_gumbel(key, at, token, law is NoiseLaw.VLLM64) for token in probs]
+        for key, at in zip(keys.tolist(), positions.tolist(), strict=True)
+    ]
+    drawn = np.array([*probs])[(np.log([*probs.values()]) + noise).argmax(1)]
+    assert (guessed == drawn).mean() > 0.998
+    for token, p in probs.items():
+        assert_rate(drawn == token, p)
 
 
 def test_what_was_never_seen_is_all_that_fails() -> None:

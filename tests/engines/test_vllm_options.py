@@ -74,6 +74,13 @@ def test_vllm_args_prints_what_the_variable_does(capsys: pytest.CaptureFixture[s
     flags = capsys.readouterr().out.split(" --")
     assert flags[0].startswith("--speculative-config '{")
     assert flags[1] == 'additional-config \'{"spec_rollout": {"mode": "drafting"}}\'\n'
+    capsys.readouterr()
+    assert main(["vllm-args", "--json", "--model-runner", "v2"]) == 0
+    on_v2 = json.loads(capsys.readouterr().out)
+    assert on_v2["speculative_config"]["method"] == "ngram_gpu"
+    assert on_v2["additional_config"] == {
+        "spec_rollout": {"mode": "drafting", "model_runner": "v2"}
+    }
     assert main(["vllm-args", "off"]) == 2
     assert "expected drafting, coupled or lenient, got off" in capsys.readouterr().err
 

@@ -32,13 +32,17 @@ _PROPOSAL = 15
 _CHUNK = 31
 
 
-def asks_for_v2(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether the environment tells vLLM to use Model Runner V2.
+def chosen_runner(environment: Mapping[str, str] | None = None) -> str:
+    """The model runner that the environment tells vLLM to use, else "v1".
 
-    Not by vllm.envs, which keeps the value of when the process's first engine was made.
+    V1 also on GPUs, where vLLM by itself takes V2, until V2 has run on one with the plugin. Not by
+    vllm.envs, which keeps the value of when the process's first engine was made.
+
+    Returns:
+        "v1" or "v2".
     """
     values = os.environ if environment is None else environment
-    return values.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0")
+    return "v1" if values.get("VLLM_USE_V2_MODEL_RUNNER", "") in ("", "0") else "v2"
 
 
 def speculative_config(num_speculative_tokens: int, model_runner: str = "v1") -> dict[str, Any]:
@@ -175,11 +179,14 @@ class EngineOptions:
         values = os.environ if environment is None else environment
         return cls.from_text(values.get(VARIABLE, ""))
 
-    def vllm_arguments(self) -> dict[str, Any]:
+    def vllm_arguments(self, model_runner: str = "v1") -> dict[str, Any]:
         """Arguments of `vllm.LLM` and, as JSON, flags of `vllm serve` that say the same."""
+        section = self.as_dict()
+        if model_runner == "v2":
+            section[MODEL_RUNNER] = "v2"
         return {
-            "speculative_config": speculative_config(self.max_proposal),
-            "additional_config": {SECTION: self.as_dict()},
+            "speculative_config": speculative_config(self.max_proposal, model_runner),
+            "additional_config": {SECTION: section},
         }
 
     def as_dict(self) -> dict[str, Any]:

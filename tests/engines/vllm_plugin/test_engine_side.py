@@ -452,50 +452,51 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "environment", "llm_args", "message"),
+    ("variable", "llm_args", "message"),
     [
         (
             "drafting",
-            {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "SPEC_ROLLOUT=drafting: expected an engine without speculative_config, got .* ngram",
         ),
         (
             "drafting",
-            {"VLLM_USE_V2_MODEL_RUNNER": "1"},
-            {},
-            "SPEC_ROLLOUT=drafting: expected vLLM's Model Runner V1",
+            {"async_scheduling": True},
+            "SPEC_ROLLOUT=drafting: expected an engine without async_scheduling, got True",
         ),
-        ("drafting", {}, {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
+        ("drafting", {"pipeline_parallel_size": 2}, "expected pipeline_parallel_size 1, got 2"),
         (
             '{"share": "/tmp/shared"}',
-            {},
             {"tensor_parallel_size": 2},
             "share: expected tensor_parallel_size 1 with it, got 2",
         ),
-        ("drafting", {}, {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
+        ("drafting", {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
+        (
+            '{"share": "/nowhere"}',
+            {
+                "speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2},
+                "additional_config": {"spec_rollout": {"model_runner": "v2"}},
+            },
+            "share: expected Model Runner V1 with it, got V2",
+        ),
         (
             "drafting",
-            {},
             {"weight_transfer_config": {"backend": "verl_delta_ipc"}},
             "expected a weight transfer that goes with speculation, got verl_delta_ipc .*delta_sh",
         ),
-        ("draughting", {}, {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
+        ("draughting", {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
     ],
 )
 def test_engines_in_which_it_cannot_work_are_refused(
     model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
-    environment: dict[str, str],
     llm_args: dict[str, Any],
     message: str,
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.setenv("SPEC_ROLLOUT", variable)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         EngineArgs(str(model_dir), **llm_args).create_engine_config()
 

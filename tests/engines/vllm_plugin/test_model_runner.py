@@ -32,3 +32,14 @@ def test_v2_where_vllm_runs_v1_is_an_error(model_dir: Path) -> None:
     args = EngineArgs(str(model_dir), **engine_args(8, model_runner="v2"))
     with pytest.raises(ValueError, match="expected an engine on it, got one on Model Runner V1"):
         args.create_engine_config()
+
+
+def test_v1_is_the_default_on_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import platforms, triton_utils
+
+    from spec_rollout.engines.vllm import engine_args
+
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    monkeypatch.setattr(platforms.current_platform, "is_cuda", lambda: True, raising=False)
+    monkeypatch.setattr(triton_utils, "HAS_TRITON", True)
+    assert engine_args(8)["speculative_config"]["method"] == "custom_class"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ def v2_here() -> Iterator[None]:
     core.cleanup_dist_env_and_memory = gc.collect
     yield
     core.cleanup_dist_env_and_memory = original
+
+
+@pytest.fixture(scope="session", autouse=True)
+def even_steps(v2_here: None) -> Iterator[None]:
+    """Every step takes as long as every other: what is proposed from history depends on it."""
+    from spec_rollout.engines.vllm.worker.step_times import StepTimes
+
+    readings = itertools.count(0.0, 2.0**-10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepTimes, "clock", staticmethod(lambda: next(readings)))
+        yield
 
 
 @pytest.fixture(scope="session")

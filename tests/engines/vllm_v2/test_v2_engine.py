@@ -113,18 +113,33 @@ def test_new_weights(engine: Any, plain: Rollouts, model_dir: Any) -> None:
     )
 
 
-def test_what_it_does_not_have_yet(engine: Any, reuse: Any, plain: Rollouts) -> None:
+def test_a_history_changes_steps_and_nothing_else(engine: Any, plain: Rollouts) -> None:
+    numbers = torch.arange(len(PROMPTS))
+    history = History(
+        plain.response_ids, plain.cu_response_lens, numbers, numbers, logprobs=plain.logprobs
+    )
+    assert engine.supports_history
+    drawn = engine.rollout(requests(history=history), SAMPLING, NoReuse())
+    assert torch.equal(drawn.response_ids, plain.response_ids)
+    # The noise is that of the history, so what is guessed of it is right.
+    assert drawn.stats.num_accepted_proposals > 10
+    assert drawn.stats.num_engine_steps < plain.stats.num_engine_steps
+    followed = engine.rollout(requests(drafts_of(plain), history), SAMPLING, Coupled())
+    assert torch.equal(followed.response_ids, plain.response_ids)
+    assert torch.equal(followed.accepted_lens.long(), plain.response_lens)
+    assert engine.last_metrics.num_fully_reused == len(PROMPTS)
+    lenient = engine.rollout(requests(drafts_of(plain), history), SAMPLING, Lenient(float("inf")))
+    assert torch.equal(lenient.response_ids, plain.response_ids)
+    # Nothing of it is left in the next call.
+    again = engine.rollout(requests(), SAMPLING, NoReuse())
+    assert torch.equal(again.response_ids, plain.response_ids)
+    assert again.stats.num_engine_steps == plain.stats.num_engine_steps
+
+
+def test_what_it_does_not_have(engine: Any, reuse: Any, make_llm: Any) -> None:
     from spec_rollout.engines.vllm import VLLMEngine
 
-    assert not engine.supports_history
-    history = History(
-        plain.response_ids,
-        plain.cu_response_lens,
-        torch.arange(len(PROMPTS)),
-        torch.arange(len(PROMPTS)),
-    )
-    with pytest.raises(ValueError, match="history: expected None"):
-        engine.rollout(requests(history=history), SAMPLING, Coupled())
+    assert not VLLMEngine.wrap(make_llm(8, async_scheduling=True)).supports_history
     with pytest.raises(ValueError, match="strategy: expected inflight on vLLM's Model Runner V2"):
         VLLMEngine.wrap(reuse, strategy="two_pass")
 

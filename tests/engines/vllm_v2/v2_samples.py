@@ -90,9 +90,12 @@ def drafted(
     return out
 
 
-def generate(llm: Any, prompts: Sequence[Sequence[int]], sampling: Sequence[Any]) -> Given:
+def generate(
+    llm: Any, prompts: Sequence[Sequence[int]], sampling: Sequence[Any], **kw: Any
+) -> Given:
+    """`kw`: further arguments of `LLM.generate`."""
     outputs = llm.generate(
-        [{"prompt_token_ids": list(p)} for p in prompts], list(sampling), use_tqdm=False
+        [{"prompt_token_ids": list(p)} for p in prompts], list(sampling), use_tqdm=False, **kw
     )
     completions = [c for output in outputs for c in output.outputs]
     tokens = [list(c.token_ids) for c in completions]

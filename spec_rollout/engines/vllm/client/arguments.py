@@ -10,7 +10,7 @@ from spec_rollout.engines.vllm.options import (
     MODEL_RUNNER,
     MODEL_RUNNERS,
     SECTION,
-    asks_for_v2,
+    chosen_runner,
     speculative_config,
 )
 
@@ -37,8 +37,8 @@ def engine_args(
             sampling distribution: `processed_logprobs`. None leaves vLLM's default, which are those
             of temperature 1 without filters.
         model_runner: Which of vLLM's to run on; None is V2 where VLLM_USE_V2_MODEL_RUNNER=1 asks
-            for it, and V1 otherwise. On V2 tokens are those of vLLM's own sampler with the
-            request's seed (docs/vllm.md says what else differs).
+            for it, and V1 otherwise, also on GPUs. On V2 tokens are those of vLLM's own sampler
+            with the request's seed (docs/vllm.md says what else differs).
 
     Raises:
         ValueError: naming the argument.
@@ -52,17 +52,16 @@ def engine_args(
             raise ValueError(f"{name}: expected >= 1, got {value}")
     if logprobs_mode is not None:
         of_kind("logprobs_mode", logprobs_mode, str, "a mode of vLLM's or None")
-    if model_runner is None:
-        model_runner = "v2" if asks_for_v2() else "v1"
-    if model_runner not in MODEL_RUNNERS:
+    if model_runner is not None and model_runner not in MODEL_RUNNERS:
         raise ValueError(
             f"model_runner: expected one of {', '.join(MODEL_RUNNERS)} or None, "
             f"got {model_runner!r}"
         )
     compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
     compat.install()
+    runner = chosen_runner() if model_runner is None else model_runner
     args: dict[str, Any] = {
-        "speculative_config": speculative_config(num_speculative_tokens, model_runner),
+        "speculative_config": speculative_config(num_speculative_tokens, runner),
         "worker_extension_cls": compat.WORKER,
     }
     if logprobs_mode is not None:
@@ -70,7 +69,7 @@ def engine_args(
     section: dict[str, Any] = {}
     if first_chunk is not None:
         section["first_chunk"] = first_chunk
-    if model_runner == "v2":
+    if runner == "v2":
         section[MODEL_RUNNER] = "v2"
     if section:
         args["additional_config"] = {SECTION: section}

@@ -16,6 +16,7 @@ from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requ
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
 from spec_rollout.engines.vllm.client.weights import Weights
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.engines.vllm.options import V2_METHOD
 from spec_rollout.engines.vllm.packed_history import pack_history
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
@@ -42,7 +43,8 @@ class VLLMEngine:
         strategy: See above.
         num_speculative_tokens, first_chunk, model_runner: See `engine_args`.
         llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take
-            precedence.
+            precedence. On Model Runner V2 `{"async_scheduling": True}` schedules as vLLM does by
+            itself, and proposes nothing from a history.
 
     Attributes:
         llm: The `LLM`.
@@ -74,6 +76,8 @@ class VLLMEngine:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
+        if plugin["speculative_config"]["method"] == V2_METHOD:
+            defaults["async_scheduling"] = False  # a history wants it so
         llm = compat.new_llm(model, {**defaults, **plugin, **(llm_args or {})})
         self._take_over(llm, strategy, owns_llm=True)
 
@@ -103,6 +107,7 @@ class VLLMEngine:
         self.strategy = strategy
         self._owns_llm = owns_llm
         self._on_v2 = compat.runs_on_v2(llm)
+        self._takes_history = strategy == "inflight" and compat.takes_history(llm)
         if self._on_v2 and strategy != "inflight":
             raise ValueError(
                 f"strategy: expected inflight on vLLM's Model Runner V2, got {strategy}"
@@ -123,7 +128,7 @@ class VLLMEngine:
     @property
     def supports_history(self) -> bool:
         """Whether `RolloutRequests.history` is taken."""
-        return self.strategy == "inflight" and not self._on_v2
+        return self._takes_history
 
     @property
     def last_counters(self) -> Mapping[str, float]:
@@ -159,8 +164,8 @@ class VLLMEngine:
         start = time.perf_counter()
         if requests.history is not None and not self.supports_history:
             raise ValueError(
-                f"history: expected None with the strategy {self.strategy} on Model Runner "
-                f"{'V2' if self._on_v2 else 'V1'}, which does not propose from it"
+                f"history: expected None with the strategy {self.strategy}"
+                f"{' and asynchronous scheduling' if self._on_v2 else ''}, got one"
             )
         check_requests(
             requests,

@@ -44,6 +44,7 @@ from spec_rollout.engines.vllm.compat.llm import (
     scored_prompt_tokens,
     scoring_params,
     shut_down,
+    takes_history,
     transformers_config,
 )
 from spec_rollout.engines.vllm.compat.recurrent import check_state
@@ -102,6 +103,7 @@ __all__ = [
     "scoring_params",
     "shut_down",
     "start_update",
+    "takes_history",
     "tell_of_death",
     "transformers_config",
     "watch_weights",

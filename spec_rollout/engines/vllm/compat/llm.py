@@ -39,6 +39,11 @@ def transformers_config(llm: Any) -> tuple[Any, bool]:
     return config.hf_config, bool(config.trust_remote_code)
 
 
+def takes_history(llm: Any) -> bool:
+    """Whether requests of an `LLM` with the plugin can be proposed to from a history."""
+    return not (runs_on_v2(llm) and llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+
+
 def is_in_process(llm: Any) -> bool:
     """Whether the engine core runs in this process, so that tensors need not be copied to it."""
     return hasattr(llm.llm_engine.engine_core, "engine_core")

@@ -178,10 +178,17 @@ def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
     if isinstance(request, ReuseRequest):
         return proposer.new_row(request, **known)
     assert proposer.live is not None
-    return proposer.live.serve(state.req_id, _arrival(state, params, request), **known)
+    return proposer.live.serve(state.req_id, arrival(state, params, request), **known)
 
 
-def _arrival(state: Any, params: Any, name: SampleName | None) -> Arrival:
+def arrival(state: Any, params: Any, name: SampleName | None) -> Arrival:
+    """What decides about a request that nobody announced.
+
+    Args:
+        state: vLLM's record of it, either model runner's.
+        params: Its sampling parameters.
+        name: What it calls itself, or None.
+    """
     is_tokens = state.prompt_token_ids is not None and state.prompt_embeds is None
     decides = [str((params.extra_args or {}).get(SALT_ARG, ""))]
     if state.lora_request is not None:

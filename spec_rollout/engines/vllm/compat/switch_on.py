@@ -14,9 +14,10 @@ from spec_rollout.engines.vllm.options import (
     MODEL_RUNNER,
     PROPOSER,
     SECTION,
+    V2_METHOD,
     VARIABLE,
     EngineOptions,
-    asks_for_v2,
+    chosen_runner,
 )
 
 # Keys of that section that are no `EngineOptions`.
@@ -59,9 +60,9 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         model_config: vLLM's `ModelConfig` of the model.
 
     Raises:
-        ValueError: where the engine has another speculative method, a pipeline, Model Runner V2, a
-            weight transfer that goes with no speculation, or shares rollouts between tensor
-            parallel ranks, or an option is wrong.
+        ValueError: where the engine has another speculative method, a pipeline, asynchronous
+            scheduling, a weight transfer that goes with no speculation, or shares rollouts between
+            tensor parallel ranks or on Model Runner V2, or an option is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -76,10 +77,10 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     if getattr(model_config, "runner_type", "generate") != "generate":
         logger.info("%s: off for %s, which generates nothing", asked, model_config.model)
         return
-    if asks_for_v2():
+    if engine_args.async_scheduling:
         raise ValueError(
-            f"{asked}: expected vLLM's Model Runner V1, got VLLM_USE_V2_MODEL_RUNNER=1; "
-            "engines that propose by themselves exist on V1 only: unset one of the two"
+            f"{asked}: expected an engine without async_scheduling, got True: what is proposed is "
+            "known when a step's tokens are"
         )
     if engine_args.pipeline_parallel_size > 1:
         raise ValueError(
@@ -106,21 +107,33 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     given = dict(engine_args.speculative_config or {})
     method = given.get("method") or getattr(engine_args, "spec_method", None)
     model = given.get("model") or getattr(engine_args, "spec_model", None)
-    if (given or method or model) and model != PROPOSER:
+    section = dict((engine_args.additional_config or {}).get(SECTION, {}))
+    is_for_v2 = method == V2_METHOD and section.get(MODEL_RUNNER) == "v2"
+    if (given or method or model) and model != PROPOSER and not is_for_v2:
         raise ValueError(
             f"{asked}: expected an engine without speculative_config, got one with method "
             f"{method or model}; leave out one of the two"
         )
+    runner = "v2" if is_for_v2 else chosen_runner()
+    if options.share and runner == "v2":
+        raise ValueError(f"{asked}: share: expected Model Runner V1 with it, got V2")
+    args = options.vllm_arguments(runner)
+    if given and not is_for_v2 and runner == "v2":
+        args["speculative_config"]["num_speculative_tokens"] = given["num_speculative_tokens"]
+        given = {}
     if not given:
-        engine_args.speculative_config = options.vllm_arguments()["speculative_config"]
-    section = dict((engine_args.additional_config or {}).get(SECTION, {}))
+        engine_args.speculative_config = args["speculative_config"]
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
-        SECTION: {**section, **options.as_dict()},
+        SECTION: {**section, **args["additional_config"][SECTION]},
     }
+    if runner == "v2":
+        engine_args.async_scheduling = False
     logger.info(
-        "%s: requests are proposed what this engine generated before, up to %d tokens a step%s",
+        "%s: requests are proposed what this engine generated before, up to %d tokens a step, on "
+        "Model Runner %s%s",
         asked,
         options.max_proposal,
+        runner.upper(),
         "" if options.mode != "lenient" else " (lenient: not lossless)",
     )

@@ -50,8 +50,9 @@ def live_requests(worker: Any) -> LiveRequests | None:
     """
     from spec_rollout.engines.vllm.compat.sampling import sweep
 
-    if table_of(worker.model_runner) is not None:
-        return None
+    table = table_of(worker.model_runner)
+    if table is not None:
+        return None if table.proposals is None else table.proposals.live
     proposer = proposer_of(worker)
     sweep(worker.model_runner, proposer)
     return proposer.live

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spec_rollout.drafting import Drafter, MatchShares, Payoff
+from spec_rollout.drafting import Drafter, MatchShares, NoiseLaw, Payoff
 from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sharing import HistorySharing
@@ -28,6 +28,7 @@ class EngineHistory(HistoryProposals):
         max_bytes: Bound of what is remembered.
         payoff, shares, max_proposal, token_budget: See `HistoryProposals`.
         sharing: With other engines; None: with none.
+        noise: See `Drafter`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class EngineHistory(HistoryProposals):
         max_proposal: int,
         token_budget: int,
         sharing: HistorySharing | None = None,
+        noise: NoiseLaw = NoiseLaw.PHILOX,
     ) -> None:
         table = min(max(int(max_bytes * _TABLE_SHARE), _LEAST_TABLE), _MOST_TABLE)
         drafter = Drafter(
@@ -46,6 +48,7 @@ class EngineHistory(HistoryProposals):
             max_group_bytes=max(int(max_bytes * _GROUP_SHARE), _LEAST_GROUP),
             max_table_bytes=table,
             shares=shares,
+            noise=noise,
         )
         super().__init__(drafter, 0, payoff, max_proposal=max_proposal, token_budget=token_budget)
         self._handle_of = np.empty(0, np.int64)

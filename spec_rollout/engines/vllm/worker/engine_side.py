@@ -88,6 +88,7 @@ class EngineSide:
         engine_seed: vLLM's seed. Workers of one replica that share requests have the same.
         replica: Number of the data-parallel replica.
         logprobs_mode: What log-probs vLLM is to return.
+        on_v2: vLLM's Model Runner V2 draws, which can do more beside proposals.
         recall: Group and tag -> the last rollout, as token ids [len], int32, and log-probs
             [len], float32; or None. Set before the first request.
 
@@ -104,6 +105,7 @@ class EngineSide:
         engine_seed: int,
         replica: int,
         logprobs_mode: str = "raw_logprobs",
+        on_v2: bool = False,
         recall: Recall | None = None,
     ) -> None:
         self.options = options
@@ -111,6 +113,7 @@ class EngineSide:
         self._seed = engine_seed
         self._replica = replica
         self._logprobs_mode = logprobs_mode
+        self._on_v2 = on_v2
         self._num_fresh = 0
         self.counters = EngineCounters()
         self.samples = SampleNumbers() if options.mode in ("coupled", "lenient") else None
@@ -133,7 +136,7 @@ class EngineSide:
 
         Every worker of a replica gets the same requests in the same order, and so decides alike.
         """
-        refused = why_not_ours(arrival.params, self._logprobs_mode)
+        refused = why_not_ours(arrival.params, self._logprobs_mode, on_v2=self._on_v2)
         if arrival.prompt_ids is None or refused is not None:
             self.counters.num_passed_by += 1
             return None

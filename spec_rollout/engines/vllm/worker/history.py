@@ -108,15 +108,20 @@ class HistoryProposals:
         ids = known.history_ids
         if self.num_requests == 0 or (ids < 0).any():
             return None
-        is_now = self._proposed_at[ids] == indices
-        lens = np.where(is_now, self._lens[ids], 0)
+        lens, own_lens = self.last_lens(ids, indices)
         if not np.array_equal(lens, np.fromiter(map(len, scheduled), np.int64, len(scheduled))):
             return None
         tokens = self._flat[np.repeat(self._starts[ids], lens) + ranges(lens)]
         found = np.fromiter(chain.from_iterable(scheduled), np.int64, tokens.size)
         if not np.array_equal(tokens, found):
             return None
-        return tokens, lens, np.where(is_now, self._own_lens[ids], 0)
+        return tokens, lens, own_lens
+
+    def last_lens(self, ids: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens were proposed last to these requests, for their response tokens `indices`
+        and after, and how many of these are their drafts'. [count], int64 all."""
+        is_now = self._proposed_at[ids] == indices
+        return np.where(is_now, self._lens[ids], 0), np.where(is_now, self._own_lens[ids], 0)
 
     def scheduled_one(
         self, row: Row, index: int, scheduled: list[int]

@@ -81,6 +81,12 @@ class LiveRequests:
         self._rows[request_id] = (row, served.group, served.sample)
         return row
 
+    def noise_key(self, request_id: str) -> int | None:
+        """The key that the noise of a live request's sample has, which its earlier rollouts had as
+        well; None where nothing is to be had of it."""
+        row, _, sample = self._rows.get(request_id, (None, b"", -1))
+        return None if row is None or sample < 0 or row.rule.fresh_noise else row.key
+
     def sweep(self, row_of: Callable[[str], Any]) -> None:
         """Lets go of requests that are finished or aborted; what they generated is remembered.
 

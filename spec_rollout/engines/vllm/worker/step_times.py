@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from spec_rollout.drafting import Payoff
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.worker.request_state import Row
-from spec_rollout.engines.vllm.worker.sampling.record import Record
 
 # With fewer of the requests than this share running, a rollout call is in its tail.
 _TAIL_SHARE = 0.1
+
+
+class Counted(Protocol):
+    """Whose steps are timed (`sampling.record.Record` is one).
+
+    Attributes:
+        metrics: Counters.
+        num_kept: Tokens of proposals kept in this step; set back to 0 after it.
+        history: What is proposed from, None where nothing is.
+    """
+
+    num_kept: int
+
+    @property
+    def metrics(self) -> ReuseMetrics: ...
+
+    @property
+    def history(self) -> Any: ...
 
 
 class StepTimes:
     """Counts and times the steps of a worker.
 
     Args:
-        record: Whose counters are kept.
+        record: Whose steps.
 
     Attributes:
         payoff: What was learnt; it lives as long as the engine.
@@ -27,7 +46,7 @@ class StepTimes:
     # What is proposed depends on it. Tests that count proposals or steps set a clock of their own.
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Counted) -> None:
         self.payoff = Payoff()
         self._record = record
         self._num_requests = 0  # of the rollout call, where known

@@ -3,6 +3,7 @@
 The tokens of a request are those of vLLM's own sampler with the request's seed, in fewer steps: a
 draft token passes if it is what that sampler draws in its row.
 
+- `choice`: which engines are to run on it.
 - `config`: which engines are set up for it, and what they must not have.
 - `hooks`: puts speculator, sampler and the rest into a worker's model runner.
 - `speculator`: proposes the next tokens of each draft.
@@ -11,5 +12,5 @@ draft token passes if it is what that sampler draws in its row.
 
 - `start`: calls `hooks` in every worker.
 
-Only `config` and `start` are imported where there is no worker.
+Only `choice`, `config` and `start` are imported where there is no worker.
 """

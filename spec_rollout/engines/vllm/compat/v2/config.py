@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spec_rollout.engines.vllm.compat.identity import is_v2
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
-from spec_rollout.engines.vllm.options import SECTION, VARIABLE
+from spec_rollout.engines.vllm.options import SECTION
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, parse
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def _check(config: Any) -> None:
         if got != wanted:
             raise ValueError(f"{asked}: {name}: expected {wanted}, got {got}")
     options = configured_options(config.additional_config)
-    if options is not None and options.is_on:
+    if options is not None and options.is_on and config.scheduler_config.async_scheduling:
         raise ValueError(
-            f"{asked}: mode: expected off, got {options.mode}; engines that propose by themselves "
-            f"({VARIABLE}) run on Model Runner V1"
+            f"{asked}: async_scheduling: expected False with mode {options.mode}, got True"
         )

@@ -3,6 +3,8 @@
 - `init_speculator`: our speculator in the place of that of `ngram_gpu`.
 - `ModelState.custom_sampler`: our samplers, which take over the state of vLLM's own.
 - `GPUModelRunner.__init__`: synchronous scheduling is told how many tokens were proposed.
+- `GPUModelRunner.add_requests`, `load_model`: what requests are proposed from history depends on
+  their prompts; and which sample each is, on when the weights changed.
 - `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
 
 Each hands over to vLLM's own code unless the engine is set up for the plugin.
@@ -11,16 +13,25 @@ Each hands over to vLLM's own code unless the engine is set up for the plugin.
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from spec_rollout.drafting import NoiseLaw
+from spec_rollout.engines.vllm.admission import admit
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
-from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2
+from spec_rollout.engines.vllm.compat.sampling import arrival
+from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.v2.config import TABLE, first_chunk, table_of
 from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
 from spec_rollout.engines.vllm.compat.v2.sampler import samplers
 from spec_rollout.engines.vllm.compat.v2.speculator import ReuseSpeculator
 from spec_rollout.engines.vllm.compat.versions import replace
+from spec_rollout.engines.vllm.compat.watching import attach_calls, log, watch_weights
+from spec_rollout.engines.vllm.wire import ReuseRequest
+from spec_rollout.engines.vllm.worker.engine_side import EngineSide
+from spec_rollout.engines.vllm.worker.v2.proposals import Proposals
 from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
 
@@ -37,11 +48,14 @@ def install_worker() -> None:
     replace(model_runner, "init_speculator", _speculator)
     replace(ModelState, "custom_sampler", _samplers)
     replace(runner, "__init__", _counting)
+    replace(runner, "load_model", _watched)
+    replace(runner, "add_requests", _arriving)
     replace(runner, "_remove_request", _leaving)
     replace(runner, "finish_requests", _over)
     if current_platform.is_cpu():
         cpu_wheels.fix()
     keep_cpu_weights()
+    attach_calls(pkgutil.resolve_name(WORKER))  # by name, as vLLM does: it imports `compat`
 
 
 def _speculator(original: Callable) -> Callable:
@@ -58,11 +72,36 @@ def _speculator(original: Callable) -> Callable:
             max_chunk=most,
             device=device,
         )
+        if not is_async:
+            table.proposals = _proposals(vllm_config, table, req_states.max_num_reqs)
         # Where the samplers find it, which are given the request states, too.
         setattr(req_states, TABLE, table)
         return ReuseSpeculator(table, req_states)
 
     return init_speculator
+
+
+def _proposals(config: Any, table: DraftTable, num_slots: int) -> Proposals:
+    is_float64 = getattr(config.model_config, "use_fp64_gumbel", False)
+    proposals = Proposals(
+        num_slots,
+        max_chunk=table.max_chunk,
+        token_budget=config.scheduler_config.max_num_batched_tokens,
+        noise=NoiseLaw.VLLM64 if is_float64 else NoiseLaw.VLLM,
+        device=table.device,
+        metrics=lambda: table.metrics,
+    )
+    options = configured_options(config.additional_config)
+    if options is not None and options.is_on:
+        side = EngineSide(
+            options,
+            engine_seed=config.model_config.seed or 0,
+            replica=config.parallel_config.data_parallel_rank,
+            logprobs_mode=config.model_config.logprobs_mode,
+            on_v2=True,
+        )
+        proposals.serve_by_itself(side, table.first_chunk, log)
+    return proposals
 
 
 def _samplers(original: Callable) -> Callable:
@@ -83,6 +122,35 @@ def _counting(original: Callable) -> Callable:
             self.draft_tokens_handler = CountingHandler(device, table)
 
     return __init__
+
+
+def _live(runner: Any) -> Any:
+    table = table_of(runner)
+    return None if table is None or table.proposals is None else table.proposals.live
+
+
+def _watched(original: Callable) -> Callable:
+    def load_model(self: Any, *args: Any, **kw: Any) -> None:
+        original(self, *args, **kw)
+        if (live := _live(self)) is not None:
+            watch_weights(self.get_model(), live.side)
+
+    return load_model
+
+
+def _arriving(original: Callable) -> Callable:
+    def add_requests(self: Any, scheduler_output: Any) -> None:
+        table = table_of(self)
+        proposals = None if table is None else table.proposals
+        if proposals is not None and proposals.live is not None:
+            for new in scheduler_output.scheduled_new_reqs:
+                params = new.sampling_params
+                name = None if params is None else admit(new.req_id, params, on_v2=True)
+                if params is not None and not isinstance(name, ReuseRequest):
+                    proposals.arrive(new.req_id, arrival(new, params, name))
+        original(self, scheduler_output)
+
+    return add_requests
 
 
 def _leaving(original: Callable) -> Callable:

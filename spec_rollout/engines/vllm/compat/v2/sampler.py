@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -52,19 +53,29 @@ class ReuseSampler(Sampler):
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """A request took a slot; see `Sampler.add_request`."""
-        super().add_request(req_idx, sampling_params)
-        requests, params = self.req_states, sampling_params
+        requests, params, table = self.req_states, sampling_params, self.table
         request_id = requests.index_to_req_id[req_idx]
         reuse = admit(request_id, params, on_v2=True)
-        room = requests.max_model_len - int(requests.prompt_len.np[req_idx])
-        most, stops = response_limits(params, room)
-        self.table.add(
+        prompt_len = int(requests.prompt_len.np[req_idx])
+        most, stops = response_limits(params, requests.max_model_len - prompt_len)
+        if table.proposals is not None and not isinstance(reuse, ReuseRequest):
+            seed = table.proposals.seed_of(request_id, max_response_len=most, stop_token_ids=stops)
+            if seed is not None:
+                params = copy.copy(params)
+                params.seed = seed
+        super().add_request(req_idx, params)
+        table.add(
             req_idx,
             request_id,
             reuse if isinstance(reuse, ReuseRequest) else None,
+            prompt_len=prompt_len,
             max_response_len=most,
             stop_token_ids=stops,
+            is_drawn=params.temperature > 0.0,
         )
+        if table.proposals is not None:
+            seed = int(self.sampling_states.seeds.np[req_idx])
+            table.proposals.take_slot(req_idx, request_id, seed=seed, prompt_len=prompt_len)
 
     def apply_staged_writes(self) -> None:
         """See `Sampler.apply_staged_writes`."""
@@ -95,16 +106,23 @@ class ReuseSampler(Sampler):
             seq_lens_upper_bound_np,
         )
         num_reqs = idx_mapping_np.size
-        if not self.table.any_draft(idx_mapping_np) or logits.shape[0] != num_reqs:
+        has_draft = self.table.any_draft(idx_mapping_np)
+        proposals = self.table.proposals
+        is_served = proposals is not None and proposals.is_served(idx_mapping_np)
+        if not (has_draft or is_served) or logits.shape[0] != num_reqs:
             return super().sample(*of_step, return_logprobs=return_logprobs)
         decisions = None
-        if self.table.rules(idx_mapping_np):
+        # What is proposed, and so which steps draw a token, depends on the keyed noise. Other noise
+        # in steps without proposals, as vLLM has for requests without a seed, would bias tokens.
+        if is_served or self.table.rules(idx_mapping_np):
             processed = self.apply_sampling_params(*of_step)
             drawn, decisions = self.decided(
                 processed, expanded_idx_mapping, idx_mapping_np, pos, expanded_local_pos
             )
         else:
             drawn, processed = super().sample(*of_step, return_logprobs=return_logprobs)
+        if not has_draft:
+            return drawn, processed
         self.outcome(
             idx_mapping,
             drawn,
@@ -144,17 +162,23 @@ class ReuseSampler(Sampler):
         """The token that each row gives [num_rows], int64, and what rules say of it (`decide`)."""
         draw = self.draw(expanded_idx_mapping, pos)
         rules = self.table.rules(idx_mapping_np)
+        decisions = None
         if not rules:
-            return draw(processed), None
-        return decide(
-            self.table,
-            rules,
-            Rows(expanded_idx_mapping.long(), pos, expanded_local_pos),
-            processed,
-            draw,
-            prompt_lens=self.req_states.prompt_len.gpu,
-            prefill_lens=self.req_states.prefill_len.gpu,
-        )
+            given = draw(processed)
+        else:
+            given, decisions = decide(
+                self.table,
+                rules,
+                Rows(expanded_idx_mapping.long(), pos, expanded_local_pos),
+                processed,
+                draw,
+                prompt_lens=self.req_states.prompt_len.gpu,
+                prefill_lens=self.req_states.prefill_len.gpu,
+            )
+        proposals = self.table.proposals
+        if proposals is not None and proposals.is_served(idx_mapping_np):
+            proposals.keep_logprobs(expanded_idx_mapping, expanded_local_pos, processed, given)
+        return given, decisions
 
     def outcome(
         self,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from spec_rollout.engines.vllm.worker.v2 import kernels
+from spec_rollout.engines.vllm.worker.v2.step import StepState
 from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
 
@@ -52,8 +55,10 @@ class ReuseSpeculator(BaseSpeculator):
         if dummy_run:
             shape = (input_batch.num_reqs, table.max_chunk)
             return torch.zeros(shape, dtype=torch.int64, device=table.device)
-        table.step(input_batch.num_tokens)
-        return kernels.propose(
+        proposals = table.proposals
+        if proposals is None:
+            table.step(input_batch.num_tokens)
+        proposed = kernels.propose(
             table,
             input_batch.idx_mapping,
             num_sampled=num_sampled,
@@ -61,3 +66,29 @@ class ReuseSpeculator(BaseSpeculator):
             prompt_lens=requests.prompt_len.gpu,
             last_sampled=last_sampled.view(-1),
         )
+        if proposals is None:
+            return proposed
+        slots, scheduled = input_batch.idx_mapping_np, input_batch.num_draft_tokens_per_req
+        step = StepState(
+            slots=slots,
+            device_slots=input_batch.idx_mapping,
+            num_scheduled=np.zeros(slots.size, np.int64) if scheduled is None else scheduled,
+            num_tokens=input_batch.num_tokens,
+            num_logits=input_batch.logits_indices.shape[0],
+            num_sampled=num_sampled,
+            total_lens=requests.total_len.gpu,
+            prompt_lens=requests.prompt_len.gpu,
+            token_ids=requests.all_token_ids.gpu,
+        )
+        return self._agreed(proposals.propose(step, proposed, table.counts), input_batch)
+
+    def _agreed(self, proposed: torch.Tensor, input_batch: Any) -> torch.Tensor:
+        """What the first tensor-parallel rank proposes: how much depends on its clock."""
+        group = get_tp_group()
+        if group.world_size == 1:
+            return proposed
+        counts, slots = self.table.counts, input_batch.idx_mapping.long()
+        both = torch.cat([counts[slots][:, None].long(), proposed], dim=1)
+        both = group.broadcast(both, src=0)
+        counts[slots] = both[:, 0].to(counts.dtype)
+        return both[:, 1:].contiguous()

@@ -2,9 +2,11 @@
 
 V2 draws with keyed noise of its own (a request's seed, the position, the token), so nothing here
 draws: a draft token passes if it is what vLLM's own sampler gives in its row, and under `Lenient`
-by that rule's test. Nothing waits for the device.
+by that rule's test. Nothing of that waits for the device.
 
 - `table`: the drafts of the requests, by slot of vLLM's request state.
 - `kernels`: what is proposed, and how much of it passed.
 - `rules`: rows of `Lenient`, and the bonus of `Coupled`.
+- `plan`: how much of a draft an asynchronous scheduler plans.
+- `proposals`: from history, which the host keeps; `step`: what a step gave it, and is given.
 """

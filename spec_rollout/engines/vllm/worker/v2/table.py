@@ -13,6 +13,7 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, OneHot
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.request_state import usable_draft
+from spec_rollout.engines.vllm.worker.v2.proposals import Proposals
 from spec_rollout.engines.vllm.worker.verify import to_device
 from spec_rollout.types import History
 
@@ -89,6 +90,7 @@ class DraftTable:
             float32.
         numbers: See `Field`. [num_slots, fields], int64.
         counts: Draft tokens proposed last. [num_slots], int32.
+        proposals: What is proposed from history; None where nothing is.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class DraftTable:
         self._gone: list[tuple[Held, torch.Tensor]] = []
         self._accepted: dict[int, int] = {}
         self.metrics = ReuseMetrics()
+        self.proposals: Proposals | None = None
         self._forget(0)
 
     def begin(
@@ -127,12 +130,14 @@ class DraftTable:
         """A rollout call begins; see `ChunkProposer.begin`.
 
         Raises:
-            ValueError: if it has a history.
+            ValueError: if it has a history, and nothing is proposed from any.
         """
-        if history is not None:
+        if self.proposals is not None:
+            self.proposals.begin(num_requests, history, stop_token_ids)
+        elif history is not None:
             raise ValueError(
-                "history: expected None on vLLM's Model Runner V2, where nothing is proposed from "
-                "it yet, got one"
+                "history: expected None with asynchronous scheduling on vLLM's Model Runner V2, "
+                "got one; start the engine with async_scheduling=False"
             )
         self._forget(num_requests)
 
@@ -142,8 +147,10 @@ class DraftTable:
         request_id: str,
         request: ReuseRequest | None,
         *,
+        prompt_len: int = 0,
         max_response_len: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
+        is_drawn: bool = True,
     ) -> None:
         """A request took a slot, for the first time or after it was preempted.
 
@@ -151,24 +158,42 @@ class DraftTable:
             slot: Its slot.
             request_id: vLLM's.
             request: None if it has no key.
+            prompt_len: Tokens of its prompt.
             max_response_len: Most tokens of its response.
             stop_token_ids: That end it.
+            is_drawn: Its tokens are not taken greedily.
         """
         numbers = np.zeros(len(Field), np.int64)
         self._staged[slot] = numbers
         self._put(slot, None)
+        is_counted = False
+        if request is None and self.proposals is not None:
+            request = self.proposals.draft_of(request_id)
+            is_counted = request is not None
         if request is None:
             return
         draft, ends = usable_draft(request.draft_ids, max_response_len, stop_token_ids)
         if not request.rule.uses_drafts:
             draft, ends = draft[:0], False
-        if request_id in self._left:
+        is_new = request_id not in self._left
+        if not is_new:
             held, self._returned[slot] = self._left.pop(request_id)
         else:
             rule = deciding_rule(request.rule) if draft.size else None
             held = Held(request_id, self._claim(request.collect_id), rule, draft.size)
-            if draft.size:
-                self.metrics.draft_added(draft.size)
+        if self.proposals is not None and self.proposals.announced(
+            request_id,
+            request,
+            held.collect_id,
+            prompt_len=prompt_len,
+            max_response_len=max_response_len,
+            stop_token_ids=stop_token_ids,
+            is_drawn=is_drawn,
+        ):
+            draft, ends = draft[:0], False
+            held.draft_len, held.rule = 0, None
+        if draft.size and is_new and not is_counted:
+            self.metrics.draft_added(draft.size)
         self._put(slot, held)
         numbers[Field.LEN] = draft.size
         numbers[Field.LIMIT] = draft.size - int(ends and draft.size > 0)
@@ -200,10 +225,15 @@ class DraftTable:
         held = self._held[slot]
         if held is not None:
             self._left[held.request_id] = (held, self.numbers[slot].clone())
+        if self.proposals is not None:
+            self.proposals.leave(slot)
         self._put(slot, None)
 
     def over(self, request_ids: Iterable[str]) -> None:
         """These requests, which gave their slots back, are finished or aborted."""
+        request_ids = list(request_ids)
+        if self.proposals is not None:
+            self.proposals.over(request_ids)
         for request_id in request_ids:
             if (left := self._left.pop(request_id, None)) is not None:
                 self._gone.append(left)
@@ -211,13 +241,15 @@ class DraftTable:
             self._count()
 
     def step(self, num_tokens: int) -> None:
-        """A step computed so many tokens."""
+        """A step computed so many tokens (`Proposals.propose` counts its steps itself)."""
         self.metrics.num_engine_steps += 1
         self.metrics.num_computed_tokens += num_tokens
 
     def end(self) -> ReuseMetrics:
         """The call is over; its counters."""
         metrics = self.take_metrics(False)
+        if self.proposals is not None:
+            self.proposals.begin(0, None, [])
         self._forget(0)
         return metrics
 
@@ -233,6 +265,8 @@ class DraftTable:
         """As `Collector.take`, without log-probs: vLLM's own outputs have them."""
         self._count()
         accepted, self._accepted = self._accepted, {}
+        if self.proposals is not None:
+            accepted |= self.proposals.take_followed()
         nothing = (b"", b"", b"")
         return (
             *nothing,
