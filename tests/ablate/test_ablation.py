@@ -27,6 +27,7 @@ def finish(ablation: Ablation, copies: Path | None = None, jobs: int = 1) -> dic
     return ablation.finish(jobs, ["spec-rollout", "ablate", "x"], copies)
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_where_it_was_and_says_what_was_found(
     make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "bench_cache.py"
 
@@ -20,6 +22,7 @@ def _run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_short_mode_writes_every_row(tmp_path: Path) -> None:
     done = _run("import bench_cache; bench_cache.main()", "--quick", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -43,6 +46,7 @@ def test_the_short_mode_writes_every_row(tmp_path: Path) -> None:
     assert 0 < rows["save"]["file_bytes"] - 8 * shape["tokens"] < 100 * 128
 
 
+@pytest.mark.slow
 def test_wrong_drafts_are_not_timed(tmp_path: Path) -> None:
     code = """
 import bench_cache

@@ -183,6 +183,7 @@ def test_sums_that_cannot_be_are_refused(tmp_path: Path) -> None:
         store.put_many([(B, {1: entry_of(B, 1, [1])})])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pages", [1, 3])
 def test_a_rollout_cut_short_at_the_files_end_is_a_miss(tmp_path: Path, pages: int) -> None:
     """Its first page is there: reading on would end the process, for the file is mapped."""

@@ -112,6 +112,7 @@ def test_an_error_is_raised_by_all_that_follows() -> None:
     assert not writer._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_stores_first(tmp_path: Path) -> None:
     code = """
 import sys, time

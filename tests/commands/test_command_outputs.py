@@ -38,6 +38,7 @@ def test_a_link_stays_and_its_target_gets_the_rollouts(command: list[str], tmp_p
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rollouts_go_to_standard_output_and_a_cache_to_a_pipe(
     command: list[str], tmp_path: Path
 ) -> None:

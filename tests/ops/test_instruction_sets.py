@@ -63,6 +63,7 @@ torch.save({"noise": noise, "accepted": accepted, "drawn": drawn}, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_levels_agree(tmp_path: Path) -> None:
     """Noise, acceptance and tokens to the bit; log-probs to rounding."""
     results = {}

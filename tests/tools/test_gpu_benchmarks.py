@@ -24,6 +24,7 @@ def _run(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_passes_its_checks_and_writes_every_row(script, tmp_path) -> None:
     done = _run(script, "--dry-run", "--out", str(tmp_path))
@@ -41,6 +42,7 @@ def test_a_dry_run_passes_its_checks_and_writes_every_row(script, tmp_path) -> N
         assert "call of verify_prefix, empty batch" in {row["op"] for row in calls}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_gpu_there_is_one_line(script) -> None:
