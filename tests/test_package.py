@@ -39,6 +39,7 @@ def test_the_public_names_are_those_of_the_modules_that_define_them() -> None:
     assert spec_rollout.TransformersEngine is TransformersEngine
 
 
+@pytest.mark.slow
 def test_submodules_need_no_import_of_their_own() -> None:
     result = python(
         "import spec_rollout; print(spec_rollout.engines.vllm.extra_args.__name__, "
@@ -52,6 +53,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         spec_rollout.Lenjent  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_in_one_line() -> None:
     # None in sys.modules is Python's own way of saying "not there": import raises as if it were so.
     result = python(

@@ -129,6 +129,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.corrupt == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STORE_KINDS)
 def test_a_cache_does_what_its_model_does(kind: str) -> None:
     machine = type("Machine", (CacheMachine,), {"kind": kind})

@@ -49,6 +49,7 @@ def test_content_and_order_outlive_the_store(tmp_path: Path) -> None:
         check_integrity(store)
 
 
+@pytest.mark.slow
 def test_processes_see_each_others_rollouts(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "store") as store:
         put(store, A, 0)

@@ -155,6 +155,7 @@ class StoreMachine(RuleBasedStateMachine):
         check_integrity(self.store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STORE_KINDS)
 def test_a_store_does_what_its_model_does(kind: str) -> None:
     machine = type("Machine", (StoreMachine,), {"kind": kind})

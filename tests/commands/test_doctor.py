@@ -44,6 +44,7 @@ def test_a_built_installation_works_and_says_what_was_built() -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_as_json_it_says_the_same() -> None:
     content = json.loads(run_doctor(arguments="--json").stdout)
     assert content["core_works"] is True
@@ -52,6 +53,7 @@ def test_as_json_it_says_the_same() -> None:
     assert {"what", "needed_for", "fix"} == set(content["missing"][0])
 
 
+@pytest.mark.slow
 def test_without_the_extension_it_says_so_and_how_to_build_it() -> None:
     result = run_doctor("spec_rollout._C")
     assert result.returncode == 1

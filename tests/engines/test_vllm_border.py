@@ -91,6 +91,7 @@ def test_imports_go_in_no_circle() -> None:
                 assert not any(n.startswith(f"{PLUGIN}.{other}") for n in graph[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "purpose"),
     [

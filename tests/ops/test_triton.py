@@ -60,12 +60,14 @@ def _run(code: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_without_triton_the_error_says_what_to_install() -> None:
     out = _run(_WITHOUT_TRITON)
     assert out.startswith('impl: "triton" needs the triton package')
     assert "pip install triton" in out
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_it_is_asked_for() -> None:
     assert _run("import sys, spec_rollout.ops; print('triton' in sys.modules)") == "False\n"
 

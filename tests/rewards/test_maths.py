@@ -109,6 +109,7 @@ def test_the_time_limit_holds_in_python_code_too():
     assert not grade.correct
 
 
+@pytest.mark.slow
 def test_any_thread_may_ask_and_no_signal_is_touched():
     handler = signal.getsignal(signal.SIGALRM)
     seen: list[list[Grade]] = []
@@ -126,6 +127,7 @@ def test_any_thread_may_ask_and_no_signal_is_touched():
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_replaced():
     grade_answers(["1"], [1])
     for worker in maths._pool()._workers:
@@ -135,6 +137,7 @@ def test_a_process_that_was_killed_is_replaced():
     assert grade_answers(["1", "2"], [1, 2]) == [Grade(True), Grade(True)]
 
 
+@pytest.mark.slow
 def test_what_models_say():
     """Anything at all gives a grade, and soon."""
     junk = [

@@ -80,6 +80,7 @@ def wandb_curves(path: Path) -> Curves:
     return curves
 
 
+@pytest.mark.slow
 def test_both_hold_the_numbers_of_metrics_jsonl_and_go_on_after_a_stop(make_config) -> None:
     both = {"to": ["tensorboard", "wandb"], "wandb_project": "tiny"}
     config = make_config(

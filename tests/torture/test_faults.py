@@ -20,6 +20,7 @@ def unharmed(outcome: faults.Outcome) -> bool:
     return outcome.tried == outcome.survived > 0 and outcome.lost == 0
 
 
+@pytest.mark.slow
 def test_kills_while_storing(tmp_path: Path) -> None:
     outcome = kills.kill_while_storing(tmp_path / "store", 8)
     assert unharmed(outcome), outcome.line()
@@ -35,6 +36,7 @@ def test_kills_while_compacting(tmp_path: Path) -> None:
     assert unharmed(outcome), outcome.line()
 
 
+@pytest.mark.slow
 def test_damaged_files(tmp_path: Path) -> None:
     for outcome in damage.damage(tmp_path, 6):
         assert unharmed(outcome), outcome.line()
