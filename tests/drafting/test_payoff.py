@@ -185,6 +185,16 @@ def test_a_token_pays_if_it_costs_less_than_one_later() -> None:
     assert free.threshold(8) == 0.5  # nothing speaks against it, nor for more
 
 
+def test_what_a_token_takes_is_known_where_the_batch_has_halved() -> None:
+    payoff = Payoff()
+    for step in range(120):
+        proposed = step % 7 if step % 2 else 0
+        payoff.cost.observe(7 + step // 2 % 2, proposed, 10e-3 + 1e-4 * proposed)
+    for _ in range(100):  # 2.5 tokens a row, in a tenth more than without proposals
+        payoff.observe(8, 10, 11e-3, 12)
+    assert payoff.threshold(7) == pytest.approx(1e-4 / (10e-3 / 7 * 1.1 / 2.5), rel=0.1)
+
+
 def _steps(payoff: Payoff, count: int, rows: int, seconds: Callable[[int], float]) -> list[int]:
     """Tokens proposed in each step, where half of the requests have four that pass."""
     proposed = []

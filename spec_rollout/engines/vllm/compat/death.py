@@ -2,7 +2,7 @@
 
 vLLM notices (its client starts a thread that watches the process) and refuses what is asked of the
 engine afterwards. But who waits for an answer already, in `LLM.generate` or `collective_rpc`, waits
-on: nothing is put into the queue that it reads (vLLM 0.26 to 0.32).
+on: nothing is put into the queue that it reads (seen in vLLM 0.32).
 """
 
 from __future__ import annotations
