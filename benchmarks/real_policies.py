@@ -29,7 +29,7 @@ class Training:
     prompts: int = 16
     prompts_per_step: int = 4
     group: int = 8
-    max_tokens: int = 128
+    max_tokens: int = 160
     lr: float = 3e-6
     temperature: float = 0.5
     seed: int = 0
@@ -55,7 +55,8 @@ def in_words(prompt: str) -> str:
     """A prompt of the demo's task, "62 +17 -8 =?", as a question."""
     start, *terms = (int(number) for number in re.findall(r"[+-]?\d+", prompt))
     told = " ".join(f"Then I {'find' if t > 0 else 'lose'} {abs(t)}." for t in terms)
-    return f"I have {start} marbles. {told} How many marbles do I have? Think step by step."
+    asked = "How many marbles do I have? Say what I have after each step, then the answer."
+    return f"I have {start} marbles. {told} {asked}"
 
 
 def questions(data: Path | None, count: int) -> list[dict[str, str]]:
