@@ -12,8 +12,8 @@ For each engine and dtype a process of its own generates what `real_rollouts` li
 where only siblings can help, and in a later one. Everything is in the seconds: lookup,
 verification, storing. Responses differ from rule to rule, so seconds are compared per token with
 those of stock vLLM (the embedded engine's own plain generation). Sizes are gone through in
-`--repeats` rounds, and no round begins that `--budget` would not let end; results are written after
-every rollout. `step` is the speed-up of a training step: of generating and of the update of the
+`--repeats` rounds, the largest first, and no round begins that `--budget` would not let end;
+results are written after every rollout. `step` is the speed-up of a training step: of generating and of the update of the
 same tokens, whose seconds are those of the training above.
 
 At last `real_entropy` says which guesses pass where the policy is uncertain, with a plot beside the
@@ -259,9 +259,9 @@ def main() -> None:
     options.add_argument("--full", action="store_true", help="256 requests, too")
     options.add_argument("--repeats", type=int, default=2)
     options.add_argument("--group", type=int, default=8, help="samples of a prompt")
-    options.add_argument("--max-tokens", type=int, default=160)
+    options.add_argument("--max-tokens", type=int, default=128)
     options.add_argument("--temperature", type=float, default=0.5)
-    options.add_argument("--budget", type=float, default=1750.0, help="seconds of all rollouts")
+    options.add_argument("--budget", type=float, default=1900.0, help="seconds of all rollouts")
     options.add_argument("--lr", type=float, default=Training().lr, help="of the epoch's training")
     options.add_argument("--entropy-prompts", type=int, default=8)
     options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")

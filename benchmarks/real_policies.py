@@ -29,7 +29,7 @@ class Training:
     prompts: int = 16
     prompts_per_step: int = 4
     group: int = 8
-    max_tokens: int = 160
+    max_tokens: int = 128
     lr: float = 3e-6
     temperature: float = 0.5
     seed: int = 0

@@ -214,13 +214,12 @@ def measure(args: argparse.Namespace, served: Served) -> None:
     end = time.monotonic() + args.budget
     took: dict[int, float] = {}
     for round_ in range(args.repeats):
-        for count in args.requests:
+        for count in sorted(args.requests, reverse=True):
             group = min(args.group, count)
             prompts = prompt_ids(questions(args.data, -(-count // group)), args.old)
             start = time.monotonic()
-            # As long as the last time, or what a smaller number of requests lets expect.
-            smaller = [s * (count / n) ** 0.7 for n, s in took.items() if n <= count]
-            expected = max(smaller, default=0.0)
+            # As long as the last time, or what a larger number of requests lets expect.
+            expected = min((s * (count / n) ** 0.3 for n, s in took.items()), default=0.0)
             if start + took.get(count, expected) > end:
                 shown = f"round {round_ + 1}, {count} requests"
                 print(f"{args.engine}, {args.dtype}: no time left for {shown}", flush=True)
