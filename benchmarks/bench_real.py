@@ -13,8 +13,8 @@ where only siblings can help, and in a later one. Everything is in the seconds: 
 verification, storing. Responses differ from rule to rule, so seconds are compared per token with
 those of stock vLLM (the embedded engine's own plain generation). Sizes are gone through in
 `--repeats` rounds, the largest first, and no round begins that `--budget` would not let end;
-results are written after every rollout. `step` is the speed-up of a training step: of generating and of the update of the
-same tokens, whose seconds are those of the training above.
+results are written after every rollout. `step` is the speed-up of a training step: of generating
+and of the update of the same tokens, whose seconds are those of the training above.
 
 At last `real_entropy` says which guesses pass where the policy is uncertain, with a plot beside the
 results.
