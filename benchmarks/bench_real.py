@@ -120,7 +120,8 @@ def crossovers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         points = sorted(
             (row["requests"], row["over_stock"])
             for row in rows
-            if tuple(row[k] for k in ("engine", "dtype", "phase", "contender")) == name
+            if "over_stock" in row  # else what it is compared with is still to come
+            and tuple(row[k] for k in ("engine", "dtype", "phase", "contender")) == name
         )
         at, text = None, "pays at all sizes" if points[0][1] > 1 else "pays at no size"
         for (a, x), (b, y) in pairwise(points):
@@ -257,7 +258,7 @@ def main() -> None:
     options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options.add_argument("--requests", type=int, nargs="+", default=[4, 16, 64])
     options.add_argument("--full", action="store_true", help="256 requests, too")
-    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--repeats", type=int, default=1, help="rounds")
     options.add_argument("--group", type=int, default=8, help="samples of a prompt")
     options.add_argument("--max-tokens", type=int, default=128)
     options.add_argument("--temperature", type=float, default=0.5)

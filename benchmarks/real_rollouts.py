@@ -219,7 +219,7 @@ def measure(args: argparse.Namespace, served: Served) -> None:
             prompts = prompt_ids(questions(args.data, -(-count // group)), args.old)
             start = time.monotonic()
             # As long as the last time, or what a larger number of requests lets expect.
-            expected = min((s * (count / n) ** 0.3 for n, s in took.items()), default=0.0)
+            expected = min((s * (count / n) ** 0.5 for n, s in took.items()), default=0.0)
             if start + took.get(count, expected) > end:
                 shown = f"round {round_ + 1}, {count} requests"
                 print(f"{args.engine}, {args.dtype}: no time left for {shown}", flush=True)
