@@ -99,8 +99,6 @@ GPU_SUMMARY_ROWS: Sequence[tuple[GpuRow, str]] = (
         ("gpu_logits", "verify_prefix, coupled", {**_LOGITS, "accepted": "100%"}),
         "4,096 draft tokens, all accepted",
     ),
-    (("gpu_logits", "sample_tokens", _LOGITS), "4,096 tokens drawn"),
-    (("gpu_packed", "accept_prefix, packed", {"batch": 8192}), "8,192 drafts"),
     (("gpu_packed", "splice_kv, rows to blocks", {}), "accepted prefixes into a paged cache"),
 )
 _GPU_FILES = ("gpu_logits", "gpu_packed", "gpu_calls")

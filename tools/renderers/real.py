@@ -15,7 +15,6 @@ _SUMMARY = {
     ("later", "drafting"): "later epochs, drafting",
     ("later", "coupled"): "`Coupled()`",
     ("later", "both"): "`Coupled()`, drafting",
-    ("later", "lenient 0"): "`Lenient(0)`",
     ("later", "lenient 0.5"): "`Lenient(0.5)`",
 }
 
@@ -167,38 +166,31 @@ def _guesses(found: Mapping[str, Any]) -> str:
 
 
 def real_summary_table(content: Mapping[str, Any]) -> str:
-    """The README's few lines: speed-ups by rule, of the narrowest dtype measured."""
+    """The README's few lines: of vLLM where it was measured, speed-ups by rule, dtype and size."""
     rows = content["rows"]
-    dtype = "bfloat16" if "bfloat16" in _values(rows, "dtype") else _values(rows, "dtype")[0]
-    sizes = sorted(_values(rows, "requests"))
-    engines = [name for name in _ENGINES if name in _values(rows, "engine")]
-    middle = sizes[len(sizes) // 2]
+    dtypes, sizes = _values(rows, "dtype"), sorted(_values(rows, "requests"))
+    engine = next(name for name in _ENGINES if name in _values(rows, "engine"))
     lines = []
     for (phase, contender), label in _SUMMARY.items():
         at = {
-            (engine, size): _find(
+            (dtype, size): _find(
                 rows, engine=engine, dtype=dtype, requests=size, phase=phase, contender=contender
             )
-            for engine in engines
+            for dtype in dtypes
             for size in sizes
         }
-        shown = at[engines[0], middle]
-        if shown is None:
-            continue
-        longest = shown.get("longest_over_stock")
+        largest = [at[dtype, sizes[-1]] for dtype in dtypes]
         lines.append(
             [
                 label,
-                f"{shown['reused']:.0%}",
-                "" if longest is None else f"{longest:.0%}",
-                *(" / ".join(_speed(at[e, s]) or "-" for s in sizes) for e in engines),
-                _speed(shown, "step_over_stock"),
+                " / ".join("-" if row is None else f"{row['reused']:.0%}" for row in largest),
+                *(" / ".join(_speed(at[d, size]) or "-" for size in sizes) for d in dtypes),
+                " / ".join(_speed(at[dtypes[-1], n], "step_over_stock") or "-" for n in sizes),
             ]
         )
     tried = " / ".join(map(str, sizes))
-    head = ["", "reused", "steps of the longest"]
-    head += [f"{_ENGINES[engine]}, {tried} requests" for engine in engines]
+    head = ["", f"reused, {' / '.join(dtypes)}", *(f"{dtype}, {tried} requests" for dtype in dtypes)]
     return (
-        f"{markdown_table([*head, f'whole step, {middle}'], lines)}\n\n"
-        f"<sub>{dtype}, {origin([content])}</sub>"
+        f"{markdown_table([*head, f'step, {dtypes[-1]}'], lines)}\n\n"
+        f"<sub>{_ENGINES[engine]}, {origin([content])}</sub>"
     )
