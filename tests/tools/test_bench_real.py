@@ -92,9 +92,9 @@ def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
     assert "| embedded | float32 | 4 | " in text
     assert "| embedded | float32 | 16 in 4 slots | longest first | " in text
     summary = real_summary_table(content).splitlines()
-    assert summary[0] == "|  | reused, float32 | float32, 4 / 16 requests | step, float32 |"
+    assert summary[0] == "|  | reused, 16 | float32, 4 / 16 requests | step, float32 |"
     assert len(summary) == 2 + 5 + 2
-    assert summary[2].startswith("| first epoch, drafting from siblings | 0% | ")
+    assert summary[2].startswith("| first epoch, drafting | 0% | ")
 
 
 def test_where_it_stops_paying() -> None:

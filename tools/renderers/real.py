@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from renderers.text import markdown_table, origin, speedup
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 _ENGINES = {"vllm": "vLLM", "embedded": "embedded"}
 _ORDERS = ("as they come", "longest first")
 _SUMMARY = {
-    ("first", "drafting"): "first epoch, drafting from siblings",
+    ("first", "drafting"): "first epoch, drafting",
     ("later", "drafting"): "later epochs, drafting",
     ("later", "coupled"): "`Coupled()`",
     ("later", "both"): "`Coupled()`, drafting",
@@ -165,6 +165,10 @@ def _guesses(found: Mapping[str, Any]) -> str:
     )
 
 
+def _speeds_at(rows: Iterable[Row | None], key: str = "over_stock") -> str:
+    return ", ".join("-" if row is None or key not in row else f"{row[key]:.2f}" for row in rows)
+
+
 def real_summary_table(content: Mapping[str, Any]) -> str:
     """The README's few lines: of vLLM where it was measured, speed-ups by rule, dtype and size."""
     rows = content["rows"]
@@ -183,14 +187,12 @@ def real_summary_table(content: Mapping[str, Any]) -> str:
         lines.append(
             [
                 label,
-                " / ".join("-" if row is None else f"{row['reused']:.0%}" for row in largest),
-                *(" / ".join(_speed(at[d, size]) or "-" for size in sizes) for d in dtypes),
-                " / ".join(_speed(at[dtypes[-1], n], "step_over_stock") or "-" for n in sizes),
+                ", ".join("-" if row is None else f"{row['reused']:.0%}" for row in largest),
+                *(_speeds_at(at[dtype, size] for size in sizes) for dtype in dtypes),
+                _speeds_at((at[dtypes[-1], size] for size in sizes), "step_over_stock"),
             ]
         )
     tried = " / ".join(map(str, sizes))
-    head = ["", f"reused, {' / '.join(dtypes)}", *(f"{dtype}, {tried} requests" for dtype in dtypes)]
-    return (
-        f"{markdown_table([*head, f'step, {dtypes[-1]}'], lines)}\n\n"
-        f"<sub>{_ENGINES[engine]}, {origin([content])}</sub>"
-    )
+    head = ["", f"reused, {sizes[-1]}", *dtypes, f"step, {dtypes[-1]}"]
+    head[2] += f", {tried} requests"
+    return f"{markdown_table(head, lines)}\n\n<sub>{_ENGINES[engine]}, {origin([content])}</sub>"
