@@ -49,7 +49,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-real bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-real bench-rounding bench-gpu lint format \
   cuda-check sass sanitize sanitize-cpu fuzz clean rebuild
 .DELETE_ON_ERROR:
 
@@ -225,6 +225,11 @@ bench: venv ## Run the benchmarks, write benchmarks/results/*.json and the table
 # Another set of questions: make bench-real REAL="--data questions.jsonl"; another size, too.
 bench-real: venv venv-vllm ## Rollouts of a small model that speaks, in both engines, with every rule; 45 minutes at most
 	$(BIN)/python benchmarks/bench_real.py $(REAL)
+	$(BIN)/python tools/results_tables.py
+
+# With the model and the policies of bench-real, and its options: ROUNDING="--data questions.jsonl".
+bench-rounding: venv venv-vllm ## What rounding rejects, by engine, dtype, rule and tolerance; 12 minutes with the policies of bench-real
+	$(BIN)/python benchmarks/bench_rounding.py $(ROUNDING)
 	$(BIN)/python tools/results_tables.py
 
 bench-gpu: venv ## Run the GPU benchmarks, write benchmarks/results/<gpu>/*.json and the tables of the pages

@@ -142,7 +142,7 @@ def crossovers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _said(command: list[str], mark: str, environment: Mapping[str, str]) -> Iterator[Answer]:
+def said(command: list[str], mark: str, environment: Mapping[str, str]) -> Iterator[Answer]:
     """The JSON of each line that begins with `mark`, as it is printed; other lines are passed on.
 
     Raises:
@@ -215,7 +215,7 @@ def run(args: argparse.Namespace, policies: Policies) -> None:
     # It takes no time measurement, and says first how far apart the policies are.
     entropy = [sys.executable, str(folder / "real_entropy.py"), *common]
     entropy += ["--prompts", str(args.entropy_prompts), "--group", str(args.group)]
-    for answer in _said(entropy, "ENTROPY", {}):
+    for answer in said(entropy, "ENTROPY", {}):
         report.more["entropy"] = answer
         report.write()
         real_entropy.plot(answer, args.out / "real.png")
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace, policies: Policies) -> None:
         command += ["--engine", engine, "--dtype", dtype, "--budget", str(max(0.0, left))]
         command += ["--requests", *map(str, args.requests), "--repeats", str(args.repeats)]
         command += ["--group", str(args.group)]
-        for answer in _said(command, "ROW", environment):
+        for answer in said(command, "ROW", environment):
             report.add(answer)
     for line in report.more.get("crossovers", []):
         print("{engine}, {dtype}, {phase}, {contender}: {text}".format(**line), flush=True)
@@ -285,7 +285,7 @@ def main() -> None:
         group=args.group, max_tokens=args.max_tokens, lr=args.lr, temperature=args.temperature
     )
     if args.tiny:
-        model, args.data = _tiny(args.folder)
+        model, args.data = tiny(args.folder)
         args.entropy_prompts = 2
         training = replace(training, prompts=2, prompts_per_step=1, lr=1e-3)
     else:
@@ -294,7 +294,7 @@ def main() -> None:
     run(args, prepare(model, args.data, training, args.folder / name))
 
 
-def _tiny(folder: Path) -> tuple[Path, Path]:
+def tiny(folder: Path) -> tuple[Path, Path]:
     """The demo's model, and a file of its task as it is."""
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import training_problems

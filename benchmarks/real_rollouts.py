@@ -48,7 +48,7 @@ RULES: Mapping[str, tuple[AcceptanceRule, bool]] = {
     "lenient 0.5": (Lenient(0.5), False),
     "both": (Coupled(), True),
 }
-_CHUNK = 64  # draft tokens that a step of vLLM verifies at most
+CHUNK = 64  # draft tokens that a step of vLLM verifies at most
 ORDERS = ("as they come", "longest first")
 FIRST = ("none", "drafting")
 _COUNTS = (
@@ -97,7 +97,7 @@ class Served:
     stock: Callable[[list[list[int]], SamplingParams], dict[str, float]] | None = None
 
 
-def _weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
+def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))
@@ -114,7 +114,7 @@ def embedded(args: argparse.Namespace) -> Served:
 
     def load(folder: Path) -> None:
         known = model.state_dict().keys()
-        engine.update_weights([(n, t.to(model.dtype)) for n, t in _weights(folder) if n in known])
+        engine.update_weights([(n, t.to(model.dtype)) for n, t in weights(folder) if n in known])
 
     def set_slots(count: int) -> None:
         engine.num_slots = count
@@ -122,12 +122,12 @@ def embedded(args: argparse.Namespace) -> Served:
     return Served(engine, load, set_slots)
 
 
-def _longest_row(args: argparse.Namespace) -> int:
+def longest_row(args: argparse.Namespace) -> int:
     """Prompt and response, and room for the draft that a step verifies; within the model's own."""
     from transformers import AutoConfig
 
     prompts = prompt_ids(questions(args.data, -(-max(args.requests) // args.group)), args.old)
-    wanted = max(map(len, prompts)) + args.max_tokens + _CHUNK
+    wanted = max(map(len, prompts)) + args.max_tokens + CHUNK
     return min(wanted, AutoConfig.from_pretrained(args.old).max_position_embeddings)
 
 
@@ -140,7 +140,7 @@ def vllm(args: argparse.Namespace) -> Served:
     common: dict[str, Any] = {
         "dtype": args.dtype,
         "enforce_eager": not torch.cuda.is_available(),
-        "max_model_len": _longest_row(args),
+        "max_model_len": longest_row(args),
         "max_num_seqs": max(args.requests),
         "max_num_batched_tokens": 8192,
         "seed": 0,
@@ -149,7 +149,7 @@ def vllm(args: argparse.Namespace) -> Served:
         "generation_config": "vllm",
         **({"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {"block_size": 32}),
     }
-    engine = VLLMEngine(str(args.old), num_speculative_tokens=_CHUNK, llm_args=common)
+    engine = VLLMEngine(str(args.old), num_speculative_tokens=CHUNK, llm_args=common)
     # Its weights stay those of the epoch's end: what they are does not change what a step costs.
     plain = LLM(str(args.new), **common)
     steps = 0
@@ -187,7 +187,7 @@ def vllm(args: argparse.Namespace) -> Served:
         }
 
     def load(folder: Path) -> None:
-        engine.update_weights(_weights(folder))
+        engine.update_weights(weights(folder))
 
     def set_slots(count: int) -> None:
         scheduler = engine.llm.llm_engine.engine_core.engine_core.scheduler

@@ -27,6 +27,7 @@ from renderers.rollouts import (
     serving_table,
     soak_table,
 )
+from renderers.rounding import rounding_table
 from renderers.stores import store_soak_table, torture_table
 from renderers.text import provenance
 from renderers.trainers import trainers_table
@@ -39,6 +40,7 @@ PAGES = tuple(
     ROOT / page
     for page in (
         "README.md",
+        "docs/acceptance.md",
         "docs/results.md",
         "docs/models.md",
         "docs/reliability.md",
@@ -60,6 +62,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "rollout_vllm_tiny": rollout_table,
     "rollout_vllm_gpu": rollout_table,
     "rollout_vllm_drafting": rollout_drafting_table,
+    "rounding": rounding_table,
     "serving": serving_table,
     "serving_http": serving_table,
     "serving_http_real": serving_table,
