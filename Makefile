@@ -36,7 +36,8 @@ TESTS_BESIDE := tests/ablate tests/cache tests/evals tests/fuzz tests/report tes
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
 VENV_VERL := .venv-verl
-TESTS_VERL := tests/trainers/verl tests/trainers/openrlhf
+# The store in Ray actors is tested there, too: verl brings Ray.
+TESTS_VERL := tests/trainers/verl tests/trainers/openrlhf tests/ray_pool
 # Python sources are used in place (editable install); only these need a rebuild.
 NATIVE := $(shell find csrc python_bindings build_tools -name '*.*' -type f -not -name '*.pyc') CMakeLists.txt setup.py pyproject.toml
 FORMATTED_CPP := $(shell find csrc python_bindings -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')

@@ -12,6 +12,9 @@ lengths are those of the packed ops' benchmarks.
   flushed to the device, `hand over` what of that the training thread waits for. `bytes_per_token`
   is what the store holds on disk beyond ids and log-probs, room that will be used again left out.
 - `save`, `load`: the whole cache as one file, flushed to the device; reading it checks everything.
+- `store in actors`, `lookup in actors`: with `--ray N`, and nothing else then: a `RayStore` of N
+  actors, in a Ray that is started for it on this machine. `hand over` is what of storing the
+  training thread waits for.
 
 The peers are one `torch.save` and one `torch.load` of the same packed tensors, files as a training
 step would leave them for the next epoch. They find nothing by prompt, keep the order they were
@@ -36,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "ops"))
 from _common import Results, Timing, copy_bandwidth, measure, parser, peak_extra_bytes
 from _workload import MEAN_LEN, PADDED_LEN, long_tailed_lens
 
-from spec_rollout.cache import DiskStore, RolloutCache
+from spec_rollout.cache import DiskStore, RayStore, RolloutCache
 from spec_rollout.cache.disk_env import compact
 from spec_rollout.cache.writer import Writer
 from spec_rollout.keys import prompt_key
@@ -180,6 +183,60 @@ def run_on_disk(results: Results, step: Step, folder: Path, repeats: int) -> Non
         sys.exit(f"expected hits only, got {stats}")
 
 
+def run_in_actors(results: Results, step: Step, num_actors: int, repeats: int) -> None:
+    """Measures a store in Ray actors, beside one in this process's memory, and adds its rows."""
+    import ray
+
+    memory = RolloutCache()
+    step.store(memory)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: Ray's sockets are in it
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=100_000_000 + 6 * step.num_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
+        try:
+            writer = Writer()
+            cache = RolloutCache(
+                store=RayStore("benchmarks/cache", num_actors=num_actors), writer=writer
+            )
+            step.store(cache)
+            step.check(step.lookup(cache))
+
+            def store_and_wait() -> None:
+                step.store(cache)
+                cache.flush()
+
+            def timed(
+                function: Callable[[], object], setup: Callable[[], object] | None = None
+            ) -> Timing:
+                return measure(function, repeats=repeats, setup=setup)
+
+            shape = {
+                "actors": num_actors,
+                "rollouts": len(step.keys),
+                "tokens": step.rollouts.response_ids.numel(),
+            }
+            in_memory = {"in memory": timed(lambda: step.store(memory))}
+            results.add(
+                "store in actors", shape=shape, timing=timed(store_and_wait), peers=in_memory
+            )
+            handed_over = timed(lambda: step.store(cache), cache.flush)
+            results.add("hand over", shape=shape, timing=handed_over, peers=in_memory)
+            in_memory = {"in memory": timed(lambda: step.lookup(memory))}
+            cache.flush()
+            looked_up = timed(lambda: step.lookup(cache))
+            results.add("lookup in actors", shape=shape, timing=looked_up, peers=in_memory)
+            if cache.stats.corrupt or cache.stats.misses or cache.stats.evictions:
+                sys.exit(f"expected hits only, got {cache.stats}")
+            writer.close()
+        finally:
+            ray.shutdown()
+
+
 def run(results: Results, step: Step, folder: Path, repeats: int) -> None:
     """Measures everything and adds the rows."""
     cache, loaded, path = RolloutCache(), RolloutCache(), folder / "cache"
@@ -227,16 +284,22 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--folder", type=Path, help="of the files; a temporary one if left out")
     options.add_argument("--repeats", type=int, default=9)
+    options.add_argument(
+        "--ray", type=int, metavar="N", help="measure a store in N Ray actors (cache_ray.json)"
+    )
     args = options.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     num_prompts, repeats = (16, 1) if args.quick else (1024, args.repeats)
     bandwidth = (lambda: copy_bandwidth(1 << 24)) if args.quick else copy_bandwidth
-    results = Results("cache", args.out, bandwidth)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        step = Step.make(num_prompts)
-        run(results, step, Path(folder), repeats)
-        run_on_disk(results, step, Path(folder), repeats)
+    results = Results("cache" if args.ray is None else "cache_ray", args.out, bandwidth)
+    step = Step.make(num_prompts)
+    if args.ray is not None:
+        run_in_actors(results, step, args.ray, repeats)
+    else:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            run(results, step, Path(folder), repeats)
+            run_on_disk(results, step, Path(folder), repeats)
     results.write()
 
 

@@ -109,13 +109,19 @@ def share(
     """Stores what the other ranks generated, so that a prompt finds its drafts on any rank.
 
     Every rank calls it at the same time. Each then holds the rollouts of all ranks in its own
-    memory, which `RolloutCache(max_bytes=...)` bounds.
+    memory, which `RolloutCache(max_bytes=...)` bounds. If the caches of all ranks are over one
+    store of several machines (`RolloutCache.is_shared`), they are there already: nothing is sent,
+    and each rank waits until all have stored theirs.
 
     Args:
         cache: Of this rank; it holds this rank's rollouts already.
         mine: What this rank generated since the last call; may be empty.
         gather, rank: As of `RowNumbers`.
     """
+    if cache.is_shared:
+        cache.flush()
+        gather([])
+        return
     for other, theirs in enumerate(gather(list(mine))):
         if other != rank:
             for named in theirs:

@@ -137,9 +137,10 @@ class SpecRollout:
 
     A row is known by its prompt's token ids and its number among the rows of that prompt, counted
     over all ranks: shuffling, several processes and gradient accumulation change nothing. Each rank
-    keeps the rollouts of all ranks. Turns after a tool call (`tools=`, `environment_factory=`) are
-    rows of their own, whose prompt holds the turns before; what tools say is prompt there and never
-    a draft. Evaluation draws fresh samples and does not touch the cache.
+    keeps the rollouts of all ranks, or all have them in one `RayStore`. Turns after a tool call
+    (`tools=`, `environment_factory=`) are rows of their own, whose prompt holds the turns before;
+    what tools say is prompt there and never a draft. Evaluation draws fresh samples and does not
+    touch the cache.
 
     Make it before the trainer: TRL builds its vLLM without asking, and this object sees to it that
     engines built from then on run the plugin.
@@ -150,7 +151,7 @@ class SpecRollout:
         refresh_epochs: As in `RolloutSession`.
         reuse: False generates without drafts, under the same noise; for comparisons.
         cache: Holds the drafts; None is one in memory without a bound. `cache.save(path)` and
-            `load` carry it over to a resumed run.
+            `load` carry it over to a resumed run. One over a `RayStore` is that of all ranks.
         logprobs: Which log-probs TRL is given: `current`, of the policy that it trains;
             `behaviour`, those with which reused tokens were first drawn, so that TRL's correction
             acts on them; `auto`, `current` for lossless rules (whose tokens are the current

@@ -15,6 +15,7 @@ from spec_rollout.cache import file
 from spec_rollout.cache.arrays import PackedRollouts, sound_drafts
 from spec_rollout.cache.entry import Entry, is_sound, owned
 from spec_rollout.cache.memory import MemoryStore
+from spec_rollout.cache.parted import PartedStore
 from spec_rollout.cache.store import Groups, Store
 from spec_rollout.cache.writer import Staging, Writer
 from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
@@ -89,6 +90,11 @@ class RolloutCache:
         self._hits = self._misses = self._evictions = self._corrupt = 0
         if store is not None and max_bytes is not None:
             self._evictions = store.evict(max_bytes)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the processes of a job find each other's rollouts here, on whatever machine."""
+        return isinstance(self._store, PartedStore)
 
     @property
     def stats(self) -> CacheStats:

@@ -28,7 +28,7 @@ _GROUP = struct.Struct("<QII")  # use, length of the key, number of samples
 _COUNTERS = struct.Struct("<QQQQQQQ")
 _NUMBER = struct.Struct(">Q")  # keys that sort as numbers do
 # sample id, policy version, checksum, finish reason, segment, offset, five lengths (-1: absent)
-_ROW = np.dtype(("<i8", (11,)))
+ROW = np.dtype(("<i8", (11,)))
 _SAMPLE, _POLICY, _CHECKSUM, _FINISH, SEGMENT, _OFFSET, _LENS = range(7)
 # Longer keys are found by their hash; LMDB's own are at most 511 bytes.
 _LONGEST_KEY = 64
@@ -98,11 +98,11 @@ class Group:
         if len(body) < _GROUP.size:
             raise DamagedRecord(f"expected a group, got {len(body)} bytes")
         use, key_len, num_samples = _GROUP.unpack_from(body)
-        size = _GROUP.size + key_len + num_samples * _ROW.itemsize
+        size = _GROUP.size + key_len + num_samples * ROW.itemsize
         if len(body) != size:
             raise DamagedRecord(f"expected a group of {size} bytes, got {len(body)}")
         start = _GROUP.size + key_len
-        rows = np.frombuffer(body[start:], "<i8").reshape(-1, 11).tolist()
+        rows = np.frombuffer(body[start:], "<i8").reshape(-1, *ROW.shape).tolist()
         return cls(bytes(body[_GROUP.size : start]), use, rows)
 
 

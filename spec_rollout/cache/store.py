@@ -38,7 +38,8 @@ class Store(Protocol):
     and make it the most recently used one; a `get_many` that does not find the sample uses the
     group all the same. Nothing else changes the order. It is one order for all threads and
     processes that share the store, and a store that outlives its process keeps it. A store made of
-    parts, each with keys of its own, may keep an order and a share of the bound per part.
+    parts, each with keys of its own, may keep an order and a share of the bound per part, and
+    change one part after the other.
 
     Bytes: what an entry or a group counts is `entry.group_bytes`, on every medium, so that a bound
     keeps the same groups everywhere. A medium's own rounding comes on top.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +13,8 @@ from spec_rollout.config.checks import ConfigError, at_least, require
 if TYPE_CHECKING:  # torch comes with these; a command line is read without it
     from spec_rollout.acceptance import AcceptanceRule, Schedule
     from spec_rollout.types import SamplingParams
+
+_POOL = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # as `spec_rollout.cache.RayStore` wants it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,13 @@ class RolloutConfig:
         refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
         cache_max_bytes: Bound of the rollout cache; None is unbounded.
         cache_path: Cache file of an earlier run to start from.
-        cache_store: Where the cached rollouts are: "memory", with a copy in every checkpoint, or
-            "disk", in a folder to which checkpoints refer (docs/reliability.md; the extra `disk`).
-        cache_folder: Of the store on disk; None is `rollouts` in the run's folder.
+        cache_store: Where the cached rollouts are: "memory", with a copy in every checkpoint;
+            "disk", in a folder to which checkpoints refer (docs/reliability.md; the extra `disk`);
+            or "ray", in actors of a Ray cluster, with a copy in every checkpoint (the extra `ray`).
+        cache_folder: Of the store on disk; None is `rollouts` in the run's folder. With "ray" an
+            absolute path on the machine of each actor; None is the actors' memory.
+        cache_ray: With "ray", "namespace/name" of the actors (`spec_rollout.cache.RayStore`).
+        cache_actors: With "ray", how many; None takes those that are there, or one.
     """
 
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -95,8 +103,10 @@ class RolloutConfig:
     refresh_epochs: int | None = None
     cache_max_bytes: int | None = None
     cache_path: str | None = None
-    cache_store: Literal["memory", "disk"] = "memory"
+    cache_store: Literal["memory", "disk", "ray"] = "memory"
     cache_folder: str | None = None
+    cache_ray: str | None = None
+    cache_actors: int | None = None
 
     def __post_init__(self) -> None:
         at_least(
@@ -104,15 +114,10 @@ class RolloutConfig:
             "rollout",
             self,
             *("num_samples", "num_slots", "max_verify_tokens", "verify_chunk"),
-            *("refresh_epochs", "cache_max_bytes", "max_age"),
+            *("refresh_epochs", "cache_max_bytes", "cache_actors", "max_age"),
         )
         self._check_budget()
-        require(
-            self.cache_folder is None or self.cache_store == "disk",
-            "rollout.cache_folder",
-            "to be left out with cache_store = 'memory'",
-            self.cache_folder,
-        )
+        self._check_store()
         share = self.fresh_share
         require(0 <= share <= 1, "rollout.fresh_share", "0 <= value <= 1", share)
         require(
@@ -152,6 +157,33 @@ class RolloutConfig:
             raise
         except ValueError as error:
             raise ConfigError(f"rollout.{error}") from None
+
+    def _check_store(self) -> None:
+        store = self.cache_store
+        require(
+            self.cache_folder is None or store != "memory",
+            "rollout.cache_folder",
+            "to be left out with cache_store = 'memory'",
+            self.cache_folder,
+        )
+        if store != "ray":
+            for key in ("cache_ray", "cache_actors"):
+                value = getattr(self, key)
+                expected = f"to be left out with cache_store = {store!r}"
+                require(value is None, f"rollout.{key}", expected, value)
+            return
+        require(
+            self.cache_ray is not None and _POOL.fullmatch(self.cache_ray) is not None,
+            "rollout.cache_ray",
+            "namespace/name with cache_store = 'ray' (letters, digits, dots, dashes, underscores)",
+            self.cache_ray,
+        )
+        require(
+            self.cache_folder is None or os.path.isabs(self.cache_folder),
+            "rollout.cache_folder",
+            "an absolute path with cache_store = 'ray' (actors run in folders of their own)",
+            self.cache_folder,
+        )
 
     def _check_budget(self) -> None:
         budget, target = self.lenience_budget, self.lenience_target

@@ -121,8 +121,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     model_config = config.model
     if checkpoint is not None:
         model_config = replace(config.model, path=str(checkpoint / "model"))
-    # A store on disk takes its place when the run starts (`run_store`).
-    store = StepStore(MemoryStore(), Writer() if config.rollout.cache_store == "disk" else None)
+    # A store on disk or in actors takes its place when the run starts (`run_store`).
+    store = StepStore(MemoryStore(), None if config.rollout.cache_store == "memory" else Writer())
     cache = load_cache(config, store, fresh=checkpoint is None)
     _seed_everything(config.train.seed)
     if config.train.threads is not None:

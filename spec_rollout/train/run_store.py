@@ -1,4 +1,7 @@
-"""The disk store of a run: opened, brought to the state of a checkpoint, referred to by it."""
+"""The store of a run that is not in its memory: opened, brought to the state of a checkpoint.
+
+A checkpoint refers to a store on disk by a mark of it; of one in Ray actors it has a copy.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from spec_rollout.cache import DiskStore
+from spec_rollout.cache import DiskStore, RayStore, ray_pool
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.runs.lock import RunLock
 from spec_rollout.train.state import CheckpointError
@@ -63,6 +66,9 @@ def forget_marks(store: DiskStore, checkpoints: Iterable[Path]) -> None:
 
 def check_new(config: RunConfig, run_dir: Path) -> None:
     """ConfigError if a run that begins would find rollouts in its store."""
+    if config.rollout.cache_store == "ray":
+        _check_new_pool(config.rollout.cache_ray or "")
+        return
     folder = folder_of(config, run_dir)
     if config.rollout.cache_store != "disk" or not (folder / "data.mdb").exists():
         return
@@ -72,6 +78,16 @@ def check_new(config: RunConfig, run_dir: Path) -> None:
         raise ConfigError(
             f"rollout.cache_folder: expected an empty store or none at {str(folder)!r}, got one of "
             f"{num_samples} rollouts (rollout.cache_path begins with those of a file)"
+        )
+
+
+def _check_new_pool(name: str) -> None:
+    num_samples = RayStore(name, create=False).size().num_samples if ray_pool.exists(name) else 0
+    if num_samples:
+        raise ConfigError(
+            f"rollout.cache_ray: expected an empty pool of actors or none called {name!r}, got one "
+            f"of {num_samples} rollouts (spec-rollout cache stop ray:{name} ends it; "
+            "rollout.cache_path begins with those of a file)"
         )
 
 
@@ -111,23 +127,35 @@ def open_run_store(
     checkpoint: Path | None,
     held: ExitStack,
 ) -> None:
-    """Moves a run's rollouts to its store on disk, as they were at the checkpoint.
+    """Moves a run's rollouts to its store, as they were at the checkpoint.
 
     Args:
         steps: Holds what the run begins with, in memory.
         checkpoint: That the run goes on from; None if it begins, or begins again.
         held: Closes the store.
     """
-    folder = folder_of(config, run_dir)
-    store = DiskStore(folder)
-    held.callback(store.close)
-    held.callback(RunLock(folder, "rollout.cache_folder").release)
-    reference = None if checkpoint is None else read_reference(checkpoint)
-    if reference is not None:
-        store.roll_back(reference[1])
+    max_bytes = config.rollout.cache_max_bytes
+    if config.rollout.cache_store == "ray":
+        pool = _pool_of(config)
+        pool.replace_all(steps.iterate(), max_bytes)
+        steps.inner = pool
     else:
-        store.keep_marks([])
-        store.replace_all(steps.iterate(), config.rollout.cache_max_bytes)
-    steps.inner = store
+        folder = folder_of(config, run_dir)
+        store = DiskStore(folder)
+        held.callback(store.close)
+        held.callback(RunLock(folder, "rollout.cache_folder").release)
+        reference = None if checkpoint is None else read_reference(checkpoint)
+        if reference is not None:
+            store.roll_back(reference[1])
+        else:
+            store.keep_marks([])
+            store.replace_all(steps.iterate(), max_bytes)
+        steps.inner = store
     if steps.writer is not None:
         held.callback(steps.writer.close)
+
+
+def _pool_of(config: RunConfig) -> RayStore:
+    rollout = config.rollout
+    assert rollout.cache_ray is not None  # `RolloutConfig` sees to it
+    return RayStore(rollout.cache_ray, num_actors=rollout.cache_actors, folder=rollout.cache_folder)

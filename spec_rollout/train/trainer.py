@@ -119,7 +119,7 @@ def _start(
     write_atomically(run_dir / CONFIG, dump_config(parts.config))
     if any(parts.dropped.values()):
         write_atomically(run_dir / DROPPED, json_lines(parts.dropped))
-    if parts.config.rollout.cache_store == "disk":
+    if parts.config.rollout.cache_store != "memory":
         open_run_store(parts.config, run_dir, parts.store, checkpoint, held)
         if checkpoint is not None:
             _print_notes(without_logprobs(parts.config, parts.store))

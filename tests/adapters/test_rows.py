@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,13 @@ import pytest
 import torch
 from tiny_models import SAMPLING, build
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+from cache_samples import LocalParts
+
 from spec_rollout.acceptance import Coupled
 from spec_rollout.adapters.rows import NamedRollouts, RowNumbers, row_user_key, share, split_rows
 from spec_rollout.cache import RolloutCache
+from spec_rollout.cache.writer import Writer
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.keys import prompt_key
 from spec_rollout.rollout import RolloutSession
@@ -133,6 +139,29 @@ def test_a_row_finds_its_draft_on_the_other_rank(shared: bool) -> None:
     assert first0 != first1
     num_tokens = sum(map(len, second0)), sum(map(len, second1))
     assert (reused0, reused1) == (num_tokens if shared else (0, 0))
+
+
+def test_ranks_with_one_store_wait_for_each_other_and_send_nothing() -> None:
+    ranks = Ranks(2)
+    store = LocalParts(3)
+    prompts = [[5, 6, 7], [8, 9]]
+    models = [build("llama") for _ in range(ranks.count)]
+
+    def work(rank: int) -> tuple[int, int]:
+        gather = ranks.gather(rank)
+        cache = RolloutCache(store=store, writer=Writer())
+        session = RolloutSession(TransformersEngine(models[rank]), Coupled(), cache=cache)
+        for epoch in range(2):
+            rows = [prompts[(rank + epoch) % 2]] * 3
+            rollouts = session.rollout_rows(rows, [0, 1, 2], SAMPLING, step=epoch, epoch=epoch)
+            named = NamedRollouts([prompt_key(row) for row in rows], np.arange(3), rollouts)
+            share(cache, [named], gather, rank)
+            assert store.size()[:2] == (2, 6)
+        return rollouts.stats.num_reused_tokens, rollouts.response_ids.numel()
+
+    for num_reused, num_tokens in ranks.run(work):
+        assert num_reused == num_tokens > 0
+    assert sum("put" in call.values() for call in store.asked) == 4  # each rank its own, twice
 
 
 def test_a_rank_that_generated_nothing_still_gets_the_others_rollouts() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from spec_rollout.cache import MemoryStore, Store
+from spec_rollout.cache import MemoryStore, Store, StoreError
 from spec_rollout.cache.disk import DiskStore
 from spec_rollout.cache.entry import Entry, group_bytes, make_entry
+from spec_rollout.cache.part import Part
+from spec_rollout.cache.parted import Call, PartedStore
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
@@ -64,7 +68,39 @@ def logprob_rows_of(drafts: Drafts) -> list[list[float]]:
     return [row.tolist() for row in drafts.logprobs.split(drafts.lens.tolist())]
 
 
-STORE_KINDS = ("memory", "disk")  # a further store adds its name here and itself to `open_store`
+class LocalParts(PartedStore):
+    """Parts in this process, each asked by one thread at a time, as an actor is.
+
+    Attributes:
+        asked: The methods that each call asked for, by part.
+    """
+
+    def __init__(self, num_parts: int, open_store: Callable[[], Store] = MemoryStore) -> None:
+        super().__init__(num_parts)
+        self.parts = [Part(open_store) for _ in range(num_parts)]
+        self.asked: list[dict[int, str]] = []
+        self._locks = [threading.Lock() for _ in range(num_parts)]
+
+    def _ask(self, calls: Mapping[int, Call]) -> dict[int, Any]:
+        self.asked.append({part: call[0] for part, call in calls.items()})
+        answers: dict[int, Any] = {}
+        failed: list[StoreError] = []
+        for part, (method, *args) in calls.items():
+            with self._locks[part]:
+                try:
+                    answers[part] = getattr(self.parts[part], method)(*args)
+                except StoreError as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
+        return answers
+
+    def _tell(self, calls: Mapping[int, Call]) -> None:
+        self._ask(calls)
+
+
+# A further store adds its name here and itself to `open_store`.
+STORE_KINDS = ("memory", "disk", "parts")
 
 
 @contextmanager
@@ -73,6 +109,9 @@ def open_store(kind: str, folder: Path) -> Iterator[Store]:
     if kind == "disk":
         with DiskStore(folder / "store", sync=False) as store:
             yield store
+        return
+    if kind.endswith("parts"):  # a number of them, or one, which promises what every store does
+        yield LocalParts(int(kind.removesuffix("parts") or 1))
         return
     if kind != "memory":
         raise ValueError(f"kind: expected one of {STORE_KINDS}, got {kind!r}")

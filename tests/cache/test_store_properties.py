@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from spec_rollout.cache.entry import UNREADABLE, Entry, group_bytes
+from spec_rollout.cache.parted import PartedStore, part_of
 
 KEYS = st.sampled_from([b"\0", b"\0\0", b"key", b"k" * 600, b"\xff" * 16])
 SAMPLE_IDS = st.sampled_from([0, 1, 2, 2**63 - 1])
@@ -91,6 +92,8 @@ class Model:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    """A store beside models: one, or one for each part with its share of the bound."""
+
     kind: str
 
     def __init__(self) -> None:
@@ -101,43 +104,55 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         folder = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
         self.store = self.open.enter_context(open_store(self.kind, folder))
-        self.model = Model()
+        num_parts = self.store.num_parts if isinstance(self.store, PartedStore) else 1
+        self.models = [Model() for _ in range(num_parts)]
 
     def teardown(self) -> None:
         self.open.close()
 
+    def model_of(self, key: bytes) -> Model:
+        return self.models[part_of(key, len(self.models))]
+
+    def put_into_models(self, groups: Groups, max_bytes: int | None) -> int:
+        share = None if max_bytes is None else max_bytes // len(self.models)
+        return sum(self.model_of(key).put([(key, samples)], share) for key, samples in groups)
+
     @rule(groups=GROUPS, max_bytes=st.none() | BOUNDS)
     def put_many(self, groups: Groups, max_bytes: int | None) -> None:
-        evicted = self.model.put(groups, max_bytes)
+        evicted = self.put_into_models(groups, max_bytes)
         assert self.store.put_many(iter(groups), max_bytes) == evicted
 
     @rule(rows=ROWS)
     def get_many(self, rows: list[tuple[bytes, int]]) -> None:
         found = self.store.get_many([row[0] for row in rows], [row[1] for row in rows])
-        assert found == [self.model.get(*row) for row in rows]
+        assert found == [self.model_of(row[0]).get(*row) for row in rows]
 
     @rule(rows=ROWS, data=st.data())
     def drop_many(self, rows: list[tuple[bytes, int]], data: st.DataObject) -> None:
         """Of each row what is there, or something else."""
         entries = []
         for key, sample_id in rows:
-            there = self.model.groups.get(key, {}).get(sample_id)
+            there = self.model_of(key).groups.get(key, {}).get(sample_id)
             either = ENTRIES if there is None else st.just(there) | ENTRIES
             entries.append(data.draw(either))
         dropped = sum(
-            [self.model.drop(*row, entry) for row, entry in zip(rows, entries, strict=True)]
+            [
+                self.model_of(row[0]).drop(*row, entry)
+                for row, entry in zip(rows, entries, strict=True)
+            ]
         )
         keys, sample_ids = [row[0] for row in rows], [row[1] for row in rows]
         assert self.store.drop_many(keys, sample_ids, entries) == dropped
 
     @rule(max_bytes=BOUNDS)
     def evict(self, max_bytes: int) -> None:
-        assert self.store.evict(max_bytes) == self.model.evict(max_bytes)
+        share = max_bytes // len(self.models)
+        assert self.store.evict(max_bytes) == sum(model.evict(share) for model in self.models)
 
     @rule(groups=GROUPS, max_bytes=st.none() | BOUNDS)
     def replace_all(self, groups: Groups, max_bytes: int | None) -> None:
-        self.model = Model()
-        evicted = self.model.put(groups, max_bytes)
+        self.models = [Model() for _ in self.models]
+        evicted = self.put_into_models(groups, max_bytes)
         assert self.store.replace_all(iter(groups), max_bytes) == evicted
 
     @rule(groups=GROUPS)
@@ -151,12 +166,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def content_and_order_of_use_agree(self) -> None:
-        assert content_of(self.store) == list(self.model.groups.items())
+        content = content_of(self.store)
+        for model in self.models:
+            mine = [(key, samples) for key, samples in content if self.model_of(key) is model]
+            assert mine == list(model.groups.items())
         check_integrity(self.store)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", STORE_KINDS)
+@pytest.mark.parametrize("kind", [*STORE_KINDS, "3 parts"])
 def test_a_store_does_what_its_model_does(kind: str) -> None:
     machine = type("Machine", (StoreMachine,), {"kind": kind})
     run_state_machine_as_test(

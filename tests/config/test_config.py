@@ -129,6 +129,30 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             {"rollout": {"tolerance": 0.1, "rule": "one_hot"}},
             r"rollout\.tolerance: expected 0 with rule 'one_hot' .*got 0\.1",
         ),
+        (
+            {"rollout": {"cache_ray": "jobs/one"}},
+            r"rollout\.cache_ray: expected to be left out with cache_store = 'memory', got 'jobs/one'",
+        ),
+        (
+            {"rollout": {"cache_store": "disk", "cache_actors": 2}},
+            r"rollout\.cache_actors: expected to be left out with cache_store = 'disk', got 2",
+        ),
+        (
+            {"rollout": {"cache_store": "ray"}},
+            r"rollout\.cache_ray: expected namespace/name with cache_store = 'ray' .*got None",
+        ),
+        (
+            {"rollout": {"cache_store": "ray", "cache_ray": "one"}},
+            r"rollout\.cache_ray: expected namespace/name .*got 'one'",
+        ),
+        (
+            {"rollout": {"cache_store": "ray", "cache_ray": "a/b", "cache_actors": 0}},
+            r"rollout\.cache_actors: expected at least 1, got 0",
+        ),
+        (
+            {"rollout": {"cache_store": "ray", "cache_ray": "a/b", "cache_folder": "rollouts"}},
+            r"rollout\.cache_folder: expected an absolute path .*got 'rollouts'",
+        ),
         ({"rollout": {"temperature": 0}}, r"rollout\.temperature: expected a positive number"),
         ({"rollout": {"max_tokens": 0}}, r"rollout\.max_tokens: expected >= 1, got 0"),
         (

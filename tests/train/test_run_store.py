@@ -1,10 +1,11 @@
-"""Runs whose rollouts are in a store on disk, to which checkpoints refer."""
+"""Runs whose rollouts are in a store on disk, to which checkpoints refer, or in actors."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from whole_runs import assert_same_weights, final_weights, read_rows, without_se
 
 from spec_rollout.cache import DiskStore
 from spec_rollout.config.sections import ConfigError
+from spec_rollout.train import run_store
 from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
 from spec_rollout.train.trainer import resume, run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cache"))
+from cache_samples import LocalParts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,3 +131,55 @@ def test_a_run_does_not_begin_in_anothers_store(make_config, tmp_path):
     assert not (tmp_path / "two").exists()
     with pytest.raises(ConfigError, match="cache_folder: expected to be left out"):
         config_of(make_config, tmp_path / "two", "memory", cache_folder=folder)
+
+
+@pytest.fixture
+def pools(monkeypatch: pytest.MonkeyPatch) -> dict[str, LocalParts]:
+    """Pools by name, of parts in this process where there would be Ray actors."""
+    held: dict[str, LocalParts] = {}
+
+    def open_pool(name, *, num_actors=None, folder=None, create=True):
+        assert create or name in held
+        return held.setdefault(name, LocalParts(num_actors or 1))
+
+    monkeypatch.setattr(run_store, "RayStore", open_pool)
+    monkeypatch.setattr(run_store.ray_pool, "exists", held.__contains__)
+    return held
+
+
+def test_actors_change_nothing_and_checkpoints_have_a_copy(make_config, tmp_path, pools):
+    """With a bound that evicts one actor keeps what memory keeps; without, any number do."""
+    for num_actors, max_bytes in ((1, 9000), (3, None)):
+        rows, folder = {}, tmp_path / str(num_actors)
+        given = {"cache_ray": f"runs/{num_actors}", "cache_actors": num_actors}
+        for store, more in (("memory", {}), ("ray", given)):
+            run(config_of(make_config, folder / store, store, cache_max_bytes=max_bytes, **more))
+            rows[store] = without_seconds(read_rows(folder / store))
+        assert rows["ray"] == rows["memory"]
+        assert pools[f"runs/{num_actors}"].size().num_samples > 0
+        assert_same_weights(final_weights(folder / "memory"), final_weights(folder / "ray"))
+        assert all((path / "cache.bin").exists() for path in checkpoints_of(folder / "ray"))
+
+
+def test_a_run_with_actors_goes_on_from_its_checkpoint(make_config, tmp_path, pools):
+    """Whatever the actors hold by then, or if they are gone."""
+    run_dir = tmp_path / "run"
+    given = {"cache_ray": "runs/one", "cache_actors": 2, "cache_max_bytes": 30_000}
+    run(config_of(make_config, run_dir, "ray", **given))
+    rows, weights = without_seconds(read_rows(run_dir)), final_weights(run_dir)
+    for lose in (lambda: None, pools.clear):
+        shutil.rmtree(checkpoints_of(run_dir)[-1])
+        lose()
+        resume(run_dir)
+        assert without_seconds(read_rows(run_dir)) == rows
+        assert_same_weights(final_weights(run_dir), weights)
+
+
+def test_a_run_does_not_begin_in_actors_that_hold_rollouts(make_config, tmp_path, pools):
+    run(config_of(make_config, tmp_path / "one", "ray", cache_ray="runs/one"))
+    message = r"cache_ray: expected an empty pool .* 'runs/one', got one of 24 rollouts \(spec-rollout cache stop ray:runs/one"
+    with pytest.raises(ConfigError, match=message):
+        run(config_of(make_config, tmp_path / "two", "ray", cache_ray="runs/one"))
+    assert not (tmp_path / "two").exists()
+    pools["runs/one"].evict(0)
+    run(config_of(make_config, tmp_path / "two", "ray", cache_ray="runs/one"))

@@ -1,0 +1,149 @@
+"""A part of a store that is made of parts: some of the keys, in a store of its own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from spec_rollout.cache.entry import Entry, group_bytes
+from spec_rollout.cache.memory import MemoryStore
+from spec_rollout.cache.messages import (
+    Entries,
+    Keys,
+    packed_entries,
+    packed_groups,
+    unpacked_entries,
+    unpacked_groups,
+    unpacked_keys,
+)
+from spec_rollout.cache.store import Store, StoreError
+
+Page: TypeAlias = tuple[Keys, Entries, bool]
+"""Groups of a reading, and whether they are the last ones."""
+
+# Of what is read page by page.
+_PAGE_BYTES = 16 << 20
+# Readings and replacements under way. Who began one and died leaves it; the oldest is given up.
+_MOST_UNDER_WAY = 8
+
+
+class Part:
+    """Answers for the keys that fall to it. One call at a time, as an actor is called.
+
+    A call of a `PartedStore` is at most one call here, but for those that read or replace
+    everything: their pieces are held together by a token that the caller makes up.
+
+    Args:
+        open_store: Gives what holds them; asked by the first call, and again if that failed.
+    """
+
+    def __init__(self, open_store: Callable[[], Store]) -> None:
+        self._open_store = open_store
+        self._store: Store | None = None
+        self._readings: OrderedDict[str, Iterator[tuple[bytes, Mapping[int, Entry]]]]
+        self._readings = OrderedDict()
+        self._staged: OrderedDict[str, list[tuple[bytes, dict[int, Entry]]]] = OrderedDict()
+
+    def size(self) -> tuple[int, int, int]:
+        """See `Store.size`."""
+        size = self._held.size()
+        return size.num_groups, size.num_samples, size.num_bytes
+
+    def get(self, keys: Keys, sample_ids: np.ndarray) -> Entries:
+        """See `Store.get_many`.
+
+        Args:
+            keys: Of each row.
+            sample_ids: [num_rows], int64.
+        """
+        ids: list[int] = sample_ids.tolist()
+        with self._held.borrow_many(unpacked_keys(keys), ids) as entries:
+            return packed_entries(ids, entries)
+
+    def put(self, keys: Keys, entries: Entries, max_bytes: int | None) -> int:
+        """See `Store.put_many`."""
+        # Memory keeps what it is handed; other stores copy what they keep.
+        borrowed = not isinstance(self._held, MemoryStore)
+        return self._held.put_many(unpacked_groups(keys, entries, borrowed=borrowed), max_bytes)
+
+    def drop(self, keys: Keys, sample_ids: np.ndarray, entries: Entries) -> int:
+        """See `Store.drop_many`."""
+        found = unpacked_entries(entries, borrowed=True)
+        given = [entry for entry in found if entry is not None]
+        return self._held.drop_many(unpacked_keys(keys), sample_ids.tolist(), given)
+
+    def evict(self, max_bytes: int) -> int:
+        """See `Store.evict`."""
+        return self._held.evict(max_bytes)
+
+    def stage(self, token: str, keys: Keys, entries: Entries) -> None:
+        """Holds groups for `commit`; nobody else sees them."""
+        staged = self._staged.setdefault(token, [])
+        # Copies: what was sent is not to stay in shared memory meanwhile.
+        staged += unpacked_groups(keys, entries, borrowed=False)
+        _trim(self._staged)
+
+    def commit(self, token: str, num_groups: int, max_bytes: int | None) -> int:
+        """Replaces everything by what was staged; see `Store.replace_all`.
+
+        Args:
+            num_groups: That were staged.
+        """
+        staged = self._staged.pop(token, [])
+        if len(staged) != num_groups:
+            raise StoreError(
+                f"expected {num_groups} groups to replace what is held, got {len(staged)}: they "
+                "were given up (the part was started again meanwhile, or others replaced it)"
+            )
+        return self._held.replace_all(staged, max_bytes)
+
+    def discard(self, token: str) -> None:
+        """Forgets what was staged."""
+        self._staged.pop(token, None)
+
+    def begin(self, token: str) -> tuple[int, Page]:
+        """A snapshot to be read; see `Store.iterate`.
+
+        Returns:
+            The number of its groups, and the first page.
+        """
+        num_groups = self._held.size().num_groups
+        self._readings[token] = self._held.iterate()
+        _trim(self._readings)
+        return num_groups, self.page(token)
+
+    def page(self, token: str) -> Page:
+        """The next page of a snapshot."""
+        groups = self._readings.get(token)
+        if groups is None:
+            raise StoreError(
+                "expected a reading that is under way, got one that was given up (the part was "
+                f"started again meanwhile, or more than {_MOST_UNDER_WAY} others were begun)"
+            )
+        page: list[tuple[bytes, Mapping[int, Entry]]] = []
+        room = _PAGE_BYTES
+        while room > 0 and (group := next(groups, None)) is not None:
+            page.append(group)
+            room -= group_bytes(group[1])
+        is_last = room > 0
+        if is_last:
+            self.end(token)
+        return *packed_groups(page), is_last
+
+    def end(self, token: str) -> None:
+        """A snapshot is of no more use."""
+        self._readings.pop(token, None)
+
+    @property
+    def _held(self) -> Store:
+        if self._store is None:
+            self._store = self._open_store()
+        return self._store
+
+
+def _trim(under_way: OrderedDict[str, Any]) -> None:
+    while len(under_way) > _MOST_UNDER_WAY:
+        under_way.popitem(last=False)
