@@ -31,6 +31,8 @@ BIN_VLLM := $(VENV_VLLM)/bin
 TESTS_VLLM := tests/engines/vllm_plugin
 # Another model runner of vLLM's wants a process of its own.
 TESTS_V2 := tests/engines/vllm_v2
+# About half of what they all take.
+SLOWEST_V2 := $(TESTS_V2)/test_v2_laws.py $(TESTS_V2)/test_v2_coupled.py
 # Tests without vLLM that run beside the others once those with it have ended, so that both processors are at work.
 TESTS_BESIDE := tests/ablate tests/cache tests/evals tests/fuzz tests/report tests/tools tests/torture
 VENV_TRL := .venv-trl
@@ -168,9 +170,13 @@ test: ## All tests
 
 test-v2: export OMP_NUM_THREADS = 1
 test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Triton's interpreter
-	@if [ -e $(VENV_VLLM)/.installed ]; then \
-	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_V2)"; $(BIN_VLLM)/python -m pytest $(TESTS_V2); \
-	else echo "test-v2: skipped, there is no vLLM in $(VENV_VLLM)"; fi
+	@if [ ! -e $(VENV_VLLM)/.installed ]; then echo "test-v2: skipped, there is no vLLM in $(VENV_VLLM)"; exit 0; fi; \
+	status=0; beside=; log=$(VENV_VLLM)/test-v2.log; trap 'kill $$beside 2> /dev/null' EXIT; \
+	echo "$(BIN_VLLM)/python -m pytest $(SLOWEST_V2) > $$log, beside:"; \
+	$(BIN_VLLM)/python -m pytest $(SLOWEST_V2) > $$log 2>&1 & beside=$$!; \
+	rest='$(TESTS_V2) $(addprefix --ignore=,$(SLOWEST_V2))'; \
+	echo "$(BIN_VLLM)/python -m pytest $$rest"; $(BIN_VLLM)/python -m pytest $$rest || status=$$?; \
+	wait $$beside || status=$$?; cat $$log; exit $$status
 
 test-trl: export OMP_NUM_THREADS = 1
 test-trl: venv $(VENV_TRL)/.installed ## Tests of the TRL adapter and of TRL with vLLM, in .venv-trl: real trainers, on the CPU

@@ -87,3 +87,11 @@ def stock(make_llm: MakeLLM) -> Any:
 def reuse(make_llm: MakeLLM) -> Any:
     """vLLM with the plugin."""
     return make_llm(8)
+
+
+@pytest.fixture(
+    params=[False, pytest.param(True, marks=pytest.mark.v2_large)], ids=["sync", "async"]
+)
+def either(request: pytest.FixtureRequest, make_llm: MakeLLM) -> Any:
+    """vLLM with the plugin, with synchronous scheduling and with asynchronous."""
+    return make_llm(8, async_scheduling=True) if request.param else make_llm(8)

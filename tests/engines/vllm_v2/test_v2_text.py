@@ -33,8 +33,9 @@ def args(tokenizer_dir: Path) -> dict[str, Any]:
     return {"skip_tokenizer_init": False, "tokenizer": str(tokenizer_dir)}
 
 
-def test_stop_strings(make_llm: Any, args: dict[str, Any]) -> None:
-    plain, llm = make_llm(**args), make_llm(8, **args)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_stop_strings(make_llm: Any, args: dict[str, Any], is_async: bool) -> None:
+    plain, llm = make_llm(**args), make_llm(8, async_scheduling=is_async, **args)
     whole = params(61, max_tokens=16)
     whole.detokenize = True
     (output,) = plain.generate([{"prompt_token_ids": PROMPT}], [whole], use_tqdm=False)
