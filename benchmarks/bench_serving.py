@@ -119,20 +119,22 @@ def serve(args: argparse.Namespace) -> None:
     compat.attach_calls(ReuseWorker)
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.core.sched.scheduler import Scheduler
 
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import MAX_RESPONSE_TOKENS
 
     counts = {"steps": 0, "computed": 0}
-    original = GPUModelRunner.execute_model
+    # Of either model runner: on a GPU stock runs on another than the plugin.
+    original = Scheduler.schedule
 
-    def execute_model(self: Any, scheduler_output: Any, *rest: Any, **kw: Any) -> Any:
-        counts["steps"] += scheduler_output.total_num_scheduled_tokens > 0
-        counts["computed"] += scheduler_output.total_num_scheduled_tokens
-        return original(self, scheduler_output, *rest, **kw)
+    def schedule(self: Any, *rest: Any, **kw: Any) -> Any:
+        output = original(self, *rest, **kw)
+        counts["steps"] += output.total_num_scheduled_tokens > 0
+        counts["computed"] += output.total_num_scheduled_tokens
+        return output
 
-    GPUModelRunner.execute_model = execute_model
+    Scheduler.schedule = schedule
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "dtype": args.dtype,
@@ -202,7 +204,7 @@ def _compared(first: list[list[int]], responses: list[list[int]]) -> dict[str, f
     }
 
 
-def _prompts(
+def prompts_of_task(
     count: int, first: int, model: str | None, data: Path | None = None
 ) -> list[list[int]]:
     """Prompts of the demo's task, or of a file; `first` of them left out."""
@@ -281,9 +283,9 @@ def _run_batch(
             break
         print(f"batch {batch}, round {round_} of {args.repeats}", flush=True)
         order = children[round_ % len(children) :] + children[: round_ % len(children)]
-        given = _prompts(num_prompts, 0, args.model, args.data)
+        given = prompts_of_task(num_prompts, 0, args.model, args.data)
         prompts = [ids for ids in given for _ in range(group)]
-        once = _prompts(batch, fresh, args.model, args.data)
+        once = prompts_of_task(batch, fresh, args.model, args.data)
         fresh += batch
         for child in order:
             child.ask(do="forget")

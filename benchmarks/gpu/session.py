@@ -3,11 +3,13 @@
     python benchmarks/gpu/session.py --out OUT
     python benchmarks/gpu/session.py --out OUT --model FOLDER --moved MOVED_FOLDER --data FILE.jsonl
 
-builds the kernels for the GPU that is there, runs its tests, and measures whole rollouts: stock
-vLLM, the plugin idle, and each mode of an engine that proposes by itself, in the first pass, the
-second and one after an update of the weights (`bench_serving.py` says what each is). Each phase is
-a process of its own with a limit; what it prints goes to OUT/<phase>.log as it comes, and results
-are written after every batch size. So a session that is cut short leaves all it had found.
+builds the kernels for the GPU that is there, runs its tests, and measures Model Runner V2 beside V1
+and stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs, memory, whether tokens stay), and
+whole rollouts: stock vLLM, the plugin idle, and each mode of an engine that proposes by itself, in
+the first pass, the second and one after an update of the weights (`bench_serving.py` says what each
+is). Each phase is a process of its own with a limit; what it prints goes to OUT/<phase>.log as it
+comes, and results are written after every contender or batch size. So a session that is cut short
+leaves all it had found; `--phases` leaves out what is known already.
 
 Without `--model` the demo's model answers: its steps are so short that they show what the plugin
 costs and not what it saves. `tools/real_model.py` makes a model that speaks, and a moved copy.
@@ -29,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that are kept for what comes after the last phase: copying the results.
 _RESERVE = 20.0
+PHASES = ("build", "tests", "v2", "rollouts")
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,34 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     """What is done, in order."""
     python = sys.executable
     serving = [python, "benchmarks/bench_serving.py", "--out", str(args.out)]
+    v2 = [python, "benchmarks/gpu/v2_engines.py", "--out", str(args.out)]
     if args.dry_run:
         serving += ["--quick", "--contenders", "stock", "coupled", "--max-tokens", "16"]
         tests = [python, "-m", "pytest", "-q", "tests/test_acceptance.py"]
-        return [Phase("tests", tests, 300.0), Phase("rollouts", serving, 600.0)]
+        found = [
+            Phase("tests", tests, 300.0),
+            Phase("v2", [*v2, "--quick"], 600.0),
+            Phase("rollouts", serving, 600.0),
+        ]
+        return [phase for phase in found if phase.name in args.phases]
     serving += ["--contenders", "stock", "idle", "drafting", "coupled", "lenient"]
     serving += ["--batches", *map(str, args.batches), "--repeats", "3"]
-    serving += ["--max-tokens", str(args.max_tokens), "--budget", str(args.seconds * 0.45)]
+    serving += ["--max-tokens", str(args.max_tokens), "--budget", str(args.seconds * 0.35)]
+    v2 += ["--max-tokens", str(args.max_tokens), "--budget", str(args.seconds * 0.3)]
     if args.model:
+        v2 += ["--model", str(args.model), "--data", str(args.data), "--dtype", args.dtype]
+        v2 += ["--max-model-len", str(args.max_tokens + 512)]
         serving += ["--model", str(args.model), "--dtype", args.dtype]
         serving += ["--max-model-len", str(args.max_tokens + 512)]
         serving += ["--data", str(args.data), "--moved", str(args.moved or args.model)]
     build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return [
+    found = [
         Phase("build", build, 240.0),
         Phase("tests", [python, "-m", "pytest", "-q", "-m", "gpu"], 150.0),
-        Phase("rollouts", serving, args.seconds * 0.7),
+        Phase("v2", v2, args.seconds * 0.35),
+        Phase("rollouts", serving, args.seconds * 0.6),
     ]
+    return [phase for phase in found if phase.name in args.phases]
 
 
 def run(phase: Phase, out: Path, seconds_left: float) -> dict[str, object]:
@@ -102,6 +116,7 @@ def main() -> int:
     options.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256, 1024])
     options.add_argument("--max-tokens", type=int, default=512)
     options.add_argument("--seconds", type=float, default=780.0, help="of the whole session")
+    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     options.add_argument("--dry-run", action="store_true")
     args = options.parse_args()
     if args.model and not args.data:
