@@ -41,6 +41,7 @@ def test_the_variable_names_a_mode_or_holds_options() -> None:
         ('{"num_speculative_tokens": -1}', "num_speculative_tokens: expected an integer from 0"),
         ('{"log_lenience": NaN}', "log_lenience: expected a finite number"),
         ('{"log_lenience": "x"}', "log_lenience: expected a finite number"),
+        ('{"lagged_tokens": 16}', "lagged_tokens: expected an integer from 0 to 15, got 16"),
         ('{"log_seconds": -1}', "log_seconds: expected a finite number >= 0"),
         ('{"share": "folder"}', "share: expected the absolute path of a folder, got 'folder'"),
         ('{"share": 1}', "share: expected the absolute path"),

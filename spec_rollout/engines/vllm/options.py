@@ -73,6 +73,9 @@ class EngineOptions:
         require_lossless: Refuse rules that change the distribution.
         seed: Of the noise of samples.
         log_seconds: Least time between two log lines; 0 writes none.
+        lagged_tokens: On Model Runner V2: proposals are made a step late, so that scheduling stays
+            asynchronous; so many tokens are planned for every request in every step, whatever is
+            proposed. 0: they are made in time, and scheduling is synchronous.
         share: Folder in which engines of this machine find each other's finished rollouts, of at
             most `history_bytes`; empty: none.
     """
@@ -85,6 +88,7 @@ class EngineOptions:
     require_lossless: bool = False
     seed: int = 0
     log_seconds: float = 60.0
+    lagged_tokens: int = 0
     share: str = ""
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class EngineOptions:
         _check_choice("identity", self.identity, IDENTITIES)
         _check_int("num_speculative_tokens", self.num_speculative_tokens, 0, 1 << 20)
         _check_int("history_bytes", self.history_bytes, 1 << 20, 1 << 50)
+        _check_int("lagged_tokens", self.lagged_tokens, 0, self.max_proposal)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_number("log_lenience", self.log_lenience, -math.inf)
         _check_number("log_seconds", self.log_seconds, 0.0)

@@ -123,20 +123,24 @@ def test_tokens_are_stocks_with_the_same_seeds(stock: Any, make: Callable[..., A
     assert found["num_groups"] == 3
 
 
-def test_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
-    llm = make("drafting")
-    prompt = PROMPTS[2]
-    first = generate(stock, [prompt], [params(9, max_tokens=20)]).tokens[0]
-    sampling = [
+def ends(stock: Any) -> list[Any]:
+    """Requests for PROMPTS[2] that end in every way, and one of several samples."""
+    first = generate(stock, [PROMPTS[2]], [params(9, max_tokens=20)]).tokens[0]
+    return [
         params(9, max_tokens=20, stop_token_ids=[first[6]]),
         params(9, max_tokens=20, stop_token_ids=[first[3]], min_tokens=8),
         params(9, max_tokens=9),
         params(9, max_tokens=20, ignore_eos=False, stop_token_ids=[EOS]),
         params(40, n=3, max_tokens=12),
     ]
-    expected = generate(stock, [prompt] * len(sampling), sampling)
+
+
+def test_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
+    llm, sampling = make("drafting"), ends(stock)
+    prompts = [PROMPTS[2]] * len(sampling)
+    expected = generate(stock, prompts, sampling)
     for _ in range(3):
-        assert_same(generate(llm, [prompt] * len(sampling), sampling), expected)
+        assert_same(generate(llm, prompts, sampling), expected)
     assert metrics_of(llm).num_accepted_proposals > 20
 
 
@@ -156,18 +160,23 @@ def test_cached_prompts_chunked_prefill_and_preemption(
     assert metrics_of(llm).num_accepted_proposals > 20
 
 
-@pytest.mark.v2_large
-def test_aborted_requests_leave_what_they_generated(stock: Any, make: Callable[..., Any]) -> None:
-    llm = make("drafting")
-    engine, sampling = llm.llm_engine, seeded(400)
-    for i, prompt in enumerate(PROMPTS):
+def abort_after(llm: Any, num_steps: int, prompts: list[list[int]], sampling: list[Any]) -> None:
+    """Begins requests, and aborts them."""
+    engine = llm.llm_engine
+    for i, prompt in enumerate(prompts):
         engine.add_request(f"abort-{i}", {"prompt_token_ids": prompt}, sampling[i])
-    for _ in range(8):
+    for _ in range(num_steps):
         engine.step()
-    engine.abort_request([f"abort-{i}" for i in range(len(PROMPTS))], internal=False)
+    engine.abort_request([f"abort-{i}" for i in range(len(prompts))], internal=False)
     while engine.has_unfinished_requests():
         engine.step()
     metrics_of(llm)
+
+
+@pytest.mark.v2_large
+def test_aborted_requests_leave_what_they_generated(stock: Any, make: Callable[..., Any]) -> None:
+    llm, sampling = make("drafting"), seeded(400)
+    abort_after(llm, 8, PROMPTS, sampling)
     assert_same(generate(llm, PROMPTS, sampling), generate(stock, PROMPTS, sampling))
     assert metrics_of(llm).num_accepted_proposals > 10
     assert info(llm)["num_live"] <= len(PROMPTS)
@@ -182,25 +191,26 @@ def test_a_request_without_a_seed_is_served(make: Callable[..., Any]) -> None:
     assert metrics.num_proposed_tokens > 0
 
 
+def named(llm: Any, epoch: int) -> Given:
+    """Two samples of each prompt, after which the weights change."""
+    sampling = [params(None, max_tokens=16) for _ in PROMPTS]
+    for i, p in enumerate(sampling):
+        p.extra_args = {"spec_rollout": {"sample": i % 2, "epoch": epoch}}
+    metrics_of(llm)
+    given = generate(llm, PROMPTS, sampling)
+    llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights(()))
+    return given
+
+
 @pytest.mark.v2_large
 def test_coupled_draws_a_sample_with_its_own_noise(make: Callable[..., Any]) -> None:
     llm = make("coupled")
-
-    def named(epoch: int) -> Given:
-        sampling = [params(None, max_tokens=16) for _ in PROMPTS]
-        for i, p in enumerate(sampling):
-            p.extra_args = {"spec_rollout": {"sample": i % 2, "epoch": epoch}}
-        metrics_of(llm)
-        given = generate(llm, PROMPTS, sampling)
-        llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights(()))
-        return given
-
-    first, again = named(0), named(0)
+    first, again = named(llm, 0), named(llm, 0)
     assert_same(again, first)
     metrics = metrics_of(llm)
     assert metrics.num_drafts == len(PROMPTS)
     assert metrics.num_engine_steps <= 8
-    assert named(1).tokens != first.tokens
+    assert named(llm, 1).tokens != first.tokens
     # Counted with the next requests, whose first step says that these are over.
     metrics = metrics_of(llm)
     assert metrics.num_fully_reused == len(PROMPTS)
@@ -226,6 +236,94 @@ def test_lenient_takes_the_last_rollout_whole(make: Callable[..., Any]) -> None:
     metrics = metrics_of(llm)
     assert metrics.num_drafts == metrics.num_fully_reused == len(PROMPTS)
     assert metrics.num_draft_tokens == metrics.num_accepted_tokens == len(PROMPTS) * 16
+
+
+LAGGED = '{"mode": "drafting", "lagged_tokens": 4}'
+
+
+@pytest.mark.v2_large
+def test_lagged_proposals_keep_asynchronous_scheduling(
+    stock: Any, make: Callable[..., Any]
+) -> None:
+    llm = make(LAGGED)
+    assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    assert type(core_of(llm).scheduler).__name__ == "ReuseScheduler"
+    steps = []
+    for first in (100, 100, 300):
+        expected = generate(stock, PROMPTS, seeded(first))
+        metrics_of(llm)
+        assert_same(generate(llm, PROMPTS, seeded(first)), expected)
+        metrics = metrics_of(llm)
+        steps.append(metrics.num_engine_steps)
+        assert metrics.num_accepted_proposals <= metrics.num_proposed_tokens
+        if first == 100:
+            accepted = metrics.num_accepted_proposals
+    # Five tokens a step where all is known, but for the first, of which nothing is.
+    assert steps[0] <= 17
+    assert steps[1] <= 12
+    assert accepted > 15
+    assert info(llm)["num_served"] == 3 * len(PROMPTS)
+
+
+@pytest.mark.v2_large
+def test_lagged_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
+    llm = make(LAGGED)
+    sampling = ends(stock)
+    prompts = [PROMPTS[2]] * len(sampling)
+    expected = generate(stock, prompts, sampling)
+    for _ in range(3):
+        assert_same(generate(llm, prompts, sampling), expected)
+    assert metrics_of(llm).num_accepted_proposals > 20
+
+
+@pytest.mark.v2_large
+def test_lagged_preemption_and_aborts(stock: Any, make: Callable[..., Any]) -> None:
+    llm = make(LAGGED, **cases.ARGS)
+    counts = {"padded": 0, "preempted": 0}
+    cases.watched(llm, counts)
+    sampling = [params(7 + i, max_tokens=cases.TOKENS) for i in range(len(cases.PROMPTS))]
+    expected = generate(stock, cases.PROMPTS, sampling)
+    for _ in range(2):
+        abort_after(llm, 8, cases.PROMPTS, sampling)
+        assert_same(generate(llm, cases.PROMPTS, sampling), expected)
+    assert counts["preempted"] > 0
+    assert metrics_of(llm).num_accepted_proposals > 20
+    assert info(llm)["num_live"] <= len(cases.PROMPTS)
+
+
+@pytest.mark.v2_large
+def test_lagged_samples_are_drawn_with_their_own_noise(make: Callable[..., Any]) -> None:
+    llm = make('{"mode": "coupled", "lagged_tokens": 4}')
+    first, again = named(llm, 0), named(llm, 0)
+    assert_same(again, first)
+    # Of 16 tokens of each, the last ones too, which no step after them told of.
+    metrics = metrics_of(llm)
+    assert metrics.num_draft_tokens == 16 * len(PROMPTS)
+    assert metrics.num_engine_steps <= 9
+    assert named(llm, 1).tokens != first.tokens
+
+
+@pytest.mark.parametrize(
+    ("runner", "args", "message"),
+    [
+        (
+            "0",
+            {"async_scheduling": None},
+            "lagged_tokens: expected Model Runner V2 with it, got V1",
+        ),
+        ("1", {}, "lagged_tokens: expected an engine with async_scheduling, got False"),
+    ],
+)
+def test_engines_that_cannot_lag(
+    model_dir: Path, runner: str, args: dict[str, Any], message: str
+) -> None:
+    from vllm import LLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEC_ROLLOUT", LAGGED)
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+        with pytest.raises(ValueError, match=message):
+            LLM(str(model_dir), **{**LLM_ARGS, **args})
 
 
 def test_asynchronous_scheduling_is_refused(model_dir: Path) -> None:

@@ -62,7 +62,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     Raises:
         ValueError: where the engine has another speculative method, a pipeline, asynchronous
             scheduling, a weight transfer that goes with no speculation, or shares rollouts between
-            tensor parallel ranks or on Model Runner V2, or an option is wrong.
+            tensor parallel ranks or on Model Runner V2, or is to propose late on V1, or an option
+            is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -77,10 +78,15 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     if getattr(model_config, "runner_type", "generate") != "generate":
         logger.info("%s: off for %s, which generates nothing", asked, model_config.model)
         return
-    if engine_args.async_scheduling:
+    if engine_args.async_scheduling and not options.lagged_tokens:
         raise ValueError(
             f"{asked}: expected an engine without async_scheduling, got True: what is proposed is "
             "known when a step's tokens are"
+        )
+    if options.lagged_tokens and engine_args.async_scheduling is False:
+        raise ValueError(
+            f"{asked}: lagged_tokens: expected an engine with async_scheduling, got False: without "
+            "it proposals need not be late"
         )
     if engine_args.pipeline_parallel_size > 1:
         raise ValueError(
@@ -117,6 +123,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     runner = "v2" if is_for_v2 else chosen_runner()
     if options.share and runner == "v2":
         raise ValueError(f"{asked}: share: expected Model Runner V1 with it, got V2")
+    if options.lagged_tokens and runner != "v2":
+        raise ValueError(f"{asked}: lagged_tokens: expected Model Runner V2 with it, got V1")
     args = options.vllm_arguments(runner)
     if given and not is_for_v2 and runner == "v2":
         args["speculative_config"]["num_speculative_tokens"] = given["num_speculative_tokens"]
@@ -128,7 +136,7 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         SECTION: {**section, **args["additional_config"][SECTION]},
     }
     if runner == "v2":
-        engine_args.async_scheduling = False
+        engine_args.async_scheduling = options.lagged_tokens > 0
     logger.info(
         "%s: requests are proposed what this engine generated before, up to %d tokens a step, on "
         "Model Runner %s%s",

@@ -109,7 +109,10 @@ def _check(config: Any) -> None:
         if got != wanted:
             raise ValueError(f"{asked}: {name}: expected {wanted}, got {got}")
     options = configured_options(config.additional_config)
-    if options is not None and options.is_on and config.scheduler_config.async_scheduling:
-        raise ValueError(
-            f"{asked}: async_scheduling: expected False with mode {options.mode}, got True"
-        )
+    if options is not None and options.is_on:
+        is_async = config.scheduler_config.async_scheduling
+        if is_async != (options.lagged_tokens > 0):
+            raise ValueError(
+                f"{asked}: async_scheduling: expected {not is_async} with mode {options.mode} and "
+                f"lagged_tokens {options.lagged_tokens}, got {is_async}"
+            )

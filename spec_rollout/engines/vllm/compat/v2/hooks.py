@@ -31,6 +31,7 @@ from spec_rollout.engines.vllm.compat.versions import replace
 from spec_rollout.engines.vllm.compat.watching import attach_calls, log, watch_weights
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
+from spec_rollout.engines.vllm.worker.v2.lagged import LaggedProposals
 from spec_rollout.engines.vllm.worker.v2.proposals import Proposals
 from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
@@ -72,8 +73,7 @@ def _speculator(original: Callable) -> Callable:
             max_chunk=most,
             device=device,
         )
-        if not is_async:
-            table.proposals = _proposals(vllm_config, table, req_states.max_num_reqs)
+        table.proposals = _proposals(vllm_config, table, req_states.max_num_reqs)
         # Where the samplers find it, which are given the request states, too.
         setattr(req_states, TABLE, table)
         return ReuseSpeculator(table, req_states)
@@ -81,17 +81,23 @@ def _speculator(original: Callable) -> Callable:
     return init_speculator
 
 
-def _proposals(config: Any, table: DraftTable, num_slots: int) -> Proposals:
-    is_float64 = getattr(config.model_config, "use_fp64_gumbel", False)
-    proposals = Proposals(
-        num_slots,
-        max_chunk=table.max_chunk,
-        token_budget=config.scheduler_config.max_num_batched_tokens,
-        noise=NoiseLaw.VLLM64 if is_float64 else NoiseLaw.VLLM,
-        device=table.device,
-        metrics=lambda: table.metrics,
-    )
+def _proposals(config: Any, table: DraftTable, num_slots: int) -> Proposals | None:
     options = configured_options(config.additional_config)
+    lagged_tokens = 0 if options is None or not options.is_on else options.lagged_tokens
+    if config.scheduler_config.async_scheduling and not lagged_tokens:
+        return None
+    is_float64 = getattr(config.model_config, "use_fp64_gumbel", False)
+    args: dict[str, Any] = {
+        "max_chunk": table.max_chunk,
+        "token_budget": config.scheduler_config.max_num_batched_tokens,
+        "noise": NoiseLaw.VLLM64 if is_float64 else NoiseLaw.VLLM,
+        "device": table.device,
+        "metrics": lambda: table.metrics,
+    }
+    if lagged_tokens:
+        proposals: Proposals = LaggedProposals(num_slots, num_planned=lagged_tokens, **args)
+    else:
+        proposals = Proposals(num_slots, **args)
     if options is not None and options.is_on:
         side = EngineSide(
             options,

@@ -8,5 +8,6 @@ by that rule's test. Nothing of that waits for the device.
 - `kernels`: what is proposed, and how much of it passed.
 - `rules`: rows of `Lenient`, and the bonus of `Coupled`.
 - `plan`: how much of a draft an asynchronous scheduler plans.
-- `proposals`: from history, which the host keeps; `step`: what a step gave it, and is given.
+- `proposals`: from history, which the host keeps; `lagged`: made a step late, without waiting;
+  `step`: what a step gave the host, and is given by it.
 """

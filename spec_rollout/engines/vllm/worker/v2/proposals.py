@@ -22,8 +22,13 @@ from spec_rollout.engines.vllm.worker.history import HistoryProposals
 from spec_rollout.engines.vllm.worker.live import LiveRequests
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.step_times import StepTimes
-from spec_rollout.engines.vllm.worker.v2.step import StepState, filled, given_tokens
+from spec_rollout.engines.vllm.worker.v2.step import GivenTokens, StepState, filled, packed_tokens
 from spec_rollout.types import History
+
+NO_HISTORY = (
+    "history: expected None with asynchronous scheduling on vLLM's Model Runner V2, got one; start "
+    "the engine with async_scheduling=False"
+)
 
 
 class Proposals:
@@ -265,8 +270,10 @@ class Proposals:
         self._times.count(step.num_tokens, step.num_logits, rows)
         num_rows = num_tokens = 0
         if self.history is not None and any(row is not None for row in rows):
-            given, drafts = self._ask(step, rows, counts)
-            num_rows, num_tokens = int((given > 0).sum()), int(given.sum())
+            packed = packed_tokens(step, counts, self._logprobs).cpu()  # waits for the step
+            found = GivenTokens.unpacked(packed.numpy())
+            drafts = self._ask(found, rows, step.num_scheduled)
+            num_rows, num_tokens = int((found.given > 0).sum()), int(found.given.sum())
             proposed = filled(step, drafts, proposed, counts)
         self._times.end_step()
         if self.live is not None:
@@ -274,11 +281,11 @@ class Proposals:
         return proposed
 
     def _ask(
-        self, step: StepState, rows: list[Row | None], counts: torch.Tensor
-    ) -> tuple[np.ndarray, list[list[int]]]:
-        """Tokens that each request was given [num_reqs], int64, and what it is proposed."""
+        self, found: GivenTokens, rows: list[Row | None], num_scheduled: np.ndarray
+    ) -> list[list[int]]:
+        """Learns what a step gave, and returns what each request is proposed behind that."""
         assert self.history is not None
-        given, indices, own, tokens, logprobs = given_tokens(step, counts, self._logprobs)
+        given, indices, own, tokens, logprobs = found
         before = indices - given
         known = self._known_of(rows, before)
         drafts = [[0] * n for n in own.tolist()]
@@ -286,7 +293,7 @@ class Proposals:
             if row is not None and got and not n:  # rejected, or followed to its end
                 row.alive = False
         known.needs_only_draws()
-        self._learn(known, before, given, step.num_scheduled)
+        self._learn(known, before, given, num_scheduled)
         # Of each request the tokens of this step, before which its prompt and all else lie.
         known.prompt_lens = -before
         drawn = None
@@ -298,7 +305,7 @@ class Proposals:
         self.history.propose(known, sampled, drawn, logprobs, given, tokens, drafts)
         ids = known.history_ids
         self._told[ids[ids >= 0]] = indices[ids >= 0]
-        return given, [[] if n else draft for n, draft in zip(own.tolist(), drafts, strict=True)]
+        return [[] if n else draft for n, draft in zip(own.tolist(), drafts, strict=True)]
 
     def _known_of(self, rows: list[Row | None], before: np.ndarray) -> Known:
         """What is fixed about the requests of a step.

@@ -13,7 +13,7 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, OneHot
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.request_state import usable_draft
-from spec_rollout.engines.vllm.worker.v2.proposals import Proposals
+from spec_rollout.engines.vllm.worker.v2.proposals import NO_HISTORY, Proposals
 from spec_rollout.engines.vllm.worker.verify import to_device
 from spec_rollout.types import History
 
@@ -135,10 +135,7 @@ class DraftTable:
         if self.proposals is not None:
             self.proposals.begin(num_requests, history, stop_token_ids)
         elif history is not None:
-            raise ValueError(
-                "history: expected None with asynchronous scheduling on vLLM's Model Runner V2, "
-                "got one; start the engine with async_scheduling=False"
-            )
+            raise ValueError(NO_HISTORY)
         self._forget(num_requests)
 
     def add(

@@ -1,0 +1,225 @@
+"""Proposals from history under asynchronous scheduling: made from what is known a step late.
+
+While the host makes a step's proposals, the device is still at work on that step. So the drafter is
+told what the step before gave, and guesses on from there: first the tokens of the step under way,
+then those to propose behind them. The device looks whether it was right about the former. What is
+planned is decided by the scheduler, which knows nothing of all that: the same number of tokens for
+every request in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spec_rollout.drafting import Payoff
+from spec_rollout.engines.vllm.worker.groups import Known
+from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.v2.proposals import NO_HISTORY, Proposals
+from spec_rollout.engines.vllm.worker.v2.step import (
+    GivenTokens,
+    StepState,
+    continued,
+    packed_tokens,
+)
+from spec_rollout.types import History
+
+# A guess ends where a token of it is right with less than this probability. What is planned is
+# computed anyway, and a wrong token costs no more than none.
+_LEAST = 0.05
+_NO_BOUND = 1 << 30
+
+
+class _Always(Payoff):
+    """Proposes whatever is likely enough: what steps compute does not depend on it."""
+
+    def pays(self, rows: int) -> bool:
+        return True
+
+    def threshold(self, rows: int) -> float:
+        return _LEAST
+
+    def room(self, rows: int) -> int:
+        return _NO_BOUND
+
+    def worth(self, rows: int, proposed: int, expected: float, *, beside: int = 0) -> bool:
+        return proposed > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Late:
+    """A step whose tokens are not known yet.
+
+    Attributes:
+        rows, slots, num_scheduled: Of each request, as in `StepState`.
+        packed: Waits, and gives what `packed_tokens` packed, with the number of tokens proposed
+            behind the step in a further column.
+    """
+
+    rows: list[Row | None]
+    slots: np.ndarray
+    num_scheduled: np.ndarray
+    packed: Callable[[], np.ndarray]
+
+
+class LaggedProposals(Proposals):
+    """`Proposals` that wait for no step, for requests that the engine serves by itself.
+
+    Args:
+        num_slots: As in `Proposals`, with all its other arguments.
+        num_planned: Tokens that the scheduler plans for each request.
+    """
+
+    def __init__(self, num_slots: int, *, num_planned: int, **kwargs: Any) -> None:
+        super().__init__(num_slots, **kwargs)
+        self._num_planned = num_planned
+        # The step under way gives at most one token more than it was planned.
+        self._max_chunk = 2 * num_planned + 1
+        self._token_budget = _NO_BOUND
+        self._times.payoff = _Always()
+        self._late: _Late | None = None
+        self._guesses: dict[int, tuple[int, list[int]]] = {}  # by history id: first index, tokens
+        self._stops: dict[int, frozenset[int]] = {}  # by history id
+        self._ended: set[int] = set()  # history ids
+        self._proposed = np.zeros(num_slots, np.int64)  # to each slot, behind the last known step
+        self._tested = np.zeros(0, np.int64)
+
+    def begin(self, num_requests: int, history: History | None, stop_token_ids: list[int]) -> None:
+        """See `Proposals.begin`.
+
+        Raises:
+            ValueError: if there is a history: the scheduler plans nothing for a call's requests.
+        """
+        if history is not None:
+            raise ValueError(NO_HISTORY)
+        super().begin(num_requests, history, stop_token_ids)
+
+    def seed_of(
+        self, request_id: str, *, max_response_len: int, stop_token_ids: frozenset[int]
+    ) -> int | None:
+        """See `Proposals.seed_of`."""
+        seed = super().seed_of(
+            request_id, max_response_len=max_response_len, stop_token_ids=stop_token_ids
+        )
+        if (row := self._row_of.get(request_id)) is not None:
+            self._stops[row.history_id] = stop_token_ids
+        return seed
+
+    def take_slot(self, slot: int, request_id: str, *, seed: int, prompt_len: int) -> None:
+        """See `Proposals.take_slot`."""
+        super().take_slot(slot, request_id, seed=seed, prompt_len=prompt_len)
+        self._proposed[slot] = 0
+
+    def over(self, request_ids: Iterable[str]) -> None:
+        """See `Proposals.over`. What they were given last is still learned."""
+        request_ids = list(request_ids)
+        gone = {row.history_id for i in request_ids if (row := self._row_of.get(i)) is not None}
+        if self._late is not None and not gone <= self._ended:
+            self._take_late()  # of aborted requests it waits, of others vLLM knows the step
+        super().over(request_ids)
+        for history_id in gone:
+            self._stops.pop(history_id, None)
+            self._guesses.pop(history_id, None)
+        self._ended -= gone
+
+    def propose(
+        self, step: StepState, proposed: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Proposals.propose`."""
+        rows = [self._rows[slot] for slot in step.slots.tolist()]
+        self._times.count(step.num_tokens, step.num_logits, rows)
+        num_rows, num_tokens = self._take_late()
+        if any(row is not None for row in rows):
+            packed = packed_tokens(step, counts, self._logprobs)
+            guesses = self._guesses_for(rows)
+            if guesses[:, 1].any():
+                proposed = continued(step, guesses, proposed, counts, self._num_planned)
+            behind = counts[step.device_slots.long()][:, None].to(packed.dtype)
+            copy = _copying(torch.cat([packed, behind], dim=1))
+            self._late = _Late(rows, step.slots, step.num_scheduled, copy)
+        self._guesses = {}
+        self._times.end_step()
+        if self.live is not None:
+            self.live.end_step(num_rows, num_tokens)
+        return proposed
+
+    def _take_late(self) -> tuple[int, int]:
+        """Learns what the last step gave, and guesses on from there.
+
+        Returns:
+            Requests that were given tokens, and these tokens.
+        """
+        late, self._late = self._late, None
+        if late is None or self.history is None:
+            return 0, 0
+        here = {id(row) for row in self._row_of.values()}
+        # Of a request that has ended the next step gives tokens, too: nobody asked for these.
+        rows = [
+            row
+            if row is not None and id(row) in here and row.history_id not in self._ended
+            else None
+            for row in late.rows
+        ]
+        if not any(row is not None for row in rows):
+            return 0, 0
+        packed = late.packed()
+        found = GivenTokens.unpacked(packed[:, :-1])
+        self._tested = self._proposed[late.slots]
+        self._proposed[late.slots] = np.where(found.own > 0, 0, packed[:, -1])
+        drafts = self._ask(found, rows, late.num_scheduled)
+        for row, given, index, tokens, draft in zip(
+            rows,
+            found.given.tolist(),
+            found.indices.tolist(),
+            found.tokens.tolist(),
+            drafts,
+            strict=True,
+        ):
+            if row is None:
+                continue
+            stops = self._stops.get(row.history_id, frozenset())
+            if index >= row.max_response_len or not stops.isdisjoint(tokens[:given]):
+                self._ended.add(row.history_id)
+            elif draft:
+                self._guesses[row.history_id] = index, draft
+        return int((found.given > 0).sum()), int(found.given.sum())
+
+    def _guesses_for(self, rows: list[Row | None]) -> np.ndarray:
+        """As `continued` takes them. [num_reqs, 2 + most], int32."""
+        guesses = np.zeros((len(rows), 2 + self._max_chunk), np.int32)
+        for out, row in zip(guesses, rows, strict=True):
+            if row is not None and (guess := self._guesses.get(row.history_id)) is not None:
+                index, tokens = guess
+                out[:2] = index, len(tokens)
+                out[2 : 2 + len(tokens)] = tokens
+        return guesses
+
+    def _learn(
+        self, known: Known, before: np.ndarray, given: np.ndarray, num_scheduled: np.ndarray
+    ) -> None:
+        """Counts what became of proposals; what was guessed of others says nothing of a guess."""
+        is_served = (known.history_ids >= 0) & (given > 0)
+        tested = np.where(is_served, np.minimum(self._tested, num_scheduled), 0)
+        accepted = np.minimum(np.maximum(given - 1, 0), tested)
+        self.metrics.proposals_tested(int(tested.sum()), 0, int(accepted.sum()), 0)
+        self.num_kept += int(accepted.sum())
+
+
+def _copying(packed: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begins the copy to the host; what is returned waits for it."""
+    if not packed.is_cuda:
+        return packed.numpy
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def copied() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return copied
