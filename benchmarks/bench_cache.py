@@ -191,6 +191,7 @@ def run_in_actors(results: Results, step: Step, num_actors: int, repeats: int) -
     step.store(memory)
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: Ray's sockets are in it
         ray.init(
+            "local",
             num_cpus=2,
             include_dashboard=False,
             object_store_memory=100_000_000 + 6 * step.num_bytes,
