@@ -140,6 +140,7 @@ def test_stop_tokens_and_min_tokens(stock: Any, either: Any) -> None:
         assert_same(generate(either, [prompt] * len(ends), given), expected)
 
 
+@pytest.mark.v2_large
 def test_long_drafts_and_a_prompt_of_one_token(stock: Any, either: Any) -> None:
     """Of many chunks; greedily drawn, too, and wrong late."""
     prompts = random_prompts([1, 33, 12, 25, 7, 18], seed=8)
