@@ -30,7 +30,7 @@ def test_every_rule_and_tolerance_is_measured_on_vllm(vllm_installed: None, tmp_
     (row,) = json.loads((tmp_path / "rounding.json").read_text())["rows"]
     assert (row["op"], row["dtype"]) == ("vllm", "float32")
     assert row["rounding"]["largest"] < 1e-4
-    assert len(row["rules"]) == 6
+    assert len(row["rules"]) == 2
     for found in row["rules"]:
         assert found["unchanged"]["reused"] > 0.9
         assert 0 < found["updated"]["reused"] < 1
