@@ -193,7 +193,8 @@ class RayStore(PartedStore):
         )
         _, node = nodes[part % len(nodes)]
         on_disk = folder is not None
-        # A disk store is on its machine: its actor begins again there or not at all.
+        # A disk store is on its machine: its actor begins again there or not at all. Softly, Ray
+        # would also put all parts on one machine while it does not know yet what another has.
         options = {
             "name": _actor_name(self._pool, part, self.num_parts),
             "namespace": self._namespace,
@@ -202,7 +203,7 @@ class RayStore(PartedStore):
             "num_cpus": 0,
             "max_restarts": -1 if on_disk else 0,
             "max_task_retries": _RETRIES if on_disk else 0,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=not on_disk),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
         }
         actor_class = self._ray.remote(_Actor)
         return actor_class.options(**options).remote(part, self.num_parts, folder)

@@ -36,6 +36,7 @@ def cluster() -> Iterator[Any]:
             started.add_node(**node)
             patch.setenv("RAY_ADDRESS", started.address)  # for other processes
             ray.init(started.address, log_to_driver=False, logging_level="ERROR")
+            started.wait_for_nodes()
             yield started
         finally:
             ray.shutdown()
