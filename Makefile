@@ -235,7 +235,7 @@ bench-real: venv venv-vllm ## Rollouts of a small model that speaks, in both eng
 	$(BIN)/python tools/results_tables.py
 
 # With the model and the policies of bench-real, and its options: ROUNDING="--data questions.jsonl".
-bench-rounding: venv venv-vllm ## What rounding rejects, by engine, dtype, rule and tolerance; 12 minutes with the policies of bench-real
+bench-rounding: venv venv-vllm ## What rounding rejects, by engine, dtype, rule and tolerance; 20 minutes with the policies of bench-real
 	$(BIN)/python benchmarks/bench_rounding.py $(ROUNDING)
 	$(BIN)/python tools/results_tables.py
 
