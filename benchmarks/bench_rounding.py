@@ -315,7 +315,7 @@ def main() -> None:
     options.add_argument("--group", type=int, default=8, help="samples of a prompt")
     options.add_argument("--max-tokens", type=int, default=80)
     options.add_argument("--temperature", type=float, default=Training().temperature)
-    options.add_argument("--budget", type=float, default=700.0, help="seconds of all rollouts")
+    options.add_argument("--budget", type=float, default=1000.0, help="seconds of all rollouts")
     options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")
     options.add_argument("--only", type=int, help=argparse.SUPPRESS)  # a process of its own
     for name in ("--old", "--new"):

@@ -4,6 +4,10 @@ real training, kept in a folder that is made once.
 The training is GRPO by `spec_rollout.train` on the questions of the benchmark: one epoch of a few
 updates, started from the model as it is. Its rollouts are plain. A policy is a folder as
 `from_pretrained` takes it: `old` is the one at the epoch's start, `new` that at its end.
+
+    python benchmarks/real_policies.py OLD_FOLDER NEW_FOLDER
+
+says what becomes of the update between two policies when both are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import ROOT, write_json
+from torch import float64
 
 from spec_rollout.rewards.builtin import last_number
 
@@ -200,3 +205,27 @@ def _train(model: Path, data: Path | None, training: Training, folder: Path) -> 
         "rewards": [round(row["reward"], 4) for row in steps],
         "mean_response_tokens": round(tokens / sum(row["num_rollouts"] for row in steps), 1),
     }
+
+
+def rounded_update(old: Path, new: Path) -> dict[str, float]:
+    """The update's norm in float32 and in bfloat16, and the share of weights that change there."""
+    from safetensors.torch import load_file
+
+    count = changed = 0
+    squares = {"float32": 0.0, "bfloat16": 0.0}
+    before, after = (load_file(folder / "model.safetensors") for folder in (old, new))
+    for name in before.keys() & after.keys():
+        x, y = before[name].float(), after[name].float()
+        rounded = y.bfloat16().float() - x.bfloat16().float()
+        squares["float32"] += float((y - x).square().sum(dtype=float64))
+        squares["bfloat16"] += float(rounded.square().sum(dtype=float64))
+        changed += int(rounded.count_nonzero())
+        count += x.numel()
+    norms = {f"norm_{dtype}": square**0.5 for dtype, square in squares.items()}
+    return {**norms, "changed_in_bfloat16": changed / count}
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(json.dumps(rounded_update(*map(Path, sys.argv[1:3]))))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 for _folder in ("benchmarks", "tools"):
@@ -127,3 +129,14 @@ def test_questions_come_from_the_demo_or_a_file(tmp_path: Path) -> None:
         real_policies.questions(path, 2)
     with pytest.raises(ValueError, match=r"rows\.jsonl: expected at least 3 rows, got 2"):
         real_policies.questions(path, 3)
+
+
+def test_an_update_below_bfloat16s_precision_is_lost_or_rounded_up(tmp_path: Path) -> None:
+    # Between 1 and 2 bfloat16 has steps of 2**-7: 1.001 is 1 there, 1.006 is 1 + 2**-7.
+    for name, values in (("old", [1.0, 1.0]), ("new", [1.001, 1.006])):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.tensor(values)}, tmp_path / name / "model.safetensors")
+    found = real_policies.rounded_update(tmp_path / "old", tmp_path / "new")
+    assert found["norm_float32"] == pytest.approx((1e-6 + 36e-6) ** 0.5, rel=1e-3)
+    assert found["norm_bfloat16"] == 2**-7
+    assert found["changed_in_bfloat16"] == 0.5
