@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bench_runs import ROOT, tiny_run
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
 for _folder in ("benchmarks", "tools"):
     sys.path.insert(0, str(ROOT / _folder))
 
@@ -22,28 +19,12 @@ import real_policies  # noqa: E402
 from renderers.real import real_summary_table, real_table  # noqa: E402
 
 
-def tiny(folder: Path, *arguments: str) -> dict[str, Any]:
-    """real.json of a run of seconds."""
-    command = [sys.executable, "benchmarks/bench_real.py", "--tiny", "--folder", str(folder)]
-    command += ["--out", str(folder / "out"), "--repeats", "1", "--group", "4"]
-    command += ["--max-tokens", "16", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "out" / "real.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("real")
     arguments = ["--engines", "embedded", "--dtypes", "float32", "--requests", "4", "16"]
-    content = tiny(folder, *arguments)
+    arguments += ["--repeats", "1", "--group", "4", "--max-tokens", "16"]
+    content = tiny_run("real", folder, *arguments)
     assert (folder / "out" / "real.png").stat().st_size > 5_000
     return content
 

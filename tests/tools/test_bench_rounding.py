@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bench_runs import ROOT, tiny_run
 
-ROOT = Path(__file__).resolve().parents[2]
 for _folder in ("benchmarks", "tools"):
     sys.path.insert(0, str(ROOT / _folder))
 
@@ -26,20 +22,8 @@ PADDED, UNROUNDED_HEAD = "embedded, padded", "embedded, padded, float32 head"
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("rounding")
-    command = [sys.executable, "benchmarks/bench_rounding.py", "--tiny", "--folder", str(folder)]
-    command += ["--out", str(folder), "--engines", "embedded", "--group", "4"]
-    command += ["--max-tokens", "32"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "rounding.json").read_text())
+    arguments = ["--engines", "embedded", "--group", "4", "--max-tokens", "32"]
+    return tiny_run("rounding", tmp_path_factory.mktemp("rounding"), *arguments)
 
 
 @pytest.mark.slow

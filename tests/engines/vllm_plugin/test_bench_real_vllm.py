@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[3]
+from bench_runs import tiny_run
 
 
 @pytest.mark.slow
 def test_every_rule_is_measured_beside_stock_vllm(vllm_installed: None, tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/bench_real.py", "--tiny", "--folder", str(tmp_path)]
-    command += ["--out", str(tmp_path), "--engines", "vllm", "--dtypes", "float32"]
-    command += ["--requests", "16", "--repeats", "1", "--group", "4", "--max-tokens", "16"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads((tmp_path / "real.json").read_text())
+    arguments = ["--engines", "vllm", "--dtypes", "float32", "--requests", "16"]
+    arguments += ["--repeats", "1", "--group", "4", "--max-tokens", "16"]
+    content = tiny_run("real", tmp_path, *arguments)
     rows = {(row["phase"], row["contender"]): row for row in content["rows"]}
     rules = {"none", "drafting", "coupled", "lenient 0", "lenient 0.5", "both"}
     orders = {"as they come", "longest first"}
