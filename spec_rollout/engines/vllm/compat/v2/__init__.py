@@ -9,6 +9,7 @@ draft token passes if it is what that sampler draws in its row.
 - `speculator`: proposes the next tokens of each draft.
 - `sampler`: the two samplers, plain and with draft tokens.
 - `handler`, `scheduler`: how many draft tokens are planned, synchronously and asynchronously.
+- `adapters`: the output head's adapters, where a request has several rows of logits.
 
 - `start`: calls `hooks` in every worker.
 

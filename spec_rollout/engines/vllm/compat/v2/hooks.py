@@ -6,6 +6,7 @@
 - `GPUModelRunner.add_requests`, `load_model`: what requests are proposed from history depends on
   their prompts; and which sample each is, on when the weights changed.
 - `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
+- `GPUModelRunner.prepare_inputs`, `_set_active_loras`: adapters of the output head, row by row.
 
 Each hands over to vLLM's own code unless the engine is set up for the plugin.
 """
@@ -23,6 +24,7 @@ from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
 from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2
 from spec_rollout.engines.vllm.compat.sampling import arrival
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
+from spec_rollout.engines.vllm.compat.v2.adapters import counting_rows, naming_each_row
 from spec_rollout.engines.vllm.compat.v2.config import TABLE, first_chunk, table_of
 from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
 from spec_rollout.engines.vllm.compat.v2.sampler import samplers
@@ -53,6 +55,8 @@ def install_worker() -> None:
     replace(runner, "add_requests", _arriving)
     replace(runner, "_remove_request", _leaving)
     replace(runner, "finish_requests", _over)
+    replace(runner, "prepare_inputs", counting_rows)
+    replace(runner, "_set_active_loras", naming_each_row)
     if current_platform.is_cpu():
         cpu_wheels.fix()
     keep_cpu_weights()
