@@ -251,6 +251,28 @@ def vllm_environment(variable: str) -> dict[str, str]:
     }
 
 
+def counted_steps() -> dict[str, int]:
+    """Counts what vLLM's schedulers of this process give out from now on: `steps` with tokens, and
+    `computed` tokens.
+
+    The scheduler is the same under both model runners: on a GPU stock runs on another than V1's
+    plugin.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    counts = {"steps": 0, "computed": 0}
+    original = Scheduler.schedule
+
+    def schedule(self: Any, *args: Any, **kw: Any) -> Any:
+        output = original(self, *args, **kw)
+        counts["steps"] += output.total_num_scheduled_tokens > 0
+        counts["computed"] += output.total_num_scheduled_tokens
+        return output
+
+    Scheduler.schedule = schedule
+    return counts
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Options all benchmarks have: `--threads`, `--out`, `--quick`."""
     options = argparse.ArgumentParser(description=description)

@@ -29,16 +29,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import real_entropy
-import torch
-from _common import ROOT, Results, Timing, copy_bandwidth, parser, vllm_environment, write_json
-from real_policies import Policies, Training, model_folder, prepare
+from _common import ROOT, Results, Timing, copy_bandwidth, vllm_environment, write_json
+from real_options import checked, options_of, policies_of
+from real_policies import Policies, Training
 from real_rollouts import ORDERS
 
 Answer = dict[str, Any]
@@ -251,59 +251,24 @@ def run(args: argparse.Namespace, policies: Policies) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--folder", type=Path, default=ROOT / "runs" / "real")
-    options.add_argument("--data", type=Path, help="JSONL of questions and answers")
-    options.add_argument("--engines", nargs="+", default=["embedded", "vllm"])
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    defaults = {"max_tokens": 128, "temperature": 0.5, "budget": 1900.0}
+    options = options_of(__doc__, defaults)
     options.add_argument("--requests", type=int, nargs="+", default=[4, 16, 64])
     options.add_argument("--full", action="store_true", help="256 requests, too")
     options.add_argument("--repeats", type=int, default=1, help="rounds")
-    options.add_argument("--group", type=int, default=8, help="samples of a prompt")
-    options.add_argument("--max-tokens", type=int, default=128)
-    options.add_argument("--temperature", type=float, default=0.5)
-    options.add_argument("--budget", type=float, default=1900.0, help="seconds of all rollouts")
     options.add_argument("--lr", type=float, default=Training().lr, help="of the epoch's training")
     options.add_argument("--entropy-prompts", type=int, default=8)
-    options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")
-    args = options.parse_args()
-    for name, known in (("engines", ("embedded", "vllm")), ("dtypes", ("float32", "bfloat16"))):
-        if unknown := set(getattr(args, name)) - set(known):
-            options.error(f"--{name}: expected {' or '.join(known)}, got {min(unknown)}")
-    if min([*args.requests, args.repeats, args.group, args.max_tokens]) < 1:
-        options.error("--requests, --repeats, --group, --max-tokens: expected >= 1")
-    if args.data is not None and not args.data.is_file():
-        options.error(f"--data: expected a file, got {args.data}")
-    if args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)
-        torch.set_num_threads(args.threads)
-    args.out = args.out.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = checked(options, "requests", "repeats")
     if args.full:
         args.requests = sorted({*args.requests, 256})
+    if args.tiny:
+        args.entropy_prompts = 2
     training = Training(
         group=args.group, max_tokens=args.max_tokens, lr=args.lr, temperature=args.temperature
     )
-    if args.tiny:
-        model, args.data = tiny(args.folder)
-        args.entropy_prompts = 2
-        training = replace(training, prompts=2, prompts_per_step=1, lr=1e-3)
-    else:
-        model = model_folder(args.folder)
-    name = "words" if args.data is None else args.data.stem
-    run(args, prepare(model, args.data, training, args.folder / name))
-
-
-def tiny(folder: Path) -> tuple[Path, Path]:
-    """The demo's model, and a file of its task as it is."""
-    from spec_rollout.demo import model_dir
-    from spec_rollout.demo.task import training_problems
-
-    path = folder / "tiny.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = ({"question": p.prompt, "answer": p.answer} for p in training_problems(64))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Path(model_dir()), path
+    policies = policies_of(args, training)
+    args.out.mkdir(parents=True, exist_ok=True)
+    run(args, policies)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -37,9 +36,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import ROOT, Results, copy_bandwidth, parser, vllm_environment, write_json
-from bench_real import said, tiny, vllm_python
-from real_policies import Policies, Training, model_folder, prepare, prompt_ids, questions
+from _common import Results, copy_bandwidth, vllm_environment, write_json
+from bench_real import said, vllm_python
+from real_options import checked, options_of, policies_of
+from real_policies import Policies, Training, prompt_ids, questions
 from real_rollouts import CHUNK, longest_row, sampling_of, weights
 
 from spec_rollout import RolloutCache, RolloutSession
@@ -306,45 +306,20 @@ def run_all(args: argparse.Namespace, policies: Policies) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--folder", type=Path, default=ROOT / "runs" / "real")
-    options.add_argument("--data", type=Path, help="JSONL of questions and answers")
-    options.add_argument("--engines", nargs="+", default=["embedded", "vllm"])
-    options.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    defaults = {"max_tokens": 80, "temperature": Training().temperature, "budget": 1000.0}
+    options = options_of(__doc__, defaults)
     options.add_argument("--prompts", type=int, default=4)
-    options.add_argument("--group", type=int, default=8, help="samples of a prompt")
-    options.add_argument("--max-tokens", type=int, default=80)
-    options.add_argument("--temperature", type=float, default=Training().temperature)
-    options.add_argument("--budget", type=float, default=1000.0, help="seconds of all rollouts")
-    options.add_argument("--tiny", action="store_true", help="the demo's model: does it run?")
     options.add_argument("--only", type=int, help=argparse.SUPPRESS)  # a process of its own
     for name in ("--old", "--new"):
         options.add_argument(name, type=Path, help=argparse.SUPPRESS)
-    args = options.parse_args()
-    for name, known in (("engines", ("embedded", "vllm")), ("dtypes", ("float32", "bfloat16"))):
-        if unknown := set(getattr(args, name)) - set(known):
-            options.error(f"--{name}: expected {' or '.join(known)}, got {min(unknown)}")
-    if min(args.prompts, args.group, args.max_tokens) < 1:
-        options.error("--prompts, --group, --max-tokens: expected >= 1")
-    if args.data is not None and not args.data.is_file():
-        options.error(f"--data: expected a file, got {args.data}")
+    args = checked(options, "prompts")
     if args.only is not None:
         args.requests = [args.prompts * args.group]
         measure_or_say_why_not(args, SETTINGS[args.only])
         return
-    if args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)
-        torch.set_num_threads(args.threads)
-    args.out = args.out.resolve()
     if args.quick:
         args.prompts, args.group, args.max_tokens = 2, 4, 24
-    if args.tiny:
-        model, args.data = tiny(args.folder)
-        training = replace(Training(), prompts=2, prompts_per_step=1, lr=1e-3)
-    else:
-        model, training = model_folder(args.folder), Training()
-    name = "words" if args.data is None else args.data.stem
-    run_all(args, prepare(model, args.data, training, args.folder / name))
+    run_all(args, policies_of(args, Training()))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS_DIR, Results, Timing, parser, vllm_environment
+from _common import RESULTS_DIR, Results, Timing, counted_steps, parser, vllm_environment
 
 GROUP = 8
 PASSES = ("first", "second", "updated")
@@ -119,22 +119,11 @@ def serve(args: argparse.Namespace) -> None:
     compat.attach_calls(ReuseWorker)
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
-    from vllm.v1.core.sched.scheduler import Scheduler
 
     from spec_rollout.demo import model_dir
     from spec_rollout.demo.task import MAX_RESPONSE_TOKENS
 
-    counts = {"steps": 0, "computed": 0}
-    # Of either model runner: on a GPU stock runs on another than the plugin.
-    original = Scheduler.schedule
-
-    def schedule(self: Any, *rest: Any, **kw: Any) -> Any:
-        output = original(self, *rest, **kw)
-        counts["steps"] += output.total_num_scheduled_tokens > 0
-        counts["computed"] += output.total_num_scheduled_tokens
-        return output
-
-    Scheduler.schedule = schedule
+    counts = counted_steps()
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = {
         "dtype": args.dtype,

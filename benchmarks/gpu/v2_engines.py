@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from _common import RESULTS_DIR, Results, Timing, vllm_environment
+from _common import RESULTS_DIR, Results, Timing, counted_steps, vllm_environment
 from bench_serving import GROUP, prompts_of_task
 
 # Those come first that say most: minutes may be all there are.
@@ -185,22 +185,12 @@ def serve(args: argparse.Namespace) -> None:
 
         v2_on_cpu.prepare()
     from vllm import LLM
-    from vllm.v1.core.sched.scheduler import Scheduler
 
     if v2_on_cpu is not None:
         v2_on_cpu.patch()
     from spec_rollout.demo import model_dir
 
-    counts = {"steps": 0, "computed": 0}
-    original = Scheduler.schedule
-
-    def schedule(self: Any, *rest: Any, **kw: Any) -> Any:
-        output = original(self, *rest, **kw)
-        counts["steps"] += output.total_num_scheduled_tokens > 0
-        counts["computed"] += output.total_num_scheduled_tokens
-        return output
-
-    Scheduler.schedule = schedule
+    counts = counted_steps()
     start = time.perf_counter()
     llm = LLM(
         str(args.model or model_dir()),

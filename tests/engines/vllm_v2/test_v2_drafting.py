@@ -135,13 +135,18 @@ def ends(stock: Any) -> list[Any]:
     ]
 
 
-def test_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
-    llm, sampling = make("drafting"), ends(stock)
+def assert_ends_are_stocks(stock: Any, llm: Any) -> None:
+    """In three passes, with proposals."""
+    sampling = ends(stock)
     prompts = [PROMPTS[2]] * len(sampling)
     expected = generate(stock, prompts, sampling)
     for _ in range(3):
         assert_same(generate(llm, prompts, sampling), expected)
     assert metrics_of(llm).num_accepted_proposals > 20
+
+
+def test_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
+    assert_ends_are_stocks(stock, make("drafting"))
 
 
 @pytest.mark.v2_large
@@ -267,13 +272,7 @@ def test_lagged_proposals_keep_asynchronous_scheduling(
 
 @pytest.mark.v2_large
 def test_lagged_stops_min_tokens_and_several_samples(stock: Any, make: Callable[..., Any]) -> None:
-    llm = make(LAGGED)
-    sampling = ends(stock)
-    prompts = [PROMPTS[2]] * len(sampling)
-    expected = generate(stock, prompts, sampling)
-    for _ in range(3):
-        assert_same(generate(llm, prompts, sampling), expected)
-    assert metrics_of(llm).num_accepted_proposals > 20
+    assert_ends_are_stocks(stock, make(LAGGED))
 
 
 @pytest.mark.v2_large
