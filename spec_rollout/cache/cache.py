@@ -85,7 +85,7 @@ class RolloutCache:
         self._store: Store = MemoryStore() if store is None else store
         self._writer = writer
         self._staging = Staging()
-        self._unwritten: set[bytes] = set()  # prompts stored since the writer was last idle
+        self._unwritten: set[bytes] = set()  # prompts stored since the writer last had all written
         self._lock = threading.Lock()  # of the counters
         self._hits = self._misses = self._evictions = self._corrupt = 0
         if store is not None and max_bytes is not None:
@@ -219,7 +219,7 @@ class RolloutCache:
         """
         if self._writer is not None:
             self._writer.flush()
-            self._unwritten.clear()
+            self._forget_written()
 
     def _wait_for(self, prompt_keys: Sequence[bytes]) -> None:
         """Until a lookup finds what it would find if everything were stored by now.
@@ -230,9 +230,15 @@ class RolloutCache:
         if self._writer is None:
             return
         if self._writer.idle():
-            self._unwritten.clear()
+            self._forget_written()
         elif self.max_bytes is not None or not self._unwritten.isdisjoint(prompt_keys):
             self.flush()
+
+    def _forget_written(self) -> None:
+        """While a store holds back what it was given, its prompts are still to be waited for: they
+        are written by a job that is yet to come."""
+        if self._writer is not None and not self._writer.holds_back:
+            self._unwritten.clear()
 
     def save(self, path: str | os.PathLike[str], *, pass_index: int | None = None) -> None:
         """Writes the whole cache to one file, which appears complete or not at all.

@@ -21,10 +21,15 @@ class Writer:
 
     Args:
         max_bytes: Of the jobs that wait and the one that runs. A larger job waits to be alone.
+
+    Attributes:
+        holds_back: Whether jobs have put aside what a later one is to store, so that not all is
+            stored when none waits. Set in jobs.
     """
 
     def __init__(self, max_bytes: int = _MOST_BYTES) -> None:
         self.max_bytes = max_bytes
+        self.holds_back = False
         self._changed = threading.Condition()
         self._jobs: deque[tuple[Callable[[], None], int]] = deque()
         self._num_bytes = 0

@@ -48,6 +48,7 @@ from spec_rollout.train.lenience import LenienceController
 from spec_rollout.train.memory import check_recomputing
 from spec_rollout.train.run_store import check_resumable
 from spec_rollout.train.step_store import StepStore
+from spec_rollout.train.tensors import rng_state, set_rng_state
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 from spec_rollout.train.value_head import ValueHead
 from spec_rollout.types import SamplingParams
@@ -187,6 +188,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         check_finite(reference, path, key)
         check_reference(reference, policy, key)
     prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
+    # Rewards may draw from the process's generators; vLLM in this process seeds them.
+    random_states = rng_state()
     engine: RolloutEngine = make_engine(
         config.rollout,
         config.vllm,
@@ -194,6 +197,7 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         policy,
         longest_prompt=max(map(len, prompts)),
     )
+    set_rng_state(random_states)
     if state is not None:
         engine = ContinuedEngine(engine, state.step)
     session = RolloutSession(

@@ -35,12 +35,22 @@ class StepStore:
 
     def drop(self) -> None:
         """Forgets what waits."""
-        self._in_turn(self._waiting.clear)
+        self._in_turn(self._drop)
 
     def _keep(self) -> None:
-        for groups, max_bytes in self._waiting:
-            self.inner.put_many(groups, max_bytes)
+        if self._waiting:
+            # Of all calls at once: a store on disk has a step whole or not at all.
+            _, max_bytes = self._waiting[-1]
+            self.inner.put_many([g for groups, _ in self._waiting for g in groups], max_bytes)
+        self._drop()
+
+    def _drop(self) -> None:
         self._waiting.clear()
+        self._holds_back(False)
+
+    def _holds_back(self, something: bool) -> None:
+        if self.writer is not None:
+            self.writer.holds_back = something
 
     def _in_turn(self, job: Callable[[], None]) -> None:
         if self.writer is None:
@@ -51,6 +61,7 @@ class StepStore:
     def put_many(self, groups: Groups, max_bytes: int | None = None) -> int:
         """See `Store.put_many`; none is dropped for space before `keep`."""
         self._waiting.append((list(groups), max_bytes))
+        self._holds_back(True)
         return 0
 
     def size(self) -> StoreSize:

@@ -52,7 +52,7 @@ def restore_tensors(
         _check_moments(content["optimizer"], optimizer)
         if value_head is not None:
             value_head.load_state_dict(content["value_head"])
-        _set_rng_state(content["rng"])
+        set_rng_state(content["rng"])
         optimizer.load_state_dict(content["optimizer"])
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -145,7 +145,8 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def _set_rng_state(state: Mapping[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Of the process's random generators, as `rng_state` gave it."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

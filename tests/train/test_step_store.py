@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from test_batching import make_rollouts
 
 from spec_rollout.cache import MemoryStore, RolloutCache
+from spec_rollout.cache.writer import Writer
 from spec_rollout.keys import prompt_key
 from spec_rollout.train.step_store import StepStore
 
@@ -50,3 +53,35 @@ def test_the_bound_holds_when_it_is_kept() -> None:
     store.keep()
     assert lens(bounded) == [4, 0]
     assert bounded.stats.num_bytes <= bound
+
+
+class Gate(MemoryStore):
+    """A store whose puts wait for `open`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.num_puts = 0
+
+    def put_many(self, groups, max_bytes=None):
+        assert self.open.wait(30)
+        self.num_puts += 1
+        return super().put_many(groups, max_bytes)
+
+
+def test_a_step_of_several_calls_is_waited_for_and_kept_at_once() -> None:
+    """Between the calls the writer is idle, and yet nothing is stored."""
+    inner, writer = Gate(), Writer()
+    store = StepStore(inner, writer)
+    cache = RolloutCache(store=store, writer=writer)
+    cache.store(KEYS[:1], [0], make_rollouts([2], [4]))
+    writer.flush()
+    assert lens(cache) == [0, 0]
+    cache.store(KEYS[1:], [0], make_rollouts([1], [6]))
+    store.keep()
+    assert not writer.idle()
+    threading.Timer(0.2, inner.open.set).start()
+    assert cache.lookup(KEYS[:1], [0], max_tokens=99).lens.tolist() == [4]
+    assert lens(cache) == [4, 6]
+    assert inner.num_puts == 1
+    writer.close()
