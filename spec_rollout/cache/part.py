@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -26,8 +27,11 @@ Page: TypeAlias = tuple[Keys, Entries, bool]
 
 # Of what is read page by page.
 _PAGE_BYTES = 16 << 20
-# Readings and replacements under way. Who began one and died leaves it; the oldest is given up.
+# Readings and replacements under way. Who began one and died leaves it: the oldest of too many is
+# given up, and what nobody has asked for in a while. A reading of a disk store holds its snapshot,
+# so that meanwhile no room of replaced rollouts is used again.
 _MOST_UNDER_WAY = 8
+_MOST_SECONDS = 600.0
 
 
 class Part:
@@ -38,10 +42,15 @@ class Part:
 
     Args:
         open_store: Gives what holds them; asked by the first call, and again if that failed.
+        clock: Gives seconds.
     """
 
-    def __init__(self, open_store: Callable[[], Store]) -> None:
+    def __init__(
+        self, open_store: Callable[[], Store], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._open_store = open_store
+        self._clock = clock
+        self._asked: dict[str, float] = {}  # when a reading or replacement was last asked for
         self._store: Store | None = None
         self._readings: OrderedDict[str, Iterator[tuple[bytes, Mapping[int, Entry]]]]
         self._readings = OrderedDict()
@@ -65,6 +74,7 @@ class Part:
 
     def put(self, keys: Keys, entries: Entries, max_bytes: int | None) -> int:
         """See `Store.put_many`."""
+        self._give_up()
         # Memory keeps what it is handed; other stores copy what they keep.
         borrowed = not isinstance(self._held, MemoryStore)
         return self._held.put_many(unpacked_groups(keys, entries, borrowed=borrowed), max_bytes)
@@ -84,7 +94,8 @@ class Part:
         staged = self._staged.setdefault(token, [])
         # Copies: what was sent is not to stay in shared memory meanwhile.
         staged += unpacked_groups(keys, entries, borrowed=False)
-        _trim(self._staged)
+        self._asked[token] = self._clock()
+        self._give_up()
 
     def commit(self, token: str, num_groups: int, max_bytes: int | None) -> int:
         """Replaces everything by what was staged; see `Store.replace_all`.
@@ -96,7 +107,8 @@ class Part:
         if len(staged) != num_groups:
             raise StoreError(
                 f"expected {num_groups} groups to replace what is held, got {len(staged)}: they "
-                "were given up (the part was started again meanwhile, or others replaced it)"
+                "were given up (the part was started again meanwhile, others replaced it, or "
+                f"nothing was asked for in {_MOST_SECONDS:g} seconds)"
             )
         return self._held.replace_all(staged, max_bytes)
 
@@ -112,7 +124,8 @@ class Part:
         """
         num_groups = self._held.size().num_groups
         self._readings[token] = self._held.iterate()
-        _trim(self._readings)
+        self._asked[token] = self._clock()
+        self._give_up()
         return num_groups, self.page(token)
 
     def page(self, token: str) -> Page:
@@ -121,8 +134,10 @@ class Part:
         if groups is None:
             raise StoreError(
                 "expected a reading that is under way, got one that was given up (the part was "
-                f"started again meanwhile, or more than {_MOST_UNDER_WAY} others were begun)"
+                f"started again meanwhile, more than {_MOST_UNDER_WAY} others were begun, or "
+                f"nothing was asked for in {_MOST_SECONDS:g} seconds)"
             )
+        self._asked[token] = self._clock()
         page: list[tuple[bytes, Mapping[int, Entry]]] = []
         room = _PAGE_BYTES
         while room > 0 and (group := next(groups, None)) is not None:
@@ -143,7 +158,15 @@ class Part:
             self._store = self._open_store()
         return self._store
 
-
-def _trim(under_way: OrderedDict[str, Any]) -> None:
-    while len(under_way) > _MOST_UNDER_WAY:
-        under_way.popitem(last=False)
+    def _give_up(self) -> None:
+        """What was begun and left."""
+        now = self._clock()
+        kinds: tuple[OrderedDict[str, Any], ...] = (self._readings, self._staged)
+        for under_way in kinds:
+            while len(under_way) > _MOST_UNDER_WAY:
+                under_way.popitem(last=False)
+            for token in list(under_way):
+                if now - self._asked[token] > _MOST_SECONDS:
+                    del under_way[token]
+        known = self._readings.keys() | self._staged.keys()
+        self._asked = {token: at for token, at in self._asked.items() if token in known}

@@ -167,6 +167,32 @@ def test_of_readings_that_nobody_ends_the_oldest_are_given_up(
     assert all(dict(reading) == groups for reading in readings)
 
 
+def test_what_a_killed_process_had_begun_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A snapshot that nobody reads on would keep all that is replaced from then on."""
+    monkeypatch.setattr(part, "_PAGE_BYTES", ONE)
+    now = 0.0
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        held = part.Part(lambda: store, clock=lambda: now)
+        groups = [(key, {0: entry_of(key, 0, [1] * 100_000)}) for key in KEYS[:2]]
+        held.put(*packed_groups(groups), None)
+        _, (*_, is_last) = held.begin("of one that was killed")
+        assert not is_last
+        held.stage("of another", *packed_groups(groups))
+        now = part._MOST_SECONDS
+        held.put(*packed_groups(groups), None)
+        assert not held.page("of one that was killed")[2]
+        now += part._MOST_SECONDS + 1
+        for _ in range(30):  # of 1.6 MB each
+            held.put(*packed_groups(groups), None)
+        with pytest.raises(StoreError, match="got one that was given up"):
+            held.page("of one that was killed")
+        with pytest.raises(StoreError, match="expected 2 groups .* got 0"):
+            held.commit("of another", 2, None)
+        assert store.file_bytes() < 12 << 20
+
+
 def test_what_is_put_is_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that memory is bounded: groups are made as they are asked for."""
     monkeypatch.setattr(parted, "_PIECE_BYTES", 8 * ONE)

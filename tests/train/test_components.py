@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_models import build as tiny_model
 from tiny_runs import save_tiny_model
 
 from spec_rollout.config.sections import ConfigError
+from spec_rollout.train import components
 from spec_rollout.train.components import build
 from spec_rollout.train.forward import check_padded_rows, padded_gap
 
@@ -33,6 +35,26 @@ def test_a_reference_with_another_vocabulary_is_refused(make_config, model_dir, 
     ):
         build(run)
     assert not Path(run.log.run_dir).exists()
+
+
+def test_an_engine_that_seeds_the_process_changes_no_random_state(
+    make_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM does, in the trainer's process; rewards of a resumed run would draw the same again."""
+    plain, drawn = components.make_engine, []
+    for seed in (None, 0, 1):
+
+        def make(*args, seed=seed, **kw):
+            engine = plain(*args, **kw)
+            if seed is not None:
+                random.seed(seed)
+                torch.manual_seed(seed)
+            return engine
+
+        monkeypatch.setattr(components, "make_engine", make)
+        build(make_config(train={"seed": 7}))
+        drawn.append((random.random(), float(torch.rand(()))))
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_sliding", "mistral_sliding", "gpt2"])
