@@ -57,6 +57,14 @@ class RunConfig:
             f"'none' with rollout.rule = {rule!r} (it draws every token from the current policy)",
             correction,
         )
+        filtered = self.rollout.top_k != 0 or self.rollout.top_p != 1.0
+        require(
+            correction == "none" or not filtered,
+            "train.correction",
+            "'none' with rollout.top_k or rollout.top_p (tokens were drawn with log-probs of the "
+            "filtered distribution, the trainer's are of the whole)",
+            correction,
+        )
         buffer, max_tokens = self.train.overlong_buffer, self.rollout.max_tokens
         require(
             buffer is None or buffer <= max_tokens,

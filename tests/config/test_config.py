@@ -160,6 +160,13 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             r"rollout\.scale: expected a positive finite",
         ),
         ({"rollout": {"top_p": 0.9}}, r"rollout\.top_p: expected train\.recompute_logprobs = true"),
+        (
+            {
+                "rollout": {"top_p": 0.9, "rule": "lenient"},
+                "train": {"recompute_logprobs": True, "correction": "truncated"},
+            },
+            r"train\.correction: expected 'none' with rollout\.top_k or .*got 'truncated'",
+        ),
         ({"rollout": {"top_k": 5}}, r"rollout\.top_k: expected train\.recompute_logprobs = true"),
         ({"rollout": {"start_log_lenience": 1.0}}, r"rollout\.num_steps|rollout\.schedule_steps"),
         ({"rollout": {"engine": "sglang"}}, r"expected one of transformers, vllm, got 'sglang'"),
