@@ -20,6 +20,7 @@ from spec_rollout.checks import as_array, items, of_kind, shown, whole
 # The token ids of one prompt, any integer type.
 TokenIds: TypeAlias = Sequence[int] | np.ndarray | torch.Tensor
 
+_KEY_BYTES = 16  # of a prompt's hash
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -50,10 +51,15 @@ def prompt_key(prompt_ids: TokenIds, user_key: str = "") -> bytes:
     except UnicodeEncodeError as error:
         raise ValueError(f"user_key: expected text that UTF-8 can hold, got {error}") from None
     # The length comes first, so that no user key can be mistaken for further ids.
-    digest = hashlib.blake2b(ids.size.to_bytes(8, "little"), digest_size=16)
+    digest = hashlib.blake2b(ids.size.to_bytes(8, "little"), digest_size=_KEY_BYTES)
     digest.update(ids.astype("<i4").tobytes())
     digest.update(user_bytes)
     return digest.digest()
+
+
+def _head(key: bytes) -> bytes:
+    """8 bytes that depend on all of a key. Hashes begin with such; names of rows begin alike."""
+    return key[:8] if len(key) == _KEY_BYTES else hashlib.blake2b(key, digest_size=8).digest()
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -75,7 +81,8 @@ def noise_keys(
         seed: Seed of the run; any Python int, taken modulo 2**64.
         noise_epoch: Changes whenever fresh noise is wanted: the training step for rules that need
             fresh uniforms each step (`Lenient`), `epoch // refresh_epochs` for `Coupled`.
-        prompt_keys: `prompt_key` of each row. Length batch.
+        prompt_keys: `prompt_key` of each row. Length batch. Others of 16 bytes are taken for such
+            hashes: their first 8 bytes say it all.
         sample_ids: Index of the rollout within its prompt's group. [batch].
 
     Returns:
@@ -103,7 +110,7 @@ def noise_keys(
             raise ValueError(f"prompt_keys: expected bytes, got {shown(key)}")
         if len(key) < 8:
             raise ValueError(f"prompt_keys: expected at least 8 bytes each, got {len(key)}")
-    prompts = np.frombuffer(b"".join(k[:8] for k in prompt_keys), dtype="<u8")
+    prompts = np.frombuffer(b"".join(map(_head, prompt_keys)), dtype="<u8")
     with np.errstate(over="ignore"):
         state = mix64(np.full(len(samples), seed & (2**64 - 1), dtype=np.uint64) + _GOLDEN)
         state = mix64((state ^ np.uint64(noise_epoch & (2**64 - 1))) + _GOLDEN)

@@ -140,7 +140,7 @@ class RolloutSession:
             epoch: Pass over the data, 0-based.
             user_keys: Namespace of each prompt (`prompt_key`). Bytes are the key itself, at least
                 8 of them: of a row whose text may change (a chat template with today's date), while
-                its rollouts stay of use.
+                its rollouts stay of use. 16 bytes are taken for a hash, as `prompt_key` gives one.
 
         Returns:
             Rollouts of prompt 0's samples, then prompt 1's, and so on: batch = len(prompts) *
@@ -484,8 +484,11 @@ def _identify(
     # The rows of a prompt often are one and the same list: hashed once. The list is kept with its
     # key, so that no other can take its place in memory.
     known: dict[tuple[int, str | bytes], tuple[TokenIds, np.ndarray, bytes]] = {}
+    heads: dict[bytes, bytes] = {}  # what the noise is made of: the key that has it
     for index, prompt in enumerate(prompts):
         user_key = "" if user_keys is None else user_keys[index]
+        if isinstance(user_key, bytes):
+            _check_key(index, user_key, heads)
         found = known.get((id(prompt), user_key))
         if found is None:
             try:
@@ -500,6 +503,17 @@ def _identify(
         arrays.append(found[1])
         keys.append(found[2])
     return arrays, keys
+
+
+def _check_key(index: int, key: bytes, heads: dict[bytes, bytes]) -> None:
+    """Refuses a key of a row that gives no noise of its own (`noise_keys`)."""
+    if len(key) < 8:
+        raise ValueError(f"user_keys[{index}]: expected at least 8 bytes, got {len(key)}")
+    if len(key) == 16 and (other := heads.setdefault(key[:8], key)) != key:
+        raise ValueError(
+            f"user_keys[{index}]: expected the 16 bytes of a hash, or another number of them, got "
+            f"{key!r} beside {other!r}, which begins alike: both would draw with the same noise"
+        )
 
 
 def _warn_of_rounding(engine: RolloutEngine, rule: AcceptanceRule) -> None:

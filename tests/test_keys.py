@@ -154,3 +154,8 @@ def test_mismatched_rows_and_short_keys_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt_keys: expected at least 8 bytes each, got 3"):
         noise_keys(0, 0, [b"abc"], [0])
     assert noise_keys(0, 0, [], []).shape == (0,)
+
+
+def test_names_that_begin_alike_have_noise_of_their_own() -> None:
+    names = [f"gsm8k/train/{i}".encode() for i in range(100)]
+    assert len(set(noise_keys(0, 0, names, [0] * 100).tolist())) == 100

@@ -314,6 +314,29 @@ def test_user_keys_keep_equal_prompts_apart() -> None:
     assert session.rollout([[0]], 8, SAMPLING, step=2, epoch=1).stats.num_cache_misses == 8
 
 
+@pytest.mark.parametrize("rule", [Coupled(), Lenient(0.0)])
+def test_rows_named_by_bytes_that_begin_alike_draw_different_noise(rule: AcceptanceRule) -> None:
+    session = RolloutSession(MarkovEngine(policy(3)), rule)
+    names = [f"gsm8k/train/{i}".encode() for i in range(8)]
+    rolled = session.rollout([[0]] * 8, 1, SAMPLING, step=0, epoch=0, user_keys=names)
+    assert len(set(map(tuple, responses(rolled)))) > 1
+    rolled = session.rollout([[1]], 1, SAMPLING, step=1, epoch=1, user_keys=names[5:6])
+    assert rolled.stats.num_cache_misses == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ([bytes(16), b"short"], r"user_keys\[1\]: expected at least 8 bytes, got 5"),
+        ([b"math/train/00001", b"math/train/00002"], r"user_keys\[1\]: expected the 16 bytes of a"),
+    ],
+)
+def test_bytes_that_name_no_row_are_refused(names: list[bytes], match: str) -> None:
+    session = RolloutSession(MarkovEngine(policy(3)), Coupled())
+    with pytest.raises(ValueError, match=match):
+        session.rollout([[0], [1]], 1, SAMPLING, step=0, epoch=0, user_keys=names)
+
+
 def test_reuse_off_and_rules_without_drafts_leave_the_cache_alone() -> None:
     results = []
     for rule, reuse in [
