@@ -41,7 +41,7 @@ class Ended(NamedTuple):
     """What became of a draft.
 
     Attributes:
-        accepted_len: Tokens that response and draft begin with alike.
+        accepted_len: Tokens of the draft that were kept, as far as the draft is still known.
         behaviour_logprobs: With which each token of the response was first drawn.
             [num_response_tokens], float32; None if not known.
     """
@@ -92,7 +92,7 @@ class DraftShard:
         sample: int,
         token_ids: np.ndarray,
         logprobs: np.ndarray,
-        followed: bool,
+        accepted_len: int,
         step: int,
     ) -> Ended:
         """A rollout is over, and the next draft of its sample.
@@ -101,13 +101,14 @@ class DraftShard:
             key, sample, step: As in `begin`.
             token_ids: [num_response_tokens], int32, at least one.
             logprobs: [num_response_tokens], float32.
-            followed: Whether it was given the draft that is here.
+            accepted_len: Tokens that are those of the draft that `begin` gave.
         """
         ids = torch.from_numpy(np.array(token_ids, np.int32))
         drafts = Drafts.none(1)
-        if followed:
+        if accepted_len:
             drafts = self._cache.lookup([key], [sample], max_tokens=ids.numel())
-        accepted_len = common_prefix(drafts.token_ids.numpy(), token_ids)
+        # An actor that came back may have an older one.
+        accepted_len = min(accepted_len, common_prefix(drafts.token_ids.numpy(), token_ids))
         rollouts = Rollouts(
             prompt_ids=torch.zeros(1, dtype=torch.int32),  # the key says which
             cu_prompt_lens=torch.tensor([0, 1]),

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from spec_rollout.acceptance import AcceptanceRule, Coupled
-from spec_rollout.adapters.draft_pool import DraftPool
+from spec_rollout import ops
+from spec_rollout.acceptance import AcceptanceRule, Coupled, RuleKind
+from spec_rollout.adapters.draft_pool import DraftPool, common_prefix
 from spec_rollout.adapters.settings import ReuseSettings
 from spec_rollout.engines.vllm.admission import why_not_ours
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, extra_args
@@ -106,6 +108,26 @@ class KeyedTurn:
             first_position=done,
         )
         return extra_args(request)
+
+    def kept_len(self, token_ids: np.ndarray, logprobs: np.ndarray) -> int:
+        """Draft tokens that passed the test. What is rejected may be drawn again, and what follows
+        agree with the draft: that it does says nothing of who drew it.
+
+        Args:
+            token_ids: Of the response. [num_response_tokens], int32.
+            logprobs: With which they were drawn or tested. [num_response_tokens], float32.
+        """
+        alike = common_prefix(self.draft_ids, token_ids)
+        if not alike or self.rule.kind is RuleKind.COUPLED:  # which draws another where it rejects
+            return alike
+        kept = ops.accept_prefix(
+            torch.from_numpy(self.draft_logprobs[:alike].copy()),
+            torch.from_numpy(logprobs[:alike].copy()),
+            rule=self.rule,
+            keys=torch.tensor([self.key]),
+            cu_draft_lens=torch.tensor([0, alike]),
+        )
+        return int(kept)
 
 
 def fresh_turn(prompt_ids: list[int]) -> KeyedTurn:
@@ -240,7 +262,8 @@ class Reuse:
         draft = turn.draft_ids
         ids = np.asarray(output.token_ids, np.int32)
         logprobs = np.asarray(output.log_probs, np.float32)
-        ended = await self._pool.end(key, name.sample, ids, logprobs, bool(draft.size), name.step)
+        kept = turn.kept_len(ids, logprobs)
+        ended = await self._pool.end(key, name.sample, ids, logprobs, kept, name.step)
         self.counters["tokens"] += ids.size
         self.counters["reused_tokens"] += ended.accepted_len
         steps = verify_steps(ended.accepted_len, draft.size, self._max_chunk)

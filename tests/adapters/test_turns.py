@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from spec_rollout import ops
 from spec_rollout.acceptance import Coupled, Lenient
 from spec_rollout.adapters.draft_pool import Begun, DraftShard, Ended, common_prefix
 from spec_rollout.adapters.settings import ReuseSettings
@@ -238,7 +240,9 @@ def test_prompts_with_images_are_passed_by() -> None:
 
 
 def test_behaviour_log_probs_go_back_for_reused_tokens() -> None:
-    reuse, _ = make_reuse(drafts="actors", mode="lenient", behaviour_logprobs=True)
+    reuse, _ = make_reuse(
+        drafts="actors", mode="lenient", log_lenience=9.0, behaviour_logprobs=True
+    )
     roll(reuse, [1, 2, 3], replace(NAME, step=1), logprob=-1.0)
     second = roll(reuse, [1, 2, 9, 9], replace(NAME, step=2), logprob=-2.0)
     assert second.log_probs == [-1.0, -1.0, -2.0, -2.0]
@@ -249,11 +253,52 @@ def test_behaviour_log_probs_go_back_for_reused_tokens() -> None:
     assert said(turn).draft_logprobs.tolist() == [-3.0] * 4
 
 
+def test_what_is_rejected_and_drawn_again_is_not_reused() -> None:
+    """Between -1 and -60 no uniform number passes: the tokens are the draft's by chance."""
+    reuse, _ = make_reuse(drafts="actors", mode="lenient", behaviour_logprobs=True)
+    roll(reuse, [1, 2, 3], replace(NAME, step=1), logprob=-1.0)
+    turn = begin(reuse, replace(NAME, step=2))
+    again = Output([1, 2, 3, 4], [-1.0, -60.0, -1.0, -2.0])
+    output = end(reuse, turn, again, replace(NAME, step=2))
+    assert output.log_probs == [-1.0, -60.0, -1.0, -2.0]
+    assert [output.extra_fields[name] for name in COUNT_NAMES] == [3, 1, 1]
+    assert reuse.counters["reused_tokens"] == 1
+    # So it stays when the next one follows them.
+    turn = begin(reuse, replace(NAME, step=3))
+    output = end(reuse, turn, Output([1, 2, 3], [-0.5] * 3), replace(NAME, step=3))
+    assert output.log_probs == [-1.0, -60.0, -1.0]
+
+
+def test_what_is_kept_is_what_the_engine_keeps() -> None:
+    """Of the same key, places and log-probs the engine's own op decides alike."""
+    rng = np.random.default_rng(0)
+    ids = np.arange(30, dtype=np.int32)
+    kept_lens = set()
+    for key in range(50):
+        draft, now = np.minimum(rng.normal(-1.0, 0.3, (2, 30)), -0.01).astype(np.float32)
+        turn = KeyedTurn(key, Lenient(0.1), 3, ids, draft)
+        logits = torch.full((31, 40), -50.0)
+        logits[range(30), ids.tolist()] = torch.from_numpy(now)
+        logits[:30, 39] = torch.log1p(-torch.exp(torch.from_numpy(now)))  # the rest of 1
+        kept, _, _ = ops.verify_prefix(
+            logits,
+            torch.from_numpy(ids),
+            torch.tensor([0, 30]),
+            rule=turn.rule,
+            keys=torch.tensor([key]),
+            draft_logprobs=torch.from_numpy(draft),
+        )
+        target = ops.token_logprobs(logits[:30], torch.from_numpy(ids))
+        assert turn.kept_len(ids, target.numpy()) == int(kept)
+        kept_lens.add(int(kept))
+    assert len(kept_lens) > 3
+
+
 def test_a_shard_is_written_and_read(tmp_path: Path) -> None:
     path = str(tmp_path / "drafts" / "0.cache")
     shard = DraftShard(path=path)
     ids, logprobs = np.array([1, 2], np.int32), np.array([-1, -2], np.float32)
-    shard.end(b"k" * 16, 0, ids, logprobs, False, 1)
+    shard.end(b"k" * 16, 0, ids, logprobs, 0, 1)
     shard.save()
     begun = DraftShard(path=path).begin(b"k" * 16, 0, 2, 100)
     assert begun.token_ids.tolist() == [1, 2]
