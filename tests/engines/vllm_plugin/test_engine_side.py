@@ -386,6 +386,33 @@ def test_a_named_sample_is_never_drawn_twice_with_the_same_noise(make_llm: MakeL
     assert ask(epoch=1) != first
 
 
+def test_an_adapter_that_comes_anew_is_a_change_of_weights(make_llm: MakeLLM) -> None:
+    """As trainers of adapters send theirs, under one number; what vLLM does with it is left out."""
+    llm = make_llm('{"mode": "coupled"}')
+    prompt = prompts_of(1)[0]
+
+    def ask() -> list[int]:
+        sample = {"spec_rollout": {"sample": 5}}
+        return generate(llm, [prompt], temperature=1.0, extra_args=sample)[0]
+
+    def add_adapter(worker: Any) -> bool:
+        class Manager:
+            def add_adapter(self, request: Any) -> bool:
+                return True
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker.model_runner, "lora_manager", Manager(), raising=False)
+            return worker.add_lora(None)
+
+    first = ask()
+    before = info(llm)
+    assert llm.collective_rpc(add_adapter) == [True]
+    assert ask() == first
+    after = info(llm)
+    assert after["num_repeated"] == before["num_repeated"]
+    assert after["num_with_draft"] == before["num_with_draft"] + 1
+
+
 def test_lenient_reuses_by_its_rule(make_llm: MakeLLM, even_steps: None) -> None:
     llm = make_llm('{"mode": "lenient", "log_lenience": 20.0}')
     prompts = [prompt for prompt in prompts_of(3) for _ in range(2)]

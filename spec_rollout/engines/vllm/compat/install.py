@@ -15,6 +15,7 @@
   to cost what it costs without speculation.
 - `GPUModelRunner._update_states`, only where engines share rollouts: what a request generated is
   known to others once it is over, also where no request comes after it.
+- `GPUModelRunner.add_lora`: an adapter that comes anew is a change of weights.
 - `_support_torch_compile`: transformers' classes, which a trainer in this process has models of.
 - `EngineArgs.create_engine_config`, `WorkerBase.__init__`: engines on Model Runner V2 (`v2`), which
   construct no proposer that could install hooks.
@@ -67,7 +68,13 @@ def install_worker() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_model_runner
 
-    from spec_rollout.engines.vllm.compat import cpu_wheels, requests, sampling, shared_classes
+    from spec_rollout.engines.vllm.compat import (
+        cpu_wheels,
+        requests,
+        sampling,
+        shared_classes,
+        watching,
+    )
 
     replace(decorators, "_support_torch_compile", shared_classes.only_vllms)
     runner = gpu_model_runner.GPUModelRunner
@@ -75,6 +82,7 @@ def install_worker() -> None:
     replace(runner, "_prepare_inputs", sampling.plain_inputs)
     replace(runner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(runner, "take_draft_token_ids", sampling.drafts_if_any)
+    replace(runner, "add_lora", watching.watched_adapters(sampling.side_of))
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
     if current_platform.is_cpu():
         cpu_wheels.fix()

@@ -13,7 +13,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from spec_rollout.engines.vllm.admission import admit, response_limits
 from spec_rollout.engines.vllm.wire import SALT_ARG, ReuseRequest, SampleName
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
-from spec_rollout.engines.vllm.worker.engine_side import Arrival
+from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
 from spec_rollout.engines.vllm.worker.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.worker.masks import LogitMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
@@ -125,6 +125,13 @@ def few_indices(original: Callable) -> Callable:
         )
 
     return _calc_spec_decode_metadata
+
+
+def side_of(runner: Any) -> EngineSide | None:
+    """What decides about the requests that an engine serves by itself; None if it serves none."""
+    proposer = getattr(runner, "drafter", None)
+    live = proposer.live if isinstance(proposer, ChunkProposer) else None
+    return None if live is None else live.side
 
 
 def _rows(runner: Any, proposer: ChunkProposer) -> list[Row | None]:

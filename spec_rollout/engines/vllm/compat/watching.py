@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,28 @@ def attach_calls(calls: type) -> None:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     WorkerBase.__getattr__ = __getattr__
+
+
+def watched_adapters(side_of: Callable[[Any], EngineSide | None]) -> Callable[[Callable], Callable]:
+    """For `add_lora` of model runners: the weights of an adapter are weights.
+
+    A trainer of adapters sends its new ones under the number of the old ones, past the model's
+    `load_weights`. Without a word of it every sample would count as asked for twice, and none would
+    find its last rollout.
+
+    Args:
+        side_of: Of a model runner; None where its engine serves nothing by itself.
+    """
+
+    def watched(original: Callable) -> Callable:
+        def add_lora(self: Any, *args: Any, **kw: Any) -> Any:
+            if (side := side_of(self)) is not None:
+                side.weights_changed()
+            return original(self, *args, **kw)
+
+        return add_lora
+
+    return watched
 
 
 def watch_weights(model: Any, side: EngineSide) -> None:

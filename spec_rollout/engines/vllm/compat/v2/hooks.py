@@ -3,8 +3,8 @@
 - `init_speculator`: our speculator in the place of that of `ngram_gpu`.
 - `ModelState.custom_sampler`: our samplers, which take over the state of vLLM's own.
 - `GPUModelRunner.__init__`: synchronous scheduling is told how many tokens were proposed.
-- `GPUModelRunner.add_requests`, `load_model`: what requests are proposed from history depends on
-  their prompts; and which sample each is, on when the weights changed.
+- `GPUModelRunner.add_requests`, `load_model`, `add_lora`: what requests are proposed from history
+  depends on their prompts; and which sample each is, on when the weights changed.
 - `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
 - `GPUModelRunner.prepare_inputs`, `_set_active_loras`: adapters of the output head, row by row.
 
@@ -30,7 +30,12 @@ from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
 from spec_rollout.engines.vllm.compat.v2.sampler import samplers
 from spec_rollout.engines.vllm.compat.v2.speculator import ReuseSpeculator
 from spec_rollout.engines.vllm.compat.versions import replace
-from spec_rollout.engines.vllm.compat.watching import attach_calls, log, watch_weights
+from spec_rollout.engines.vllm.compat.watching import (
+    attach_calls,
+    log,
+    watch_weights,
+    watched_adapters,
+)
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.v2.lagged import LaggedProposals
@@ -52,6 +57,7 @@ def install_worker() -> None:
     replace(ModelState, "custom_sampler", _samplers)
     replace(runner, "__init__", _counting)
     replace(runner, "load_model", _watched)
+    replace(runner, "add_lora", watched_adapters(_side))
     replace(runner, "add_requests", _arriving)
     replace(runner, "_remove_request", _leaving)
     replace(runner, "finish_requests", _over)
@@ -137,6 +143,11 @@ def _counting(original: Callable) -> Callable:
 def _live(runner: Any) -> Any:
     table = table_of(runner)
     return None if table is None or table.proposals is None else table.proposals.live
+
+
+def _side(runner: Any) -> EngineSide | None:
+    live = _live(runner)
+    return None if live is None else live.side
 
 
 def _watched(original: Callable) -> Callable:
