@@ -258,8 +258,14 @@ class SpecRollout:
             trainer: The `GRPOTrainer`.
 
         Raises:
-            ValueError: if one does not begin as a row of the last turn.
+            ValueError: if one does not begin as a row of the last turn; with a server, which all
+                ranks ask at the same time.
         """
+        if _is_server(trainer):
+            raise ValueError(
+                "vllm_mode: expected colocate with next_turn, got server: take further turns from "
+                "trainer.vllm_generation there"
+            )
         user_keys = self._who_goes_on(prompt_ids)
         if not trainer.model.training:
             turn = self._evaluate(prompt_ids, user_keys)

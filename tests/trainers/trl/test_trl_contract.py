@@ -142,3 +142,11 @@ def test_logprobs_is_one_of_three() -> None:
         ValueError, match="logprobs: expected auto, current or behaviour, got 'old'"
     ):
         SpecRollout(logprobs="old")  # type: ignore[arg-type]
+
+
+def test_further_turns_of_a_server_are_refused_by_name() -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    trainer = SimpleNamespace(use_vllm=True, vllm_mode="server")
+    with pytest.raises(ValueError, match="vllm_mode: expected colocate with next_turn, got server"):
+        SpecRollout().next_turn([[1, 2]], trainer)
