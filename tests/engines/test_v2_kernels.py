@@ -332,3 +332,18 @@ def test_the_law_of_a_rule(rule: Any, generator: torch.Generator) -> None:
         law = q @ boosted
     assert_law(given.bincount(minlength=vocab), law.double() / law.double().sum())
     assert p_value(given.bincount(minlength=vocab), p.double() / p.double().sum()) < 1e-6
+
+
+def test_rules_of_a_schedule_are_forgotten_with_their_calls() -> None:
+    table = make_table()
+    add(table, 7, [5, 6], Lenient(9.0))  # of a request that goes on
+    for call in range(50):
+        table.begin(1, None, [], True)
+        add(table, 3, [5, 6], Lenient(call / 100))
+        rules = table.rules(np.array([3, 7]))
+        assert set(rules) == {Lenient(9.0), Lenient(call / 100)}
+        assert len(set(rules.values())) == 2
+        table.leave(3)
+        table.over(["r3"])
+        table.end()
+        assert list(table._rules) == [Lenient(9.0)]

@@ -288,13 +288,18 @@ class DraftTable:
         for held in [*self._held, *(held for held, _ in self._left.values())]:
             if held is not None:  # of an earlier call
                 held.collect_id = -1
+        # A schedule has another rule in every call.
+        used = set(self._rule_of.tolist())
+        self._rules = {rule: n for rule, n in self._rules.items() if n in used}
 
     def _put(self, slot: int, held: Held | None) -> None:
         self._held[slot] = held
         self._has_draft[slot] = held is not None and held.draft_len > 0
         rule = None if held is None else held.rule
         self._rule_of[slot] = (
-            0 if rule is None else self._rules.setdefault(rule, len(self._rules) + 1)
+            0
+            if rule is None
+            else self._rules.setdefault(rule, max(self._rules.values(), default=0) + 1)
         )
 
     def _claim(self, collect_id: int) -> int:
