@@ -172,6 +172,16 @@ def test_unnamed_requests_draw_fresh_noise_and_share_their_prompts_history() -> 
     assert replica.admit(_arrival()).request.key != a.request.key
 
 
+def test_engines_without_a_seed_draw_the_samples_of_a_group_with_noise_of_their_own() -> None:
+    """Two servers with vLLM's default seed, which are sent the samples of a prompt in turn."""
+    options = EngineOptions(mode="drafting")
+    sides = [EngineSide(options, engine_seed=0, replica=0, salt=salt) for salt in (3, 4)]
+    assert len({sides[i % 2].admit(_arrival()).request.key for i in range(8)}) == 8
+    # What says its noise itself draws it anywhere.
+    for values in ({"seed": 5}, {"seed": 6}):
+        assert len({side.admit(_arrival(**values)).request.key for side in sides}) == 1
+
+
 def test_greedy_requests_follow_the_last_greedy_rollout() -> None:
     past = np.array([4, 5], np.int32), np.array([0.0, np.nan], np.float32)
     asked: list[int] = []

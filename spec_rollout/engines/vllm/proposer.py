@@ -57,6 +57,7 @@ class ReuseProposer(ChunkProposer):
                 engine_options,
                 engine_seed=vllm_config.model_config.seed or 0,
                 replica=vllm_config.parallel_config.data_parallel_rank,
+                salt=compat.noise_salt(vllm_config),
                 logprobs_mode=vllm_config.model_config.logprobs_mode,
             )
             sharing = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,23 @@ def test_the_variable_is_all_it_takes(make_llm: MakeLLM) -> None:
     assert config.speculative_config.num_speculative_tokens == 15
     assert config.additional_config["spec_rollout"] == {"mode": "drafting"}
     assert make_llm("off").llm_engine.vllm_config.speculative_config is None
+
+
+def test_a_server_without_a_seed_has_noise_of_its_own(model_dir: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from spec_rollout.engines.vllm.compat import noise_salt
+
+    def salt(seed: int, context: UsageContext = UsageContext.OPENAI_API_SERVER) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPEC_ROLLOUT", "drafting")
+            args = {**LLM_ARGS, "skip_tokenizer_init": True, "seed": seed}
+            config = EngineArgs(str(model_dir), **args).create_engine_config(context)
+        return noise_salt(pickle.loads(pickle.dumps(config)))  # as workers get it
+
+    assert len({salt(0), salt(0), salt(0, UsageContext.ENGINE_CONTEXT), 0}) == 4
+    assert salt(7) == salt(0, UsageContext.LLM_CLASS) == 0
 
 
 def test_greedy_tokens_are_stocks_in_fewer_steps(make_llm: MakeLLM, even_steps: None) -> None:

@@ -26,7 +26,13 @@ Importing this package does not import vLLM; calling its functions does.
 
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
 from spec_rollout.engines.vllm.compat.death import tell_of_death
-from spec_rollout.engines.vllm.compat.identity import PROPOSER, WORKER, check_plugged, is_ours
+from spec_rollout.engines.vllm.compat.identity import (
+    PROPOSER,
+    WORKER,
+    check_plugged,
+    is_ours,
+    noise_salt,
+)
 from spec_rollout.engines.vllm.compat.install import (
     install,
     install_sharing,
@@ -93,6 +99,7 @@ __all__ = [
     "log",
     "model_limits",
     "new_llm",
+    "noise_salt",
     "packed_logprobs",
     "plugin",
     "proposer_of",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import secrets
 from typing import Any
 
 from spec_rollout.engines.vllm.options import MODEL_RUNNER, PROPOSER, SECTION, V2_METHOD
 
+_SALT = "_spec_rollout_salt"
 WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
 
 
@@ -28,6 +30,29 @@ def is_v2(vllm_config: Any) -> bool:
         and speculative.method == V2_METHOD
         and section.get(MODEL_RUNNER) == "v2"
     )
+
+
+def mark_noise(vllm_config: Any, usage_context: Any) -> None:
+    """Gives a server without a seed noise of its own (`noise_salt`), where it is set up.
+
+    An engine of `LLM` gets none: it repeats itself from run to run, as without us. Nor one whose
+    ranks are set up each by itself: those of a replica have to draw alike.
+
+    Args:
+        usage_context: vLLM's; what the engine is set up for.
+    """
+    is_offline = usage_context is None or usage_context.name == "LLM_CLASS"
+    parallel = vllm_config.parallel_config
+    are_alone = parallel.distributed_executor_backend == "external_launcher"
+    are_alone = are_alone or getattr(parallel, "nnodes", 1) > 1
+    if not (is_offline or are_alone or vllm_config.model_config.seed):
+        # Past the dataclass, whose fields are vLLM's; workers get it with the config.
+        object.__setattr__(vllm_config, _SALT, secrets.randbits(63))
+
+
+def noise_salt(vllm_config: Any) -> int:
+    """What tells a server from others with vLLM's default seed; 0 where it was given one."""
+    return getattr(vllm_config, _SALT, 0)
 
 
 def check_plugged(llm: Any) -> None:

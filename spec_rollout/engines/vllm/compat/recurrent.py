@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spec_rollout.engines.vllm.compat.identity import is_ours
+from spec_rollout.engines.vllm.compat.identity import is_ours, mark_noise
 
 
 def check_state(model_config: Any) -> None:
@@ -40,6 +40,12 @@ def checked_config(original: Callable) -> Callable:
         config = original(self, *args, **kwargs)
         if is_ours(config.speculative_config):
             check_state(config.model_config)
+            mark_noise(config, _context(*args, **kwargs))
         return config
 
     return create_engine_config
+
+
+def _context(usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Of the arguments of `create_engine_config`: what the engine is for."""
+    return usage_context

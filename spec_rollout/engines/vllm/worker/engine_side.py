@@ -87,6 +87,9 @@ class EngineSide:
         options: Of the engine.
         engine_seed: vLLM's seed. Workers of one replica that share requests have the same.
         replica: Number of the data-parallel replica.
+        salt: Of the noise of requests without a seed, where nobody gave the engine one: engines
+            with the same seed count requests alike, so a group that is spread over them would be
+            drawn with the same noise several times.
         logprobs_mode: What log-probs vLLM is to return.
         on_v2: vLLM's Model Runner V2 draws, which can do more beside proposals.
         recall: Group and tag -> the last rollout, as token ids [len], int32, and log-probs
@@ -104,6 +107,7 @@ class EngineSide:
         *,
         engine_seed: int,
         replica: int,
+        salt: int = 0,
         logprobs_mode: str = "raw_logprobs",
         on_v2: bool = False,
         recall: Recall | None = None,
@@ -112,6 +116,7 @@ class EngineSide:
         self.recall = recall
         self._seed = engine_seed
         self._replica = replica
+        self._salt = salt
         self._logprobs_mode = logprobs_mode
         self._on_v2 = on_v2
         self._num_fresh = 0
@@ -208,7 +213,7 @@ class EngineSide:
 
     def _fresh_key(self, group: bytes) -> int:
         self._num_fresh += 1
-        return _key(self._seed, _FRESH, self._replica, group, self._num_fresh)
+        return _key(self._seed ^ self._salt, _FRESH, self._replica, group, self._num_fresh)
 
 
 def _key(seed: int, kind: int, epoch: int, group: bytes, number: int) -> int:
