@@ -8,8 +8,10 @@ rejects tokens that the very same policy drew.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +45,34 @@ class Rounding:
     def tolerance(self) -> float:
         """What `tolerance="auto"` is: the quantile `AUTO_QUANTILE`."""
         return dict(self.quantiles)[AUTO_QUANTILE]
+
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes it of again, of JSON's kinds."""
+        return {**asdict(self), "quantiles": [list(pair) for pair in self.quantiles]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Rounding:
+        """What `state` gave.
+
+        Raises:
+            ValueError: if it did not give that.
+        """
+        try:
+            quantiles = tuple((float(share), float(nats)) for share, nats in state["quantiles"])
+            mean, largest = float(state["mean"]), float(state["largest"])
+            numbers = [mean, largest, *(number for pair in quantiles for number in pair)]
+            count = state["num_tokens"]
+            ok = type(count) is int and count > 0 and AUTO_QUANTILE in dict(quantiles)
+            if state.keys() != {"num_tokens", "mean", "largest", "quantiles"} or not ok:
+                raise ValueError
+            if not all(math.isfinite(number) and number >= 0 for number in numbers):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                "expected num_tokens, mean, largest and quantiles of a measured rounding, got "
+                f"{state!r:.200}"
+            ) from None
+        return cls(count, mean, largest, quantiles)
 
     def __str__(self) -> str:
         shares = ", ".join(f"{share:.1%} below {value:.2g}" for share, value in self.quantiles)

@@ -92,6 +92,11 @@ class Components:
     total_steps: int
     notes: tuple[str, ...]
 
+    def rounding_state(self) -> dict[str, Any]:
+        """See `TrainState.rounding`."""
+        rounding = self.session.rounding
+        return {} if rounding is None else {_engine_name(self.config, self.policy): rounding.state()}
+
 
 def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     """Loads and checks everything; writes nothing.
@@ -211,6 +216,8 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         fresh_share=config.rollout.fresh_share,
         max_age=config.rollout.max_age,
     )
+    if state is not None:
+        session.rounding = state.rounding_of(_engine_name(config, policy))
     lenience = None
     if config.rollout.lenience_budget is not None:
         lenience = LenienceController(config.rollout)
@@ -257,6 +264,14 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,
     )
+
+
+def _engine_name(config: RunConfig, policy: Policy) -> str:
+    """What rounding depends on, but for the machine."""
+    dtype, device = config.model.dtype, next(policy.model.parameters()).device.type
+    if config.rollout.engine == "vllm":
+        dtype = config.vllm.dtype or dtype
+    return f"{config.rollout.engine}, {dtype}, {device}"
 
 
 def _seed_everything(seed: int) -> None:

@@ -83,6 +83,7 @@ class CheckpointKeeper:
                 step=step,
                 pending_row=pending_row,
                 lenience={} if parts.lenience is None else parts.lenience.state(),
+                rounding=parts.rounding_state(),
             ),
             model=parts.policy.model,
             tokenizer=parts.policy.tokenizer,

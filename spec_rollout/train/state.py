@@ -10,9 +10,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT_VERSION = 4
-# Format 3 knows no budget of lenience.
-_ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {3: {"lenience": {}}, FORMAT_VERSION: {}}
+from spec_rollout.rounding import Rounding
+
+FORMAT_VERSION = 5
+# Format 3 knows no budget of lenience, 4 no measured rounding.
+_ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {
+    3: {"lenience": {}, "rounding": {}},
+    4: {"rounding": {}},
+    FORMAT_VERSION: {},
+}
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})(-unevaluated)?")
 _LARGEST_STEP = 10**9
@@ -35,6 +41,7 @@ class TrainState:
         heldout_fingerprint: Of the held-out prompts; empty if there are none.
         order: Settings that say which rows a step sees, by key of the config.
         lenience: Of the controller that holds a budget (`lenience`); empty without one.
+        rounding: Of the engine, by what the engine is (`rounding_of`); empty until it is measured.
     """
 
     step: int
@@ -44,6 +51,16 @@ class TrainState:
     heldout_fingerprint: str = ""
     order: Mapping[str, int | bool] = field(default_factory=dict)
     lenience: Mapping[str, float] = field(default_factory=dict)
+    rounding: Mapping[str, Any] = field(default_factory=dict)
+
+    def rounding_of(self, engine: str) -> Rounding | None:
+        """What was measured of that engine; None if it was another, or nothing was.
+
+        Args:
+            engine: Names all that its rounding depends on.
+        """
+        found = self.rounding.get(engine)
+        return None if found is None else Rounding.of_state(found)
 
     @property
     def last_recorded(self) -> int:
@@ -112,6 +129,13 @@ def load_state(folder: Path) -> TrainState:
         "lenience: log_lenience and estimate, finite numbers, or nothing",
         lenience,
     )
+    rounding = content["rounding"]
+    require(isinstance(rounding, dict), "rounding: an object", rounding)
+    for measured in rounding.values():
+        try:
+            Rounding.of_state(measured)
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path}: rounding: {error}") from None
     require(row is None or isinstance(row, dict), "pending_row: an object or null", row)
     if row is not None:
         require(row.get("step") == step, f"pending_row: of step {step}", row.get("step"))

@@ -144,3 +144,22 @@ def test_a_schedule_is_logged_too(make_config, tmp_path) -> None:
     run(config)
     logged = [row["log_lenience"] for row in read_rows(tmp_path / "a")]
     assert logged == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path) -> None:
+    def config(name: str, **train):
+        return make_config(
+            rollout={"rule": "coupled", "tolerance": "auto", "batch_invariant": False},
+            train={"epochs": 4, **train},
+            eval={"num_train_prompts": 0},
+            log={"run_dir": str(tmp_path / name)},
+        )
+
+    run(config("whole"))
+    run(config("part", max_steps=5))
+    resume(tmp_path / "part", ["train.max_steps=none"])
+    whole, part = (without_seconds(read_rows(tmp_path / name)) for name in ("whole", "part"))
+    assert whole == part
+    measured = [row["rounding_largest"] for row in whole if "rounding_largest" in row]
+    assert len(set(measured)) == 1 and measured[0] > 0

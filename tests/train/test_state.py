@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from spec_rollout.rounding import Rounding
 from spec_rollout.train.state import CheckpointError, TrainState, load_state
 
 STATE = TrainState(
     4, "ab12", None, "cd34", "ef56", {"train.seed": 7, "data.shuffle": True, "train.epochs": 3}
 )
+ROUNDING = Rounding(100, 0.01, 0.3, ((0.5, 0.004), (0.99, 0.1)))
 PENDING = {"step": 4, "epoch": 1, "reward": 0.5, "reward_text": None}
 
 
@@ -36,6 +38,7 @@ def write(folder: Path, state: TrainState, **changes: Any) -> Path:
         TrainState(4, "ab12", PENDING),
         TrainState(4, "ab12", lenience={"log_lenience": 0.5}),
         TrainState(4, "ab12", lenience={"log_lenience": -0.25, "estimate": 0.003}),
+        TrainState(4, "ab12", rounding={"vllm, bfloat16, cuda": ROUNDING.state()}),
         TrainState(0, "", {"step": 0, "epoch": 0}),
         TrainState(123_456_789, "x"),
         TrainState(1_000_000_000, "x"),
@@ -45,9 +48,16 @@ def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
     assert load_state(write(tmp_path / state.folder_name, state)) == state
 
 
-def test_a_state_of_format_3_is_read(tmp_path: Path) -> None:
-    folder = write(tmp_path / STATE.folder_name, STATE, format_version=3, lenience=...)
+@pytest.mark.parametrize("absent", [{"format_version": 3, "lenience": ...}, {"format_version": 4}])
+def test_a_state_of_an_earlier_format_is_read(tmp_path: Path, absent: dict[str, Any]) -> None:
+    folder = write(tmp_path / STATE.folder_name, STATE, rounding=..., **absent)
     assert load_state(folder) == STATE
+
+
+def test_rounding_is_that_of_the_engine_it_was_measured_on() -> None:
+    state = TrainState(4, "ab12", rounding={"vllm, bfloat16, cuda": ROUNDING.state()})
+    assert state.rounding_of("vllm, bfloat16, cuda") == ROUNDING
+    assert state.rounding_of("vllm, float32, cuda") is None
 
 
 @pytest.mark.parametrize(
@@ -63,12 +73,16 @@ def test_a_state_of_format_3_is_read(tmp_path: Path) -> None:
         ({"step": 9}, r"expected the state of step-00000004, got that of step-00000009"),
         ({"step": ...}, r"expected the keys step, data_fingerprint"),
         ({"extra": 1}, r"expected the keys step, data_fingerprint"),
-        ({"format_version": 2}, r"expected format_version 3 or 4, got 2"),
-        ({"format_version": 4.0}, r"expected format_version 3 or 4, got 4\.0"),
-        ({"format_version": ...}, r"expected format_version 3 or 4, got None"),
+        ({"format_version": 2}, r"expected format_version 3 or 4 or 5, got 2"),
+        ({"format_version": 4.0}, r"expected format_version 3 or 4 or 5, got 4\.0"),
+        ({"format_version": ...}, r"expected format_version 3 or 4 or 5, got None"),
         ({"lenience": []}, r"expected lenience: log_lenience and estimate"),
         ({"lenience": {"estimate": 1.0}}, r"expected lenience: .*, got \{'estimate': 1\.0\}"),
         ({"lenience": {"log_lenience": "0.5"}}, r"expected lenience: "),
+        ({"rounding": []}, r"expected rounding: an object, got \[\]"),
+        ({"rounding": {"vllm": 3}}, r"rounding: expected num_tokens, mean, .*, got 3"),
+        ({"rounding": {"vllm": {**ROUNDING.state(), "mean": -1.0}}}, r"rounding: expected num_"),
+        ({"rounding": {"vllm": {**ROUNDING.state(), "quantiles": [[0.5, 0.1]]}}}, r"rounding: exp"),
         ({"data_fingerprint": None}, r"expected data_fingerprint: a string, got None"),
         ({"heldout_fingerprint": 3}, r"expected heldout_fingerprint: a string, got 3"),
         ({"order": []}, r"expected order: integers and truth values by key, got \[\]"),
