@@ -73,9 +73,10 @@ class TransformersEngine:
             takes (`lengths.row_limit`).
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in
             the batch and on how the row was cut into forwards: with `Coupled`, tokens and log-probs
-            with a cache are then those without. None: yes for float32 on CPU where the model's
-            attention allows it, which is also the faster way (benchmarks/bench_engine.py);
-            elsewhere it cannot be had. See `batch_invariance_error`.
+            with a cache are then those without. None: yes on CPU where the model's attention allows
+            it, in float32, which is also the faster way (benchmarks/bench_engine.py), and in
+            bfloat16 where the machine's matrix products allow it; elsewhere it cannot be had. See
+            `batch_invariance_error`.
         check_model: Hold one small ragged batch to a plain forward of each row alone, and refuse
             a model that differs (`row_check`). Done once per architecture and process.
 
