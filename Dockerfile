@@ -1,7 +1,7 @@
 # docker build -t spec-rollout . && docker run --gpus all -it --shm-size 16g spec-rollout
 #
 # vLLM's image has torch, CUDA and vLLM; this adds the package with its CUDA kernels, the trainer and LoRA. ARCH: compute
-# capabilities of your GPUs. Not built yet: no docker on the machines where this was written.
+# capabilities of your GPUs. Not built yet.
 ARG VLLM=v0.26.0
 FROM vllm/vllm-openai:${VLLM}
 ARG ARCH="8.0;9.0;10.0"
