@@ -5,9 +5,9 @@
 A release of vLLM is on PyPI weeks before anybody's build of it for CPUs. What this package hooks
 into is Python, so that its tests can be run on the new Python code at once: in a copy of the
 environment (of hard links) vLLM's files are replaced by those of the release's wheel, but for the
-compiled ones. Where the new code calls operators that the old libraries lack, or packages newer than
-those that are installed, it fails there as nothing else would tell; what passes, passes on the
-hooks as they will be. `make test-vllm-next` runs the tests of the plugin so.
+compiled ones. A test that needs an operator or a package which only the new release brings fails;
+one that passes has seen the hooks as they will be. `make test-vllm-next` runs the plugin's tests
+so.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ class Components:
     def rounding_state(self) -> dict[str, Any]:
         """See `TrainState.rounding`."""
         rounding = self.session.rounding
-        return {} if rounding is None else {_engine_name(self.config, self.policy): rounding.state()}
+        if rounding is None:
+            return {}
+        return {_engine_name(self.config, self.policy): rounding.state()}
 
 
 def build(config: RunConfig, checkpoint: Path | None = None) -> Components:

@@ -150,6 +150,7 @@ def test_a_schedule_is_logged_too(make_config, tmp_path) -> None:
 def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path) -> None:
     def config(name: str, **train):
         return make_config(
+            model={"dtype": "bfloat16"},
             rollout={"rule": "coupled", "tolerance": "auto", "batch_invariant": False},
             train={"epochs": 4, **train},
             eval={"num_train_prompts": 0},
@@ -162,4 +163,5 @@ def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path) -> 
     whole, part = (without_seconds(read_rows(tmp_path / name)) for name in ("whole", "part"))
     assert whole == part
     measured = [row["rounding_largest"] for row in whole if "rounding_largest" in row]
-    assert len(set(measured)) == 1 and measured[0] > 0
+    assert len(set(measured)) == 1
+    assert measured[0] > 0

@@ -1,8 +1,8 @@
 """Adapters of the output head, where a request has several rows of logits.
 
-vLLM's `LoraState.make_lora_inputs` names one adapter a request for the head, as if each had one row;
-a request with draft tokens has one more than it has drafts. The rows after the first request's own
-would go through the head without their adapter, or through another request's.
+vLLM's `LoraState.make_lora_inputs` names one adapter a request for the head, as if each had one
+row; a request with draft tokens has one more than it has of them. From the second row of the first
+request on, rows would go through the head without their adapter, or through another request's.
 """
 
 from __future__ import annotations
