@@ -188,7 +188,7 @@ def test_what_a_killed_process_had_begun_is_given_up(
             held.put(*packed_groups(groups), None)
         with pytest.raises(StoreError, match="got one that was given up"):
             held.page("of one that was killed")
-        with pytest.raises(StoreError, match="expected 2 groups .* got 0"):
+        with pytest.raises(StoreError, match=r"expected 2 groups .* got 0"):
             held.commit("of another", 2, None)
         assert store.file_bytes() < 12 << 20
 

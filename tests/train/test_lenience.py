@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 from whole_runs import assert_same_weights, final_weights, read_rows, without_seconds
 
+from spec_rollout import rollout
 from spec_rollout.config.rollouts import RolloutConfig
 from spec_rollout.counters import RolloutStats
+from spec_rollout.rounding import Rounding
 from spec_rollout.train.lenience import LenienceController
 from spec_rollout.train.trainer import resume, run
 
@@ -146,22 +149,18 @@ def test_a_schedule_is_logged_too(make_config, tmp_path) -> None:
     assert logged == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path) -> None:
-    def config(name: str, **train):
-        return make_config(
-            model={"dtype": "bfloat16"},
-            rollout={"rule": "coupled", "tolerance": "auto", "batch_invariant": False},
-            train={"epochs": 4, **train},
-            eval={"num_train_prompts": 0},
-            log={"run_dir": str(tmp_path / name)},
-        )
-
-    run(config("whole"))
-    run(config("part", max_steps=5))
-    resume(tmp_path / "part", ["train.max_steps=none"])
-    whole, part = (without_seconds(read_rows(tmp_path / name)) for name in ("whole", "part"))
-    assert whole == part
-    measured = [row["rounding_largest"] for row in whole if "rounding_largest" in row]
-    assert len(set(measured)) == 1
-    assert measured[0] > 0
+def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path, monkeypatch) -> None:
+    """Here every measurement gives another."""
+    measured = (Rounding(9, 0.01, 0.1 * n, ((0.99, 0.01 * n),)) for n in itertools.count(1))
+    monkeypatch.setattr(rollout, "measure_rounding", lambda *_, **__: next(measured))
+    config = make_config(
+        rollout={"rule": "coupled", "tolerance": "auto"},
+        train={"epochs": 4, "max_steps": 5},
+        eval={"num_train_prompts": 0},
+        log={"run_dir": str(tmp_path / "run")},
+    )
+    run(config)
+    resume(tmp_path / "run", ["train.max_steps=none"])
+    rows = read_rows(tmp_path / "run")
+    assert [row.get("tolerance") for row in rows] == [None] * 3 + [0.01] * 6
+    assert {row.get("rounding_largest") for row in rows} == {None, 0.1}
