@@ -162,5 +162,5 @@ def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path, mon
     run(config)
     resume(tmp_path / "run", ["train.max_steps=none"])
     rows = read_rows(tmp_path / "run")
-    assert [row.get("tolerance") for row in rows] == [None] * 3 + [0.01] * 6
+    assert [row.get("tolerance") for row in rows] == [None] * 2 + [0.01] * 6
     assert {row.get("rounding_largest") for row in rows} == {None, 0.1}
