@@ -10,8 +10,9 @@ kept in `--folder`, made the first time.
 
 For each engine and dtype a process of its own generates what `real_rollouts` lists: in an epoch
 where only siblings can help, and in a later one. Everything is in the seconds: lookup,
-verification, storing. Responses differ from rule to rule, so seconds are compared per token with
-those of stock vLLM (the embedded engine's own plain generation). Sizes are gone through in
+verification, storing. What reuses is compared with the same engine where it reuses nothing, under
+the same noise: with lossless rules these are the same texts, with others seconds are compared per
+token. That engine itself is compared with stock vLLM, per token, for the texts differ. Sizes are gone through in
 `--repeats` rounds, the largest first, and no round begins that `--budget` would not let end;
 results are written after every rollout. `step` is the speed-up of a training step: of generating
 and of the update of the same tokens, whose seconds are those of the training above.
@@ -39,7 +40,7 @@ import real_entropy
 from _common import ROOT, Results, Timing, copy_bandwidth, vllm_environment, write_json
 from real_options import checked, options_of, policies_of
 from real_policies import Policies, Training
-from real_rollouts import ORDERS
+from real_rollouts import BASES, ORDERS
 
 Answer = dict[str, Any]
 Setting = tuple[str, str, int, str, str]  # engine, dtype, requests, phase, contender
@@ -70,10 +71,12 @@ def rows_of(answers: Sequence[Answer], update_seconds: float) -> list[dict[str, 
     rows = []
     for setting, rounds in by_setting.items():
         engine, dtype, requests, phase, contender = setting
-        stock = by_setting.get((engine, dtype, requests, "later", "stock"))
-        if engine == "embedded":
-            stock = by_setting.get((engine, dtype, requests, phase, "none"))
-        pairs = [(rounds[r], stock[r]) for r in rounds if stock and r in stock]
+        base = BASES.get(contender)
+        if base is None and engine == "vllm" and contender not in ORDERS:
+            base = "stock"
+        at = "later" if base == "stock" else phase
+        theirs = by_setting.get((engine, dtype, requests, at, base)) if base else None
+        pairs = [(rounds[r], theirs[r]) for r in rounds if theirs and r in theirs]
         each = list(rounds.values())
         p20, p50, p80 = np.percentile([one["seconds"] for one in each], [20, 50, 80]).tolist()
         tokens = sum(one["num_response_tokens"] for one in each)
@@ -87,15 +90,16 @@ def rows_of(answers: Sequence[Answer], update_seconds: float) -> list[dict[str, 
             **{k: float(np.mean([one[k] for one in each])) for k in _MEANS if k in each[0]},
         }
         if pairs:
-            ours, theirs = (
+            mine, base_seconds = (
                 np.array([_per_token(one) for one in side]) for side in zip(*pairs, strict=True)
             )
-            row["over_stock"] = float(np.median(theirs / ours))
-            row["step_over_stock"] = float(
-                np.median((theirs + update_seconds) / (ours + update_seconds))
+            row["base"] = base
+            row["over_base"] = float(np.median(base_seconds / mine))
+            row["step_over_base"] = float(
+                np.median((base_seconds + update_seconds) / (mine + update_seconds))
             )
             longest = [a["max_row_steps"] / max(1, b["max_row_steps"]) for a, b in pairs]
-            row["longest_over_stock"] = float(np.mean(longest))
+            row["longest_over_base"] = float(np.mean(longest))
         rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 
@@ -105,7 +109,7 @@ def _per_token(answer: Answer) -> float:
 
 
 def crossovers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Up to how many requests each contender is faster than stock.
+    """Up to how many requests each contender is faster than the engine that reuses nothing.
 
     `at` is where the speed-up is 1, on a straight line over the logarithm of the number; None where
     it is on one side at all sizes.
@@ -114,13 +118,13 @@ def crossovers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = dict.fromkeys(
         tuple(row[k] for k in ("engine", "dtype", "phase", "contender"))
         for row in rows
-        if "over_stock" in row and row["contender"] not in ("none", "stock", *ORDERS)
+        if "over_base" in row and row["contender"] in BASES
     )
     for name in names:
         points = sorted(
-            (row["requests"], row["over_stock"])
+            (row["requests"], row["over_base"])
             for row in rows
-            if "over_stock" in row  # else what it is compared with is still to come
+            if "over_base" in row  # else what it is compared with is still to come
             and tuple(row[k] for k in ("engine", "dtype", "phase", "contender")) == name
         )
         at, text = None, "pays at all sizes" if points[0][1] > 1 else "pays at no size"

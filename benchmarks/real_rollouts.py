@@ -4,12 +4,14 @@ took, a line of JSON each, as it goes.
 A round has two phases. In `first` the policy is the one at the epoch's start and nothing is cached:
 `none` and `drafting`, which can propose from siblings only. In `later` the policy is the one at
 the epoch's end, and what `none` generated in the first phase is cached (untimed): all contenders.
-The order rotates from round to round.
+The order rotates from round to round. `BASES` says which contender generates the same requests with
+the same noise and reuses nothing: where the rule is lossless, the same texts.
 
 | contender | rule | drafting |
 |---|---|---|
 | stock | vLLM without the plugin, by its own sampler; in the phase `later` | |
 | none | NoReuse | no |
+| same noise | NoReuse, with the noise of the phase before, which `Coupled` keeps | no |
 | drafting | NoReuse | yes |
 | coupled | Coupled | no |
 | lenient 0, lenient 0.5 | Lenient | no |
@@ -42,11 +44,19 @@ from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
 RULES: Mapping[str, tuple[AcceptanceRule, bool]] = {
     "none": (NoReuse(), False),
+    "same noise": (Coupled(), False),  # with nothing cached
     "drafting": (NoReuse(), True),
     "coupled": (Coupled(), False),
     "lenient 0": (Lenient(0.0), False),
     "lenient 0.5": (Lenient(0.5), False),
     "both": (Coupled(), True),
+}
+BASES = {
+    "drafting": "none",
+    "coupled": "same noise",
+    "lenient 0": "none",
+    "lenient 0.5": "none",
+    "both": "same noise",
 }
 CHUNK = 64  # draft tokens that a step of vLLM verifies at most
 ORDERS = ("as they come", "longest first")
@@ -248,7 +258,7 @@ def _round(
     def session(contender: str) -> RolloutSession:
         rule, drafting = RULES["both" if contender in ORDERS else contender]
         cache = RolloutCache()
-        if cached is not None:
+        if cached is not None and contender != "same noise":
             cache.store(keys, sample_ids, cached)
         return RolloutSession(served.engine, rule, cache=cache, drafting=drafting, seed=0)
 

@@ -32,7 +32,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
     rows = {(r["requests"], r["phase"], r["contender"]): r for r in content["rows"]}
-    rules = ["none", "drafting", "coupled", "lenient 0", "lenient 0.5", "both"]
+    rules = ["none", "drafting", "same noise", "coupled", "lenient 0", "lenient 0.5", "both"]
     orders = ["as they come", "longest first"]
     assert set(rows) == {
         *((n, "first", name) for n in (4, 16) for name in rules[:2]),
@@ -41,8 +41,18 @@ def test_every_rule_is_measured_at_every_size(content: dict[str, Any]) -> None:
     }
     for n in (4, 16):
         assert rows[n, "later", "none"]["reused"] == rows[n, "first", "none"]["reused"] == 0
-        assert rows[n, "later", "none"]["over_stock"] == 1
-        # The same noise: proposals change steps, never tokens; nor does the order.
+        assert "over_base" not in rows[n, "later", "none"]  # there is no stock
+        # The same noise: reuse and proposals change steps, never tokens; nor does the order.
+        for phase, name, base in (
+            ("first", "drafting", "none"),
+            ("later", "drafting", "none"),
+            ("later", "coupled", "same noise"),
+            ("later", "both", "same noise"),
+        ):
+            assert rows[n, phase, name]["base"] == base
+            for key in ("num_response_tokens", "longest_response"):
+                assert rows[n, phase, name][key] == rows[n, phase, base][key]
+        assert rows[n, "later", "lenient 0.5"]["base"] == "none"
         for key in ("num_response_tokens", "reused", "longest_response"):
             assert rows[n, "later", "both"][key] == rows[n, "later", "coupled"][key]
             assert rows[16, "later", orders[0]][key] == rows[16, "later", orders[1]][key]
@@ -76,8 +86,8 @@ def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
     assert "| embedded | float32 | 16 in 4 slots | longest first | " in text
     summary = real_summary_table(content).splitlines()
     assert summary[0] == "|  | reused, 16 | float32, 4 / 16 requests | step, float32 |"
-    assert len(summary) == 2 + 5 + 2
-    assert summary[2].startswith("| first epoch, drafting | 0% | ")
+    assert len(summary) == 2 + 6 + 2
+    assert summary[3].startswith("| first epoch, drafting | 0% | ")
 
 
 def test_where_it_stops_paying() -> None:
@@ -85,7 +95,7 @@ def test_where_it_stops_paying() -> None:
         base = {"engine": "vllm", "dtype": "float32", "phase": "later", "contender": "both"}
         sizes = (4, 16, 64)
         pairs = zip(sizes, speeds, strict=True)
-        return [{**base, "requests": size, "over_stock": speed} for size, speed in pairs]
+        return [{**base, "requests": size, "over_base": speed} for size, speed in pairs]
 
     def said(*speeds: float) -> tuple[float | None, str]:
         (one,) = bench_real.crossovers(rows(*speeds))

@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 _ENGINES = {"vllm": "vLLM", "embedded": "embedded"}
 _ORDERS = ("as they come", "longest first")
 _SUMMARY = {
+    ("later", "none"): "plugin, nothing reused / stock",
     ("first", "drafting"): "first epoch, drafting",
     ("later", "drafting"): "later epochs, drafting",
     ("later", "coupled"): "`Coupled()`",
@@ -28,10 +29,6 @@ def _values(rows: Sequence[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def _speed(row: Row | None, key: str = "over_stock") -> str:
-    return "" if row is None or key not in row else speedup(row[key])
-
-
 def real_table(content: Mapping[str, Any]) -> str:
     """Every size, what reuse gave at the largest, orders, crossovers, and guesses by entropy."""
     rows = content["rows"]
@@ -39,7 +36,9 @@ def real_table(content: Mapping[str, Any]) -> str:
     about = (
         f"Questions: {content['data']}. Temperature {content['temperature']}, responses of at most "
         f"{content['max_tokens']} tokens; an epoch of {training['updates']} updates between the "
-        "policies. In each cell: speed-up of rollouts, everything counted, and of a training step."
+        "policies. In each cell: speed-up of rollouts, everything counted, and of a training step, "
+        "over the same engine that reuses nothing, with the same noise; `none` and `same noise`, "
+        "which reuse nothing, over stock vLLM."
     )
     parts = [about]
     if content.get("entropy"):
@@ -84,8 +83,8 @@ def _speeds(rows: Sequence[Row]) -> str:
                     for p, name in columns
                 ]
                 cells = [
-                    f"{_speed(row)}, {row['step_over_stock']:.3g}x"
-                    if row is not None and "over_stock" in row
+                    f"{speedup(row['over_base'])}, {row['step_over_base']:.3g}x"
+                    if row is not None and "over_base" in row
                     else ""
                     for row in here
                 ]
@@ -165,7 +164,7 @@ def _guesses(found: Mapping[str, Any]) -> str:
     )
 
 
-def _speeds_at(rows: Iterable[Row | None], key: str = "over_stock") -> str:
+def _speeds_at(rows: Iterable[Row | None], key: str = "over_base") -> str:
     return ", ".join("-" if row is None or key not in row else f"{row[key]:.2f}" for row in rows)
 
 
@@ -189,7 +188,7 @@ def real_summary_table(content: Mapping[str, Any]) -> str:
                 label,
                 ", ".join("-" if row is None else f"{row['reused']:.0%}" for row in largest),
                 *(_speeds_at(at[dtype, size] for size in sizes) for dtype in dtypes),
-                _speeds_at((at[dtypes[-1], size] for size in sizes), "step_over_stock"),
+                _speeds_at((at[dtypes[-1], size] for size in sizes), "step_over_base"),
             ]
         )
     tried = " / ".join(map(str, sizes))
