@@ -184,6 +184,23 @@ def test_products_are_tried_with_many_rows() -> None:
     assert row_counts(torch.nn.Sequential(torch.nn.Linear(32, 16), Moody(8, 8)).to(HALF)) == ()
 
 
+def test_products_that_add_up_by_lanes_are_told_from_others() -> None:
+    """Kernels with 32 lanes, of which each has every 32nd term, beside such as have a sum for each
+    32 terms in turn: what is regular in a trial's terms cancels in both."""
+
+    class Lanes(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            terms = (x[..., None, :].float() * self.weight.float()).unflatten(-1, (2, 32))
+            if x.shape[0] < 3:
+                terms = terms.sum(-2, keepdim=True)
+            sums = torch.zeros(terms.shape[:-1])
+            for term in terms.unbind(-1):
+                sums = sums + term
+            return sums.sum(-1).to(x.dtype)
+
+    assert row_counts(Lanes(64, 32, bias=False).to(HALF)) == (4, 8, 16)
+
+
 def test_float16_has_masks() -> None:
     assert not TransformersEngine(build("llama").to(torch.float16)).batch_invariant
 

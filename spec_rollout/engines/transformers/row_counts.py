@@ -27,8 +27,8 @@ _CANDIDATES = (4, 8)
 _CANDIDATES_BFLOAT16 = (1, 2, 4, 8)
 _TRIED = 17  # rows
 # Of bfloat16 every one of these must have the bits of `_TRIED_BFLOAT16`.
-_MANY_BFLOAT16 = (MIN_ROWS, 17, 33, 48)
-_TRIED_BFLOAT16 = 80
+_MANY_BFLOAT16 = (MIN_ROWS, 17, 33, 48, 80, 130)
+_TRIED_BFLOAT16 = 272
 # Which of the candidates give the bits of many rows, by what decides about the kernel; `MIN_ROWS`
 # among them says that many rows are all alike.
 _EQUAL: dict[tuple[object, ...], frozenset[int]] = {}
@@ -93,9 +93,10 @@ def _try(module: torch.nn.Module, inputs: int) -> frozenset[int]:
 def _try_bfloat16(module: torch.nn.Module, inputs: int) -> frozenset[int]:
     """Outputs rounded to eight bits would hide most of another order of summation.
 
-    So the trial's sums are 0: the second half of each is the first half's negative. What comes out
-    is the error of adding up alone, all of it visible. Few products can be added without error, so
-    every second row's sums are not 0: what is another value altogether shows there.
+    So the trial's sums are 0: half of each is the other half's negative. What comes out is the
+    error of adding up alone, all of it visible. Where which terms lie is drawn, for a kernel may
+    add up by lanes, in which a regular order would cancel. Few products can be added without error,
+    so every second row's sums are not 0: what is another value altogether shows there.
     """
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.zeros_like(value) for name, value in module.named_parameters()}
@@ -108,6 +109,9 @@ def _try_bfloat16(module: torch.nn.Module, inputs: int) -> frozenset[int]:
     rows[..., :half].uniform_(-1, 1, generator=generator)
     rows[..., half : 2 * half] = rows[..., :half]
     rows[1::2, :, half : 2 * half].neg_()
+    order = torch.randperm(width, generator=generator)
+    weight.copy_(weight.index_select(inputs, order))
+    rows = rows[..., order]
 
     def product(x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = torch.func.functional_call(module, weights, (x,))
