@@ -67,8 +67,9 @@ class TransformersEngine:
             benchmarks/bench_engine.py); their KV takes num_slots times the longest row.
         max_verify_tokens: Most tokens of one verification forward; bounds the memory of its logits
             (this many rows of the vocabulary).
-        verify_chunk: Most tokens of one row in one verification forward; what is computed after a
-            rejection is less than this.
+        verify_chunk: Most tokens of one row in one verification forward. A draft begins with fewer
+            and doubles them, so that what is computed after a rejection is less than this, and
+            about what was accepted before it.
         max_model_len: Most tokens of prompt and response together; None is as many as the model
             takes (`lengths.row_limit`).
         batch_invariant: Whether a token's logits may not depend, in any bit, on what else is in

@@ -17,11 +17,18 @@ from spec_rollout.packed import ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
 
+# Draft tokens in a request's first chunk. Later ones double: what is computed behind a rejection is
+# then about as much as was accepted, at the price of a few more forwards for long drafts.
+_FIRST_CHUNK = 8
+
+
 @dataclass(slots=True)
 class _Lane:
-    """A request under verification: `fed` of its stream's tokens are in the cache."""
+    """A request under verification: `fed` of its stream's tokens are in the cache, and at most
+    `most_tested` of its draft's are tested in the next step."""
 
     request: int
+    most_tested: int
     fed: int = 0
     accepted_len: int = 0
     logprobs: list[np.ndarray] = field(default_factory=list)
@@ -63,7 +70,8 @@ class Verifier:
         sampling, rule: As given to the engine.
         num_lanes: Requests under verification at a time.
         max_tokens: Most tokens of one forward.
-        chunk: Most tokens of one request per step; computation after a rejection is at most this.
+        chunk: Most tokens of one request per step. Of a draft the first step has `_FIRST_CHUNK`,
+            the next ones twice as many each.
         stats: Counts are added here.
     """
 
@@ -103,7 +111,7 @@ class Verifier:
 
     def admit(self, request: int) -> None:
         """Takes a request into a free lane."""
-        lane = _Lane(request)
+        lane = _Lane(request, min(_FIRST_CHUNK, self._chunk))
         if None in self._lanes:
             self._lanes[self._lanes.index(None)] = lane
         else:
@@ -123,10 +131,12 @@ class Verifier:
         requests = np.array([lane.request for lane in lanes])
         fed = np.array([lane.fed for lane in lanes])
         left = self._feed_lens[requests] - fed
-        counts = np.minimum(left, self._chunk)
-        ends = fed + counts
         # Logits from the prompt's last token on: row i of them predicts draft token i.
         prompt_ends = self._plan.prompt_lens[requests] - 1
+        most_tested = np.array([lane.most_tested for lane in lanes])
+        most = np.maximum(prompt_ends - fed, 0) + most_tested
+        counts = np.minimum(np.minimum(left, self._chunk), most)
+        ends = fed + counts
         first_rows = np.maximum(fed, prompt_ends)
         num_rows = np.maximum(ends - first_rows, 0)
         offsets = first_rows - prompt_ends
@@ -149,6 +159,7 @@ class Verifier:
             lane, count, next_id = lanes[row], int(accepted[i]), int(next_ids[i])
             drawn = next_id >= 0
             lane.accepted_len += count
+            lane.most_tested = min(2 * lane.most_tested, self._chunk)
             lane.logprobs.append(logprobs[cu_rows[i] : cu_rows[i] + count + drawn])
             if drawn or lane.fed == self._feed_lens[lane.request]:
                 token = next_id if drawn else None
