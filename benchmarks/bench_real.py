@@ -12,10 +12,10 @@ For each engine and dtype a process of its own generates what `real_rollouts` li
 where only siblings can help, and in a later one. Everything is in the seconds: lookup,
 verification, storing. What reuses is compared with the same engine where it reuses nothing, under
 the same noise: with lossless rules these are the same texts, with others seconds are compared per
-token. That engine itself is compared with stock vLLM, per token, for the texts differ. Sizes are gone through in
-`--repeats` rounds, the largest first, and no round begins that `--budget` would not let end;
-results are written after every rollout. `step` is the speed-up of a training step: of generating
-and of the update of the same tokens, whose seconds are those of the training above.
+token. That engine itself is compared with stock vLLM, per token, for the texts differ. Sizes are
+gone through in `--repeats` rounds, the largest first, and no round begins that `--budget` would not
+let end; results are written after every rollout. `step` is the speed-up of a training step: of
+generating and of the update of the same tokens, whose seconds are those of the training above.
 
 At last `real_entropy` says which guesses pass where the policy is uncertain, with a plot beside the
 results.

@@ -16,7 +16,6 @@ from spec_rollout.engines.transformers.slot_cache import SlotCache, copy_rows
 from spec_rollout.packed import ranges
 from spec_rollout.types import RolloutStats, SamplingParams
 
-
 # Draft tokens in a request's first chunk. Later ones double: what is computed behind a rejection is
 # then about as much as was accepted, at the price of a few more forwards for long drafts.
 _FIRST_CHUNK = 8
