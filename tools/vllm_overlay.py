@@ -78,7 +78,9 @@ def _point_scripts(new: Path, old: Path) -> None:
     """Scripts name their interpreter."""
     before, after = (f"#!{folder.absolute()}/".encode() for folder in (old, new))
     for path in new.iterdir():
-        if not path.is_symlink() and (content := path.read_bytes()).startswith(before):
+        if path.is_symlink() or not path.is_file():
+            continue
+        if (content := path.read_bytes()).startswith(before):
             mode = path.stat().st_mode
             path.unlink()
             path.write_bytes(content.replace(before, after, 1))

@@ -108,5 +108,5 @@ def test_a_missing_vllm_is_named(code: str, purpose: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         f"vllm|vllm: expected to be installed for {purpose}, found no module of that name; "
-        "pip install 'vllm<0.33,>=0.26' (without a GPU see docs/vllm.md)"
+        "pip install 'vllm<0.34,>=0.26' (without a GPU see docs/vllm.md)"
     ], done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 from spec_rollout.extras import install_command
 
 OLDEST = (0, 26)  # the `_sample` hook and `custom_class` have the form used here
-NEWEST_TESTED = (0, 32)
+NEWEST_TESTED = (0, 33)
 
 
 def require_vllm(purpose: str) -> Any:
