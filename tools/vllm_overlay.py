@@ -1,13 +1,13 @@
 """The Python code of a newer vLLM over the libraries of a CPU build that is installed.
 
-    python tools/vllm_overlay.py .venv-vllm .venv-vllm-next 0.33.0
+    python tools/vllm_overlay.py .venv-vllm .venv-vllm-next 0.33.0 orjson
 
 A release of vLLM is on PyPI weeks before anybody's build of it for CPUs. What this package hooks
 into is Python, so that its tests can be run on the new Python code at once: in a copy of the
 environment (of hard links) vLLM's files are replaced by those of the release's wheel, but for the
-compiled ones. A test that needs an operator or a package which only the new release brings fails;
-one that passes has seen the hooks as they will be. `make test-vllm-next` runs the plugin's tests
-so.
+compiled ones. Packages that the release needs and the old one did not are named behind it. A test
+that needs an operator which only the new release brings fails; one that passes has seen the hooks
+as they will be. `make test-vllm-next` runs the plugin's tests so.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def overlay(old: Path, new: Path, version: str) -> None:
+def overlay(old: Path, new: Path, version: str, packages: Sequence[str] = ()) -> None:
     """Makes the environment `new`.
 
     Args:
         old: An environment with a CPU build of vLLM.
         new: Replaced if it was made by this before; nothing else may be there.
         version: Of the release to take the Python code of.
+        packages: What else to install there, without what they need in turn.
 
     Raises:
         ValueError: if `old` has no vLLM, or `new` is something else.
-        RuntimeError: if pip does not find the release; with its words.
+        RuntimeError: if pip does not find the release or a package; with its words.
     """
     if not list(old.glob("lib/python*/site-packages/vllm/__init__.py")):
         raise ValueError(f"old: expected an environment with vLLM, got {old}")
@@ -48,15 +50,22 @@ def overlay(old: Path, new: Path, version: str) -> None:
         (site,) = new.glob("lib/python*/site-packages")
         _replace(site, wheel)
     _point_scripts(new / "bin", old / "bin")
+    if packages:
+        _pip(str(new / "bin" / "python"), "install", "--no-deps", "--no-compile", *packages)
 
 
 def _download(version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"vllm=={version}"]
-    done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(f"vllm=={version}: expected a wheel from pip, got {done.stderr.strip()}")
-    return wheels[0]
+    options = ("--no-deps", "--only-binary", ":all:", "--dest", str(folder))
+    _pip(sys.executable, "download", *options, f"vllm=={version}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _pip(python: str, *arguments: str) -> None:
+    command = [python, "-m", "pip", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def _replace(site: Path, wheel: Path) -> None:
@@ -94,8 +103,9 @@ def main() -> None:
     options.add_argument("old", type=Path)
     options.add_argument("new", type=Path)
     options.add_argument("version")
+    options.add_argument("packages", nargs="*")
     args = options.parse_args()
-    overlay(args.old, args.new, args.version)
+    overlay(args.old, args.new, args.version, args.packages)
 
 
 if __name__ == "__main__":
