@@ -29,11 +29,12 @@ import sys, time
 from pathlib import Path
 from spec_rollout.runs.lock import RunInUseError, RunLock
 folder = Path(sys.argv[1])
-for _ in range(100):
+for _ in range(50):
     while True:
         try:
             lock = RunLock(folder, "resume")
         except RunInUseError:
+            time.sleep(1e-3)  # who holds it may need the processor
             continue
         break
     number = int((folder / "number").read_text())
@@ -135,4 +136,4 @@ def test_no_two_of_many_hold_it_at_a_time(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     for process in processes:
         assert process.wait(timeout=max(1, deadline - time.monotonic())) == 0
-    assert (tmp_path / "number").read_text() == "300"
+    assert (tmp_path / "number").read_text() == "150"

@@ -44,6 +44,7 @@ def test_by_time(model_dir, tmp_path) -> None:
         cache=model.cache,
         value_head=None,
         lenience=None,
+        rounding_state=dict,
         store=SimpleNamespace(inner=None),
     )
     clock = Clock()
