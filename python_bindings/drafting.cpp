@@ -221,8 +221,8 @@ void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle to
 
 int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
                     py::handle keys, py::handle positions, double min_probability,
-                    int64_t max_total, int num_threads, py::handle out, py::handle out_lens,
-                    py::handle own_lens, py::handle expected) {
+                    bool favours_longest, int64_t max_total, int num_threads, py::handle out,
+                    py::handle out_lens, py::handle own_lens, py::handle expected) {
   ArgReader reader;
   Dim count{"count"}, room{"room"};
   const int64_t* values = int64s(reader, requests, "requests", count);
@@ -241,8 +241,9 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
   auto* passing =
       static_cast<float*>(reader.tensor(expected, "expected", {count}, {DType::kFloat32}).data);
   py::gil_scoped_release release;
-  return drafter.propose(values, most, noise_keys, next, count.value, min_probability, max_total,
-                         num_threads, static_cast<int32_t*>(ids.data), lens, own, passing);
+  return drafter.propose(values, most, noise_keys, next, count.value, min_probability,
+                         favours_longest, max_total, num_threads, static_cast<int32_t*>(ids.data),
+                         lens, own, passing);
 }
 
 void expect_noise(HistoryDrafter& drafter, int law) {

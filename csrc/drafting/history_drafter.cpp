@@ -27,6 +27,12 @@ constexpr double kRequestWeight =
 // forgotten.
 constexpr int64_t kForgetTokens = 1 << 16;
 
+// How far what is asked of a request's proposals goes up or down by what it has to generate yet:
+// that is a guess. And none is asked more than this, or what would pass is never tested.
+constexpr double kMostFavour = 4.0;
+constexpr double kMostAsked = 0.95;
+constexpr int kLengthsLookedAt = 16;  // of the newest rollouts of a group
+
 constexpr int kSlotBits = 32;
 
 // The largest c such that values cut to c sum up to at most `total`.
@@ -218,6 +224,41 @@ double HistoryDrafter::probability(int cell, const Request& request) const {
          (kRequestWeight + request.share.tested);
 }
 
+double HistoryDrafter::num_left(const Request& request) const {
+  const int64_t drafted = static_cast<int64_t>(request.draft.size()) - request.num_tokens;
+  if (drafted > 0) return static_cast<double>(drafted);
+  const Group& group = *request.group;
+  int64_t sum = 0, num = 0;
+  int32_t row = group.newest;
+  for (int i = 0; i < kLengthsLookedAt && row != Group::kNoRow; ++i, row = group.kept[row].older) {
+    const int64_t left = group.index.row_len(row) - request.num_tokens;
+    if (left > 0) {
+      sum += left;
+      ++num;
+    }
+  }
+  return num == 0 ? 0.0 : static_cast<double>(sum) / static_cast<double>(num);
+}
+
+std::vector<double> HistoryDrafter::least_probabilities(const int64_t* requests, int64_t count,
+                                                        double of_mean) const {
+  std::vector<double> left(count), least(count, of_mean);
+  double sum = 0.0;
+  int64_t num = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    left[i] = num_left(live(requests[i]));
+    sum += left[i];
+    num += left[i] > 0.0;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (left[i] <= 0.0) continue;  // nothing is known
+    const double mean = sum / static_cast<double>(num);
+    const double asked = of_mean * std::clamp(mean / left[i], 1.0 / kMostFavour, kMostFavour);
+    least[i] = std::min(asked, std::max(of_mean, kMostAsked));
+  }
+  return least;
+}
+
 void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& noise,
                                  double min_probability, std::vector<int32_t>& context,
                                  int32_t* out, int64_t* num_own) const {
@@ -276,12 +317,16 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
 
 int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
                                 const int64_t* positions, int64_t count, double min_probability,
-                                int64_t max_total, int num_threads, int32_t* out, int64_t* out_lens,
-                                int64_t* own_lens, float* expected) {
+                                bool favours_longest, int64_t max_total, int num_threads,
+                                int32_t* out, int64_t* out_lens, int64_t* own_lens,
+                                float* expected) {
   check_live(requests, count);
   // Every request writes to room of its own first.
   std::vector<int64_t> starts(count + 1, 0);
   for (int64_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + std::max<int64_t>(0, limits[i]);
+  const std::vector<double> least = favours_longest
+                                        ? least_probabilities(requests, count, min_probability)
+                                        : std::vector<double>(count, min_probability);
   cpu::parallel_for(count, 8, num_threads, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> context;
     for (int64_t i = begin; i < end; ++i) {
@@ -291,8 +336,7 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
       out_lens[i] = own_lens[i] = 0;
       if (request.row < 0 || limits[i] <= 0) continue;
       const Noise noise{keys == nullptr ? nullptr : keys + i, keys == nullptr ? 0 : positions[i]};
-      propose_one(request, limits[i], noise, min_probability, context, out + starts[i],
-                  own_lens + i);
+      propose_one(request, limits[i], noise, least[i], context, out + starts[i], own_lens + i);
       out_lens[i] = static_cast<int64_t>(request.proposed.size());
     }
   });

@@ -68,16 +68,18 @@ class HistoryDrafter {
   void extend(const int64_t* requests, int64_t count, const int32_t* token_ids,
               const float* logprobs, const int64_t* cu_lens);
   // Proposes for each request tokens that pass with a probability of at least min_probability (of
-  // the whole proposal up to there), at most limits[i]. `keys` and `positions` (of each request's
-  // next token) say the noise; null: there is none to count on. Together at most `max_total`: the
+  // the whole proposal up to there), at most limits[i]. With `favours_longest` that probability is
+  // of a request with a mean number of tokens to go; of one with twice as many, half as much is
+  // asked. `keys` and `positions` (of each request's next token) say the noise; null: there is none
+  // to count on. Together at most `max_total`: the
   // longest are cut, to one token of the likeliest requests if there are more requests than that.
   // `out` takes limits.sum() tokens. out_lens, own_lens and expected [count]: tokens for each, how
   // many of these, the first ones, are its draft's, and how many of them are expected to pass.
   // Returns the total.
   int64_t propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
                   const int64_t* positions, int64_t count, double min_probability,
-                  int64_t max_total, int num_threads, int32_t* out, int64_t* out_lens,
-                  int64_t* own_lens, float* expected);
+                  bool favours_longest, int64_t max_total, int num_threads, int32_t* out,
+                  int64_t* out_lens, int64_t* own_lens, float* expected);
   // How many of the tokens proposed last to each of these requests passed.
   void observe(const int64_t* requests, const int64_t* accepted_lens, int64_t count);
 
@@ -131,6 +133,12 @@ class HistoryDrafter {
   void propose_one(Request& request, int64_t limit, const Noise& noise, double min_probability,
                    std::vector<int32_t>& context, int32_t* out, int64_t* num_own) const;
   double probability(int cell, const Request& request) const;
+  // Tokens that a request is expected to generate yet: those of its draft; else as many as rollouts
+  // kept of its group did that came as far. 0: there is none.
+  double num_left(const Request& request) const;
+  // What is asked of each request's proposals.
+  std::vector<double> least_probabilities(const int64_t* requests, int64_t count,
+                                          double of_mean) const;
   const Request& live(int64_t request) const;
   Request& live(int64_t request) {
     return const_cast<Request&>(std::as_const(*this).live(request));

@@ -278,6 +278,7 @@ class Drafter:
         limits: np.ndarray,
         min_probability: float,
         *,
+        favours_longest: bool = False,
         max_total: int | None = None,
         keys: np.ndarray | None = None,
         positions: np.ndarray | None = None,
@@ -290,6 +291,10 @@ class Drafter:
             limits: Most tokens for each. [count], int64.
             min_probability: A token is proposed if it and all before it in its proposal pass with
                 at least this estimated probability.
+            favours_longest: Whether `min_probability` is of a request with a mean number of tokens
+                to go. What is asked of another is in inverse proportion to its own number, between
+                a quarter and four times as much. Its draft says how many those are (`follow`), or
+                the kept rollouts of its prompt that were longer; else it counts as a mean one.
             max_total: Most tokens for all together. Where there would be more, the longest
                 proposals are cut; where there would be more requests than that, the likeliest first
                 tokens are left. None is no such limit.
@@ -307,6 +312,7 @@ class Drafter:
             None if keys is None else torch.from_numpy(keys),
             None if positions is None else torch.from_numpy(positions),
             min_probability,
+            favours_longest,
             out.size if max_total is None else max_total,
             num_threads(),
             torch.from_numpy(out),

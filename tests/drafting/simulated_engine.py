@@ -92,11 +92,19 @@ class SimulatedEngine:
         seconds: Of a step with so many requests and proposed tokens.
         decides: Whether to leave it to `Payoff`; else steps always have proposals where there are
             any ("always") or never ("never").
+        favours_longest: As the engines do (`Drafter.propose`).
     """
 
-    def __init__(self, seconds: Callable[[int, int], float], decides: str = "payoff") -> None:
+    def __init__(
+        self,
+        seconds: Callable[[int, int], float],
+        decides: str = "payoff",
+        *,
+        favours_longest: bool = True,
+    ) -> None:
         self._seconds = seconds
         self._decides = decides
+        self._favours_longest = favours_longest
         self.drafter = Drafter(max_table_bytes=5 * 64 * 2**12)
         self.payoff = Payoff()
 
@@ -136,6 +144,7 @@ class SimulatedEngine:
                     handles[live],
                     np.minimum(lengths[live] - 1 - done[live], MAX_PROPOSAL),
                     self.payoff.threshold(live.size),
+                    favours_longest=self._favours_longest,
                     max_total=self.payoff.room(live.size),
                     keys=epoch.keys[live],
                     positions=done[live],

@@ -67,6 +67,19 @@ def test_calls_take_about_what_the_better_of_always_and_never_takes(
     assert total < 1.01 * sum(outcome.seconds for outcome in never)
 
 
+@pytest.mark.parametrize(("requests", "gain"), [(16, 1.002), (64, 1.003), (256, 1.01)])
+def test_calls_end_sooner_if_more_is_proposed_to_those_that_end_last(
+    requests: int, gain: float
+) -> None:
+    """Where a proposed token has its price, and the last rollouts tell how long requests are."""
+    seconds = []
+    for favours_longest in (False, True):
+        engine = SimulatedEngine(clock("middling"), favours_longest=favours_longest)
+        lives = [engine.rollout(e, follows=name == "own") for name, e in epochs(requests)]
+        seconds.append(sum(outcome.seconds for outcome in lives))
+    assert seconds[0] > gain * seconds[1]
+
+
 def test_what_did_not_pay_is_proposed_at_once_when_it_does() -> None:
     """As on a real model: epochs that teach that proposing does not pay, then the own last rollouts
     of eight requests. Without any memory of the use that proposals were, no step is lost."""

@@ -219,6 +219,7 @@ class Decoder:
             requests,
             limits,
             self._payoff.threshold(live),
+            favours_longest=True,
             max_total=min(max(0, self._max_tokens - live), self._payoff.room(live)),
             # Greedy decoding knows no noise.
             keys=self._plan.keys[requests] if self._sampling.temperature > 0 else None,

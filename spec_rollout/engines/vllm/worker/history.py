@@ -298,6 +298,7 @@ class HistoryProposals:
                 handles[where],
                 limits[where],
                 least,
+                favours_longest=True,
                 max_total=max_total,
                 keys=batch.keys[free][where] if with_noise else None,
                 positions=positions[where] if with_noise else None,
