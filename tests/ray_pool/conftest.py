@@ -27,8 +27,11 @@ def cluster() -> Iterator[Any]:
 
     folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets are in it
     node = {"num_cpus": 1, "object_store_memory": MEMORY, "include_log_monitor": False}
-    head = {**node, "include_dashboard": False, "no_monitor": True, "temp_dir": folder}
+    head = {**node, "include_dashboard": False, "no_monitor": True}
     with pytest.MonkeyPatch.context() as patch:
+        # Not `temp_dir` of the head: Ray notes the address of a cluster in the usual folder, too,
+        # and that need not be there.
+        patch.setenv("RAY_TMPDIR", folder)
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         started = Cluster(initialize_head=True, head_node_args=head)
