@@ -24,7 +24,9 @@ the mean place of the first other token in the rest.
       --max-tokens 512 --dtype bfloat16 --contenders stock idle drafting coupled lenient
 
 With another model the update is that to the weights in MOVED_FOLDER (tools/real_model.py). Results
-are written after each batch size, and no round begins after `--budget` seconds.
+are written after each batch size; after `--budget` seconds, which the engines' start is part of, no
+rollouts begin, and a round that is not whole does not count. On a GPU all engines have equal parts
+of its memory. A contender that does not start is left out, but `stock`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -77,7 +79,13 @@ class Child:
             command += ["--model", args.model]
         variable = CONTENDERS[name].get("variable", "off")
         environment = {**os.environ, **vllm_environment(variable)}
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the child
+        if args.kv_bytes:
+            command += ["--kv-bytes", str(args.kv_bytes)]
+        self._log: IO[str] = (  # as long as the child
+            tempfile.TemporaryFile("w+")  # noqa: SIM115
+            if args.logs is None
+            else (args.logs / f"serving-{name}.log").open("w+")
+        )
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -133,7 +141,12 @@ def serve(args: argparse.Namespace) -> None:
         "max_num_batched_tokens": 8192,
         "seed": 0,
         "disable_log_stats": True,
-        **({"gpu_memory_utilization": 0.1} if on_gpu else {"block_size": 32}),
+        # With bytes that are said, vLLM does not look at what other processes take meanwhile.
+        **(
+            {"gpu_memory_utilization": 0.02, "kv_cache_memory_bytes": args.kv_bytes}
+            if on_gpu
+            else {"block_size": 32}
+        ),
         **{k: v for k, v in CONTENDERS[args.child].items() if k not in ("variable", "plugin")},
     }
     if CONTENDERS[args.child].get("plugin"):
@@ -142,15 +155,16 @@ def serve(args: argparse.Namespace) -> None:
         settings |= engine_args()
     llm = LLM(args.model or str(model_dir()), **settings)
     files = sorted(Path(args.weights).glob("*.safetensors"))
+    # They are asked for again and again.
+    policies = [list(load_file(file).items()) for file in files]
     first: list[list[int]] = []
 
     for line in sys.stdin:
         what = json.loads(line)
         answer: dict[str, Any] = {}
         if what["do"] == "weights":
-            weights = list(load_file(files[what["which"]]).items())
             llm.collective_rpc("spec_rollout_start_update")
-            llm.collective_rpc("spec_rollout_load", args=(weights,))
+            llm.collective_rpc("spec_rollout_load", args=(policies[what["which"]],))
             llm.collective_rpc("spec_rollout_finish_update")
             llm.reset_prefix_cache()
         elif what["do"] == "forget":
@@ -160,7 +174,9 @@ def serve(args: argparse.Namespace) -> None:
         else:
             counts.update(steps=0, computed=0)
             params = SamplingParams(
-                temperature=1.0, max_tokens=what["max_tokens"] or MAX_RESPONSE_TOKENS
+                temperature=1.0,
+                max_tokens=what["max_tokens"] or MAX_RESPONSE_TOKENS,
+                detokenize=False,
             )
             prompts = [{"prompt_token_ids": ids} for ids in what["prompts"]]
             start = time.perf_counter()
@@ -215,18 +231,30 @@ def prompts_of_task(
     return [tokenizer(problem.prompt)["input_ids"] for problem in problems]
 
 
-def _policies(folder: Path, quick: bool, model: str | None, moved: Path | None) -> None:
-    """Two files of weights: the demo's, one epoch of training apart, or those of two folders."""
-    if model is not None:
-        for i, source in enumerate((Path(model), moved or Path(model))):
-            (file,) = source.glob("*.safetensors")
-            (folder / f"{i}.safetensors").symlink_to(file.resolve())
-        return
+def write_policies(folder: Path, quick: bool = False) -> None:
+    """Two files of weights: the demo's, one epoch of training apart."""
     from rollout_drafting import _policies
     from safetensors.torch import save_file
 
     for i, weights in enumerate(_policies(quick)):
         save_file(dict(weights), folder / f"{i}.safetensors")
+
+
+def _link_policies(folder: Path, model: Path, moved: Path) -> None:
+    """The same of two models' folders."""
+    for i, source in enumerate((model, moved)):
+        (file,) = source.glob("*.safetensors")
+        (folder / f"{i}.safetensors").symlink_to(file.resolve())
+
+
+def _kv_bytes(weights: Path, contenders: int) -> int:
+    """Of the KV cache of one of so many engines that share a GPU; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    size = max(file.stat().st_size for file in weights.glob("*.safetensors"))
+    total = torch.cuda.get_device_properties(0).total_memory
+    # Beside the weights, those of an update, activations, graphs and CUDA itself.
+    return max(1 << 30, int(0.9 * total / contenders) - 2 * size - (5 << 30))
 
 
 def _timing(samples: list[float]) -> Timing:
@@ -237,65 +265,52 @@ def _timing(samples: list[float]) -> Timing:
 def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
     """Measures all batch sizes and adds the rows."""
     began = time.monotonic()
+    args.kv_bytes = _kv_bytes(weights, len(args.contenders))
+    started = [Child(name, args, weights) for name in args.contenders]
     children: list[Child] = []
-    for child in [Child(name, args, weights) for name in args.contenders]:
-        try:
-            child.ask(do="forget")  # answered when it has started
-        except RuntimeError as error:
-            if child.name != "suffix":
-                raise
-            print(f"suffix does not start here: {str(error).splitlines()[-1][:200]}", flush=True)
-            child.end()
-            continue
-        children.append(child)
     try:
+        for child in started:
+            try:
+                child.ask(do="forget")  # answered when it has started
+            except RuntimeError as error:
+                if child.name == "stock":
+                    raise
+                why = str(error).splitlines()[-1][:200]
+                print(f"{child.name} does not start here: {why}", flush=True)
+                continue
+            children.append(child)
+        print(f"engines are there after {time.monotonic() - began:.0f} s", flush=True)
         for batch in args.batches:
             _run_batch(args, results, children, batch, began + args.budget)
             results.write()
     finally:
-        for child in children:
+        for child in started:
             child.end()
 
 
 def _run_batch(
     args: argparse.Namespace, results: Results, children: list[Child], batch: int, end: float
 ) -> None:
-    """Measures one batch size; after `end`, on the monotonic clock, no round begins."""
+    """Measures one batch size, until `end` on the monotonic clock."""
     num_prompts = max(1, batch // GROUP)
     group = batch // num_prompts
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     # Prompts from here on were never asked for.
     fresh = 4096 if args.data is None else num_prompts
     for round_ in range(args.repeats + 1):
-        if time.monotonic() > end:
-            print("no time left for another round", flush=True)
-            break
         print(f"batch {batch}, round {round_} of {args.repeats}", flush=True)
         order = children[round_ % len(children) :] + children[: round_ % len(children)]
         given = prompts_of_task(num_prompts, 0, args.model, args.data)
         prompts = [ids for ids in given for _ in range(group)]
         once = prompts_of_task(batch, fresh, args.model, args.data)
         fresh += batch
-        for child in order:
-            child.ask(do="forget")
-            child.ask(do="weights", which=0)
-        for pass_ in PASSES:
-            for child in order:
-                if pass_ != "first":
-                    child.ask(do="weights", which=int(pass_ == "updated"))
-                asked = {"do": "generate", "prompts": prompts, "max_tokens": args.max_tokens}
-                answer = child.ask(**asked, **{"pass": pass_})
-                line = {"contender": child.name, "batch": batch, "round": round_, "pass": pass_}
-                print(json.dumps(line | answer), flush=True)
-                if round_:
-                    found.setdefault((child.name, pass_), []).append(answer)
-        for child in order:
-            if child.name in ("stock", "drafting", "idle") and len(once) == batch:
-                child.ask(do="forget")
-                asked = {"do": "generate", "prompts": once, "max_tokens": args.max_tokens}
-                answer = child.ask(**asked, **{"pass": "nothing"})
-                if round_:
-                    found.setdefault((child.name, "nothing"), []).append(answer)
+        answers = _round(args, order, prompts, once, end, round_)
+        if answers is None:
+            print("no time left for another round", flush=True)
+            break
+        if round_:
+            for key, answer in answers.items():
+                found.setdefault(key, []).append(answer)
     for (name, which), answers in found.items():
         stock = found["stock", which]
         # Responses differ from contender to contender, so seconds are compared per token.
@@ -327,6 +342,44 @@ def _run_batch(
         )
 
 
+def _round(
+    args: argparse.Namespace,
+    order: list[Child],
+    prompts: list[list[int]],
+    once: list[list[int]],
+    end: float,
+    number: int,
+) -> dict[tuple[str, str], dict[str, Any]] | None:
+    """What each contender answered in each pass; None if time has run out."""
+    batch = len(prompts)
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def generate(child: Child, asked: list[list[int]], pass_: str) -> bool:
+        if time.monotonic() > end:
+            return False
+        what = {"do": "generate", "prompts": asked, "max_tokens": args.max_tokens, "pass": pass_}
+        found[child.name, pass_] = answer = child.ask(**what)
+        line = {"contender": child.name, "batch": batch, "round": number, "pass": pass_}
+        print(json.dumps(line | answer), flush=True)
+        return True
+
+    for child in order:
+        child.ask(do="forget")
+        child.ask(do="weights", which=0)
+    for pass_ in PASSES:
+        for child in order:
+            if pass_ != "first":
+                child.ask(do="weights", which=int(pass_ == "updated"))
+            if not generate(child, prompts, pass_):
+                return None
+    for child in order:
+        if child.name in ("stock", "drafting", "idle") and len(once) == batch:
+            child.ask(do="forget")
+            if not generate(child, once, "nothing"):
+                return None
+    return found
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256])
@@ -335,11 +388,14 @@ def main() -> None:
     options.add_argument("--model", help="folder of another model")
     options.add_argument("--moved", type=Path, help="folder of its weights after an update")
     options.add_argument("--data", type=Path, help="JSONL with a prompt or a question in each row")
+    options.add_argument("--policies", type=Path, help="folder with the demo's two, 0 and 1")
+    options.add_argument("--logs", type=Path, help="folder for what the engines print")
     options.add_argument("--dtype", default="float32")
     options.add_argument("--budget", type=float, default=1e9, help="seconds")
     options.add_argument("--max-tokens", type=int, default=0)
     options.add_argument("--max-model-len", type=int, default=0)
     options.add_argument("--max-num-seqs", type=int, default=256, help=argparse.SUPPRESS)
+    options.add_argument("--kv-bytes", type=int, default=0, help=argparse.SUPPRESS)
     options.add_argument("--child", help=argparse.SUPPRESS)
     options.add_argument("--weights", help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -350,8 +406,14 @@ def main() -> None:
         args.batches, args.repeats = [16], 1
     results = Results("serving", args.out or RESULTS_DIR)
     with tempfile.TemporaryDirectory() as folder:
-        _policies(Path(folder), args.quick, args.model, args.moved)
-        run(args, results, Path(folder))
+        weights = Path(folder)
+        if args.model is not None:
+            _link_policies(weights, Path(args.model), args.moved or Path(args.model))
+        elif args.policies is not None:
+            weights = args.policies
+        else:
+            write_policies(weights, args.quick)
+        run(args, results, weights)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Everything that is to be known from a GPU that is at hand for a quarter of an hour.
 
-    python benchmarks/gpu/session.py --out OUT
+    python benchmarks/gpu/session.py --prepare FOLDER                       # before, on any machine
+    python benchmarks/gpu/session.py --out OUT --policies FOLDER --shape 1.7b
     python benchmarks/gpu/session.py --out OUT --model FOLDER --moved MOVED_FOLDER --data FILE.jsonl
 
-builds the kernels for the GPU that is there, runs its tests, and measures Model Runner V2 beside V1
-and stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs, memory, whether tokens stay), and
-whole rollouts: stock vLLM, the plugin idle, and each mode of an engine that proposes by itself, in
-the first pass, the second and one after an update of the weights (`bench_serving.py` says what each
-is). Each phase is a process of its own with a limit; what it prints goes to OUT/<phase>.log as it
-comes, and results are written after every contender or batch size. So a session that is cut short
-leaves all it had found; `--phases` leaves out what is known already.
+builds the kernels for the GPU that is there, measures whole rollouts: stock vLLM, the plugin idle,
+and each mode of an engine that proposes by itself, in the first pass, the second and one after an
+update of the weights (`bench_serving.py` says what each is), then Model Runner V2 beside V1 and
+stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs, memory, whether tokens stay), and runs
+the kernels' tests. Each phase is a process of its own with a limit; what it prints goes to
+OUT/<phase>.log as it comes, and results are written after every contender or batch size. So a
+session that is cut short leaves all it had found; `--phases` leaves out what is known already.
 
-Without `--model` the demo's model answers: its steps are so short that they show what the plugin
-costs and not what it saves. `tools/real_model.py` makes a model that speaks, and a moved copy.
+Which model answers: the demo's, if nothing is said. Its steps are so short that they show what the
+plugin costs and not what it saves. `--shape` makes one of the size of a real one there
+(`random_model.py`), which no network is needed for. `tools/real_model.py` makes a model that
+speaks, and a moved copy. `--prepare` trains the demo's two policies, for which a machine with
+little more than vLLM has not all it takes.
 
 `--dry-run` goes the same way on a CPU, without the build, on the smallest sizes.
 """
@@ -20,26 +24,32 @@ costs and not what it saves. `tools/real_model.py` makes a model that speaks, an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds that are kept for what comes after the last phase: copying the results.
-_RESERVE = 20.0
-PHASES = ("build", "tests", "v2", "rollouts")
+# Seconds that are kept for what comes after the last phase, copying the results, and in each phase
+# for what comes after its last measurement.
+_RESERVE, _CLOSING = 15.0, 30.0
+PHASES = ("build", "model", "rollouts", "v2", "tests")
+_TEST_PROCESSES = 14
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A command, and how many seconds it may take at most."""
+    """A command, of the seconds that it has, and how many these are at most."""
 
     name: str
-    command: list[str]
+    command: Callable[[float], list[str]]
     limit: float
 
 
@@ -48,32 +58,52 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     python = sys.executable
     serving = [python, "benchmarks/bench_serving.py", "--out", str(args.out)]
     v2 = [python, "benchmarks/gpu/v2_engines.py", "--out", str(args.out)]
+    tests = [python, "-m", "pytest"]
+    if args.policies:
+        serving += ["--policies", str(args.policies)]
     if args.dry_run:
         serving += ["--quick", "--contenders", "stock", "coupled", "--max-tokens", "16"]
-        tests = [python, "-m", "pytest", "-q", "tests/test_acceptance.py"]
         found = [
-            Phase("tests", tests, 300.0),
-            Phase("v2", [*v2, "--quick"], 600.0),
-            Phase("rollouts", serving, 600.0),
+            Phase("rollouts", lambda _: serving, 600.0),
+            Phase("v2", lambda _: [*v2, "--quick"], 600.0),
+            Phase("tests", lambda _: [*tests, "tests/test_acceptance.py"], 300.0),
         ]
         return [phase for phase in found if phase.name in args.phases]
+    model, moved = args.model, args.moved or args.model
+    making: list[str] = []
+    if args.shape:
+        folder = Path(tempfile.gettempdir()) / f"spec_rollout_{args.shape}"  # not to be copied
+        model, moved = folder / "model", folder / "moved"
+        making = [python, "benchmarks/gpu/random_model.py", str(model), "--moved", str(moved)]
+        making += ["--shape", args.shape, "--dtype", args.dtype]
     serving += ["--contenders", "stock", "idle", "drafting", "coupled", "lenient"]
     serving += ["--batches", *map(str, args.batches), "--repeats", "3"]
-    serving += ["--max-tokens", str(args.max_tokens), "--budget", str(args.seconds * 0.35)]
-    v2 += ["--max-tokens", str(args.max_tokens), "--budget", str(args.seconds * 0.3)]
-    if args.model:
-        v2 += ["--model", str(args.model), "--data", str(args.data), "--dtype", args.dtype]
-        v2 += ["--max-model-len", str(args.max_tokens + 512)]
-        serving += ["--model", str(args.model), "--dtype", args.dtype]
-        serving += ["--max-model-len", str(args.max_tokens + 512)]
-        serving += ["--data", str(args.data), "--moved", str(args.moved or args.model)]
-    build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
+    serving += ["--max-tokens", str(args.max_tokens), "--logs", str(args.out)]
+    v2 += ["--max-tokens", str(args.max_tokens)]
+    if model:
+        for command in (v2, serving):
+            command += ["--model", str(model), "--dtype", args.dtype]
+            command += ["--max-model-len", str(args.max_tokens + 512)]
+            command += ["--data", str(args.data)] if args.data else []
+        serving += ["--moved", str(moved)]
+    tests += ["-m", "gpu", "tests/gpu", "tests/ops", "tests/engines/test_transformers.py"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(min(_TEST_PROCESSES, os.cpu_count() or 1)), "--maxfail", "20"]
+
+    def within(command: list[str]) -> Callable[[float], list[str]]:
+        return lambda seconds: [*command, "--budget", str(max(0.0, seconds - _CLOSING))]
+
+    # The first notes the package's entry points beside it: vLLM's plugins are found by them.
+    build = [python, "setup.py", "--quiet", "egg_info", "build_ext", "--inplace"]
     found = [
-        Phase("build", build, 240.0),
-        Phase("tests", [python, "-m", "pytest", "-q", "-m", "gpu"], 150.0),
-        Phase("v2", v2, args.seconds * 0.35),
-        Phase("rollouts", serving, args.seconds * 0.6),
+        Phase("build", lambda _: build, 240.0),
+        Phase("model", lambda _: making, 90.0),
+        Phase("rollouts", within(serving), args.seconds * 0.7),
+        Phase("v2", within(v2), args.seconds * 0.4),
+        Phase("tests", lambda _: tests, 180.0),
     ]
+    if not making:
+        found = [phase for phase in found if phase.name != "model"]
     return [phase for phase in found if phase.name in args.phases]
 
 
@@ -83,24 +113,38 @@ def run(phase: Phase, out: Path, seconds_left: float) -> dict[str, object]:
     Returns:
         Its name, seconds, and exit status; None where it was cut.
     """
-    limit = min(phase.limit, seconds_left)
+    limit = max(0.0, min(phase.limit, seconds_left))
     start = time.monotonic()
     status: int | None = None
     print(f"== {phase.name}: at most {limit:.0f} s", flush=True)
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with (out / f"{phase.name}.log").open("wb") as log:
         process = subprocess.Popen(
-            phase.command,
+            phase.command(limit),
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "SPEC_ROLLOUT_CUDA": os.environ.get("SPEC_ROLLOUT_CUDA", "AUTO")},
-            start_new_session=True,  # its children end with it
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "SPEC_ROLLOUT_CUDA": os.environ.get("SPEC_ROLLOUT_CUDA", "AUTO"),
+            },
+            # Its children end with it; and all with this session, where that is ended.
+            process_group=0,
         )
+
+        def end(*_: object) -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SystemExit(128 + signal.SIGTERM)
+
+        before = signal.signal(signal.SIGTERM, end)
         try:
-            status = process.wait(max(limit, 0.0))
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
     tail = (out / f"{phase.name}.log").read_text(errors="replace").splitlines()[-12:]
     print("\n".join(tail), flush=True)
     return {"phase": phase.name, "seconds": round(time.monotonic() - start, 1), "status": status}
@@ -108,19 +152,33 @@ def run(phase: Phase, out: Path, seconds_left: float) -> dict[str, object]:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    options.add_argument("--out", type=Path, help="folder for logs and results")
+    options.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write policies there")
+    options.add_argument("--policies", type=Path, help="folder that --prepare wrote")
+    options.add_argument("--shape", help="of a model to make there; see random_model.py")
     options.add_argument("--model", type=Path, help="folder of a model that speaks")
     options.add_argument("--moved", type=Path, help="folder of its weights after an update")
     options.add_argument("--data", type=Path, help="JSONL with a prompt or a question in each row")
     options.add_argument("--dtype", default="bfloat16")
-    options.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256, 1024])
-    options.add_argument("--max-tokens", type=int, default=512)
-    options.add_argument("--seconds", type=float, default=780.0, help="of the whole session")
+    options.add_argument("--batches", type=int, nargs="+", default=[256, 64, 16])
+    options.add_argument("--max-tokens", type=int, default=384)
+    options.add_argument("--seconds", type=float, default=570.0, help="of the whole session")
     options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     options.add_argument("--dry-run", action="store_true")
     args = options.parse_args()
+    if args.prepare:
+        sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+        from bench_serving import write_policies
+
+        args.prepare.mkdir(parents=True, exist_ok=True)
+        write_policies(args.prepare)
+        return 0
+    if args.out is None:
+        options.error("expected --out or --prepare")
     if args.model and not args.data:
         options.error("--model: expected --data with it")
+    if args.model and args.shape:
+        options.error("--shape: expected without --model")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds - _RESERVE
@@ -128,8 +186,8 @@ def main() -> int:
     for phase in phases(args):
         done.append(run(phase, args.out, end - time.monotonic()))
         (args.out / "session.json").write_text(json.dumps(done, indent=1) + "\n")
-        if phase.name == "build" and done[-1]["status"] != 0:
-            return 1  # nothing else would be of this version
+        if phase.name in ("build", "model") and done[-1]["status"] != 0:
+            return 1  # nothing else would be of this version, or has a model
     return 0 if all(one["status"] == 0 for one in done) else 1
 
 

@@ -27,6 +27,7 @@ is the first pass's, which drew each token in a row of its own and not in a chun
 difference of log-probs up to there); memory, and of that the grammar bitmask's. The second pass of
 `stock` says how far vLLM repeats itself.
 
+Where the plugin does not run on V2 of the vLLM that is there, those contenders are left out.
 Results are written after every contender, and rows after every batch size. None starts after
 `--budget` seconds, and the one at work then is ended. `--quick` runs two on a CPU, V2 in Triton's
 interpreter as the tests run it.
@@ -44,6 +45,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ USUAL = (
     "v1-32",
     "drafting-v1",
 )
+_KV_BYTES = 40 << 30  # on a GPU
 TESTS_V2 = Path(__file__).resolve().parents[2] / "tests" / "engines" / "vllm_v2"
 PASSES = ("first", "second", "changed")
 _NAME = re.compile(
@@ -122,6 +125,11 @@ class Contender:
             int(found["tokens"]),
             cudagraph_mode=mode and mode.upper(),
         )
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the plugin is in it."""
+        return self.num_speculative_tokens > 0 or self.drafts_itself
 
     @property
     def passes(self) -> Sequence[str]:
@@ -189,7 +197,10 @@ def serve(args: argparse.Namespace) -> None:
     if v2_on_cpu is not None:
         v2_on_cpu.patch()
     from spec_rollout.demo import model_dir
+    from spec_rollout.engines.vllm import compat
 
+    if contender.drafts_itself:
+        compat.install()  # where the package is not installed, vLLM does not find it
     counts = counted_steps()
     start = time.perf_counter()
     llm = LLM(
@@ -201,7 +212,12 @@ def serve(args: argparse.Namespace) -> None:
         max_num_batched_tokens=8192,
         seed=0,
         disable_log_stats=True,
-        **({"gpu_memory_utilization": 0.6} if on_gpu else {"block_size": 32}),
+        # As many bytes for each, so that `peak_bytes` differ by what else an engine takes.
+        **(
+            {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": _KV_BYTES}
+            if on_gpu
+            else {"block_size": 32}
+        ),
         **contender.llm_args(),
     )
     engine = _described(llm) | {"start_seconds": round(time.perf_counter() - start, 1)}
@@ -298,7 +314,11 @@ def _params(
     sampling = []
     for i in range(batch):
         params = SamplingParams(
-            temperature=1.0, seed=1000 + i, max_tokens=args.max_tokens, logprobs=0
+            temperature=1.0,
+            seed=1000 + i,
+            max_tokens=args.max_tokens,
+            logprobs=0,
+            detokenize=False,
         )
         draft: list[int] = []
         if pass_ != "first" and first is not None:
@@ -338,6 +358,18 @@ def _row(
     return row
 
 
+def _without_v2() -> str | None:
+    """Why the plugin does not run on V2 of the vLLM that is here; None if it does."""
+    from spec_rollout.engines.vllm import compat
+
+    (package, *_) = packages_distributions()["vllm"]  # nothing is imported that sets up a GPU
+    try:
+        compat.check_v2(version(package))
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def run(args: argparse.Namespace, results: Results) -> bool:
     """Runs the contenders and adds their rows; whether all came to their end."""
     began = time.monotonic()
@@ -345,6 +377,9 @@ def run(args: argparse.Namespace, results: Results) -> bool:
     stock_seconds: dict[int, float] = {}  # a token's
     with tempfile.TemporaryDirectory() as folder:
         for contender in args.contenders:
+            if contender.is_ours and contender.runner == "v2" and (why := _without_v2()):
+                print(f"{contender.name} is left out: {why}", flush=True)
+                continue
             left = began + args.budget - time.monotonic()
             if left <= 0:
                 print(f"no time left for {contender.name}", flush=True)
@@ -357,7 +392,8 @@ def run(args: argparse.Namespace, results: Results) -> bool:
             command += ["--dtype", args.dtype, "--max-tokens", str(args.max_tokens)]
             command += ["--max-model-len", str(args.max_model_len)]
             if args.model:
-                command += ["--model", args.model, "--data", str(args.data)]
+                command += ["--model", args.model]
+                command += ["--data", str(args.data)] if args.data else []
             environment = {**os.environ, **contender.environment()}
             try:
                 status = subprocess.run(command, env=environment, timeout=left).returncode
@@ -418,8 +454,6 @@ def main() -> int:
     options.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
-    if args.model and not args.data:
-        options.error("--model: expected --data with it")
     if args.child:
         serve(args)
         return 0

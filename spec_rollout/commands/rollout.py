@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="DIR", help="Hugging Face causal LM folder"
     )
     files.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
-    files.add_argument("--prompt-column", default="prompt", metavar="NAME")
+    options.add_options(files, DataConfig, "prompt_column")
     files.add_argument(
         "--raw-prompts",
         action="store_true",
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise type(error)(_with_options(str(error))) from None
-    for note in data.notes:
+    for note in (*data.notes, *data.row_notes):
         print(f"note: {_with_options(note)}", file=sys.stderr, flush=True)
     if config.engine == "vllm":
         policy = without_weights(policy)
@@ -236,6 +236,7 @@ def _with_options(message: str) -> str:
         ("data.chat_template = false", "--raw-prompts"),
         ("data.chat_template is false", "--raw-prompts is given"),
         ("data.continue_final_message = true", "--continue-final-message"),
+        ("data.prompt_column", "--prompt-column"),
         ("data.system_prompt", "--system-prompt"),
         ("chat_template is false", "--raw-prompts is given"),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -358,9 +358,25 @@ class Drafter:
         """
         return self.add_rows(history_file.unpacked(data))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """As `export_bytes`, into a file, which appears complete or not at all."""
-        history_file.write(path, self._kept_rows())
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        live: Mapping[int, tuple[bytes, int | None]] | None = None,
+    ) -> None:
+        """As `export_bytes`, into a file, which appears complete or not at all.
+
+        Args:
+            path: Of the file.
+            live: Handles of requests whose tokens so far are written as well, as the newest, with
+                the group key and the tag that each joined with.
+        """
+        groups = list(self._native.kept_rows())
+        for handle, (group, tag) in (live or {}).items():
+            row = self._native.generated(handle)
+            if row is not None:
+                groups.append((group, [(history_file.NO_TAG if tag is None else tag, *row)]))
+        history_file.write(path, KeptRows.of(groups))
 
     def load(self, path: str | os.PathLike[str]) -> int:
         """As `import_bytes`, from a file.

@@ -38,19 +38,21 @@ def recognised(
         DataError: naming the row, if none of the columns that are looked for is there.
     """
     prompt, answer = prompt_column, answer_column
-    found = []
+    found, keys = [], []
     if prompt == AUTO:
         prompt = _first(record, source, _PROMPTS, "prompt_column")
         if prompt != "prompt":
             found.append(f"prompts are from column {prompt!r}")
+            keys.append("data.prompt_column")
     if answer == AUTO:
         answer = _first(record, source, _ANSWERS, "answer_column")
         if answer != "answer":
             found.append(f"answers are from column {answer!r}")
-    note = " and ".join(found)
-    if note:
-        note += " (data.prompt_column and data.answer_column name others)"
-    return ColumnNames(prompt, answer, note or None)
+            keys.append("data.answer_column")
+    if not found:
+        return ColumnNames(prompt, answer)
+    others = "name others" if len(keys) > 1 else "names another"
+    return ColumnNames(prompt, answer, f"{' and '.join(found)} ({' and '.join(keys)} {others})")
 
 
 def _first(record: Record, source: str, names: tuple[str, ...], key: str) -> str:

@@ -96,6 +96,18 @@ def test_a_cache_without_a_pass_needs_to_be_told(
         rollout(prompts, "out.jsonl", "--cache-in", str(cache), *options)
 
 
+def test_columns_are_recognised(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named, _ = rollout(prompts, "named.jsonl")
+    capsys.readouterr()
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    questions = [json.dumps({"id": 1, "question": row["prompt"]}) for row in rows]
+    prompts.write_text("\n".join(questions) + "\n")
+    found, _ = rollout(prompts, "found.jsonl")
+    assert [row["response_ids"] for row in found] == [row["response_ids"] for row in named]
+    notes = capsys.readouterr().err
+    assert "prompts are from column 'question' (--prompt-column names another)" in notes
+
+
 def test_portions_change_nothing(prompts: Path) -> None:
     options = ["--num-samples", "16", "--max-tokens", "4"]
     whole, stats = rollout(prompts, "whole.jsonl", *options)

@@ -470,3 +470,22 @@ def test_errors_name_the_argument_and_write_nothing() -> None:
     with pytest.raises(ValueError, match=r"cu_lens: expected shape \[rows"):
         drafter.add([X], torch.tensor([2, 3], dtype=torch.int32), torch.tensor([0, 1, 2]))
     assert drafter.info().num_tokens == drafter.info().num_learned_tokens == 0
+
+
+def test_what_live_requests_have_generated_is_written_if_asked_for(tmp_path: Path) -> None:
+    drafter = Drafter(max_table_bytes=SMALL_TABLE)
+    finish(drafter, X, [A, B], tag=1)
+    live, silent = drafter.join(X, tag=2), drafter.join(Y)
+    generate(drafter, live, [C, D])
+    path = tmp_path / "history"
+    drafter.save(path)
+    other = Drafter(max_table_bytes=SMALL_TABLE)
+    assert other.load(path) == 1
+    drafter.save(path, live={live: (X, 2), silent: (Y, None)})
+    other.clear()
+    assert other.load(path) == 2
+    assert kept(other) == {X: [[A, B], [C, D]]}
+    found = other.recall(X, 2)
+    assert found is not None
+    assert found[0].tolist() == [C, D]
+    assert kept(drafter) == {X: [[A, B]]}  # nothing changed here

@@ -143,3 +143,21 @@ def test_results_of_copied_files_name_their_commit(tmp_path, monkeypatch) -> Non
     assert git_commit(tmp_path) == {"commit": None, "dirty": None}
     monkeypatch.setenv("SPEC_ROLLOUT_COMMIT", "0123abc")
     assert git_commit(tmp_path) == {"commit": "0123abc", "dirty": None}
+
+
+def test_a_random_model_is_as_sure_as_it_was_asked_to_be(tmp_path, monkeypatch) -> None:
+    """And its moved copy is as far from it. Vocabularies are small here; in the mean it holds."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import random_model
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    folders = [tmp_path / "model", tmp_path / "moved"]
+    random_model.make(*folders, shape="tiny", dtype="float32", entropy=0.7, drift=0.05)
+    assert AutoTokenizer.from_pretrained(folders[0])("1+1=")["input_ids"]
+    ids = torch.randint(0, 4_096, (8, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        old, new = (Qwen3ForCausalLM.from_pretrained(f)(ids).logits.flatten(0, 1) for f in folders)
+    logp = old.double().log_softmax(dim=-1)
+    entropy = -(logp.exp() * logp).sum(dim=-1).mean()
+    assert 0.5 < float(entropy) < 0.9
+    assert float((new - old).std()) == pytest.approx(0.05, rel=0.1)

@@ -298,11 +298,14 @@ def test_history_is_written_read_and_forgotten(
     llm = make_llm("drafting")
     prompts = prompts_of(4)
     expected = generate(llm, prompts, temperature=0.0)
-    generate(llm, prompts_of(1, seed=5))  # lets go of them
+    # They end together, and the worker hears of that in the next step.
     path = str(tmp_path / "history")
     llm.collective_rpc("spec_rollout_history", args=("export", path))
     llm.collective_rpc("spec_rollout_history", args=("clear",))
     assert info(llm)["num_sequences"] == 0
+    generate(llm, prompts_of(1, seed=5))
+    assert info(llm)["num_groups"] <= 1  # nothing but these
+    llm.collective_rpc("spec_rollout_history", args=("clear",))
     llm.collective_rpc("spec_rollout_history", args=("import", path))
     assert info(llm)["num_sequences"] >= 4
     metrics(llm)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,15 @@ def test_a_dry_run_leaves_logs_and_figures(vllm_installed: None, tmp_path: Path)
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        # Where nothing is installed but what it needs, the script finds the package.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p != str(ROOT))},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     phases = json.loads((tmp_path / "session.json").read_text())
     assert [(phase["phase"], phase["status"]) for phase in phases] == [
-        ("tests", 0),
-        ("v2", 0),
         ("rollouts", 0),
+        ("v2", 0),
+        ("tests", 0),
     ]
     rows = {
         (row["contender"], row["which"]): row
@@ -74,3 +77,57 @@ def test_names_of_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("v2-16", "v1", "v2-sync-0", "stock-8", "drafting"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"got {name}"):
             Contender.named(name)
+
+
+def test_contenders_on_v2_are_left_out_where_the_plugin_does_not_run_on_it(
+    vllm_installed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import v2_engines
+
+    names = ("v2-async-16", "drafting-v2")
+    args = argparse.Namespace(contenders=list(map(v2_engines.Contender.named, names)), budget=0.0)
+    assert not v2_engines.run(args, None)  # there was no time
+    assert capsys.readouterr().out == "no time left for v2-async-16\n"
+    monkeypatch.setattr(v2_engines, "version", lambda _: "0.31.2")
+    assert v2_engines.run(args, None)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == [f"{n} is left out" for n in names]
+    assert "0.31.2 is too old for spec_rollout on Model Runner V2, which needs 0.32" in said[0]
+
+
+def test_a_session_that_is_ended_ends_what_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A phase that is left running would hold the GPU."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks" / "gpu")!r})
+from pathlib import Path
+import session
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+phase = session.Phase("sleep", lambda _: [sys.executable, "-c", code], 600.0)
+session.run(phase, Path({str(tmp_path)!r}), 600.0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "sleep.log"
+    for _ in range(600):
+        if log.exists() and log.read_text().strip():
+            break
+        time.sleep(0.1)
+    sleeper = int(log.read_text())
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    for _ in range(600):
+        if not Path(f"/proc/{sleeper}").exists() or " Z " in _stat(sleeper):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{sleeper} runs on")
+
+
+def _stat(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return " Z "

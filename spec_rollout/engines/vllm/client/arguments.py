@@ -57,9 +57,11 @@ def engine_args(
             f"model_runner: expected one of {', '.join(MODEL_RUNNERS)} or None, "
             f"got {model_runner!r}"
         )
-    compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
-    compat.install()
+    vllm = compat.require_vllm("spec_rollout.engines.vllm.engine_args()")
     runner = chosen_runner() if model_runner is None else model_runner
+    if runner == "v2":
+        compat.check_v2(vllm.__version__)
+    compat.install()
     args: dict[str, Any] = {
         "speculative_config": speculative_config(num_speculative_tokens, runner),
         "worker_extension_cls": compat.WORKER,

@@ -60,6 +60,7 @@ from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.versions import (
     NEWEST_TESTED,
     OLDEST,
+    check_v2,
     check_version,
     require_vllm,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "call_of",
     "check_plugged",
     "check_state",
+    "check_v2",
     "check_version",
     "configured_options",
     "destinations",

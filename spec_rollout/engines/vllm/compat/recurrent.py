@@ -36,16 +36,13 @@ def check_state(model_config: Any) -> None:
 def checked_config(original: Callable) -> Callable:
     """`EngineArgs.create_engine_config`, which every engine is made from."""
 
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = original(self, *args, **kwargs)
+    def create_engine_config(
+        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = original(self, usage_context, *args, **kwargs)
         if is_ours(config.speculative_config):
             check_state(config.model_config)
-            mark_noise(config, _context(*args, **kwargs))
+            mark_noise(config, usage_context)
         return config
 
     return create_engine_config
-
-
-def _context(usage_context: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Of the arguments of `create_engine_config`: what the engine is for."""
-    return usage_context

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from spec_rollout.engines.vllm.compat.versions import check_v2, require_vllm
 from spec_rollout.engines.vllm.options import (
     MODEL_RUNNER,
     PROPOSER,
@@ -121,6 +122,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
             f"{method or model}; leave out one of the two"
         )
     runner = "v2" if is_for_v2 else chosen_runner()
+    if runner == "v2":
+        check_v2(require_vllm(asked).__version__)
     if options.share and runner == "v2":
         raise ValueError(f"{asked}: share: expected Model Runner V1 with it, got V2")
     if options.lagged_tokens and runner != "v2":

@@ -11,6 +11,7 @@ from typing import Any
 from spec_rollout.extras import install_command
 
 OLDEST = (0, 26)  # the `_sample` hook and `custom_class` have the form used here
+OLDEST_V2 = (0, 32)  # `ngram_gpu` on Model Runner V2, and its speculator
 NEWEST_TESTED = (0, 33)
 
 
@@ -53,6 +54,20 @@ def check_version(version: str) -> None:
             f"vllm {version} is newer than what spec_rollout's engine was tested with "
             f"({oldest} to {newest}); it replaces internals of vLLM that may have changed",
             stacklevel=3,
+        )
+
+
+def check_v2(version: str) -> None:
+    """Refuses Model Runner V2 of versions on which the plugin does not run with it.
+
+    Raises:
+        ImportError: if vLLM is older than that.
+    """
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST_V2:
+        oldest = ".".join(map(str, OLDEST_V2))
+        raise ImportError(
+            f"vllm {version} is too old for spec_rollout on Model Runner V2, which needs {oldest} "
+            "or newer; on V1 (VLLM_USE_V2_MODEL_RUNNER=0, model_runner='v1') it runs"
         )
 
 

@@ -56,7 +56,8 @@ class EngineHistory(HistoryProposals):
         self._sharing = sharing
         if sharing is not None:
             sharing.start(drafter)
-        self._named: dict[int, tuple[bytes, int | None]] = {}  # group and tag by slot, to be shared
+        self._named: dict[int, tuple[bytes, int | None]] = {}  # group and tag by slot
+        self._unkept: set[int] = set()  # slots of requests that had begun before `clear`
 
     def join(self, group: bytes, stop_token_ids: Iterable[int], tag: int | None) -> int:
         """A request begins.
@@ -74,8 +75,7 @@ class EngineHistory(HistoryProposals):
             self._grow()
         slot = self._free.pop()
         self._handle_of[slot] = handle
-        if self._sharing is not None:
-            self._named[slot] = (group, tag)
+        self._named[slot] = (group, tag)
         self._num_known[slot] = 0
         self._proposed_at[slot] = -1
         return slot
@@ -85,17 +85,17 @@ class EngineHistory(HistoryProposals):
         self._payoff.begin()
 
     def leave(self, slot: int) -> None:
-        """The request is over; what it generated is history now."""
+        """The request is over; what it generated is history now, unless that was cleared."""
         self._outcomes = [
             (ids[ids != slot], accepted[ids != slot]) for ids, accepted in self._outcomes
         ]
         self._tell_late()
         handle = int(self._handle_of[slot])
-        if self._sharing is not None:
-            group, tag = self._named.pop(slot)
-            if (generated := self._drafter.generated(handle)) is not None:
-                self._sharing.offer(group, tag, *generated)
-        self._drafter.leave(handle)
+        group, tag = self._named.pop(slot)
+        if self._sharing is not None and (generated := self._drafter.generated(handle)) is not None:
+            self._sharing.offer(group, tag, *generated)
+        self._drafter.leave(handle, keep=slot not in self._unkept)
+        self._unkept.discard(slot)
         self._followers.pop(slot, None)
         self._proposed_at[slot] = -1
         self._free.append(slot)
@@ -135,14 +135,22 @@ class EngineHistory(HistoryProposals):
             self._sharing.give_to(self._drafter)
 
     def clear(self) -> None:
-        """Forgets all but what live requests have generated."""
+        """Forgets everything. Requests that have begun go on, and are not remembered.
+
+        vLLM tells of a request's end in the step after its last, so they may be over.
+        """
         self._tell_late()
         self._drafter.clear()
+        self._unkept = set(self._named)
 
     def export_to(self, path: str) -> None:
-        """Writes what is remembered to a file."""
+        """Writes what is remembered to a file, and what live requests have generated so far.
+
+        Those of the last step may be over, which vLLM tells in the next one.
+        """
         self._tell_late()
-        self._drafter.save(path)
+        slots = self._named.keys() - self._unkept
+        self._drafter.save(path, live={int(self._handle_of[s]): self._named[s] for s in slots})
 
     def import_from(self, path: str) -> None:
         """Adds what a file holds."""

@@ -111,7 +111,7 @@ class LiveRequests:
         self._log_line.step(num_rows, num_tokens, self._metrics(), self._summary)
 
     def clear(self) -> None:
-        """Forgets all but what live requests need."""
+        """Forgets all; what live requests generate is not remembered either."""
         self.history.clear()
 
     def info(self) -> dict[str, Any]:
