@@ -36,7 +36,23 @@ _LAST_LINE = re.compile(r"####([^\n]*)")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 # A dollar's sign is a unit; one without a backslash begins mathematics.
 _DOLLAR = re.compile(r"\\\$")
+# "3 1/2" is not 31/2, while "10 000" and "10\,000" are 10000.
+_APART = re.compile(r"(?<=\d)(?:\s|\\[;: ])+(?=\d)(?!\d{3}(?!\d))")
 _SPACING = re.compile(r"\\left|\\right|\\[,!;: ]|[\s$]+")
+# "Answer" where no answer is stated: math-verify takes the first number that follows the word, be
+# it that of "to answer this, take her 9 eggs" or of "the answer is not 9 but 18".
+_NO_ANSWER = re.compile(
+    r"""(?ix)
+    (?<=\bto\ )answer
+    | answer (?! s?\b (?:
+        [\s*_#(]{0,9} [-\d$\\]  # a number or formula at once
+        | (?: (?! \b(?:can)?not\b ) [^.,;\n\d$] ){0,50}?
+          (?: [:=] | \b(?:is|are|be|equals)\b ) (?! \s+not\b )
+    ))"""
+)
+# Words, and a number after them: prose rather than a formula and its unit.
+_PROSE = re.compile(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}.*\d")
+_INLINE = re.compile(r"\\\(.*?\\\)|\\\[.*?\\\]")
 
 
 class OutOfTime(BaseException):
@@ -74,8 +90,18 @@ def stated(text: str) -> tuple[str, bool]:
 
 def plain(answer: str) -> str:
     """An answer without what makes no difference to it: equal ones need no mathematics."""
-    answer = _SPACING.sub("", _TEXT.sub(r"\1", _DOLLAR.sub("", answer)))
+    answer = _TEXT.sub(r"\1", _DOLLAR.sub("", answer))
+    answer = _SPACING.sub("", _APART.sub("~", answer))
     return answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
+
+
+def is_worked(answer: str) -> bool:
+    """Whether an answer column holds a solution that is to be looked through, in words, rather than
+    an answer by itself."""
+    if "\n" in answer:
+        return True
+    words = _INLINE.sub("0", _DOLLAR.sub("", answer))
+    return "\\" not in words and _PROSE.search(words) is not None
 
 
 def make_judge() -> Callable[[str, list[str]], bool]:
@@ -85,16 +111,17 @@ def make_judge() -> Callable[[str, list[str]], bool]:
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     def parsed(text: str, is_answer: bool) -> Any:
-        if is_answer:
-            text = _DOLLAR.sub("", text)
-            text = text if "$" in text else f"${text}$"
+        text = _DOLLAR.sub("", text)
+        if not is_answer:
+            text = _NO_ANSWER.sub(" ", text)
+        elif "$" not in text:
+            text = f"${text}$"
         return parse(text, targets, extraction_mode="first_match", parsing_timeout=None)
 
     @lru_cache(maxsize=4096)
     def expected(answer: str) -> tuple[str, Any]:
         part, is_answer = stated(answer)
-        # An answer column holds an answer, or a solution that is long enough to say so.
-        return plain(part), parsed(part, is_answer or "\n" not in part)
+        return plain(part), parsed(part, is_answer or not is_worked(part))
 
     def judge(response: str, answers: list[str]) -> bool:
         part, is_answer = stated(response)

@@ -101,8 +101,8 @@ class Rewards:
     def judge(self, samples: Sequence[Sample], progress: Progress | None = None) -> Judgement:
         """Judges responses.
 
-        A function that returns None leaves the response out; the sum is over the others. One that
-        fails leaves it out of the sum of all functions: what is left of a sum cannot be compared.
+        The sum is over the functions that do not return None; a response for which all do is left
+        out. So is one for which a function fails: what is left of a sum cannot be compared.
 
         Args:
             samples: The responses.

@@ -50,6 +50,8 @@ def test_what_makes_no_difference():
     assert plain(r"\left( 3, \dfrac{\pi}{2} \right)") == plain(r"(3,\frac{\pi}{2})")
     assert plain(r"\text{Evelyn}.") == "Evelyn"
     assert plain(r"\$32,\!348") == "32,348"
+    assert plain(r"10\,000") == "10000"
+    assert plain("3 1/2") == plain(r"3\;1/2") != plain("31/2")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,31 @@ def test_what_makes_no_difference():
         ("no idea", "1", False),
         ("1", ["2", 1], True),
         ("1", ["2", "3"], False),
+        # Where an answer is stated, and where only the word is.
+        ("To answer this, take her 9 eggs a day. She makes 18 dollars.", 18, True),
+        ("To answer this, take her 9 eggs a day. She makes 18 dollars.", 9, False),
+        ("The answer is not 9 but 18.", 18, True),
+        ("The answer is not 9 but 18.", 9, False),
+        ("The answer cannot be 9, so we get 18", 18, True),
+        ("We answered with 9 before. It is 18.", 18, True),
+        ("The answer is 18. (She has 9 eggs left.)", 18, True),
+        ("The answers are: 18. Not 9.", 18, True),
+        ("**Answer**: 18 dollars, of 9 eggs", 18, True),
+        ("Answer\n18\nfor 9 eggs", 18, True),
+        ("The answer is 9. No, the answer is 18. She has 7 left.", 18, True),
+        ("Answer: 18. The answer is 9.", 18, True),
+        (r"The answer is $18$, for $9$ eggs.", 18, True),
+        ("The answer is 9 * 2 = 18, for 7 eggs", 18, True),
+        (r"She makes \$18.", 18, True),
+        # Solutions of one line, and answers that are none.
+        (r"\boxed{18}", "She sells 9 * 2 = 18 dollars", True),
+        (r"\boxed{18}", "To answer this, take 9 eggs; she makes 18 dollars", True),
+        (r"\boxed{2\sqrt{3}}", r"Of 7 halves the area is \(\sqrt{12}\)", True),
+        (r"\boxed{2\sqrt{3}}", r"2\sqrt{3} \text{ square units}", True),
+        (r"\boxed{18}", "18 square units", True),
+        (r"\boxed{3 1/2}", "31/2", False),
+        (r"\boxed{1 2}", "12", False),
+        (r"\boxed{10 000}", "10000", True),
     ],
 )
 def test_equal_answers(response, answer, correct):
