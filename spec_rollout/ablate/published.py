@@ -68,6 +68,7 @@ def published_run(changes: dict[str, Any] | Any) -> PublishedRun | None:
             ("lenience_budget", ("none", None)),
             ("start_log_lenience", ("none", None)),
             ("drafting", (False, None)),
+            ("tolerance", (0.0, None)),
         )
     )
     if special:

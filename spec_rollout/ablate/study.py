@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spec_rollout.ablate.grid import Changes, changed
-from spec_rollout.config.sections import RunConfig
+from spec_rollout.config.sections import ConfigError, RolloutConfig, RunConfig
 from spec_rollout.config.toml import to_dict
 from spec_rollout.runs.files import write_atomically
 
@@ -84,14 +84,17 @@ def begin(study: Study) -> bool:
         Whether there was one.
 
     Raises:
-        ConfigError: for a variant that does not fit, before anything is written.
+        ConfigError: for a variant that does not fit, or runs that would share a store of rollouts,
+            before anything is written.
         ValueError: if the folder holds something else, or another grid.
     """
     import tomli_w
 
+    stores: set[str] = set()
     for seed, variant in study.runs():
         try:
-            study.config(seed, variant)
+            rollout = study.config(seed, variant).rollout
+            _check_own_store(rollout, stores)
         except ValueError as error:
             raise type(error)(f"{variant}: {error}") from None
     path = study.out / DEFINITION
@@ -106,6 +109,21 @@ def begin(study: Study) -> bool:
     study.out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, tomli_w.dumps(study.definition()))
     return False
+
+
+def _check_own_store(rollout: RolloutConfig, stores: set[str]) -> None:
+    """ConfigError if a run before this one has its store; a run begins with an empty one."""
+    if rollout.cache_store == "ray":
+        key, store = "cache_ray", rollout.cache_ray
+        expected = "a pool of actors for each run, or another cache_store"
+    else:
+        key, store = "cache_folder", rollout.cache_folder
+        expected = "to be left out, so that each run has a store in its own folder"
+    if store is None:
+        return
+    if store in stores:
+        raise ConfigError(f"rollout.{key}: expected {expected}, got {store!r} for several runs")
+    stores.add(store)
 
 
 def _check_same(known: Mapping[str, Any], study: Study) -> None:

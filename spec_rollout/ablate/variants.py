@@ -16,7 +16,7 @@ BASELINES = ("random-reuse", "random-cut")
 # What a config says of reuse does not count: every variant says it all.
 _OF_REUSE = (
     *("rule", "reuse", "drafting", "log_lenience", "scale", "min_target_prob", "reuse_prob"),
-    *("start_log_lenience", "schedule_steps"),
+    *("tolerance", "start_log_lenience", "schedule_steps"),
     *("lenience_budget", "lenience_target", "lenience_gain", "lenience_range"),
     *("fresh_share", "max_age", "refresh_epochs"),
 )

@@ -142,3 +142,17 @@ def test_runs_side_by_side_are_the_runs_one_after_the_other(make_config, tmp_pat
     broken = make_config(train={"epochs": 2}, model={"path": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=r"seed-7/\w+.*: ConfigError: model\.path"):
         finish(grid(broken, tmp_path / "broken", seeds=1), jobs=2)
+
+
+def test_runs_that_would_share_a_store_are_refused_before_one_is_trained(
+    make_config, tmp_path: Path
+) -> None:
+    out = tmp_path / "grid"
+    for store, message in (
+        ({"cache_store": "disk", "cache_folder": "store"}, r"folder: expected to be left out, so"),
+        ({"cache_store": "ray", "cache_ray": "a/b"}, r"ray: expected a pool of actors for each"),
+    ):
+        with pytest.raises(ConfigError, match=r"lenient_0\.5: rollout\.cache_" + message):
+            grid(make_config(rollout=store), out).begin()
+    assert not out.exists()
+    grid(make_config(rollout={"cache_store": "disk", "cache_folder": None}), out).begin()

@@ -19,11 +19,18 @@ def test_each_option_adds_its_runs(make_config) -> None:
             "fresh_share=0.5",
             "both: rule=coupled, drafting=true",
             "slow: train.lr=1e-4, max_age = 1",
+            "rounded: rule=coupled, tolerance=0.1",
         ],
     )
     # Whatever the config says of reuse, each variant is what its name says.
     base = make_config(
-        rollout={"rule": "lenient", "log_lenience": 2.0, "max_age": 3, "drafting": True},
+        rollout={
+            "rule": "lenient",
+            "log_lenience": 2.0,
+            "max_age": 3,
+            "drafting": True,
+            "tolerance": "auto",
+        },
         train={"correction": "truncated"},
     )
     rollouts = {name: changed(base, changes).rollout for name, changes in found.items()}
@@ -39,9 +46,11 @@ def test_each_option_adds_its_runs(make_config) -> None:
         "fresh_share_0.5": ("lenient", None, True, False),
         "both": ("coupled", None, True, True),
         "slow": ("lenient", None, True, False),
+        "rounded": ("coupled", None, True, False),
     }
     assert {name: r.max_age for name, r in rollouts.items() if r.max_age} == {"slow": 1}
     assert rollouts["fresh_share_0.5"].fresh_share == 0.5
+    assert {name for name, r in rollouts.items() if r.tolerance} == {"rounded"}
     assert changed(base, found["slow"]).train.lr == 1e-4
     assert changed(base, found["both"]).train.correction == "none"
 
@@ -71,7 +80,9 @@ def test_lists_and_ranges_are_one_value() -> None:
 
 def test_published_figures_stand_beside_their_own_setting_only() -> None:
     found = variants(
-        "0.5,0.3,inf", "random-cut,random-reuse", ["x: log_lenience=0.5,fresh_share=0.5"]
+        "0.5,0.3,inf",
+        "random-cut,random-reuse",
+        ["x: log_lenience=0.5,fresh_share=0.5", "y: log_lenience=0.5, tolerance=0.1"],
     )
     known = {name: published_run(changes) for name, changes in found.items()}
     assert known == {
@@ -82,4 +93,5 @@ def test_published_figures_stand_beside_their_own_setting_only() -> None:
         "random_cut": RANDOM_CUT,
         "random_reuse": None,
         "x": None,
+        "y": None,
     }
