@@ -30,7 +30,23 @@ HARNESS = {"MMLU-STEM": "mmlu_stem", "IFEval": "ifeval"}
 _ENGINE = ("engine", "num_slots", "max_model_len")
 
 
+class _Noted(argparse.Action):
+    """Stores a value, and that it was given, though it be the default."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = namespace.given | {self.dest}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.register("action", None, _Noted)
+    parser.set_defaults(given=frozenset())
     what = parser.add_argument_group("what is judged")
     one = what.add_mutually_exclusive_group(required=True)
     one.add_argument("--model", metavar="DIR", help="Hugging Face causal LM folder")
@@ -111,7 +127,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     judging = parser.add_argument_group("judging")
     judging.add_argument(
         "--reward",
-        dest="rewards",
         action="append",
         metavar="NAME",
         help="built-in or package.module:function; may be repeated (default: math_verify)",
@@ -160,9 +175,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         subject = subject_of_model(args, suites)
     if subject.parts and max(pass_at) > subject.settings.num_samples:
+        option = _option(args, "num_samples", "eval")
         raise ValueError(
             f"--pass-at: expected at most the {subject.settings.num_samples} samples of a problem "
-            f"(--num-samples), got {max(pass_at)}"
+            f"({option}), got {max(pass_at)}"
         )
     results = _sampled(subject, args)
     if results:
@@ -290,9 +306,10 @@ def _harness(
 
     policy = subject.policy
     if subject.max_length is None:
+        option = _option(args, "max_model_len", "rollout")
         raise ValueError(
-            "--max-model-len: expected a number for lm-eval, as the model does not say how many "
-            "tokens it takes, got none"
+            f"{option}: expected a number for lm-eval, as the model does not say how many tokens "
+            "it takes, got none"
         )
     model = EngineLM(
         subject.session,
@@ -309,6 +326,11 @@ def _harness(
         chat_template=not args.raw_prompts and policy.tokenizer.chat_template is not None,
         system_prompt=args.system_prompt,
     )
+
+
+def _option(args: argparse.Namespace, name: str, section: str) -> str:
+    """What sets a value: with --run a key of its config."""
+    return options.option(name) if args.run_dir is None else f"--set {section}.{name}"
 
 
 def _write(

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from spec_rollout.commands.prompt_options import naming_options, with_options
 from spec_rollout.config import options
 from spec_rollout.config.sections import (
     ConfigError,
@@ -39,6 +39,32 @@ from spec_rollout.types import SamplingParams
 _PUBLISHED_MAX_TOKENS = 16000
 _SAMPLING = ("num_samples", "top_p", "top_k")
 _ENGINE = ("engine", "num_slots", "max_model_len")
+# Options that a run's config decides, and the key that changes it; None where there is none, or
+# where a checkpoint could not be gone on with.
+_OF_THE_RUN: dict[str, str | None] = {
+    "num_samples": "eval.num_samples",
+    "temperature": "eval.temperature",
+    "top_p": None,
+    "top_k": None,
+    "max_tokens": "rollout.max_tokens",
+    "seed": None,
+    "reward": "reward.functions",
+    "correct_at": "eval.correct_at",
+    "engine": "rollout.engine",
+    "num_slots": "rollout.num_slots",
+    "max_model_len": "rollout.max_model_len",
+    "dtype": None,
+    "device": "model.device",
+    "attention": "model.attention",
+    "prompt_column": None,
+    "answer_column": None,
+    "data_dir": None,
+    "instruction": None,
+    "max_rows": "eval.num_heldout_prompts",
+    "system_prompt": None,
+    "raw_prompts": None,
+}
+_OF_TASKS = ("max_rows", "system_prompt", "raw_prompts")  # of lm-eval
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +88,17 @@ class Subject:
     max_length: int | None
 
 
+@naming_options()
 def subject_of_model(args: argparse.Namespace, suites: Sequence[str]) -> Subject:
     """The model and the problems that the options name.
 
     Raises:
         ValueError: naming the option or file.
     """
+    if args.prompts is not None and Path(args.prompts).stem in suites:
+        raise ValueError(
+            f"--prompts: expected a file of another name than that of a suite, got {args.prompts!r}"
+        )
     if args.temperature < 0:
         raise ValueError(f"--temperature: expected >= 0, got {args.temperature}")
     try:
@@ -95,7 +126,7 @@ def subject_of_model(args: argparse.Namespace, suites: Sequence[str]) -> Subject
             answer_column=answers,
             max_rows=args.max_rows,
         )
-    names = tuple(args.rewards or (("math_verify",) if sources else ("exact_match",)))
+    names = tuple(args.reward or (("math_verify",) if sources else ("exact_match",)))
     columns = (
         set.intersection(*(set(rows[0].columns) for rows in sources.values())) if sources else None
     )
@@ -107,9 +138,10 @@ def subject_of_model(args: argparse.Namespace, suites: Sequence[str]) -> Subject
     model = ModelConfig(args.model, dtype=args.dtype, device=device, attention=args.attention)
     policy = load_policy(model)
     parts = {name: _rendered(name, rows, policy, args) for name, rows in sources.items()}
-    longest = max((len(row.prompt_ids) for rows in parts.values() for row in rows), default=1)
+    rows_of_all = [row for rows in parts.values() for row in rows]
+    longest = max((len(row.prompt_ids) for row in rows_of_all), default=1)
     max_length = config.max_model_len or policy.max_length
-    config = replace(config, max_tokens=_max_tokens(args.max_tokens, longest, max_length))
+    config = replace(config, max_tokens=_max_tokens(args, rows_of_all, max_length))
     if config.engine == "vllm":
         policy = without_weights(policy)
         if args.tasks or not parts:
@@ -138,14 +170,13 @@ def subject_of_run(args: argparse.Namespace) -> Subject:
     from spec_rollout.train.components import build
     from spec_rollout.train.resume_point import find_resume_point
 
-    defaults: dict[str, Any] = {"num_samples": 1, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
-    keys = {"num_samples": "eval.num_samples", "temperature": "eval.temperature"}
-    for name, default in defaults.items():
-        if getattr(args, name) != default:
-            key = keys.get(name, f"rollout.{name}")
+    given = args.given | {name for name in ("reward", "raw_prompts") if getattr(args, name)}
+    for name, key in _OF_THE_RUN.items():
+        if name in given and not (args.tasks and name in _OF_TASKS):
+            hint = "" if key is None else f" (--set {key}=... changes the config)"
             raise ValueError(
-                f"{options.option(name)}: expected to be left out with --run (--set {key}=... "
-                f"changes the config), got {getattr(args, name)}"
+                f"{options.option(name)}: expected to be left out with --run, which evaluates as "
+                f"its trainer does{hint}, got {getattr(args, name)}"
             )
     if not (args.run_dir / CONFIG).is_file():
         raise ValueError(f"--run: expected the folder of a run with {CONFIG}, got {args.run_dir}")
@@ -155,7 +186,9 @@ def subject_of_run(args: argparse.Namespace) -> Subject:
     for note in point.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     config = load_config(args.run_dir / CONFIG, args.overrides)
-    parts = build(replace(config, log=replace(config.log, to=())), point.checkpoint)
+    # Its folder may have been moved, with a store of rollouts in it.
+    config = replace(config, log=replace(config.log, to=(), run_dir=str(args.run_dir)))
+    parts = build(config, point.checkpoint, whole_length=bool(args.tasks))
     if not parts.eval_rows:
         raise ValueError(
             f"--run: expected a config with prompts to evaluate (eval.path, eval.num_train_prompts)"
@@ -217,28 +250,40 @@ def _rendered(
     )
     data = render_rows(rows, renderer, name)
     for note in (*data.notes, *data.row_notes):
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print(f"note: {with_options(note)}", file=sys.stderr, flush=True)
     return data.rows
 
 
-def _max_tokens(given: int | None, longest: int, max_length: int | None) -> int:
-    """The longest response: as asked for, or the published bound where the model has room."""
-    room = None if max_length is None else max_length - longest
-    if given is None:
-        if room is None or room >= _PUBLISHED_MAX_TOKENS:
-            return _PUBLISHED_MAX_TOKENS
-        if room >= 1:
-            print(
-                f"note: responses end after {room} tokens: the model takes {max_length}, a prompt "
-                f"has {longest} (published: {_PUBLISHED_MAX_TOKENS})",
-                file=sys.stderr,
-                flush=True,
-            )
-            return room
-        given = 1
-    if room is not None and given > room:
+def _max_tokens(args: argparse.Namespace, rows: Sequence[PromptRow], max_length: int | None) -> int:
+    """The longest response: as asked for, or the published bound where there is room for it.
+
+    Args:
+        rows: Whose prompts leave room, or none.
+        max_length: Most tokens of prompt and response; None if nothing bounds them.
+    """
+    given: int | None = args.max_tokens
+    if max_length is None:
+        return _PUBLISHED_MAX_TOKENS if given is None else given
+    limit = "the model's" if args.max_model_len is None else "the --max-model-len of"
+    row = max(rows, key=lambda row: len(row.prompt_ids), default=None)
+    longest = 1 if row is None else len(row.prompt_ids)
+    room = max_length - longest
+    if row is not None and room < 1:
         raise ValueError(
-            f"--max-tokens: expected prompt and response to fit the model's {max_length} tokens, "
+            f"{row.source}: expected a prompt that leaves room for a response in {limit} "
+            f"{max_length} tokens, got {longest} prompt tokens"
+        )
+    if given is None and room < _PUBLISHED_MAX_TOKENS:
+        print(
+            f"note: responses end after {room} tokens: of {limit} {max_length} tokens, a prompt "
+            f"has {longest} (published: {_PUBLISHED_MAX_TOKENS})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return room
+    if given is not None and given > room:
+        raise ValueError(
+            f"--max-tokens: expected prompt and response to fit {limit} {max_length} tokens, "
             f"got {longest} prompt tokens + {given}"
         )
-    return given
+    return _PUBLISHED_MAX_TOKENS if given is None else given

@@ -26,7 +26,7 @@ class Suite:
 
     Attributes:
         name: As results name it.
-        files: Names of its file without .jsonl, .json or .parquet, which is looked for in the
+        files: Names of its file without .jsonl or .parquet, which is looked for in the
             user's folder, or in a folder of that name as `test`.
         hub: Its data set on the Hugging Face hub, as `read_records` takes it.
         problem: Columns of which the first that is there holds the problem.

@@ -100,12 +100,16 @@ class Components:
         return {_engine_name(self.config, self.policy): rounding.state()}
 
 
-def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
+def build(
+    config: RunConfig, checkpoint: Path | None = None, *, whole_length: bool = False
+) -> Components:
     """Loads and checks everything; writes nothing.
 
     Args:
         config: The run.
         checkpoint: Folder of a checkpoint to continue from.
+        whole_length: The engine takes rows as long as the model does, not only as long as the
+            config's own prompts and responses: for other ones than these.
 
     Raises:
         ConfigError, DataError, CheckpointError, ValueError: naming what was expected and what was
@@ -197,8 +201,11 @@ def build(config: RunConfig, checkpoint: Path | None = None) -> Components:
     prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
     # Rewards may draw from the process's generators; vLLM in this process seeds them.
     random_states = rng_state()
+    rollout = config.rollout
+    if whole_length:
+        rollout = replace(rollout, max_model_len=policy.max_length)
     engine: RolloutEngine = make_engine(
-        config.rollout,
+        rollout,
         config.vllm,
         model_config,
         policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import pytest
 
 from spec_rollout import cli
+from spec_rollout.commands import eval as command
+from spec_rollout.commands import eval_subject
+from spec_rollout.config.options import option
 from spec_rollout.config.sections import RunConfig
 from spec_rollout.config.toml import from_dict
 from spec_rollout.demo import model_dir
 from spec_rollout.demo.task import heldout_problems, write_jsonl
 from spec_rollout.evals.estimates import estimate
+from spec_rollout.train import components
 from spec_rollout.train.trainer import run
 
 REWARD = "spec_rollout.demo.task:reward"
@@ -153,7 +158,17 @@ def test_greedy_samples_are_equal_and_suites_have_a_mean(
         (["--prompts", "{file}", "--confidence", "95"], "--confidence: expected between 0 and 1"),
         (["--prompts", "{file}", "--max-rows", "0"], "--max-rows: expected at least 1, got 0"),
         (["--prompts", "{file}", "--max-tokens", "600"], "--max-tokens: expected prompt and"),
-        (["--prompts", "{file}", "--reward", "nobodys"], "reward.functions: expected"),
+        (["--prompts", "{file}", "--reward", "nobodys"], "error: --reward: expected"),
+        (
+            ["--prompts", "{file}", "--max-model-len", "5"],
+            "room for a response in the --max-model-len of 5 tokens, got",
+        ),
+        (["--prompts", "{file}", "--system-prompt", "S"], "error: --system-prompt: expected"),
+        (["--prompts", "{file}", "--model", "nowhere"], "error: --model: expected a folder"),
+        (
+            ["--prompts", "Minerva.jsonl", "--suites", "Minerva"],
+            "--prompts: expected a file of another name",
+        ),
         (["--prompts", "{file}", "--out", "{file}"], "--out: expected a file of its own"),
         (["--prompts", "{file}", "--set", "a.b=1"], "--set: expected --run RUNDIR"),
     ],
@@ -175,7 +190,16 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     [
         ([], "--run: expected the folder of a run with config.toml"),
         (["--suites", "AMC23"], "--suites: expected to be left out with --run"),
-        (["--top-p", "0.5"], "--top-p: expected to be left out with --run (--set rollout.top_p"),
+        (["--max-tokens", "9"], "does (--set rollout.max_tokens=... changes the config), got 9"),
+        (
+            ["--top-p", "0.95"],
+            "--top-p: expected to be left out with --run, which evaluates as its",
+        ),
+        (["--seed", "0"], "--seed: expected to be left out with --run"),
+        (["--engine", "vllm"], "--engine: expected to be left out with --run"),
+        (["--reward", "exact_match"], "--reward: expected to be left out with --run"),
+        (["--raw-prompts"], "--raw-prompts: expected to be left out with --run"),
+        (["--max-rows", "3"], "--max-rows: expected to be left out with --run"),
     ],
 )
 def test_mistakes_with_a_run(
@@ -183,6 +207,39 @@ def test_mistakes_with_a_run(
 ) -> None:
     assert cli.main(["eval", "--run", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_option_of_a_model_is_refused_with_a_run() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    names = {name for action in parser._actions for name in action.option_strings}
+    others = {"-h", "--help", "--model", "--run", "--set", "--suites", "--prompts"}
+    others |= {"--lm-eval", "--lm-eval-path", "--step", "--pass-at", "--confidence"}
+    others |= {"--drafting", "--out", "--responses"}
+    assert names - others == set(map(option, eval_subject._OF_THE_RUN))
+
+
+def test_a_run_that_was_moved_with_its_store_and_room_for_tasks(
+    tmp_path: Path, make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lmdb")
+    config = make_config(rollout={"cache_store": "disk"}, train={"epochs": 1})
+    run(config)
+    moved = Path(config.log.run_dir).rename(tmp_path / "moved")
+    real, lengths = components.make_engine, []
+
+    def make_engine(rollout: Any, *args: Any, **kw: Any) -> Any:
+        lengths.append(rollout.max_model_len)
+        return real(rollout, *args, **kw)
+
+    monkeypatch.setattr(components, "make_engine", make_engine)
+    assert cli.main(["eval", "--run", str(moved)]) == 0
+    # What is for lm-eval goes there.
+    monkeypatch.setattr(command, "_check_harness", lambda: None)
+    monkeypatch.setattr(command, "_harness", lambda *_: {})
+    tasks = ["--lm-eval", "t", "--max-rows", "3", "--system-prompt", "S", "--raw-prompts"]
+    assert cli.main(["eval", "--run", str(moved), *tasks]) == 0
+    assert lengths == [None, 128]
 
 
 def test_more_tokens_than_the_model_has_room_for_are_cut_with_a_note(
