@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from spec_rollout.cache.disk_records import DamagedRecord, Group, number, number_of
+from spec_rollout.cache.disk_records import number, number_of
 from spec_rollout.cache.disk_write import PLACE, Change
 
 PLACE_BYTES = PLACE.size
@@ -63,10 +63,9 @@ def _forget(change: Change, mark: int) -> None:
         if older is not None and theirs is None:
             txn.put(number(older) + index, record, db=shared.undo)
         else:
-            needed = set() if theirs is None else _segments(bytes(theirs))
-            needed |= _segments(_next_state(change, newer, index))
-            for segment in _segments(record) - needed:
-                txn.delete(number(segment), db=shared.segments)
+            needed = change.segments_of(theirs)
+            needed |= change.segments_of(_next_state(change, newer, index))
+            change.delete(change.segments_of(record) - needed)
         txn.delete(key, db=shared.undo)
     txn.delete(number(mark), db=shared.marks)
 
@@ -79,15 +78,6 @@ def _next_state(change: Change, newer: list[int], index: bytes) -> bytes:
             return bytes(record)
     record = change.txn.get(index, db=change.shared.groups)
     return b"" if record is None else bytes(record)
-
-
-def _segments(record: bytes) -> set[int]:
-    if not record:
-        return set()
-    try:
-        return Group.from_bytes(record).segments
-    except DamagedRecord:
-        return set()
 
 
 def _all(change: Change) -> list[int]:

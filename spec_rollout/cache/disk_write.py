@@ -16,6 +16,7 @@ from spec_rollout.cache.disk_records import (
     index_key,
     moved,
     number,
+    number_of,
     row_bytes,
     row_of,
     slice_of,
@@ -47,8 +48,11 @@ class Change:
         self.txn = txn
         self.counters = shared.counters(txn)
         self._before = self.counters
+        self._has_lost_segments = False
 
     def finish(self) -> None:
+        if self._has_lost_segments:
+            self._free_unnamed()
         if min(self.counters) < 0:
             raise StoreError(
                 f"{self.shared.path}: expected sums of what is there, got {self.counters}: it is "
@@ -202,14 +206,13 @@ class Change:
         self._enter(index, group)
 
     def put_back(self, index: bytes, record: bytes) -> None:
-        """Restores a group's record as it once was; empty is no group."""
+        """Restores a group's record as it once was; empty is no group. A damaged one is lost."""
         there = self._segments_there(index)
         self._leave(index)
-        group = Group.from_bytes(record) if record else None
+        group = self._sound(record)
         if group is not None:
             self._enter(index, group)
-        for segment in there - (set() if group is None else group.segments):
-            self.txn.delete(number(segment), db=self.shared.segments)
+        self.delete(there - (set() if group is None else group.segments))
 
     def _enter(self, index: bytes, group: Group) -> None:
         shared, size = self.shared, group.num_bytes
@@ -252,11 +255,30 @@ class Change:
         return None
 
     def _segments_there(self, index: bytes) -> set[int]:
-        record = self.txn.get(index, db=self.shared.groups)
+        return self.segments_of(self.txn.get(index, db=self.shared.groups))
+
+    def segments_of(self, record: bytes | memoryview | None) -> set[int]:
+        """That a group's record names. Of a damaged one none: `finish` finds those left over."""
+        group = self._sound(record)
+        return set() if group is None else group.segments
+
+    def _sound(self, record: bytes | memoryview | None) -> Group | None:
+        """What a record says; None if it is empty or damaged."""
         try:
-            return set() if record is None else Group.from_bytes(record).segments
+            return Group.from_bytes(record) if record else None
         except DamagedRecord:
-            return set()  # their room is lost until the store is exported and imported
+            self._has_lost_segments = True
+            return None
+
+    def _free_unnamed(self) -> None:
+        """Deletes the segments that no record names: of groups as they are or a mark has them."""
+        named: set[int] = set()
+        for database in (self.shared.groups, self.shared.undo):
+            for _, record in self.txn.cursor(database):
+                named |= self.segments_of(record)
+        there = {number_of(key) for key, _ in self.txn.cursor(self.shared.segments)}
+        for segment in there - named:
+            self.txn.delete(number(segment), db=self.shared.segments)
 
     def _count(self, groups: int, samples: int, num_bytes: int) -> None:
         c = self.counters
@@ -275,6 +297,15 @@ class Change:
         if self.txn.get(key, db=self.shared.undo) is None:
             record = self.txn.get(index, db=self.shared.groups)
             self.txn.put(key, b"" if record is None else bytes(record), db=self.shared.undo)
+
+    def delete(self, segments: set[int]) -> None:
+        """Deletes segments that no record names any more.
+
+        Where a record could not be read, nobody knows that of single ones; `finish` sees to all.
+        """
+        if not self._has_lost_segments:
+            for segment in segments:
+                self.txn.delete(number(segment), db=self.shared.segments)
 
     def free(self, segments: set[int]) -> None:
         """Deletes segments that no group has any more, unless a mark may need them."""

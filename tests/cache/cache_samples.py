@@ -14,6 +14,7 @@ import torch
 
 from spec_rollout.cache import MemoryStore, Store, StoreError
 from spec_rollout.cache.disk import DiskStore
+from spec_rollout.cache.disk_records import Group, index_key, number, number_of
 from spec_rollout.cache.entry import Entry, group_bytes, make_entry
 from spec_rollout.cache.part import Part
 from spec_rollout.cache.parted import Call, PartedStore
@@ -162,3 +163,28 @@ def check_integrity(store: Store) -> None:
         sum(len(samples) for _, samples in content),
         sum(group_bytes(samples) for _, samples in content),
     )
+
+
+def check_segments(store: DiskStore) -> None:
+    """Every segment that is there is named by a group or for a mark, and the other way round."""
+    shared = store._shared
+    with shared.reading() as txn:
+        records = [value for _, value in txn.cursor(shared.groups)]
+        records += [value for _, value in txn.cursor(shared.undo) if len(value)]
+        named = set().union(*(Group.from_bytes(record).segments for record in records))
+        assert {number_of(key) for key, _ in txn.cursor(shared.segments)} == named
+        if not store.marks():
+            assert txn.stat(shared.undo)["entries"] == 0
+
+
+def damage_group(store: DiskStore, key: bytes, mark: int | None = None) -> None:
+    """Flips a bit in a group's record: of now, or that which is kept for a mark."""
+    shared = store._shared
+    with shared.writing() as txn:
+        if mark is None:
+            place, database = index_key(key), shared.groups
+        else:
+            place, database = number(mark) + index_key(key), shared.undo
+        record = bytearray(txn.get(place, db=database))
+        record[-3] ^= 4
+        txn.put(place, bytes(record), db=database)

@@ -6,7 +6,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from cache_samples import check_integrity, content_of, entry_of, put
+from cache_samples import (
+    check_integrity,
+    check_segments,
+    content_of,
+    damage_group,
+    entry_of,
+    put,
+    rows_of,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,23 +27,10 @@ from hypothesis.stateful import (
 )
 from test_store_properties import BOUNDS, GROUPS, ROWS, Groups
 
-from spec_rollout.cache import DiskStore
-from spec_rollout.cache.disk_records import Group, number_of
+from spec_rollout.cache import DiskStore, RolloutCache
 from spec_rollout.cache.entry import Entry
 
 A, B = b"prompt-a", b"prompt-b"
-
-
-def check_segments(store: DiskStore) -> None:
-    """Every segment that is there is named by a group or for a mark, and the other way round."""
-    shared = store._shared
-    with shared.reading() as txn:
-        records = [value for _, value in txn.cursor(shared.groups)]
-        records += [value for _, value in txn.cursor(shared.undo) if len(value)]
-        named = set().union(*(Group.from_bytes(record).segments for record in records))
-        assert {number_of(key) for key, _ in txn.cursor(shared.segments)} == named
-        if not store.marks():
-            assert txn.stat(shared.undo)["entries"] == 0
 
 
 class MarksMachine(RuleBasedStateMachine):
@@ -133,3 +128,54 @@ def test_a_mark_that_is_not_there_is_refused(tmp_path: Path) -> None:
             store.roll_back(mark)
         assert before != content_of(store)
         assert store.mark() > mark  # a number is not used again
+
+
+@pytest.mark.parametrize("then", ["look up", "put", "evict", "nothing"])
+def test_a_record_that_is_damaged_after_a_mark_is_all_that_is_not_brought_back(
+    tmp_path: Path, then: str
+) -> None:
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        put(store, A, 0, 1)
+        put(store, B, 0)
+        mark = store.mark()
+        damage_group(store, A)
+        if then == "look up":
+            drafts = RolloutCache(store=store).lookup([A, B], [0, 0], max_tokens=99)
+            assert rows_of(drafts) == [[], [1] * 10]
+        elif then == "put":
+            put(store, A, 5)
+        elif then == "evict":
+            store.evict(0)
+        store.roll_back(mark)
+        assert content_of(store) == [(B, {0: entry_of(B, 0, [1] * 10)})]
+        put(store, A, 7)
+        check_integrity(store)
+        store.roll_back(mark)
+        assert [key for key, _ in content_of(store)] == [B]
+        check_integrity(store)
+        store.keep_marks([])
+        check_segments(store)
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [0, 1], []])
+def test_a_damaged_record_of_a_mark_harms_no_other(tmp_path: Path, kept: list[int]) -> None:
+    """Its segments are partly those of the other marks, and of now."""
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        put(store, B, 0)
+        marks, copies = [], []
+        for sample in range(3):
+            put(store, A, sample)
+            copies.append(content_of(store))
+            marks.append(store.mark())
+        put(store, A, 3)
+        copies.append(content_of(store))
+        damage_group(store, A, marks[1])
+        store.keep_marks([marks[m] for m in kept])
+        assert content_of(store) == copies[3]
+        if 1 not in kept:
+            check_segments(store)
+        for mark in reversed(kept):
+            store.roll_back(marks[mark])
+            assert content_of(store) == ([copies[0][0]] if mark else copies[0])
+            check_integrity(store)
+            check_segments(store)

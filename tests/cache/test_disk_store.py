@@ -9,7 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_samples import check_integrity, content_of, entry_of, make_rollouts, put, rows_of
+from cache_samples import (
+    check_integrity,
+    check_segments,
+    content_of,
+    damage_group,
+    entry_of,
+    make_rollouts,
+    put,
+    rows_of,
+)
 
 from spec_rollout.cache import DiskStore, RolloutCache, StoreError, disk_env
 from spec_rollout.cache.disk_records import Counters, index_key, number
@@ -121,15 +130,6 @@ def test_room_of_replaced_rollouts_is_used_again(tmp_path: Path) -> None:
         assert sizes[-1] < 4 * store.size().num_bytes
 
 
-def damage_group(store: DiskStore, key: bytes) -> None:
-    """Flips a bit in a group's record."""
-    shared = store._shared
-    with shared.writing() as txn:
-        record = bytearray(txn.get(index_key(key), db=shared.groups))
-        record[-3] ^= 4
-        txn.put(index_key(key), bytes(record), db=shared.groups)
-
-
 @pytest.mark.parametrize("then", ["look up", "put", "evict", "replace"])
 def test_a_damaged_record_is_a_miss_and_makes_room(tmp_path: Path, then: str) -> None:
     with DiskStore(tmp_path / "store", sync=False) as store:
@@ -149,6 +149,7 @@ def test_a_damaged_record_is_a_miss_and_makes_room(tmp_path: Path, then: str) ->
         else:
             store.replace_all([(B, {0: entry_of(B, 0, [1] * 10)})])
         check_integrity(store)
+        check_segments(store)  # its room, too
 
 
 def test_a_damaged_place_in_the_order_of_use_is_not_believed(tmp_path: Path) -> None:
