@@ -22,8 +22,8 @@ from spec_rollout.cache.messages import (
 )
 from spec_rollout.cache.store import Store, StoreError
 
-Page: TypeAlias = tuple[Keys, Entries, bool]
-"""Groups of a reading, and whether they are the last ones."""
+Page: TypeAlias = tuple[Keys, Entries, int, bool]
+"""Groups of a reading, how many have been read with them, and whether they are the last ones."""
 
 # Of what is read page by page.
 _PAGE_BYTES = 16 << 20
@@ -32,6 +32,36 @@ _PAGE_BYTES = 16 << 20
 # so that meanwhile no room of replaced rollouts is used again.
 _MOST_UNDER_WAY = 8
 _MOST_SECONDS = 600.0
+
+
+class _Reading:
+    """A snapshot that is read page by page.
+
+    The last page is kept: who asks for a page again, because the answer got lost, is to be given
+    the same.
+    """
+
+    def __init__(self, groups: Iterator[tuple[bytes, Mapping[int, Entry]]]) -> None:
+        self._groups = groups
+        self._num_read = 0
+        self._number = -1  # of the last page
+        self._page: Page | None = None
+
+    def page(self, number: int) -> Page:
+        if number == self._number + 1:
+            self._page, self._number = self._next_page(), number
+        if number != self._number or self._page is None:
+            raise StoreError(f"expected page {self._number} or the next, got {number}")
+        return self._page
+
+    def _next_page(self) -> Page:
+        page: list[tuple[bytes, Mapping[int, Entry]]] = []
+        room = _PAGE_BYTES
+        while room > 0 and (group := next(self._groups, None)) is not None:
+            page.append(group)
+            room -= group_bytes(group[1])
+        self._num_read += len(page)
+        return *packed_groups(page), self._num_read, room > 0
 
 
 class Part:
@@ -52,8 +82,7 @@ class Part:
         self._clock = clock
         self._asked: dict[str, float] = {}  # when a reading or replacement was last asked for
         self._store: Store | None = None
-        self._readings: OrderedDict[str, Iterator[tuple[bytes, Mapping[int, Entry]]]]
-        self._readings = OrderedDict()
+        self._readings: OrderedDict[str, _Reading] = OrderedDict()
         self._staged: OrderedDict[str, list[tuple[bytes, dict[int, Entry]]]] = OrderedDict()
 
     def size(self) -> tuple[int, int, int]:
@@ -123,30 +152,25 @@ class Part:
             The number of its groups, and the first page.
         """
         num_groups = self._held.size().num_groups
-        self._readings[token] = self._held.iterate()
+        self._readings[token] = _Reading(self._held.iterate())
         self._asked[token] = self._clock()
         self._give_up()
-        return num_groups, self.page(token)
+        page = self.page(token, 0)
+        if page[-1]:  # whose answer got lost begins again
+            self.end(token)
+        return num_groups, page
 
-    def page(self, token: str) -> Page:
-        """The next page of a snapshot."""
-        groups = self._readings.get(token)
-        if groups is None:
+    def page(self, token: str, number: int) -> Page:
+        """A page of a snapshot: the next one, or the last one again."""
+        reading = self._readings.get(token)
+        if reading is None:
             raise StoreError(
                 "expected a reading that is under way, got one that was given up (the part was "
                 f"started again meanwhile, more than {_MOST_UNDER_WAY} others were begun, or "
                 f"nothing was asked for in {_MOST_SECONDS:g} seconds)"
             )
         self._asked[token] = self._clock()
-        page: list[tuple[bytes, Mapping[int, Entry]]] = []
-        room = _PAGE_BYTES
-        while room > 0 and (group := next(groups, None)) is not None:
-            page.append(group)
-            room -= group_bytes(group[1])
-        is_last = room > 0
-        if is_last:
-            self.end(token)
-        return *packed_groups(page), is_last
+        return reading.page(number)
 
     def end(self, token: str) -> None:
         """A snapshot is of no more use."""

@@ -23,7 +23,7 @@ from spec_rollout.cache.messages import (
     unpacked_groups,
 )
 from spec_rollout.cache.part import Page
-from spec_rollout.cache.store import Groups, StoreSize
+from spec_rollout.cache.store import Groups, StoreError, StoreSize
 
 Call: TypeAlias = tuple[Any, ...]
 """Name of a method of `Part`, and its arguments."""
@@ -151,18 +151,24 @@ class PartedStore(ABC):
         self, part: int, token: str, num_groups: int, page: Page
     ) -> Iterator[tuple[float, _Group]]:
         """The groups of a part, each with its place in that part's order, from 0 to 1."""
-        num_read = 0
-        keys, entries, is_last = page
+        num_read = number = 0
+        keys, entries, num_given, is_last = page
         try:
             while True:
                 for group in unpacked_groups(keys, entries, borrowed=False):
                     num_read += 1
                     yield num_read / max(num_groups, 1), group
+                # Not `num_groups`: of these a store may leave out what is damaged.
+                if num_read != num_given:
+                    raise StoreError(
+                        f"expected {num_given} groups of part {part} so far, got {num_read}"
+                    )
                 if is_last:
                     return
-                keys, entries, is_last = self._ask({part: ("page", token)})[part]
+                number += 1
+                keys, entries, num_given, is_last = self._ask({part: ("page", token, number)})[part]
         finally:
-            if not is_last:
+            if number or not is_last:
                 self._tell({part: ("end", token)})
 
     def _entries(

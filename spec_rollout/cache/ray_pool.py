@@ -26,7 +26,7 @@ from spec_rollout.extras import install_command
 _OLDEST = (2, 40)  # the tests run with 2.60; older ones have not been tried
 # Of what actors are asked and answer. They outlive the processes that began them, and may be of
 # another version of this package.
-_PROTOCOL = 1
+_PROTOCOL = 2
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _ACTOR = re.compile(r"(.+)-(\d+)-of-(\d+)")
 _PART_FOLDER = re.compile(r"part-\d+-of-(\d+)")

@@ -142,6 +142,47 @@ def test_what_is_read_page_by_page_is_a_snapshot(
     check_integrity(store)
 
 
+class Asked(LocalParts):
+    """Where every answer but the last one to some methods gets lost, and they are asked again."""
+
+    def _ask(self, calls):  # type: ignore[no-untyped-def]
+        if not any(call[0] in ("begin", "page", "end") for call in calls.values()):
+            return super()._ask(calls)
+        return [super(Asked, self)._ask(calls) for _ in range(3)][-1]
+
+
+def test_a_page_that_is_asked_for_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray asks again where it does not know whether a call was done."""
+    monkeypatch.setattr(part, "_PAGE_BYTES", 3 * ONE)
+    store = Asked(2)
+    groups = fill(store)
+    seen = content_of(store)
+    assert dict(seen) == groups
+    assert len(seen) == len(groups)
+    assert [p._readings for p in store.parts] == [{}, {}]
+    _, page = store.parts[0].begin("token")
+    with pytest.raises(StoreError, match="expected page 0 or the next, got 2"):
+        store.parts[0].page("token", 2)
+    assert store.parts[0].page("token", 0) is page
+
+
+def test_groups_that_get_lost_on_the_way_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part, "_PAGE_BYTES", 3 * ONE)
+    store = LocalParts(1)
+    fill(store)
+    ask = store._ask
+
+    def losing(calls):  # type: ignore[no-untyped-def]
+        answers = ask(calls)
+        if calls[0][0] == "page":
+            answers = ask({0: ("page", calls[0][1], 2)})
+        return answers
+
+    monkeypatch.setattr(store, "_ask", losing)
+    with pytest.raises(StoreError, match="expected 9 groups of part 0 so far, got 6"):
+        list(store.iterate())
+
+
 def test_a_reading_that_is_ended_early_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part, "_PAGE_BYTES", ONE)
     store = LocalParts(2)
@@ -182,12 +223,12 @@ def test_what_a_killed_process_had_begun_is_given_up(
         held.stage("of another", *packed_groups(groups))
         now = part._MOST_SECONDS
         held.put(*packed_groups(groups), None)
-        assert not held.page("of one that was killed")[2]
+        assert not held.page("of one that was killed", 1)[-1]
         now += part._MOST_SECONDS + 1
         for _ in range(30):  # of 1.6 MB each
             held.put(*packed_groups(groups), None)
         with pytest.raises(StoreError, match="got one that was given up"):
-            held.page("of one that was killed")
+            held.page("of one that was killed", 2)
         with pytest.raises(StoreError, match=r"expected 2 groups .* got 0"):
             held.commit("of another", 2, None)
         assert store.file_bytes() < 12 << 20
