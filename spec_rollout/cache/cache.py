@@ -85,8 +85,10 @@ class RolloutCache:
         self._store: Store = MemoryStore() if store is None else store
         self._writer = writer
         self._staging = Staging()
-        self._unwritten: set[bytes] = set()  # prompts stored since the writer last had all written
-        self._lock = threading.Lock()  # of the counters
+        # Prompts that may be waiting to be written: the number of the last `store` of each.
+        self._unwritten: dict[bytes, int] = {}
+        self._num_stores = 0
+        self._lock = threading.Lock()  # of the counters and of these
         self._hits = self._misses = self._evictions = self._corrupt = 0
         if store is not None and max_bytes is not None:
             self._evictions = store.evict(max_bytes)
@@ -205,8 +207,11 @@ class RolloutCache:
             finally:
                 self._staging.release(buffers)
 
-        self._unwritten.update(keys)
         self._writer.submit(job, packed.num_bytes)
+        # Only now: what a flush finds here it has waited for.
+        with self._lock:
+            self._num_stores += 1
+            self._unwritten.update(dict.fromkeys(keys, self._num_stores))
 
     def _put(self, groups: Groups) -> None:
         self._count(evictions=self._store.put_many(groups, self.max_bytes))
@@ -218,8 +223,9 @@ class RolloutCache:
             StoreError: or whatever else storing failed with; every call raises it from then on.
         """
         if self._writer is not None:
+            last = self._num_stores  # others may store meanwhile
             self._writer.flush()
-            self._forget_written()
+            self._forget_written(last)
 
     def _wait_for(self, prompt_keys: Sequence[bytes]) -> None:
         """Until a lookup finds what it would find if everything were stored by now.
@@ -229,16 +235,25 @@ class RolloutCache:
         """
         if self._writer is None:
             return
+        last = self._num_stores
         if self._writer.idle():
-            self._forget_written()
-        elif self.max_bytes is not None or not self._unwritten.isdisjoint(prompt_keys):
+            self._forget_written(last)
+            return
+        with self._lock:
+            may_change = not self._unwritten.keys().isdisjoint(prompt_keys)
+        if may_change or self.max_bytes is not None:
             self.flush()
 
-    def _forget_written(self) -> None:
-        """While a store holds back what it was given, its prompts are still to be waited for: they
-        are written by a job that is yet to come."""
-        if self._writer is not None and not self._writer.holds_back:
-            self._unwritten.clear()
+    def _forget_written(self, last: int) -> None:
+        """The writer has done all jobs up to those of the `last` call of `store`.
+
+        While a store holds back what it was given, its prompts are still to be waited for: they are
+        written by a job that is yet to come.
+        """
+        if self._writer is None or self._writer.holds_back or not self._unwritten:
+            return
+        with self._lock:
+            self._unwritten = {key: n for key, n in self._unwritten.items() if n > last}
 
     def save(self, path: str | os.PathLike[str], *, pass_index: int | None = None) -> None:
         """Writes the whole cache to one file, which appears complete or not at all.

@@ -92,6 +92,65 @@ def test_a_lookup_waits_only_for_what_could_change_it(
     writer.close()
 
 
+class Interrupted(Writer):
+    """Where another thread does something at one moment of the calls of this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile = dict.fromkeys(("submit", "flush", "idle"), lambda: None)
+
+    def _interrupt(self, moment: str) -> None:
+        other, self.meanwhile[moment] = self.meanwhile[moment], lambda: None
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+
+    def submit(self, job, num_bytes=0):
+        self._interrupt("submit")
+        super().submit(job, num_bytes)
+
+    def flush(self):
+        super().flush()
+        self._interrupt("flush")
+
+    def idle(self):
+        is_idle = super().idle()
+        self._interrupt("idle")
+        return is_idle
+
+
+@pytest.mark.parametrize("moment", ["submit", "flush", "idle"])
+def test_what_is_stored_while_another_thread_waits_is_found_at_once(moment: str) -> None:
+    """It is waited for: that the other has seen everything written was before."""
+    store, writer = Gate(), Interrupted()
+    cache = RolloutCache(store=store, writer=writer)
+    store.open.set()
+    cache.store([A], [0], make_rollouts([[1]]))
+    cache.flush()
+
+    def store_again() -> None:
+        store.open.clear()
+        cache.store([A], [0], make_rollouts([[2]]))
+
+    if moment == "submit":
+        writer.meanwhile["submit"] = cache.flush
+        store_again()
+    else:
+        cache.store([A], [0], make_rollouts([[1]]))
+        writer.flush()
+        writer.meanwhile[moment] = store_again
+        if moment == "flush":
+            cache.flush()
+        else:
+            cache.lookup([B], [0], max_tokens=9)
+    threading.Timer(0.2, store.open.set).start()
+    assert rows_of(cache.lookup([A], [0], max_tokens=9)) == [[2]]
+    cache.flush()
+    assert not cache._unwritten
+    writer.close()
+
+
 def test_an_error_is_raised_by_all_that_follows() -> None:
     store, writer = Gate(), Writer()
     cache = RolloutCache(store=store, writer=writer)
