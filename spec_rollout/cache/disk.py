@@ -45,12 +45,13 @@ class DiskStore:
     Args:
         path: The folder; not on a network file system. It is made if there is none.
         create: False expects a store there.
-        sync: False leaves it to the operating system when to write to the device. A killed process
-            loses nothing then either; a machine that loses power may damage the store.
+        sync: False leaves it to the operating system when to write to the device, unless this
+            process has the folder open already. A killed process loses nothing then either; a
+            machine that loses power may damage the store.
 
     Raises:
-        StoreError: if there is something else at `path`, the store is damaged or cannot be read, or
-            lmdb is not installed.
+        StoreError: if there is something else at `path`, the store is damaged or cannot be read, it
+            is wanted with `sync` and this process has it open without, or lmdb is not installed.
     """
 
     def __init__(self, path: PathLike, *, create: bool = True, sync: bool = True) -> None:

@@ -62,12 +62,14 @@ class Shared:
     """What all stores of a process that have one folder open share.
 
     Attributes:
+        sync: Whether a transaction is on the device when it ends.
         write_lock: Held by the thread of this process that writes; LMDB holds other processes off.
         touched: Keys of groups used since the last write, in the order of use, and its lock.
     """
 
     def __init__(self, path: Path, *, sync: bool, create: bool) -> None:
         self.path = path
+        self.sync = sync
         self.write_lock = threading.Lock()
         self.touched: OrderedDict[bytes, None] = OrderedDict()
         self.touched_lock = threading.Lock()
@@ -307,12 +309,21 @@ _open_lock = threading.Lock()
 
 
 def acquire(path: PathLike, *, sync: bool, create: bool) -> Shared:
-    """The folder, opened once per process: LMDB wants it so."""
+    """The folder, opened once per process: LMDB wants it so.
+
+    Raises:
+        StoreError: if it cannot be opened, or is open in this process with less than `sync`.
+    """
     with _open_lock:
         place = Path(path).resolve()
         shared = _open.get(place)
         if shared is None:
             shared = _open[place] = Shared(place, sync=sync, create=create)
+        elif sync and not shared.sync:
+            raise StoreError(
+                f"{path}: expected a store that writes to the device (sync=True), it is open in "
+                "this process as one that leaves that to the operating system (sync=False)"
+            )
         shared.users += 1
         return shared
 

@@ -84,6 +84,19 @@ def test_one_folder_opened_twice_is_one_store(tmp_path: Path) -> None:
             one.size()
 
 
+def test_a_folder_that_does_not_write_to_the_device_is_not_opened_as_if_it_did(
+    tmp_path: Path,
+) -> None:
+    message = r"store: .* writes to the device \(sync=True\), it is open .* \(sync=False\)"
+    with DiskStore(tmp_path / "store", sync=False) as store:
+        with pytest.raises(StoreError, match=message):
+            DiskStore(tmp_path / "store")
+        put(store, A, 0)
+    with DiskStore(tmp_path / "store") as store, DiskStore(tmp_path / "store", sync=False) as other:
+        assert other.size() == store.size()
+        assert store.size().num_groups == 1
+
+
 def test_borrowed_entries_are_views_of_the_file(tmp_path: Path) -> None:
     with DiskStore(tmp_path / "store") as store:
         put(store, A, 0)
