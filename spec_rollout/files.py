@@ -91,9 +91,14 @@ def replacing(path: PathLike, *, seekable: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    folder = os.open(place.parent, os.O_RDONLY)
+    sync_folder(place.parent)
+
+
+def sync_folder(path: PathLike) -> None:
+    """Makes the names in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the new name itself survive a power cut
+        os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from spec_rollout.drafting import history_file
 from spec_rollout.drafting.history_file import KeptRows
+from spec_rollout.files import sync_folder
 
 IDENTITY = "identity.json"
 _SEGMENT = re.compile(r"\d{10}-[0-9a-f]{32}\.rollouts")
@@ -34,6 +35,7 @@ _SEGMENT_SHARE = 1 / 16  # of all bytes: what goes at once
 _RECORD_BYTES = 1 << 15
 _READ_BYTES = 1 << 24  # more than the longest record
 _MOST_LOGPROB = 1e-3  # 0, and what arithmetic adds to it
+_ANEW = "remove the folder to begin anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class HistoryFolder:
 
     Raises:
         ValueError: if it holds another model's rollouts, or something else; naming the path.
-        OSError: if it cannot be made or read.
+        OSError: if it cannot be made or read, or nobody can tell whose rollouts it holds.
     """
 
     def __init__(
@@ -261,21 +263,30 @@ class HistoryFolder:
         place = self.path / IDENTITY
         if not place.exists():
             others = [name for name in sorted(os.listdir(self.path)) if not name.startswith(".")]
-            if others and IDENTITY not in others:
-                raise ValueError(
-                    f"{self.path}: expected shared rollouts or an empty folder, found {others[0]!r}"
-                )
+            strangers = [name for name in others if not _SEGMENT.fullmatch(name)]
+            if others and not place.exists():  # nor meanwhile
+                if strangers:
+                    raise ValueError(
+                        f"{self.path}: expected shared rollouts or an empty folder, found "
+                        f"{strangers[0]!r}"
+                    )
+                raise OSError(f"{place}: expected the identity of rollouts, it is gone; {_ANEW}")
             part = self.path / f".{IDENTITY}.{self._writer}"
             try:
-                part.write_bytes(self._identity.to_json())
+                with open(part, "xb") as file:
+                    file.write(self._identity.to_json())
+                    file.flush()
+                    os.fsync(file.fileno())  # or a power cut leaves the name of an empty file
                 with contextlib.suppress(FileExistsError):  # somebody was faster
                     os.link(part, place)
             finally:
                 part.unlink(missing_ok=True)
+            sync_folder(self.path)  # before there are rollouts that nobody knows
         try:
             found = HistoryIdentity.from_json(place.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{place}: expected the identity of rollouts: {error}") from None
+        except (ValueError, RecursionError) as error:
+            text = f"{place}: expected the identity of rollouts: {error}; {_ANEW}"
+            raise OSError(text) from None
         if found != self._identity:
             raise ValueError(
                 f"{self.path}: expected rollouts of {self._identity}, it holds those of {found}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +188,45 @@ def test_what_is_no_such_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected shared rollouts or an empty folder, found 'fi"):
         folder(tmp_path)
     file.unlink()
-    for text in (b"{", b"[]", b'{"version": 2}', b"\xff", b'{"version": 1, "model": "x"}'):
+    (tmp_path / "identity.json").touch()
+    (tmp_path / "notes").touch()
+    with pytest.raises(OSError, match="expected the identity of rollouts"):
+        folder(tmp_path)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(ValueError, match="expected shared rollouts or an empty folder, found 'no"):
+        folder(tmp_path)
+
+
+def test_of_whom_they_are_is_not_guessed(tmp_path: Path) -> None:
+    """As if the folder could not be read: it is no other model's as far as anybody knows."""
+    folder(tmp_path).append(rows_of((1, [1])))
+    wrong = [b"", b"{", b"[]", b'{"version": 2}', b"\xff", b'{"version": 1, "model": "x"}']
+    for text in (*wrong, b"[" * 100_000):
         (tmp_path / "identity.json").write_bytes(text)
-        with pytest.raises(ValueError, match=r"identity\.json: expected the identity of roll"):
+        with pytest.raises(OSError, match=r"identity\.json: expected the identity .* remove the"):
             folder(tmp_path)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(OSError, match=r"identity\.json: .*it is gone; remove the folder to begin"):
+        folder(tmp_path)
+    assert not (tmp_path / "identity.json").exists()
+
+
+def test_an_identity_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def synced(file: int) -> None:
+        fsync(file)
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        events.append("folder" if path == tmp_path else f"{path.stat().st_size} bytes")
+
+    def linked(old: Path, new: Path) -> None:
+        link(old, new)
+        events.append(new.name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    folder(tmp_path)
+    assert events == [f"{len(IDENTITY.to_json())} bytes", "identity.json", "folder"]

@@ -127,12 +127,20 @@ def test_a_folder_that_fails_is_said_once_and_harms_nobody(
     never.receive()
     assert never.info()["num_unshared"] == never.info()["num_share_errors"] == 1
     assert len(log) == 2
+    # One that does not say any more whose rollouts it has, as after a power cut.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "identity.json").touch()
+    unknown = engine(sharing(tmp_path / "new", log))
+    finish(unknown, [1])
+    assert unknown.info()["num_unshared"] == unknown.info()["num_share_errors"] == 1
+    assert "remove the folder to begin anew" in log[2]
+    (tmp_path / "new" / "identity.json").unlink()
     # Whatever goes wrong there.
     other = engine(sharing(tmp_path / "new", log))
     monkeypatch.setattr(HistoryFolder, "append", lambda self, rows: 1 / 0)
     finish(other, [1])
     until(lambda: other.info()["num_unshared"] == 1)
-    assert "division" in log[2]
+    assert "division" in log[3]
 
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
