@@ -163,8 +163,11 @@ void HistoryDrafter::add_history(const int32_t* token_ids, const float* logprobs
   for (const Rows& rows : work) {
     history_.leave(rows.group, Group::kNoRow, false, Group::kNoTag);
   }
-  word_size_.add(token_ids, num_tokens);
-  if (num_tokens > 0) contexts_ = GroupContexts(word_size_.measure());
+  const bool is_due = word_size_.add(token_ids, num_tokens);
+  // For one call this is all that there will be, however little.
+  if (num_tokens > 0 && (is_due || !is_lasting_)) {
+    contexts_ = GroupContexts(word_size_.measure());
+  }
   learned(num_tokens);
 }
 

@@ -20,7 +20,8 @@ class WordSize {
   bool add(const int32_t* token_ids, int64_t count) {
     bool is_due = false;
     for (int64_t i = 0; i < count; ++i, ++num_seen_) {
-      if (num_seen_ == kPeriod && is_lasting_) {
+      // What is due is to be measured first: of the next sample there may be a few tokens only.
+      if (num_seen_ >= kPeriod && is_lasting_ && !is_due) {
         counts_.clear();
         num_seen_ = 0;
         due_ = kSample;
