@@ -220,9 +220,10 @@ void extend_requests(HistoryDrafter& drafter, py::handle requests, py::handle to
 }
 
 int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle limits,
-                    py::handle keys, py::handle positions, double min_probability,
-                    bool favours_longest, int64_t max_total, int num_threads, py::handle out,
-                    py::handle out_lens, py::handle own_lens, py::handle expected) {
+                    py::handle keys, py::handle positions, py::handle with_noise,
+                    double min_probability, bool favours_longest, int64_t max_total,
+                    int num_threads, py::handle out, py::handle out_lens, py::handle own_lens,
+                    py::handle expected) {
   ArgReader reader;
   Dim count{"count"}, room{"room"};
   const int64_t* values = int64s(reader, requests, "requests", count);
@@ -230,6 +231,11 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
   const bool keyed = !keys.is_none();
   const int64_t* noise_keys = keyed ? int64s(reader, keys, "keys", count) : nullptr;
   const int64_t* next = keyed ? int64s(reader, positions, "positions", count) : nullptr;
+  const bool* drawn = nullptr;
+  if (!with_noise.is_none()) {
+    const TensorView flags = reader.tensor(with_noise, "with_noise", {count}, {DType::kBool});
+    drawn = static_cast<const bool*>(flags.data);
+  }
   const TensorView ids = reader.tensor(out, "out", {room}, {DType::kInt32});
   int64_t total = 0;
   for (int64_t i = 0; i < count.value; ++i) total += std::max<int64_t>(0, most[i]);
@@ -241,7 +247,7 @@ int64_t propose_for(HistoryDrafter& drafter, py::handle requests, py::handle lim
   auto* passing =
       static_cast<float*>(reader.tensor(expected, "expected", {count}, {DType::kFloat32}).data);
   py::gil_scoped_release release;
-  return drafter.propose(values, most, noise_keys, next, count.value, min_probability,
+  return drafter.propose(values, most, noise_keys, next, drawn, count.value, min_probability,
                          favours_longest, max_total, num_threads, static_cast<int32_t*>(ids.data),
                          lens, own, passing);
 }

@@ -27,14 +27,16 @@ class NoiseWatch:
             np.add.at(known, rows, lens)
             extend(drafter, rows, token_ids, lens, *args)
 
-        def proposed(drafter, rows, *args, keys, positions, **kwargs):
+        def proposed(drafter, rows, *args, keys, positions, with_noise=None, **kwargs):
             if self.keys is None:
-                assert keys is None
+                assert keys is None or (with_noise is not None and not with_noise.any())
             else:
+                assert with_noise is None or with_noise.all()
                 np.testing.assert_array_equal(keys, self.keys[rows])
                 np.testing.assert_array_equal(positions, known[rows])
             self.asked.update(rows.tolist())
-            return propose(drafter, rows, *args, keys=keys, positions=positions, **kwargs)
+            noise = {"keys": keys, "positions": positions, "with_noise": with_noise}
+            return propose(drafter, rows, *args, **noise, **kwargs)
 
         monkeypatch.setattr(HistoryDrafter, "extend", extended)
         monkeypatch.setattr(HistoryDrafter, "propose", proposed)

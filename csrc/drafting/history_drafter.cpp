@@ -319,9 +319,9 @@ void HistoryDrafter::propose_one(Request& request, int64_t limit, const Noise& n
 }
 
 int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
-                                const int64_t* positions, int64_t count, double min_probability,
-                                bool favours_longest, int64_t max_total, int num_threads,
-                                int32_t* out, int64_t* out_lens, int64_t* own_lens,
+                                const int64_t* positions, const bool* with_noise, int64_t count,
+                                double min_probability, bool favours_longest, int64_t max_total,
+                                int num_threads, int32_t* out, int64_t* out_lens, int64_t* own_lens,
                                 float* expected) {
   check_live(requests, count);
   // Every request writes to room of its own first.
@@ -338,7 +338,8 @@ int64_t HistoryDrafter::propose(const int64_t* requests, const int64_t* limits, 
       request.passes.clear();
       out_lens[i] = own_lens[i] = 0;
       if (request.row < 0 || limits[i] <= 0) continue;
-      const Noise noise{keys == nullptr ? nullptr : keys + i, keys == nullptr ? 0 : positions[i]};
+      const bool has_noise = keys != nullptr && (with_noise == nullptr || with_noise[i]);
+      const Noise noise{has_noise ? keys + i : nullptr, has_noise ? positions[i] : 0};
       propose_one(request, limits[i], noise, least[i], context, out + starts[i], own_lens + i);
       out_lens[i] = static_cast<int64_t>(request.proposed.size());
     }

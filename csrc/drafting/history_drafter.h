@@ -70,16 +70,16 @@ class HistoryDrafter {
   // Proposes for each request tokens that pass with a probability of at least min_probability (of
   // the whole proposal up to there), at most limits[i]. With `favours_longest` that probability is
   // of a request with a mean number of tokens to go; of one with twice as many, half as much is
-  // asked. `keys` and `positions` (of each request's next token) say the noise; null: there is none
-  // to count on. Together at most `max_total`: the
-  // longest are cut, to one token of the likeliest requests if there are more requests than that.
-  // `out` takes limits.sum() tokens. out_lens, own_lens and expected [count]: tokens for each, how
-  // many of these, the first ones, are its draft's, and how many of them are expected to pass.
-  // Returns the total.
+  // asked. `keys` and `positions` (of each request's next token) say the noise of those that
+  // `with_noise` says have any; null: all have. `keys` null: there is none to count on. Together at
+  // most `max_total`: the longest are cut, to one token of the likeliest requests if there are more
+  // requests than that. `out` takes limits.sum() tokens. out_lens, own_lens and expected [count]:
+  // tokens for each, how many of these, the first ones, are its draft's, and how many of them are
+  // expected to pass. Returns the total.
   int64_t propose(const int64_t* requests, const int64_t* limits, const int64_t* keys,
-                  const int64_t* positions, int64_t count, double min_probability,
-                  bool favours_longest, int64_t max_total, int num_threads, int32_t* out,
-                  int64_t* out_lens, int64_t* own_lens, float* expected);
+                  const int64_t* positions, const bool* with_noise, int64_t count,
+                  double min_probability, bool favours_longest, int64_t max_total, int num_threads,
+                  int32_t* out, int64_t* out_lens, int64_t* own_lens, float* expected);
   // How many of the tokens proposed last to each of these requests passed.
   void observe(const int64_t* requests, const int64_t* accepted_lens, int64_t count);
 

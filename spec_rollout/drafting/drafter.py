@@ -282,6 +282,7 @@ class Drafter:
         max_total: int | None = None,
         keys: np.ndarray | None = None,
         positions: np.ndarray | None = None,
+        with_noise: np.ndarray | None = None,
     ) -> Proposals:
         """Proposes for each request the tokens that are likely enough to pass.
 
@@ -301,6 +302,8 @@ class Drafter:
             keys, positions: Noise key of each request, and noise position of its next token
                 (`sample_tokens`; of vLLM's noise see `NoiseLaw`). None where tokens are not drawn
                 with keyed noise. [count], int64 both.
+            with_noise: Which requests are drawn with that noise; None: all. The others are proposed
+                what is likeliest. [count], bool.
         """
         out = np.empty(int(np.maximum(limits, 0).sum()), dtype=np.int32)
         lens = np.empty(requests.size, dtype=np.int64)
@@ -311,6 +314,7 @@ class Drafter:
             torch.from_numpy(limits),
             None if keys is None else torch.from_numpy(keys),
             None if positions is None else torch.from_numpy(positions),
+            None if with_noise is None else torch.from_numpy(with_noise),
             min_probability,
             favours_longest,
             out.size if max_total is None else max_total,

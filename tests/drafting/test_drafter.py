@@ -100,8 +100,11 @@ def test_the_newest_rollout_with_a_tag_is_recalled_and_followed() -> None:
     assert drafter.followed_len(handle) == 2
 
 
-def test_who_has_more_to_go_is_asked_for_less() -> None:
-    """What is proposed is what it is for each request alone at the probability computed here."""
+@pytest.mark.parametrize("with_noise", [None, [True, False, True, False, True]])
+def test_who_has_more_to_go_is_asked_for_less(with_noise: list[bool] | None) -> None:
+    """What is proposed is what it is for each request alone at the probability computed here, with
+    its noise or without."""
+    flags = None if with_noise is None else np.array(with_noise)
     rng = np.random.default_rng(0)
     text = rng.integers(0, 50, 600).astype(np.int32)
     drafter = Drafter(max_table_bytes=SMALL_TABLE)
@@ -129,9 +132,12 @@ def test_who_has_more_to_go_is_asked_for_less() -> None:
     noise = {"keys": np.arange(5), "positions": np.full(5, 4)}
     limits, seen = np.full(5, 24), set()
     for least in (0.02, 0.1, 0.2, 0.3, 0.5, 0.97):
-        found = drafter.propose(handles, limits, least, favours_longest=True, **noise)
+        found = drafter.propose(
+            handles, limits, least, favours_longest=True, **noise, with_noise=flags
+        )
         for i, factor in enumerate(factors):
             one = {name: value[i : i + 1] for name, value in noise.items()}
+            one = one if flags is None or flags[i] else {}
             asked = min(least * factor, max(least, 0.95))
             alone = drafter.propose(handles[i : i + 1], limits[:1], asked, **one)
             end = found.lens[: i + 1].sum()
@@ -141,6 +147,28 @@ def test_who_has_more_to_go_is_asked_for_less() -> None:
     assert {(0, -1), (1, -1), (2, -1), (4, 1)} <= seen  # it does make a difference
     assert (3, 1) not in seen
     assert (3, -1) not in seen
+
+
+def test_requests_without_noise_share_the_room_with_the_others() -> None:
+    drafter = Drafter()
+    for key in (X, Y):
+        handle = drafter.join(key)
+        tokens = np.arange(1, 13, dtype=np.int32) + 20 * (key == Y)
+        drafter.extend(np.array([handle]), tokens, np.array([12]), np.zeros(12, np.float32))
+        drafter.leave(handle)
+    handles = np.array([drafter.join(key) for key in (X, Y)])
+    drafter.extend(handles, np.array([1, 21], np.int32), np.ones(2, np.int64))
+    noise = {"keys": np.arange(2), "positions": np.ones(2, np.int64)}
+    for flags in ([True, False], [False, True], [False, False]):
+        found = drafter.propose(
+            handles, np.full(2, 8), 0.0, max_total=6, **noise, with_noise=np.array(flags)
+        )
+        assert found.lens.tolist() == [3, 3]
+        assert found.token_ids.tolist() == [2, 3, 4, 22, 23, 24]
+    with pytest.raises(ValueError, match="with_noise"):
+        drafter.propose(handles, np.full(2, 8), 0.0, **noise, with_noise=np.ones(3, bool))
+    with pytest.raises(ValueError, match="with_noise"):
+        drafter.propose(handles, np.full(2, 8), 0.0, **noise, with_noise=np.ones(2, np.int64))
 
 
 @pytest.mark.parametrize(("num_rows", "expected"), [(20, C), (200, D)])

@@ -290,38 +290,14 @@ class HistoryProposals:
             limits: Most tokens for each. [count].
             budget: Most tokens for all.
         """
-        handles, least = self._handles(requests), self._payoff.threshold(len(batch.rows))
-        positions = batch.first_positions[free] + indices
-
-        def ask(where: np.ndarray, with_noise: bool, max_total: int) -> Proposals:
-            return self._drafter.propose(
-                handles[where],
-                limits[where],
-                least,
-                favours_longest=True,
-                max_total=max_total,
-                keys=batch.keys[free][where] if with_noise else None,
-                positions=positions[where] if with_noise else None,
-            )
-
-        # The noise says nothing of what greedy requests are given.
-        drawn = batch.is_drawn[free]
-        if drawn.all() or not drawn.any():
-            return ask(np.ones_like(drawn), bool(drawn.all()), budget)
-        greedy = ask(~drawn, False, budget)
-        return _interleaved(drawn, ask(drawn, True, budget - greedy.token_ids.size), greedy)
-
-
-def _interleaved(is_first: np.ndarray, first: Proposals, other: Proposals) -> Proposals:
-    """A batch's proposals from those of two parts of it; `is_first` [count] says whose is whose."""
-
-    def by_request(name: str) -> np.ndarray:
-        values = np.empty(is_first.size, getattr(first, name).dtype)
-        values[is_first], values[~is_first] = getattr(first, name), getattr(other, name)
-        return values
-
-    lens = by_request("lens")
-    of_first = np.repeat(is_first, lens)
-    token_ids = np.empty(int(lens.sum()), np.int32)
-    token_ids[of_first], token_ids[~of_first] = first.token_ids, other.token_ids
-    return Proposals(token_ids, lens, by_request("own_lens"), by_request("expected"))
+        return self._drafter.propose(
+            self._handles(requests),
+            limits,
+            self._payoff.threshold(len(batch.rows)),
+            favours_longest=True,
+            max_total=budget,
+            keys=batch.keys[free],
+            positions=batch.first_positions[free] + indices,
+            # It says nothing of what greedy requests are given.
+            with_noise=batch.is_drawn[free],
+        )
