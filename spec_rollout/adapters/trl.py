@@ -543,8 +543,8 @@ def _check_trainer(trainer: Any) -> None:
             )
     if generation.tensor_parallel_size > 1:
         raise ValueError(
-            "vllm_tensor_parallel_size: expected 1 with SpecRollout, got "
-            f"{generation.tensor_parallel_size}; SPEC_ROLLOUT=drafting serves it"
+            "vllm_tensor_parallel_size: expected 1 with SpecRollout and a colocated vLLM, got "
+            f"{generation.tensor_parallel_size}"
         )
     if generation.structured_outputs_regex is not None:
         raise ValueError("vllm_structured_outputs_regex: expected None with SpecRollout, got one")
@@ -560,6 +560,14 @@ def _check_server(trainer: Any) -> None:
         raise ValueError(
             "vllm server: expected one started with SPEC_ROLLOUT=coupled (or lenient) in its "
             f"environment, got mode {section.get('mode', 'off')}"
+        )
+    # Requests of an evaluation name no sample: they would be counted, and draw in every evaluation
+    # what they drew in the last.
+    if section.get("identity", "request") != "request":
+        raise ValueError(
+            'vllm server: expected one started with identity "request" in SPEC_ROLLOUT, as '
+            "training requests name their samples and evaluation draws afresh, got "
+            f"{section['identity']!r}"
         )
 
 

@@ -321,6 +321,22 @@ def test_two_pass_refuses_history(make_engine: Any) -> None:
         engine.rollout(requests, SAMPLING, Lenient(0.0))
 
 
+def test_ranks_that_schedule_for_themselves_take_no_history(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    parallel = engine.llm.llm_engine.vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "distributed_executor_backend", "external_launcher")
+    assert VLLMEngine.wrap(engine.llm).supports_history  # one rank
+    monkeypatch.setattr(parallel, "tensor_parallel_size", 2)
+    ranks = VLLMEngine.wrap(engine.llm)
+    assert not ranks.supports_history
+    requests = replace(make_requests(PROMPTS), history=history_of([], []))
+    with pytest.raises(ValueError, match="history: expected None with external_launcher and tens"):
+        ranks.rollout(requests, SAMPLING, NoReuse())
+
+
 def test_history_outside_the_vocabulary_is_refused(engine: Any) -> None:
     requests = replace(make_requests(PROMPTS), history=history_of([[10_000]], [0]))
     with pytest.raises(ValueError, match=r"history\.token_ids: expected token ids from 0 to 63"):

@@ -518,6 +518,11 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
             {"tensor_parallel_size": 2},
             "share: expected tensor_parallel_size 1 with it, got 2",
         ),
+        (
+            "drafting",
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+            "tensor_parallel_size: expected 1 with .* external_launcher on Model Runner V1, got 2",
+        ),
         ("drafting", {"logits_processors": ["a:B"]}, "expected an engine without logits_proc"),
         (
             '{"share": "/nowhere"}',

@@ -124,6 +124,36 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message:
         _check_trainer(trainer(**changes))
 
 
+def test_a_colocated_engine_of_several_ranks_is_refused() -> None:
+    from spec_rollout.adapters import trl
+
+    given = {**dict.fromkeys(trl.GENERATION_ATTRIBUTES), "tensor_parallel_size": 2}
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size: expected 1 .*, got 2$"):
+        trl._check_trainer(
+            trainer(use_vllm=True, vllm_mode="colocate", vllm_generation=SimpleNamespace(**given))
+        )
+
+
+def test_a_server_that_counts_arrivals_is_refused() -> None:
+    """Evaluations would be counted, and draw the same each time."""
+    from spec_rollout.adapters.trl import _check_server
+
+    def serving(**section: str) -> SimpleNamespace:
+        info = {"additional_config": {"spec_rollout": section}}
+        client = SimpleNamespace(get_server_info=lambda: info)
+        return SimpleNamespace(
+            accelerator=SimpleNamespace(is_main_process=True),
+            vllm_generation=SimpleNamespace(vllm_client=client),
+        )
+
+    _check_server(serving(mode="coupled"))
+    _check_server(serving(mode="lenient", identity="request"))
+    with pytest.raises(ValueError, match=r"started with SPEC_ROLLOUT=coupled .* got mode off"):
+        _check_server(serving())
+    with pytest.raises(ValueError, match=r"identity .request. in SPEC_ROLLOUT, .* got 'arrival'"):
+        _check_server(serving(mode="coupled", identity="arrival"))
+
+
 def test_a_trainer_without_an_attribute_is_refused_with_the_tested_versions() -> None:
     from spec_rollout.adapters.trl import _check_trainer
 

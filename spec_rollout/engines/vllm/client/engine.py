@@ -107,7 +107,9 @@ class VLLMEngine:
         self.strategy = strategy
         self._owns_llm = owns_llm
         self._on_v2 = compat.runs_on_v2(llm)
-        self._takes_history = strategy == "inflight" and compat.takes_history(llm)
+        self._no_history = f"the strategy {strategy}" if strategy != "inflight" else None
+        if self._no_history is None:
+            self._no_history = compat.why_no_history(llm)
         if self._on_v2 and strategy != "inflight":
             raise ValueError(
                 f"strategy: expected inflight on vLLM's Model Runner V2, got {strategy}"
@@ -128,7 +130,7 @@ class VLLMEngine:
     @property
     def supports_history(self) -> bool:
         """Whether `RolloutRequests.history` is taken."""
-        return self._takes_history
+        return self._no_history is None
 
     @property
     def last_counters(self) -> Mapping[str, float]:
@@ -162,11 +164,8 @@ class VLLMEngine:
         `limits` [batch] take the place of `sampling.max_tokens`.
         """
         start = time.perf_counter()
-        if requests.history is not None and not self.supports_history:
-            raise ValueError(
-                f"history: expected None with the strategy {self.strategy}"
-                f"{' and asynchronous scheduling' if self._on_v2 else ''}, got one"
-            )
+        if requests.history is not None and self._no_history is not None:
+            raise ValueError(f"history: expected None with {self._no_history}, got one")
         check_requests(
             requests,
             sampling,

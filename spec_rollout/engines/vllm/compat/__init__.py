@@ -50,8 +50,8 @@ from spec_rollout.engines.vllm.compat.llm import (
     scored_prompt_tokens,
     scoring_params,
     shut_down,
-    takes_history,
     transformers_config,
+    why_no_history,
 )
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
@@ -112,9 +112,9 @@ __all__ = [
     "scoring_params",
     "shut_down",
     "start_update",
-    "takes_history",
     "tell_of_death",
     "transformers_config",
     "watch_weights",
     "weights_loaded",
+    "why_no_history",
 ]

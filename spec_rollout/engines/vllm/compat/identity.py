@@ -32,6 +32,21 @@ def is_v2(vllm_config: Any) -> bool:
     )
 
 
+def schedules_apart(parallel: Any) -> bool:
+    """Whether tensor-parallel ranks have a scheduler each: all of them have to plan the same steps.
+
+    On Model Runner V1 how much is proposed from a history depends on a rank's clock, so they would
+    not. (On V2 the first rank's proposals are sent to the others.)
+
+    Args:
+        parallel: vLLM's `ParallelConfig`, or its `EngineArgs`.
+    """
+    return bool(
+        parallel.distributed_executor_backend == "external_launcher"
+        and parallel.tensor_parallel_size > 1
+    )
+
+
 def mark_noise(vllm_config: Any, usage_context: Any) -> None:
     """Gives a server without a seed noise of its own (`noise_salt`), where it is set up.
 

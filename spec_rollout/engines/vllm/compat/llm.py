@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spec_rollout.engines.vllm.compat.cpu_wheels import threads_kept
-from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.engines.vllm.compat.identity import is_v2, schedules_apart
 from spec_rollout.packed import ranges
 from spec_rollout.types import SamplingParams
 
@@ -39,9 +39,19 @@ def transformers_config(llm: Any) -> tuple[Any, bool]:
     return config.hf_config, bool(config.trust_remote_code)
 
 
-def takes_history(llm: Any) -> bool:
-    """Whether requests of an `LLM` with the plugin can be proposed to from a history."""
-    return not (runs_on_v2(llm) and llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+def why_no_history(llm: Any) -> str | None:
+    """With what of an `LLM` with the plugin nothing can be proposed from a history; None: it can.
+
+    What was proposed then is not known where the next step is planned, or not the same on all ranks
+    that plan it.
+    """
+    config = llm.llm_engine.vllm_config
+    if runs_on_v2(llm):
+        return "asynchronous scheduling" if config.scheduler_config.async_scheduling else None
+    if schedules_apart(config.parallel_config):
+        num_ranks = config.parallel_config.tensor_parallel_size
+        return f"external_launcher and tensor_parallel_size {num_ranks}"
+    return None
 
 
 def is_in_process(llm: Any) -> bool:

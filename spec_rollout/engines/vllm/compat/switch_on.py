@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+<<<<<<< HEAD
 from spec_rollout.engines.vllm.compat.versions import check_v2, require_vllm
+=======
+from spec_rollout.engines.vllm.compat.identity import schedules_apart
+>>>>>>> 5b39509 (Refused by name: ranks that schedule each for itself on V1, and a TRL server that counts arrivals)
 from spec_rollout.engines.vllm.options import (
     MODEL_RUNNER,
     PROPOSER,
@@ -63,8 +67,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
     Raises:
         ValueError: where the engine has another speculative method, a pipeline, asynchronous
             scheduling, a weight transfer that goes with no speculation, or shares rollouts between
-            tensor parallel ranks or on Model Runner V2, or is to propose late on V1, or an option
-            is wrong.
+            tensor parallel ranks or on Model Runner V2, or is to propose late on V1 or there has a
+            scheduler for each tensor parallel rank, or an option is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -128,6 +132,12 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         raise ValueError(f"{asked}: share: expected Model Runner V1 with it, got V2")
     if options.lagged_tokens and runner != "v2":
         raise ValueError(f"{asked}: lagged_tokens: expected Model Runner V2 with it, got V1")
+    if runner == "v1" and schedules_apart(engine_args):
+        raise ValueError(
+            f"{asked}: tensor_parallel_size: expected 1 with distributed_executor_backend "
+            f"external_launcher on Model Runner V1, got {engine_args.tensor_parallel_size}: each "
+            "rank schedules for itself, and would propose another number of tokens"
+        )
     args = options.vllm_arguments(runner)
     if given and not is_for_v2 and runner == "v2":
         args["speculative_config"]["num_speculative_tokens"] = given["num_speculative_tokens"]
