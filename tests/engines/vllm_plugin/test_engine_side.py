@@ -223,6 +223,39 @@ def test_log_probs_are_those_of_stock(make_llm: MakeLLM, even_steps: None) -> No
                     assert at[token].logprob == pytest.approx(bt[token].logprob, abs=1e-4)
 
 
+def test_log_probs_of_named_tokens_beside_requests_that_are_served(make_llm: MakeLLM) -> None:
+    """vLLM draws for those that name tokens, and counts these apart from `logprobs`."""
+    from vllm import SamplingParams
+
+    llm, named, prompts = make_llm("drafting"), [3, 5, 7, 9], prompts_of(2)
+
+    def ask(wanted: dict[int, dict[str, Any]]) -> list[Any]:
+        values = {"temperature": 0.0, "max_tokens": 12, "detokenize": False}
+        params = [SamplingParams(**values, **one) for one in wanted.values()]
+        outputs = llm.generate([prompts[i] for i in wanted], params, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
+
+    def assert_same(found: Any, expected: Any) -> None:
+        assert found.token_ids == expected.token_ids
+        for at, bt in zip(found.logprobs, expected.logprobs, strict=True):
+            assert at.keys() == bt.keys()
+            for token in at:
+                assert at[token].logprob == pytest.approx(bt[token].logprob, abs=1e-4)
+
+    theirs = {"logprob_token_ids": named}
+    alone = ask({0: theirs})[0]
+    assert all(set(named) <= at.keys() for at in alone.logprobs)
+    for number in (None, 0, 2, 6):  # fewer than there are named tokens, and more
+        ours = {"logprobs": number}
+        served = ask({1: ours})[0]
+        both = ask({0: theirs, 1: ours})
+        assert_same(both[0], alone)
+        if number is None:
+            assert both[1].logprobs is None
+        else:
+            assert_same(both[1], served)
+
+
 def test_aborted_requests_leave_and_the_others_go_on(make_llm: MakeLLM) -> None:
     from vllm import SamplingParams
 

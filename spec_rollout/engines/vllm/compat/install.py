@@ -13,6 +13,8 @@
   needs one array of them.
 - `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts is
   to cost what it costs without speculation.
+- `GPUModelRunner._update_streaming_request`: a request whose prompt comes in pieces has other
+  parameters with each of them.
 - `GPUModelRunner._update_states`, only where engines share rollouts: what a request generated is
   known to others once it is over, also where no request comes after it.
 - `GPUModelRunner.add_lora`: an adapter that comes anew is a change of weights.
@@ -82,6 +84,7 @@ def install_worker() -> None:
     replace(runner, "_prepare_inputs", sampling.plain_inputs)
     replace(runner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(runner, "take_draft_token_ids", sampling.drafts_if_any)
+    replace(runner, "_update_streaming_request", sampling.chunk_by_chunk)
     replace(runner, "add_lora", watching.watched_adapters(sampling.side_of))
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
     if current_platform.is_cpu():

@@ -83,6 +83,24 @@ def let_go(original: Callable) -> Callable:
     return _update_states
 
 
+def chunk_by_chunk(original: Callable) -> Callable:
+    """For `GPUModelRunner._update_streaming_request`: the next chunk of a streamed prompt.
+
+    vLLM changes its record of the request in place. Prompt and parameters are others, so our state
+    of it is made anew, as that of a request that comes now.
+    """
+
+    def _update_streaming_request(self: Any, *args: Any, **kw: Any) -> Any:
+        state = original(self, *args, **kw)
+        proposer = getattr(self, "drafter", None)
+        if isinstance(proposer, ChunkProposer):
+            vars(state).pop(_ROW, None)
+            proposer.last_batch = ([], [])  # which has the same record
+        return state
+
+    return _update_streaming_request
+
+
 def drafts_if_any(original: Callable) -> Callable:
     """For `GPUModelRunner.take_draft_token_ids`: where there are none, there is nothing to take.
 
@@ -213,10 +231,15 @@ def _sample_rows(
     top_k = 0 if sampling.top_k is None else sampling.top_k
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
     logprobs = None
-    if sampling.max_num_logprobs is not None:
-        num_top = sampling.max_num_logprobs
+    # Of requests that want those of tokens they name, which vLLM's sampler draws for. vLLM counts
+    # them apart.
+    token_ids = getattr(sampling, "logprob_token_ids", None) or {}
+    if sampling.max_num_logprobs is not None or token_ids:
+        num_top = sampling.max_num_logprobs or 0
+        num_top = logits.shape[-1] if num_top < 0 else num_top
         logprobs = SampledLogprobs(
-            logits.shape[-1] if num_top < 0 else num_top,
+            num_top,
+            num_columns=max([num_top, *map(len, token_ids.values())]),
             raw=runner.sampler.logprobs_mode == "raw_logprobs",
             temperature=temperature,
             top_k=top_k,

@@ -21,11 +21,12 @@ class SampledLogprobs:
 
     Args:
         num_top: Most likely tokens wanted besides the drawn one.
+        num_columns: Tokens besides the drawn one that a row has room for, at least `num_top`:
+            requests that are vLLM's to sample may want more. None: `num_top`.
         raw: Of the logits as the model gave them, temperature 1 (vLLM's `raw_logprobs`); else of
             the sampling distribution (`processed_logprobs`).
         temperature, top_k, top_p: A number, or [batch] on the logits' device.
-        make: (token ids [n, 1 + num_top] int32, log-probs float32, ranks [n]) -> vLLM's record of
-            them.
+        make: (token ids [n, columns] int32, log-probs float32, ranks [n]) -> vLLM's record of them.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class SampledLogprobs:
         top_k: int | torch.Tensor,
         top_p: float | torch.Tensor,
         make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any],
+        num_columns: int | None = None,
     ) -> None:
         self.num_top = num_top
+        self.num_columns = num_top if num_columns is None else num_columns
         self.raw = raw
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.make = make
@@ -56,7 +59,7 @@ class SampledLogprobs:
         tokens: torch.Tensor,
         logprobs: torch.Tensor,
     ) -> Any:
-        """One drawn token per entry.
+        """One drawn token per entry, of requests that are all ours.
 
         Args:
             logits: [num_rows, vocab].
@@ -130,9 +133,10 @@ class SampledLogprobs:
         """
         device = logits.device
         batch, width = shape
-        columns = 1 + self.num_top
+        columns = 1 + self.num_columns
         ids = torch.zeros(batch * width, columns, dtype=torch.int32, device=device)
-        values = torch.zeros(batch * width, columns, dtype=torch.float32, device=device)
+        # Where a request wants fewer than there is room for, vLLM has -inf, too.
+        values = torch.full_like(ids, -torch.inf, dtype=torch.float32)
         ranks = torch.zeros(batch * width, dtype=torch.int64, device=device)
         if runs:
 
@@ -144,7 +148,8 @@ class SampledLogprobs:
             rows = join([first + np.arange(t.size) for _, first, t, _ in runs])
             tokens = join([t for _, _, t, _ in runs])
             logprobs = join([lp for _, _, _, lp in runs])
-            ids[where], values[where], ranks[where] = self._gather(
+            ours = slice(1 + self.num_top)
+            ids[where, ours], values[where, ours], ranks[where] = self._gather(
                 logits, rows, requests, tokens, logprobs
             )
         if stock and stock_output.logprobs_tensors is not None:
