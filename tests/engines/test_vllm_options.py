@@ -146,6 +146,26 @@ def test_prompts_used_longest_ago_are_forgotten_but_not_while_they_run() -> None
     assert numbers.begin(bytes([1]), 0, 0)
 
 
+def test_of_older_weights_only_what_runs_is_remembered() -> None:
+    numbers = SampleNumbers()
+    for prompt in (b"a", b"b", b"c"):
+        assert numbers.begin(prompt, 0, 0)
+        assert numbers.begin(prompt, 1, 0)
+    for sample in (0, 1):
+        numbers.end(b"a", sample)
+    numbers.end(b"b", 0)
+    numbers.end(b"b", 1)
+    assert len(numbers) == 3
+    assert numbers.begin(b"d", 0, 1)
+    assert len(numbers) == 2
+    assert not numbers.begin(b"c", 0, 1)  # runs on
+    assert numbers.begin(b"a", 0, 1)
+    numbers.end(b"c", 0)
+    assert numbers.begin(b"c", 0, 1)
+    assert not numbers.begin(b"c", 1, 1)
+    assert numbers.next_sample(b"c", 1) == 2
+
+
 def _params(**values: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"temperature": 1.0, "seed": None, "logprobs": None, **values})
 

@@ -11,6 +11,7 @@ from spec_rollout.engines.vllm.compat.v2.config import table_of
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
+    from spec_rollout.engines.vllm.worker.engine_side import EngineSide
     from spec_rollout.engines.vllm.worker.live import LiveRequests
     from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
@@ -58,6 +59,17 @@ def live_requests(worker: Any) -> LiveRequests | None:
     return proposer.live
 
 
+def _side(runner: Any) -> EngineSide | None:
+    """Of either model runner; None where its engine serves nothing by itself, or is not ours."""
+    from spec_rollout.engines.vllm.compat.sampling import side_of
+
+    table = table_of(runner)
+    if table is None:
+        return side_of(runner)
+    live = None if table.proposals is None else table.proposals.live
+    return None if live is None else live.side
+
+
 def start_update(worker: Any) -> WeightUpdate:
     """Begins an update of the weights of the worker's model."""
     from vllm.platforms import current_platform
@@ -77,9 +89,14 @@ def finish_update(worker: Any, update: WeightUpdate) -> None:
 
 
 def weights_loaded(worker: Any) -> None:
-    """After weights that others loaded: what is made from weights is made anew."""
+    """After weights that others loaded: what is made from weights is made anew.
+
+    It is a change of weights, also where they came past the model's `load_weights`.
+    """
     from vllm.platforms import current_platform
 
+    if (side := _side(worker.model_runner)) is not None:
+        side.weights_changed()
     model = worker.model_runner.get_model()
     if current_platform.is_cpu():
         cpu_wheels.note_packing()

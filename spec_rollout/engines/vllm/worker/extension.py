@@ -108,5 +108,8 @@ class ReuseWorker:
         self._spec_rollout_update.abort()
 
     def spec_rollout_weights_loaded(self) -> None:
-        """After weights that others loaded, as a trainer's own transfer does."""
+        """After weights that others loaded, as a trainer's own transfer does.
+
+        They count as changed since the last request, if they did not already.
+        """
         compat.weights_loaded(self)

@@ -11,23 +11,26 @@ class _Prompt:
     """What is known of one prompt's samples."""
 
     served: dict[int, int] = field(default_factory=dict)  # sample -> policy version it was asked in
-    running: set[int] = field(default_factory=set)
+    running: set[int] | None = None  # mostly none do, and an empty set takes 200 bytes
     version: int = -1  # policy version of `arrived`
     arrived: int = 0
 
 
 class SampleNumbers:
-    """The samples asked for, by prompt; prompts used longest ago are forgotten.
+    """The samples asked for, by prompt, since the weights changed, and those that still run.
 
-    A forgotten prompt's samples count as never asked for: they may draw the noise of the same
-    policy version once more. So the bound is far above what a policy version asks for.
+    Of engines whose weights never change, prompts used longest ago are forgotten. A forgotten
+    prompt's samples count as never asked for: they may draw the noise of the same policy version
+    once more. So the bound is far above what a policy version asks for.
 
     Args:
-        max_prompts: Remembered at most, apart from those whose samples run.
+        max_prompts: Remembered at most, apart from those whose samples run. One takes about 1 KB
+            with 16 samples.
     """
 
-    def __init__(self, max_prompts: int = 1 << 20) -> None:
+    def __init__(self, max_prompts: int = 1 << 17) -> None:
         self._max_prompts = max_prompts
+        self._version = -1
         self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
 
     def __len__(self) -> int:
@@ -45,11 +48,13 @@ class SampleNumbers:
             Whether it is the first for this sample since the weights changed. A further one must
             not draw with the same noise.
         """
-        entry = self._entry(prompt)
-        if sample in entry.running or entry.served.get(sample, -1) == version:
+        entry = self._entry(prompt, version)
+        running = entry.running or set()
+        if sample in running or entry.served.get(sample, -1) == version:
             return False
         entry.served[sample] = version
-        entry.running.add(sample)
+        running.add(sample)
+        entry.running = running
         self._forget()
         return True
 
@@ -58,10 +63,10 @@ class SampleNumbers:
 
         Numbers of samples that still run are left out.
         """
-        entry = self._entry(prompt)
+        entry = self._entry(prompt, version)
         if entry.version != version:
             entry.version, entry.arrived = version, 0
-        while entry.arrived in entry.running:
+        while entry.running is not None and entry.arrived in entry.running:
             entry.arrived += 1
         entry.arrived += 1
         return entry.arrived - 1
@@ -69,10 +74,16 @@ class SampleNumbers:
     def end(self, prompt: bytes, sample: int) -> None:
         """The request that `begin` was told of is over."""
         entry = self._prompts.get(prompt)
-        if entry is not None:
+        if entry is not None and entry.running is not None:
             entry.running.discard(sample)
+            entry.running = entry.running or None
 
-    def _entry(self, prompt: bytes) -> _Prompt:
+    def _entry(self, prompt: bytes, version: int) -> _Prompt:
+        if version != self._version:  # what was asked for before matters only where it runs on
+            self._version = version
+            self._prompts = OrderedDict(
+                (key, entry) for key, entry in self._prompts.items() if entry.running
+            )
         entry = self._prompts.get(prompt)
         if entry is None:
             entry = self._prompts[prompt] = _Prompt()
