@@ -28,8 +28,8 @@ class ReuseSettings:
         refresh_steps: `coupled` draws new noise every so many training steps; 0 is never.
         num_actors: Number of `actors`; each has a part of the prompts.
         max_bytes: Of all actors together; 0 is no bound.
-        folder: With `actors`: where drafts are written when the trainer writes its checkpoints, for
-            a resumed run; "" keeps them in memory only.
+        folder: With `actors`: where drafts are written for a resumed run, when the step after one
+            of the trainer's checkpoints begins; "" keeps them in memory only.
         timeout: Seconds to wait for an actor; then rollouts are plain ones.
         behaviour_logprobs: With `actors`: the log-probs that go back with reused tokens are those
             with which they were first drawn, for the trainer's own correction.

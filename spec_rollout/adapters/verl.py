@@ -293,6 +293,7 @@ class ReuseManager(AgentLoopManagerTQ):
         if self._shards and not is_validation and step > 1:
             counts = self.counters()
             logger.info("spec_rollout: before step %d: %s", step, counts)
+            # verl says nothing to a manager when it has written a checkpoint, or has ended.
             if self._save_freq > 0 and (step - 1) % self._save_freq == 0:
                 for shard in self._shards:
                     shard.save.remote()
