@@ -84,7 +84,8 @@ def install_worker() -> None:
     replace(runner, "_prepare_inputs", sampling.plain_inputs)
     replace(runner, "_calc_spec_decode_metadata", sampling.few_indices)
     replace(runner, "take_draft_token_ids", sampling.drafts_if_any)
-    replace(runner, "_update_streaming_request", sampling.chunk_by_chunk)
+    if hasattr(runner, "_update_streaming_request"):  # the oldest versions may not stream prompts
+        replace(runner, "_update_streaming_request", sampling.chunk_by_chunk)
     replace(runner, "add_lora", watching.watched_adapters(sampling.side_of))
     replace(gpu_model_runner, "build_logitsprocs", requests.all_logitsprocs)
     if current_platform.is_cpu():

@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-<<<<<<< HEAD
-from spec_rollout.engines.vllm.compat.versions import check_v2, require_vllm
-=======
 from spec_rollout.engines.vllm.compat.identity import schedules_apart
->>>>>>> 5b39509 (Refused by name: ranks that schedule each for itself on V1, and a TRL server that counts arrivals)
+from spec_rollout.engines.vllm.compat.versions import check_v2, require_vllm
 from spec_rollout.engines.vllm.options import (
     MODEL_RUNNER,
     PROPOSER,
