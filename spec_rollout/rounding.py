@@ -31,7 +31,7 @@ class Rounding:
     """Differences of log-probs between decoding and verification of the same tokens, in nats.
 
     Attributes:
-        num_tokens: Tokens compared.
+        num_tokens: Tokens compared; with 0 all differences are 0.
         mean, largest: Of the absolute differences.
         quantiles: (share of tokens, difference that they stay below) pairs, ascending.
     """
@@ -62,7 +62,7 @@ class Rounding:
             mean, largest = float(state["mean"]), float(state["largest"])
             numbers = [mean, largest, *(number for pair in quantiles for number in pair)]
             count = state["num_tokens"]
-            ok = type(count) is int and count > 0 and AUTO_QUANTILE in dict(quantiles)
+            ok = type(count) is int and count >= 0 and AUTO_QUANTILE in dict(quantiles)
             if state.keys() != {"num_tokens", "mean", "largest", "quantiles"} or not ok:
                 raise ValueError
             if not all(math.isfinite(number) and number >= 0 for number in numbers):
@@ -92,7 +92,8 @@ def measure_rounding(
 ) -> Rounding:
     """Generates a few responses from scratch and verifies them, under the weights as they are.
 
-    It costs a rollout of that many rows and tokens, and one verification.
+    It costs a rollout of that many rows and tokens, and one verification. Tokens at the edge of
+    top-k or top-p, which are outside when they are verified, are not compared.
 
     Args:
         engine: Any engine.
@@ -123,10 +124,15 @@ def measure_rounding(
         strict=True,
     )
     differences = torch.cat([(new[:n] - old[:n]).abs() for old, new, n in pairs]).double()
+    # No tolerance admits a token that the filter leaves out.
+    differences = differences[~differences.isinf()]
+    num_tokens = differences.numel()
+    if num_tokens == 0:
+        differences = differences.new_zeros(1)
     shares = torch.tensor(_QUANTILES, dtype=torch.float64)
     values = torch.quantile(differences, shares, interpolation="higher")
     return Rounding(
-        num_tokens=differences.numel(),
+        num_tokens=num_tokens,
         mean=float(differences.mean()),
         largest=float(differences.max()),
         quantiles=tuple(zip(_QUANTILES, values.tolist(), strict=True)),
