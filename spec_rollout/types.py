@@ -311,7 +311,8 @@ class Rollouts:
         response_ids: Accepted prefix, then continuation. [num_response_tokens], int32.
         cu_response_lens: [batch + 1], int64.
         logprobs: Of every response token under the policy of *this* call (reused ones too), natural
-            log, sampling distribution. [num_response_tokens], float32.
+            log, sampling distribution; -inf of one kept unseen that top-k or top-p leave out.
+            [num_response_tokens], float32.
         accepted_lens: Tokens of each response that came from its draft. [batch], int32.
         finish_reasons: `FinishReason` values. [batch], uint8.
         policy_version: Number of weight updates the engine had seen.

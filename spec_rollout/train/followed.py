@@ -60,14 +60,15 @@ class Draft:
         """For samples.jsonl."""
         return {
             "tokens": pieces(self.token_ids.tolist(), decode),
-            "old_logprobs": _rounded(self.old_logprobs),
-            "new_logprobs": _rounded(self.new_logprobs),
-            "thresholds": _rounded(self.thresholds),
-            "draws": _rounded(self.draws),
+            "old_logprobs": rounded(self.old_logprobs),
+            "new_logprobs": rounded(self.new_logprobs),
+            "thresholds": rounded(self.thresholds),
+            "draws": rounded(self.draws),
         }
 
 
-def _rounded(values: torch.Tensor | None) -> list[float | None] | None:
+def rounded(values: torch.Tensor | None) -> list[float | None] | None:
+    """For samples.jsonl: None for what is no number of JSON's."""
     if values is None:
         return None
     return [round(value, 4) if value - value == 0 else None for value in values.tolist()]

@@ -12,7 +12,7 @@ from spec_rollout.evals.sampling import Scores
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.pieces import pieces
 from spec_rollout.train.algorithms.base import Advantages
-from spec_rollout.train.followed import Draft
+from spec_rollout.train.followed import Draft, rounded
 from spec_rollout.train.update_result import UpdateResult
 from spec_rollout.types import FinishReason, Rollouts
 
@@ -92,7 +92,7 @@ def sample_rows(
             "row": row,
             "prompt": prompts[place].rendered,
             "tokens": pieces(rollouts.response_ids[span].tolist(), decode),
-            "logprobs": [round(x, 4) for x in rollouts.logprobs[span].tolist()],
+            "logprobs": rounded(rollouts.logprobs[span]),
             "accepted_tokens": int(rollouts.accepted_lens[r]),
             "finish_reason": FinishReason(int(rollouts.finish_reasons[r])).name.lower(),
             "reward": None if reward != reward else reward,

@@ -159,8 +159,8 @@ class PolicyUpdater:
             values: What `values` gave; None without a value head.
 
         Raises:
-            ValueError: if there is not one advantage per token, a log-prob of these rows is not
-                finite, or `train.correction` needs what the rollouts do not say.
+            ValueError: if there is not one advantage per token, an old log-prob of these rows is
+                not finite, or `train.correction` needs what the rollouts do not say.
             DivergedError: if weights are not finite afterwards, or no gradient of the last ten
                 updates was.
         """
@@ -175,10 +175,16 @@ class PolicyUpdater:
         for group in self._optimizer.param_groups:
             group["lr"] = group.get("base_lr", config.numbers().lr) * warm
         all_rows = [row for group in groups for row in group]
-        _check_logprobs(rollouts, all_rows)
         old_logprobs = rollouts.logprobs
         if self._algorithm.needs.recomputed_logprobs:
+            # A rule that keeps drafts unseen keeps tokens that top-k or top-p leave out by now. The
+            # trainer's distribution is the whole one, in which they are as possible as any.
+            possible = old_logprobs.masked_fill(old_logprobs.isneginf(), 0.0)
+            _check_logprobs("rollouts.logprobs", "engine", possible, rollouts, all_rows)
             old_logprobs = self._recompute(rollouts, all_rows)
+            _check_logprobs("train.recompute_logprobs", "trainer", old_logprobs, rollouts, all_rows)
+        else:
+            _check_logprobs("rollouts.logprobs", "engine", old_logprobs, rollouts, all_rows)
         importance = None
         if config.correction != "none":
             behaviour, reused = origins_of(rollouts, config.correction)
@@ -303,7 +309,7 @@ class PolicyUpdater:
             sums.add({"entropy": entropy.sum(), **out.sums}, logprobs.numel())
             if first:
                 engine = rollouts.logprobs[batch.token_index].to(self._device)
-                sums.add_gap((engine - logprobs.detach()).abs().sum(), logprobs.numel())
+                sums.add_gap(engine, logprobs.detach())
         return float(loss_sum)
 
     def _batches(self, rollouts: Rollouts, rows: list[int]) -> Iterable[MicroBatch]:
@@ -330,9 +336,11 @@ class PolicyUpdater:
         return result
 
 
-def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
+def _check_logprobs(
+    key: str, whose: str, logprobs: torch.Tensor, rollouts: Rollouts, rows: list[int]
+) -> None:
     """A NaN would not show in the gradient: clamping the ratio gives it none."""
-    bad = (~torch.isfinite(rollouts.logprobs)).nonzero().flatten()
+    bad = (~torch.isfinite(logprobs)).nonzero().flatten()
     if not bad.numel():
         return
     for row, index in zip(
@@ -342,6 +350,6 @@ def _check_logprobs(rollouts: Rollouts, rows: list[int]) -> None:
     ):
         if row in rows:
             raise ValueError(
-                f"rollouts.logprobs: expected finite numbers from the engine, "
-                f"got {float(rollouts.logprobs[index])} in row {row}"
+                f"{key}: expected finite numbers from the {whose}, got {float(logprobs[index])} in "
+                f"row {row}"
             )

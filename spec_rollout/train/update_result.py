@@ -19,7 +19,8 @@ class UpdateResult:
         grad_norm: Of the policy before clipping, mean over the minibatches.
         lr: Learning rate.
         logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
-            first optimizer step: rounding, unless something is wrong.
+            first optimizer step: rounding, unless something is wrong. Tokens that the engine's
+            top-k or top-p leave out do not count.
         num_tokens: Tokens trained on.
         num_skipped_updates: Minibatches left out because their gradient was not finite.
     """
@@ -49,15 +50,16 @@ class TokenSums:
         self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self._gap = torch.zeros((), dtype=torch.float64, device=device)
         self._num_tokens = 0
-        self._num_gap_tokens = 0
+        self._num_gap_tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, sums: Mapping[str, torch.Tensor], num_tokens: int) -> None:
         self._sums += torch.stack([sums[name].double() for name in self._names])
         self._num_tokens += num_tokens
 
-    def add_gap(self, gap: torch.Tensor, num_tokens: int) -> None:
-        self._gap += gap.double()
-        self._num_gap_tokens += num_tokens
+    def add_gap(self, engine: torch.Tensor, trainer: torch.Tensor) -> None:
+        known = ~engine.isneginf()
+        self._gap += torch.where(known, engine - trainer, 0.0).abs().sum().double()
+        self._num_gap_tokens += known.sum()
 
     def result(
         self, losses: list[float], norms: list[float], lr: float, skipped: int
@@ -68,7 +70,7 @@ class TokenSums:
             means=dict(zip(self._names, means, strict=True)),
             grad_norm=sum(norms) / max(1, len(norms)),
             lr=lr,
-            logprob_gap=float(self._gap) / max(1, self._num_gap_tokens),
+            logprob_gap=float(self._gap) / max(1, int(self._num_gap_tokens)),
             num_tokens=self._num_tokens,
             num_skipped_updates=skipped,
         )

@@ -160,6 +160,35 @@ def test_every_rule_trains(make_config, rule):
         assert summary.totals.reused_fraction > 0
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": "random_reuse", "reuse_prob": 1.0},
+        {"rule": "random_cut"},
+        {"rule": "coupled", "log_lenience": math.inf},
+    ],
+)
+def test_rules_that_keep_drafts_unseen_train_with_a_filter(make_config, rule):
+    """Tokens left out by now are trained on; the sampling distribution has none of them."""
+    outside = []
+
+    def count(_step, rollouts):
+        outside.append(int(rollouts.logprobs.isneginf().sum()))
+
+    config = make_config(
+        rollout={**rule, "top_k": 3},
+        train={"lr": 3e-2, "recompute_logprobs": True},
+        eval={"num_train_prompts": 0},
+    )
+    run(config, on_rollouts=count)
+    assert outside[:2] == [0, 0]
+    assert sum(outside) > 0
+    rows = read_rows(config.log.run_dir)
+    assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "logprob_gap"))
+    for line in (Path(config.log.run_dir) / "samples.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # -Infinity is not JSON
+
+
 def test_options_of_the_update_together(make_config, write_rows):
     heldout = write_rows([{"prompt": "2 2 =?\n", "answer": "4"}], "heldout.jsonl")
     config = make_config(

@@ -308,6 +308,39 @@ def test_logprobs_that_are_not_finite_are_refused(model, rollouts, value):
         updated(model, replace(rollouts, logprobs=logprobs), sgd_config())
 
 
+def test_tokens_that_a_filter_leaves_out_are_trained_on_with_recomputed_logprobs(policy, rollouts):
+    """A rule kept them unseen; the trainer's distribution has them."""
+    results = []
+    for value in (float(rollouts.logprobs[0]), -math.inf):
+        logprobs = rollouts.logprobs.clone()
+        logprobs[0] = value
+        model = copy.deepcopy(policy.model)
+        config = sgd_config(recompute_logprobs=True)
+        result = updated(model, replace(rollouts, logprobs=logprobs), config)
+        results.append((result, model.state_dict()))
+    (whole, weights), (filtered, others) = results
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    first = abs(float(plain_logprobs(policy.model, rollouts, 0)[0].detach() - rollouts.logprobs[0]))
+    num = filtered.num_tokens
+    expected = (whole.logprob_gap * num - first) / (num - 1)
+    assert filtered.logprob_gap == pytest.approx(expected, rel=1e-4)
+    assert replace(filtered, logprob_gap=0.0) == replace(whole, logprob_gap=0.0)
+
+
+def test_what_is_no_number_is_refused_with_recomputed_logprobs_too(model, rollouts):
+    logprobs = rollouts.logprobs.clone()
+    logprobs[-1] = math.nan
+    config = sgd_config(recompute_logprobs=True)
+    with pytest.raises(ValueError, match=r"rollouts\.logprobs: .* the engine, got nan in row 5"):
+        updated(model, replace(rollouts, logprobs=logprobs), config)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(
+        ValueError, match=r"train\.recompute_logprobs: .* the trainer, got nan in row 0"
+    ):
+        updated(model, rollouts, config)
+
+
 def test_only_chosen_positions_reach_the_head(policy):
     model = policy.model
     ids = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(0))
