@@ -32,6 +32,8 @@ class PromptOrder:
         self._per_step = prompts_per_step
         self._seed = seed % 2**63
         self._shuffle = shuffle
+        # Rows of the epoch asked for last: shuffling takes long where there are many.
+        self._of_epoch = (-1, np.arange(0))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -44,7 +46,10 @@ class PromptOrder:
     def rows_of(self, step: int) -> Sequence[int]:
         """Row indices of a step (0-based)."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = np.arange(self._num_rows)
-        if self._shuffle:
-            order = np.random.default_rng((self._seed, epoch)).permutation(self._num_rows)
+        last, order = self._of_epoch
+        if last != epoch:
+            order = np.arange(self._num_rows)
+            if self._shuffle:
+                order = np.random.default_rng((self._seed, epoch)).permutation(self._num_rows)
+            self._of_epoch = (epoch, order)
         return order[index * self._per_step : (index + 1) * self._per_step].tolist()

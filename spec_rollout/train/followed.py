@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,18 +21,23 @@ from spec_rollout.types import RolloutRequests, Rollouts
 ScoreRows = Callable[[Rollouts], torch.Tensor]
 
 
-def followed_places(order: PromptOrder, step: int, per_step: int) -> dict[int, int]:
-    """Prompts of a step that are followed: the row of the data of each, by its place in the step.
+def followed_rows(order: PromptOrder, per_step: int) -> frozenset[int]:
+    """Rows of the data that are followed: the first `per_step` of each step of the first epoch.
 
-    They are the first `per_step` prompts of each step of the first epoch, the same ones in every
-    epoch: in the mean as many in a step of a later one.
+    In the mean as many are in a step of a later one.
+    """
+    return frozenset(
+        row for first in range(order.steps_per_epoch) for row in order.rows_of(first)[:per_step]
+    )
+
+
+def followed_places(order: PromptOrder, step: int, chosen: Set[int]) -> dict[int, int]:
+    """Prompts of a step that are followed: the row of the data of each, by its place in the step.
 
     Args:
         step: 0-based.
+        chosen: `followed_rows`, the same in every epoch.
     """
-    chosen = {
-        row for first in range(order.steps_per_epoch) for row in order.rows_of(first)[:per_step]
-    }
     return {place: row for place, row in enumerate(order.rows_of(step)) if row in chosen}
 
 

@@ -36,7 +36,7 @@ from spec_rollout.train.adapter import engine_weights
 from spec_rollout.train.algorithms.base import AdvantageInputs
 from spec_rollout.train.components import Components
 from spec_rollout.train.experience import gather
-from spec_rollout.train.followed import FollowedDrafts, followed_places
+from spec_rollout.train.followed import FollowedDrafts, followed_places, followed_rows
 from spec_rollout.train.interrupt import RunInterrupted, StopRequest
 from spec_rollout.train.keeper import CheckpointKeeper
 from spec_rollout.train.rows import Row, sample_rows, step_row, thinned
@@ -64,6 +64,7 @@ class TrainingRun:
         # Optimizer steps begun when weights and moments last were those of a whole step.
         self._num_begun = parts.updater.num_begun
         self._watch = TrainingWatch(str(run_dir), parts.order.steps_per_epoch, config.rollout.rule)
+        self._followed = followed_rows(parts.order, config.log.samples_per_step)
         self._step = parts.state.step
         # The row of the last step while its evaluation is still to come.
         self._pending: Row | None = parts.state.pending_row
@@ -151,7 +152,7 @@ class TrainingRun:
                 self._on_rollouts(self._step + 1, rollouts)
             return rollouts
 
-        places = followed_places(parts.order, self._step, config.log.samples_per_step)
+        places = followed_places(parts.order, self._step, self._followed)
         followed = FollowedDrafts(places, config.rollout.num_samples)
         with followed.listening(parts.session):
             seen = gather(parts, self._step, roll)

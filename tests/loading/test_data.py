@@ -283,3 +283,17 @@ def test_order_depends_on_seed_and_step_alone():
     assert [a.rows_of(i) for i in range(7)] != [c.rows_of(i) for i in range(7)]
     assert PromptOrder(5, 2, seed=1, shuffle=False).rows_of(4) == [2, 3]
     assert json.dumps(a.rows_of(0))  # plain ints
+
+
+def test_data_is_shuffled_once_an_epoch(monkeypatch):
+    made, real = [], np.random.default_rng
+
+    def generator(seed):
+        made.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", generator)
+    order = PromptOrder(10, 4, seed=3)
+    for step in [0, 1, 2, 2, 3, 4, 5]:
+        order.rows_of(step)
+    assert made == [(3, 0), (3, 1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spec_rollout.loading.order import PromptOrder
-from spec_rollout.train.followed import followed_places
+from spec_rollout.train.followed import followed_places, followed_rows
 from spec_rollout.train.trainer import run
 
 
@@ -21,20 +21,22 @@ def samples_of(config) -> list[dict]:
 
 def test_the_same_prompts_are_followed_in_every_epoch() -> None:
     order = PromptOrder(7, 3, seed=1)  # steps of 3, 3 and 1
+    chosen = followed_rows(order, 2)
     rows = [
         [
             row
             for step in range(3 * epoch, 3 * epoch + 3)
-            for row in followed_places(order, step, 2).values()
+            for row in followed_places(order, step, chosen).values()
         ]
         for epoch in range(4)
     ]
+    assert set(rows[0]) == chosen
     assert len(set(rows[0])) == 5
     assert all(sorted(epoch) == sorted(rows[0]) for epoch in rows)
     for step in range(12):
-        places = followed_places(order, step, 2)
+        places = followed_places(order, step, chosen)
         assert [order.rows_of(step)[place] for place in places] == list(places.values())
-    assert followed_places(order, 0, 0) == {}
+    assert followed_places(order, 0, followed_rows(order, 0)) == {}
 
 
 @pytest.mark.parametrize("rule", [{"rule": "lenient", "log_lenience": -0.3}, {"rule": "one_hot"}])
