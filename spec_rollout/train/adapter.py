@@ -5,7 +5,9 @@ peft's layers are put into the model itself, which stays the class that it was.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,22 @@ def check_peft(config: ModelConfig) -> None:
             f"model.lora_rank: expected peft to be installed ({install_command('peft')}), found no "
             "module peft"
         )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of a model's weights: their names, types, shapes and bits. To be called before an adapter is
+    added."""
+
+    def digest(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        about = f"{name} {tensor.dtype} {list(tensor.shape)}\n"
+        found = hashlib.sha256(about.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.digest()
+
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(digest, sorted(model.state_dict().items()))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
 def add_adapter(model: PreTrainedModel, config: ModelConfig) -> None:

@@ -46,6 +46,31 @@ def check_order(settings: Mapping[str, int | bool], state: TrainState) -> None:
             )
 
 
+def check_base(base: str, state: TrainState, config: RunConfig) -> tuple[str, ...]:
+    """Raises CheckpointError if the adapter was trained beside other weights than those loaded.
+
+    Args:
+        base: `adapter.fingerprint` of the weights.
+        state: Of the checkpoint with the adapter.
+
+    Returns:
+        Notes for the user.
+    """
+    path = config.model.path
+    if not state.base_fingerprint:
+        return (
+            "model.path: the checkpoint does not say which weights its adapter was trained beside; "
+            f"those of {path!r} are taken",
+        )
+    if state.base_fingerprint != base:
+        raise CheckpointError(
+            "model.path: expected the weights that the checkpoint's adapter was trained beside, in "
+            f"the same model.dtype (fingerprint {state.base_fingerprint}), got others in {path!r} "
+            f"({base})"
+        )
+    return ()
+
+
 def check_finite(model: torch.nn.Module, path: str, key: str) -> None:
     """Raises ConfigError if a model was stored with weights that are no numbers."""
     problem = nonfinite(model.named_parameters())

@@ -36,6 +36,7 @@ from spec_rollout.train import adapter, algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.checks import (
     check_finite,
+    check_base,
     check_forward,
     check_group_size,
     check_order,
@@ -144,7 +145,12 @@ def build(
     policy = load_policy(config.model if has_adapter else model_config)
     if has_adapter:
         adapter.add_adapter(policy.model, config.model)
+    base = ""
+    base_notes: tuple[str, ...] = ()
         if checkpoint is not None:
+        base = adapter.fingerprint(policy.model)
+        if state is not None:
+            base_notes = check_base(base, state, config)
             adapter.load_adapter(checkpoint, policy.model)
     check_finite(policy.model, model_config.path, "model.path")
     if config.rollout.max_model_len is not None:
@@ -156,7 +162,8 @@ def build(
     rendered = _render_data(config, sources, policy)
     data, eval_rows = rendered["train"], _eval_rows(config, rendered)
     heldout_fingerprint = rendered["heldout"].fingerprint if "heldout" in rendered else ""
-    notes = data.notes + tuple(note for part in rendered.values() for note in part.row_notes)
+    notes = base_notes + data.notes
+    notes += tuple(note for part in rendered.values() for note in part.row_notes)
     if config.data.template_time is None and data.template_time is not None:
         config = replace(config, data=replace(config.data, template_time=data.template_time))
     if state is not None and state.data_fingerprint != data.fingerprint:
@@ -271,6 +278,7 @@ def build(
             {} if lenience is None else lenience.state(),
         ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
+            base_fingerprint=base,
         notes=notes,
     )
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from spec_rollout.rounding import Rounding
 
-FORMAT_VERSION = 5
-# Format 3 knows no budget of lenience, 4 no measured rounding.
+FORMAT_VERSION = 6
+# Format 3 knows no budget of lenience, 4 no measured rounding, 5 no fingerprint of a base.
 _ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {
-    3: {"lenience": {}, "rounding": {}},
-    4: {"rounding": {}},
+    3: {"lenience": {}, "rounding": {}, "base_fingerprint": ""},
+    4: {"rounding": {}, "base_fingerprint": ""},
+    5: {"base_fingerprint": ""},
     FORMAT_VERSION: {},
 }
 STATE = "state.json"
@@ -42,6 +43,8 @@ class TrainState:
         order: Settings that say which rows a step sees, by key of the config.
         lenience: Of the controller that holds a budget (`lenience`); empty without one.
         rounding: Of the engine, by what the engine is (`rounding_of`); empty until it is measured.
+        base_fingerprint: Of the weights beneath an adapter (`adapter.fingerprint`), which the
+            checkpoint does not hold; empty without an adapter.
     """
 
     step: int
@@ -52,6 +55,7 @@ class TrainState:
     order: Mapping[str, int | bool] = field(default_factory=dict)
     lenience: Mapping[str, float] = field(default_factory=dict)
     rounding: Mapping[str, Any] = field(default_factory=dict)
+    base_fingerprint: str = ""
 
     def rounding_of(self, engine: str) -> Rounding | None:
         """What was measured of that engine; None if it was another, or nothing was.
@@ -114,7 +118,7 @@ def load_state(folder: Path) -> TrainState:
     step, row, order = content["step"], content["pending_row"], content["order"]
     in_range = type(step) is int and 0 <= step <= _LARGEST_STEP
     require(in_range, f"step: an integer from 0 to {_LARGEST_STEP}", step)
-    for name in ("data_fingerprint", "data_rendering", "heldout_fingerprint"):
+    for name in ("data_fingerprint", "data_rendering", "heldout_fingerprint", "base_fingerprint"):
         require(isinstance(content[name], str), f"{name}: a string", content[name])
     require(
         isinstance(order, dict) and all(type(v) in (int, bool) for v in order.values()),

@@ -165,7 +165,7 @@ def resume(
         config = _resumed_config(run_dir, overrides)
         parts = build(config, point.checkpoint)
         if point.checkpoint is not None:
-            notes += _of_no_use(overrides)
+            notes += _said_by_checkpoint(overrides, config)
         _print_notes([*notes, *point.notes, *parts.notes])
         point.set_aside()
         job = Job(config, on_step, on_rollouts)
@@ -190,11 +190,16 @@ def _keys(overrides: Iterable[str]) -> set[str]:
     return {text.partition("=")[0].strip() for text in overrides}
 
 
-def _of_no_use(overrides: Iterable[str]) -> list[str]:
+def _said_by_checkpoint(overrides: Iterable[str], config: RunConfig) -> list[str]:
     """Notes on keys that say where a run begins, which a checkpoint now does."""
+    weights = "the weights are the checkpoint's; only the reference of a KL is loaded from there"
+    if config.model.lora_rank is not None:
+        weights = (
+            "the adapter is the checkpoint's; the weights beneath it, the tokenizer and the "
+            "reference of a KL are loaded from there"
+        )
     notes = {
-        "model.path": "the weights are the checkpoint's; only the reference of a KL is loaded from "
-        "there",
+        "model.path": weights,
         "rollout.cache_path": "the rollouts are the checkpoint's",
     }
     return [f"{key}: {notes[key]}" for key in notes if key in _keys(overrides)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import build
+from tiny_runs import save_tiny_model
 from whole_runs import (
     SignalAtForward,
     assert_same_weights,
@@ -23,6 +25,7 @@ from spec_rollout.config.sections import ConfigError, ModelConfig
 from spec_rollout.train import adapter
 from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
 from spec_rollout.train.interrupt import RunInterrupted
+from spec_rollout.train.manifest import write_manifest
 from spec_rollout.train.trainer import resume, run
 
 pytest.importorskip("peft")
@@ -153,6 +156,51 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_config, tmp_pat
         read_rows(whole.log.run_dir)
     )
     assert_same_weights(final_weights(part.log.run_dir), final_weights(whole.log.run_dir))
+
+
+def test_an_adapter_goes_on_beside_the_weights_that_it_was_trained_beside(
+    make_config, tmp_path, model_dir, capsys
+):
+    config = lora_config(make_config, tmp_path / "run", train={"max_steps": 1})
+    run(config)
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.path: expected the weights .* \(fingerprint \w+\), got others in '.*other'",
+    ):
+        resume(config.log.run_dir, [f"model.path={other}", "train.max_steps=2"])
+    with pytest.raises(CheckpointError, match=r"model\.path: .* in the same model\.dtype"):
+        resume(config.log.run_dir, ["model.dtype=bfloat16", "train.max_steps=2"])
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    capsys.readouterr()
+    resume(config.log.run_dir, [f"model.path={moved}", "train.max_steps=2"])
+    said = capsys.readouterr().err
+    assert "note: model.path: the adapter is the checkpoint's; the weights beneath it, " in said
+    assert "does not say which weights" not in said
+
+
+def test_a_checkpoint_that_does_not_say_what_its_adapter_belongs_to_is_resumed_with_a_note(
+    make_config, tmp_path, capsys
+):
+    config = lora_config(make_config, tmp_path / "run", train={"max_steps": 1})
+    run(config)
+    folder = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = json.loads((folder / "state.json").read_text())
+    assert len(state.pop("base_fingerprint")) == 32
+    (folder / "state.json").write_text(json.dumps({**state, "format_version": 5}))
+    (folder / "SHA256SUMS").unlink()
+    write_manifest(folder)
+    resume(config.log.run_dir, ["train.max_steps=2"])
+    assert "does not say which weights its adapter was trained beside" in capsys.readouterr().err
+
+
+def test_a_fingerprint_is_of_every_bit():
+    model, other = build("qwen3"), build("qwen3")
+    assert adapter.fingerprint(model) == adapter.fingerprint(other)
+    with torch.no_grad():
+        weight = list(other.parameters())[-1]
+        weight.view(-1)[-1] = weight.view(-1)[-1].nextafter(torch.tensor(2.0))
+    assert adapter.fingerprint(model) != adapter.fingerprint(other)
 
 
 def test_an_adapter_of_another_rank_is_refused(make_config, tmp_path):

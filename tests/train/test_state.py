@@ -39,6 +39,7 @@ def write(folder: Path, state: TrainState, **changes: Any) -> Path:
         TrainState(4, "ab12", lenience={"log_lenience": 0.5}),
         TrainState(4, "ab12", lenience={"log_lenience": -0.25, "estimate": 0.003}),
         TrainState(4, "ab12", rounding={"vllm, bfloat16, cuda": ROUNDING.state()}),
+        TrainState(4, "ab12", base_fingerprint="cd34"),
         TrainState(0, "", {"step": 0, "epoch": 0}),
         TrainState(123_456_789, "x"),
         TrainState(1_000_000_000, "x"),
@@ -48,9 +49,16 @@ def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
     assert load_state(write(tmp_path / state.folder_name, state)) == state
 
 
-@pytest.mark.parametrize("absent", [{"format_version": 3, "lenience": ...}, {"format_version": 4}])
+@pytest.mark.parametrize(
+    "absent",
+    [
+        {"format_version": 3, "lenience": ..., "rounding": ...},
+        {"format_version": 4, "rounding": ...},
+        {"format_version": 5},
+    ],
+)
 def test_a_state_of_an_earlier_format_is_read(tmp_path: Path, absent: dict[str, Any]) -> None:
-    folder = write(tmp_path / STATE.folder_name, STATE, rounding=..., **absent)
+    folder = write(tmp_path / STATE.folder_name, STATE, base_fingerprint=..., **absent)
     assert load_state(folder) == STATE
 
 
@@ -73,9 +81,9 @@ def test_rounding_is_that_of_the_engine_it_was_measured_on() -> None:
         ({"step": 9}, r"expected the state of step-00000004, got that of step-00000009"),
         ({"step": ...}, r"expected the keys step, data_fingerprint"),
         ({"extra": 1}, r"expected the keys step, data_fingerprint"),
-        ({"format_version": 2}, r"expected format_version 3 or 4 or 5, got 2"),
-        ({"format_version": 4.0}, r"expected format_version 3 or 4 or 5, got 4\.0"),
-        ({"format_version": ...}, r"expected format_version 3 or 4 or 5, got None"),
+        ({"format_version": 2}, r"expected format_version 3 or 4 or 5 or 6, got 2"),
+        ({"format_version": 4.0}, r"expected format_version 3 or 4 or 5 or 6, got 4\.0"),
+        ({"format_version": ...}, r"expected format_version 3 or 4 or 5 or 6, got None"),
         ({"lenience": []}, r"expected lenience: log_lenience and estimate"),
         ({"lenience": {"estimate": 1.0}}, r"expected lenience: .*, got \{'estimate': 1\.0\}"),
         ({"lenience": {"log_lenience": "0.5"}}, r"expected lenience: "),
@@ -84,6 +92,7 @@ def test_rounding_is_that_of_the_engine_it_was_measured_on() -> None:
         ({"rounding": {"vllm": {**ROUNDING.state(), "mean": -1.0}}}, r"rounding: expected num_"),
         ({"rounding": {"vllm": {**ROUNDING.state(), "quantiles": [[0.5, 0.1]]}}}, r"rounding: exp"),
         ({"data_fingerprint": None}, r"expected data_fingerprint: a string, got None"),
+        ({"base_fingerprint": None}, r"expected base_fingerprint: a string, got None"),
         ({"heldout_fingerprint": 3}, r"expected heldout_fingerprint: a string, got 3"),
         ({"order": []}, r"expected order: integers and truth values by key, got \[\]"),
         ({"order": {"train.seed": "7"}}, r"expected order: integers and truth"),
