@@ -45,6 +45,11 @@ class ContinuedEngine:
         return self._engine.supports_history
 
     @property
+    def batch_invariant(self) -> bool | None:
+        """See `TransformersEngine`; None of an engine that does not say."""
+        return getattr(self._engine, "batch_invariant", None)
+
+    @property
     def last_counters(self) -> Mapping[str, float]:
         return self._engine.last_counters
 

@@ -149,7 +149,18 @@ def test_a_schedule_is_logged_too(make_config, tmp_path) -> None:
     assert logged == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
 
 
-def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("override", "later"),
+    [
+        ("train.lr=1e-3", 0.01),
+        ("rollout.batch_invariant=false", 0.02),
+        ("model.attention=eager", 0.02),
+        ("rollout.temperature=0.5", 0.02),
+    ],
+)
+def test_a_measured_rounding_is_kept_by_a_resumed_run_of_the_same_engine(
+    make_config, tmp_path, monkeypatch, override, later
+) -> None:
     """Here every measurement gives another."""
     measured = (Rounding(9, 0.01, 0.1 * n, ((0.99, 0.01 * n),)) for n in itertools.count(1))
     monkeypatch.setattr(rollout, "measure_rounding", lambda *_, **__: next(measured))
@@ -160,7 +171,7 @@ def test_a_measured_rounding_is_kept_by_a_resumed_run(make_config, tmp_path, mon
         log={"run_dir": str(tmp_path / "run")},
     )
     run(config)
-    resume(tmp_path / "run", ["train.max_steps=none"])
+    resume(tmp_path / "run", ["train.max_steps=none", override])
     rows = read_rows(tmp_path / "run")
-    assert [row.get("tolerance") for row in rows] == [None] * 2 + [0.01] * 6
-    assert {row.get("rounding_largest") for row in rows} == {None, 0.1}
+    assert [row.get("tolerance") for row in rows] == [None] * 2 + [0.01] * 3 + [later] * 3
+    assert {row.get("rounding_largest") for row in rows} == {None, 0.1, 10 * later}
