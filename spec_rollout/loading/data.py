@@ -16,7 +16,7 @@ from spec_rollout.loading.columns import AUTO, ColumnNames, recognised, value_at
 from spec_rollout.loading.dropped import Dropped, ModelLength, long_prompt, note_of
 from spec_rollout.loading.order import PromptOrder
 from spec_rollout.loading.prompts import Message, PromptRenderer, RenderedPrompt
-from spec_rollout.loading.records import DataError, Record, canonical
+from spec_rollout.loading.records import DataError, Record, canonical, short, unidentified
 from spec_rollout.loading.sources import read_records
 from spec_rollout.rewards.rewards import Rewards
 
@@ -26,6 +26,7 @@ __all__ = [
     "PromptOrder",
     "PromptRow",
     "SourceRow",
+    "check_identity",
     "check_rows",
     "load_prompts",
     "read_records",
@@ -153,6 +154,18 @@ def check_rows(rows: Iterable[SourceRow], rewards: Rewards) -> None:
         problem = rewards.problem_of(row.answer, row.columns)
         if problem is not None:
             raise DataError(f"{row.source}: {problem}")
+
+
+def check_identity(rows: Iterable[SourceRow]) -> None:
+    """Raises DataError for the first row that a resumed run could not tell to be the same."""
+    for row in rows:
+        for name, value in row.record.items():
+            if unidentified(value):
+                raise DataError(
+                    f"{row.source}: {name}: expected a value that another process can tell to be "
+                    "the same (text, numbers, lists, tables, dates, images), got "
+                    f"{short(value)}: a run could not be resumed; leave the column out"
+                )
 
 
 def render_rows(

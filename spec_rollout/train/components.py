@@ -21,6 +21,7 @@ from spec_rollout.loading.data import (
     PromptOrder,
     PromptRow,
     SourceRow,
+    check_identity,
     check_rows,
     read_rows,
     render_rows,
@@ -35,8 +36,8 @@ from spec_rollout.runs.loggers import check_loggers
 from spec_rollout.train import adapter, algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.checks import (
-    check_finite,
     check_base,
+    check_finite,
     check_forward,
     check_group_size,
     check_order,
@@ -98,7 +99,7 @@ class Components:
         rounding = self.session.rounding
         if rounding is None:
             return {}
-        return {_engine_name(self.config, self.policy): rounding.state()}
+        return {_engine_name(self.config, self.policy, self.engine): rounding.state()}
 
 
 def build(
@@ -131,6 +132,7 @@ def build(
     rewards = Rewards(config.reward, sources["train"][0].columns)
     for rows in sources.values():
         check_rows(rows, rewards)
+        check_identity(rows)
     model_config = config.model
     if checkpoint is not None:
         model_config = replace(config.model, path=str(checkpoint / "model"))
@@ -143,14 +145,14 @@ def build(
     has_adapter = config.model.lora_rank is not None
     # A checkpoint's model has the adapter merged into it; vLLM loads that.
     policy = load_policy(config.model if has_adapter else model_config)
-    if has_adapter:
-        adapter.add_adapter(policy.model, config.model)
     base = ""
     base_notes: tuple[str, ...] = ()
-        if checkpoint is not None:
+    if has_adapter:
         base = adapter.fingerprint(policy.model)
         if state is not None:
             base_notes = check_base(base, state, config)
+        adapter.add_adapter(policy.model, config.model)
+        if checkpoint is not None:
             adapter.load_adapter(checkpoint, policy.model)
     check_finite(policy.model, model_config.path, "model.path")
     if config.rollout.max_model_len is not None:
@@ -233,7 +235,7 @@ def build(
         max_age=config.rollout.max_age,
     )
     if state is not None:
-        session.rounding = state.rounding_of(_engine_name(config, policy))
+        session.rounding = state.rounding_of(_engine_name(config, policy, engine))
     lenience = None
     if config.rollout.lenience_budget is not None:
         lenience = LenienceController(config.rollout)
@@ -276,19 +278,22 @@ def build(
             heldout_fingerprint,
             settings,
             {} if lenience is None else lenience.state(),
+            base_fingerprint=base,
         ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
-            base_fingerprint=base,
         notes=notes,
     )
 
 
-def _engine_name(config: RunConfig, policy: Policy) -> str:
+def _engine_name(config: RunConfig, policy: Policy, engine: RolloutEngine) -> str:
     """What rounding depends on, but for the machine."""
     dtype, device = config.model.dtype, next(policy.model.parameters()).device.type
+    temperature = f"temperature {config.rollout.temperature:g}"  # log-probs are after it
     if config.rollout.engine == "vllm":
-        dtype = config.vllm.dtype or dtype
-    return f"{config.rollout.engine}, {dtype}, {device}"
+        return f"vllm, {config.vllm.dtype or dtype}, {device}, {temperature}"
+    kind = "batch-invariant" if getattr(engine, "batch_invariant", None) else "padded"
+    attention = config.model.attention
+    return f"{config.rollout.engine}, {dtype}, {device}, {attention}, {kind}, {temperature}"
 
 
 def _seed_everything(seed: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from byte_tokenizer import CHATML, VOCAB_SIZE, byte_tokenizer
 
 from spec_rollout.loading.data import load_prompts
+from spec_rollout.loading.records import canonical
 
 DATED = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
 DAYS = ("2026-03-07T09:00:00", "2026-03-08T09:00:00")
@@ -92,6 +94,33 @@ def test_rows_that_the_template_is_given_other_things_for_are_other_rows(load):
     # What the template does not see is not part of the prompt: its rollouts stay of use.
     assert key(row("1", answer="7", level=3)) == others[0]
     assert key(row([user])) == others[0]
+
+
+def test_images_are_the_same_in_every_process(tmp_path):
+    datasets, image = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
+    datasets.disable_progress_bars()
+
+    def fingerprint(colour, name):
+        picture = image.new("RGB", (2, 3), (1, 2, colour))
+        rows = datasets.Dataset.from_list([row("1"), row("2")]).add_column("n", [1, 2])
+        features = datasets.Features({**rows.features, "image": datasets.Image()})
+        rows = rows.map(lambda _: {"image": picture}, features=features)
+        rows.save_to_disk(tmp_path / name)
+        loaded = [
+            load_prompts(tmp_path / name, byte_tokenizer(), vocab_size=VOCAB_SIZE) for _ in "ab"
+        ]
+        assert loaded[0].rows[0].columns["image"] is not loaded[1].rows[0].columns["image"]
+        assert loaded[0].fingerprint == loaded[1].fingerprint
+        return loaded[0].fingerprint
+
+    assert fingerprint(3, "a") != fingerprint(4, "b")
+
+
+def test_arrays_are_told_apart_by_all_their_numbers():
+    arrays = [np.zeros(5000), np.zeros(5000), np.zeros((50, 100)), np.zeros(5000, np.float32)]
+    arrays[1][2500] = 1.0  # not in what is printed of it
+    assert len({canonical({"a": array}) for array in arrays}) == 4
+    assert canonical({"a": arrays[0]}) == canonical({"a": np.zeros(5000)})
 
 
 def test_raw_prompts_are_identified_by_their_tokens(load):

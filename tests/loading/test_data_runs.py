@@ -12,6 +12,7 @@ from byte_tokenizer import CHATML, EOS, PAD, VOCAB_SIZE, byte_tokenizer
 from spec_rollout.cli import main
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.config.toml import load_config
+from spec_rollout.loading import data
 from spec_rollout.loading.data import DataError
 from spec_rollout.train.checkpoint import CheckpointError
 from spec_rollout.train.trainer import resume, run
@@ -115,6 +116,23 @@ def test_answers_that_changed_are_other_data(make_config, write_rows):
         resume(config.log.run_dir, ["train.max_steps=2"])
     path.write_text(text)
     resume(config.log.run_dir, ["train.max_steps=2"])
+
+
+@pytest.mark.parametrize("wrapped", [lambda x: x, lambda x: {"a": [1, x]}])
+def test_columns_that_no_other_process_could_recognise_are_refused(
+    make_config, monkeypatch, wrapped
+):
+    """As `datasets` decodes sound: its objects show their address and nothing else."""
+
+    def records(path, max_rows):
+        for number, value in enumerate([None, object()], start=1):
+            yield f"{path}:{number}", {"prompt": "1", "answer": "1", "sound": wrapped(value)}
+
+    monkeypatch.setattr(data, "read_records", records)
+    config = make_config(model={"path": "not even a model"}, data={"path": "sounds"})
+    with pytest.raises(DataError, match=r"sounds:2: sound: expected .*, got .*<object object at"):
+        run(config)
+    assert not Path(config.log.run_dir).exists()
 
 
 def test_another_system_prompt_makes_other_data(make_dated):
