@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 
@@ -16,6 +17,13 @@ __all__ = ["make_config", "model_dir", "write_rows"]  # fixtures of several fold
 # when triton is imported, which is later than this.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes depends on what else the machine does.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("spec_rollout", deadline=None)
+    settings.load_profile("spec_rollout")
 
 DEVICES = [
     "cpu",
