@@ -6,7 +6,7 @@ It takes the time of a model of that shape and says nothing. How sure it is is s
 is scaled so that logits have the deviation at which as many independent normal ones have the
 entropy `--entropy`, in nats per token. The moved copy is the policy after an update: noise is added
 to its output head, so that logits move by `--drift` (a deviation, in nats). How much of a draft
-passes then is a result, as with any model; `--drift 0.05` rejects about one token in a hundred.
+passes then is a result, as with any model.
 
 Tokens are the demo's in the prompts and any in the responses, which hardly ever end by themselves.
 """

@@ -36,6 +36,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from random_model import SHAPES
+
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that are kept for what comes after the last phase, copying the results, and in each phase
 # for what comes after its last measurement.
@@ -129,7 +131,7 @@ def run(phase: Phase, out: Path, seconds_left: float) -> dict[str, object]:
                 "PYTHONPATH": os.pathsep.join(filter(None, path)),
                 "SPEC_ROLLOUT_CUDA": os.environ.get("SPEC_ROLLOUT_CUDA", "AUTO"),
             },
-            # Its children end with it; and all with this session, where that is ended.
+            # Its children end with it, and all of them with this script.
             process_group=0,
         )
 
@@ -155,7 +157,7 @@ def main() -> int:
     options.add_argument("--out", type=Path, help="folder for logs and results")
     options.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write policies there")
     options.add_argument("--policies", type=Path, help="folder that --prepare wrote")
-    options.add_argument("--shape", help="of a model to make there; see random_model.py")
+    options.add_argument("--shape", choices=SHAPES, help="of a model to make there")
     options.add_argument("--model", type=Path, help="folder of a model that speaks")
     options.add_argument("--moved", type=Path, help="folder of its weights after an update")
     options.add_argument("--data", type=Path, help="JSONL with a prompt or a question in each row")

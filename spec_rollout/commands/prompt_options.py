@@ -20,7 +20,8 @@ _PHRASES = (
     ("data.chat_template is false", "--raw-prompts is given"),
     ("as chat_template is false", "as --raw-prompts is given"),
 )
-_CONTINUES = " (responses continue such a message with data.continue_final_message = true)"
+_CONTINUE = "data.continue_final_message = true"
+_CONTINUES = f" (responses continue such a message with {_CONTINUE})"
 _KEYS = {
     "data.prompt_column": "--prompt-column",
     "data.answer_column": "--answer-column",
@@ -34,11 +35,16 @@ _KEYS = {
 _KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, _KEYS))})\b(?!\.)")
 
 
-def with_options(message: str) -> str:
+def with_options(message: str, *, continues: bool = False) -> str:
     """A message that names options in the place of keys.
 
-    Advice for which there is no option (to continue a message of the assistant's) is left out.
+    Args:
+        message: Of loading.
+        continues: Whether the command has `--continue-final-message`. Where it has not, the advice
+            to continue a message of the assistant's is left out.
     """
+    if continues:
+        message = message.replace(_CONTINUE, "--continue-final-message")
     message = message.replace(_CONTINUES, "")
     for phrase, said in _PHRASES:
         message = message.replace(phrase, said)

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = _config(args)
     from spec_rollout.cache import RolloutCache
+    from spec_rollout.commands.prompt_options import with_options
     from spec_rollout.loading.data import load_prompts
     from spec_rollout.loading.engines import check_engine, make_engine, without_weights
     from spec_rollout.loading.policy import load_policy
@@ -127,9 +128,9 @@ def run(args: argparse.Namespace) -> int:
             continue_final_message=args.continue_final_message,
         )
     except ValueError as error:
-        raise type(error)(_with_options(str(error))) from None
+        raise type(error)(with_options(str(error), continues=True)) from None
     for note in (*data.notes, *data.row_notes):
-        print(f"note: {_with_options(note)}", file=sys.stderr, flush=True)
+        print(f"note: {with_options(note, continues=True)}", file=sys.stderr, flush=True)
     if config.engine == "vllm":
         policy = without_weights(policy)
     engine = make_engine(
@@ -228,20 +229,6 @@ def _pass_index(args: argparse.Namespace, cached_pass: int | None, rule: Accepta
             "its rollouts are of, got none"
         )
     return 0
-
-
-def _with_options(message: str) -> str:
-    """A message about prompts that names this command's options instead of keys of a config."""
-    for key, option in (
-        ("data.chat_template = false", "--raw-prompts"),
-        ("data.chat_template is false", "--raw-prompts is given"),
-        ("data.continue_final_message = true", "--continue-final-message"),
-        ("data.prompt_column", "--prompt-column"),
-        ("data.system_prompt", "--system-prompt"),
-        ("chat_template is false", "--raw-prompts is given"),
-    ):
-        message = message.replace(key, option)
-    return message
 
 
 def _rows(
