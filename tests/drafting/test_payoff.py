@@ -67,7 +67,7 @@ def test_calls_take_about_what_the_better_of_always_and_never_takes(
     assert total < 1.01 * sum(outcome.seconds for outcome in never)
 
 
-@pytest.mark.parametrize(("requests", "gain"), [(16, 1.002), (64, 1.003), (256, 1.01)])
+@pytest.mark.parametrize(("requests", "gain"), [(16, 1.0), (64, 1.0), (256, 1.005)])
 def test_calls_end_sooner_if_more_is_proposed_to_those_that_end_last(
     requests: int, gain: float
 ) -> None:
