@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_models import (
     assert_same,
     build,
     draft_rows,
+    drafts_of,
     full_logprobs,
     perturbed,
     random_requests,
@@ -21,8 +23,10 @@ from tiny_models import (
 )
 from tiny_models import prompts as prompts_of
 
-from spec_rollout.acceptance import Coupled
+from spec_rollout.acceptance import Coupled, Lenient, NoReuse
 from spec_rollout.engines.transformers import TransformersEngine
+from spec_rollout.engines.transformers.forward import ModelForward
+from spec_rollout.engines.transformers.row_check import row_gap
 from spec_rollout.types import SamplingParams
 
 peft = pytest.importorskip("peft")
@@ -163,3 +167,53 @@ def test_the_default_dtype_does_not_matter() -> None:
 def test_weights_in_double_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="model: expected float32, float16 or bfloat16"):
         TransformersEngine(build("llama").double())
+
+
+def in_mixed_precision(model: Any) -> Any:
+    """As accelerate leaves a model: computed under autocast, given back in float32."""
+    model._original_forward = forward = model.forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = call
+    return model
+
+
+# One so deep that its rounding is more than float32's may be.
+DEEP = {"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama", {}), ("qwen3", DEEP), ("qwen3_sliding", {}), ("gpt2", {})],
+)
+def test_under_autocast_rollouts_are_those_of_the_models_own_forward(
+    name: str, changes: dict[str, Any]
+) -> None:
+    model, requests = in_mixed_precision(build(name, **changes)), random_requests(8)
+    engine = TransformersEngine(model)
+    assert not engine.batch_invariant
+    drawn = engine.rollout(requests, SAMPLING, NoReuse())
+    again = engine.rollout(with_drafts(requests, drafts_of(drawn)), SAMPLING, Lenient(float("inf")))
+    assert responses(again) == responses(drawn)
+    rows = zip(prompts_of(requests), responses(drawn), strict=True)
+    expected = torch.cat([full_logprobs(model, prompt, ids) for prompt, ids in rows])
+    for rollouts in (drawn, again):
+        gap = (rollouts.logprobs - expected).abs()
+        assert gap.mean() < 0.03
+        assert gap.max() < 0.5
+
+
+def test_autocast_is_held_to_the_rounding_of_16_bits_and_the_same_model_without_is_not() -> None:
+    for model, is_16_bit in ((in_mixed_precision(build("llama")), True), (build("llama"), False)):
+        gap = row_gap(ModelForward(model, False, 128))
+        assert gap.is_rounding
+        assert (gap.tolerance > 0.05) == is_16_bit
+        assert TransformersEngine(model).batch_invariant != is_16_bit
+    with pytest.raises(ValueError, match=r"batch_invariant: .* got one that computes in another"):
+        TransformersEngine(in_mixed_precision(build("llama")), batch_invariant=True)

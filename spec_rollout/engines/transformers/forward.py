@@ -42,6 +42,7 @@ class ModelForward:
     Attributes:
         vocab_size: Rows of the embedding: ids that a prompt may have.
         head_size: Rows of the output head: ids that can be drawn. At most `vocab_size`.
+        computes_16_bit: Whether logits have the rounding of a 16-bit type, whatever theirs is.
 
     Raises:
         ValueError: naming what the model has that this engine cannot work with.
@@ -57,6 +58,8 @@ class ModelForward:
         self.max_model_len = max_model_len
         self.config = model.config.get_text_config(decoder=True)
         self.device, self.dtype = _device_and_dtype(model)
+        is_autocast = _is_autocast(model)
+        self.computes_16_bit = is_autocast or self.dtype in (torch.float16, torch.bfloat16)
         self._masks = _mask_kinds(model, self.config)
         self._head = model.get_output_embeddings()
         if self._head is None:
@@ -65,7 +68,7 @@ class ModelForward:
             )
         self.vocab_size, self.head_size = _vocabulary(model, self._head)
         self.num_layers = self.config.num_hidden_layers
-        self.batch_invariant = self._resolve_batch_invariant(batch_invariant)
+        self.batch_invariant = self._resolve_batch_invariant(batch_invariant, is_autocast)
         self._row_counts: tuple[int, ...] = (1,)
         self._counted_for = 0  # threads
         self._count_rows()
@@ -262,7 +265,7 @@ class ModelForward:
         assert self._select is not None
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._select)[None], *rest)
 
-    def _resolve_batch_invariant(self, wanted: bool | None) -> bool:
+    def _resolve_batch_invariant(self, wanted: bool | None, is_autocast: bool) -> bool:
         if wanted is False:
             return False
         reasons = []
@@ -270,6 +273,8 @@ class ModelForward:
             reasons.append(f"runs on {self.device}")
         elif self.dtype == torch.float16:
             reasons.append(f"is {self.dtype}")
+        elif is_autocast:  # keys come in another type than values
+            reasons.append("computes in another type than that of its weights (autocast)")
         elif not row_counts(self.model):
             reasons.append(f"has {self.dtype} products that depend on the number of rows here")
         if self.model.config._attn_implementation != "sdpa":
@@ -290,6 +295,12 @@ class ModelForward:
 
         AttentionInterface.register(BATCH_INVARIANT_ATTENTION, batch_invariant_attention)
         return True
+
+
+def _is_autocast(model: PreTrainedModel) -> bool:
+    """Whether its forward is what accelerate's mixed precision made of it: computed in 16 bits,
+    whatever the weights are, and given back as float32."""
+    return hasattr(model, "_original_forward")
 
 
 def _is_own_mask(buffer: torch.Tensor | None) -> bool:

@@ -108,6 +108,7 @@ def _problem(forward: ModelForward) -> str | None:
         type(model),
         model.config.to_json_string(),
         forward.dtype,
+        forward.computes_16_bit,
         forward.device.type,
         forward.batch_invariant,
         forward.max_model_len,
@@ -139,7 +140,7 @@ def row_gap(forward: ModelForward, *, seed: int = 0) -> RowGap:
     expected = [plain_logits(forward.model, row) for row in rows]
     with forward.session():
         actual = _together(forward, rows)
-    return compare(actual, expected, rows)
+    return compare(actual, expected, rows, is_16_bit=forward.computes_16_bit)
 
 
 def random_rows(
@@ -175,13 +176,18 @@ def plain_logits(model: PreTrainedModel, row: torch.Tensor) -> torch.Tensor:
 
 
 def compare(
-    actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]
+    actual: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
+    *,
+    is_16_bit: bool = False,
 ) -> RowGap:
     """Differences of log-probs, of the likeliest tokens and of those that follow.
 
     Args:
         actual, expected: Logits of each row. Each [tokens, vocab].
         rows: Token ids of each row. Each [tokens].
+        is_16_bit: They were computed in such a type, whatever they are now.
     """
     gaps = [_gaps(a, b, row) for a, b, row in zip(actual, expected, rows, strict=True)]
     every = torch.cat(gaps)
@@ -189,7 +195,8 @@ def compare(
     if not every.numel():
         return RowGap(0.0, 0.0, 0, math.inf)
     worst = max(range(len(gaps)), key=lambda r: float(gaps[r].nan_to_num().max()))
-    tolerance = _TOLERANCE.get(expected[0].dtype, _TOLERANCE_16_BIT)
+    dtype = torch.bfloat16 if is_16_bit else expected[0].dtype
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
     return RowGap(float(every.mean()), float(every.max()), len(rows[worst]), tolerance)
 
 

@@ -89,6 +89,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "model": {**_SMALL, "adapter": {}, "evaluate": True},
     "model, no cache": {**_SMALL, "adapter": {"reuse": False, "drafting": False}, "evaluate": True},
     "model, two processes": {**_SMALL, "adapter": {}, "processes": 2, "accumulate": 2},
+    "model, TRL's precision": {**_SMALL, "adapter": {}, "bf16": None},
     "model, lenient": {**_SMALL, "adapter": {"rule": "lenient"}},
     "model, tools": {**_SMALL, "adapter": {}, "tools": True, "epochs": 2, "learning_rate": 1e-9},
     "vllm, stock": {**_ON_VLLM, "epochs": 2},

@@ -34,7 +34,7 @@ def by_prompt(calls: list[dict[str, Any]]) -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("model", "model, two processes", "model, lenient"),
+        *("model", "model, two processes", "model, TRL's precision", "model, lenient"),
         *("vllm", "vllm, two processes", "vllm, lenient"),
     ],
 )
@@ -83,6 +83,17 @@ def test_log_probs_are_those_of_the_model(run: Run, name: str) -> None:
     ]
     assert differences
     assert max(differences) < 1e-4
+
+
+def test_log_probs_in_trls_precision_are_those_of_the_trainer(run: Run) -> None:
+    """TRL's default is bfloat16, by autocast: log-probs have its rounding on both sides."""
+    result = run("model, TRL's precision")
+    assert result["is_autocast"]
+    calls = [call for call in result["calls"] if "mean_difference" in call]
+    assert len(calls) == 3 * STEPS
+    assert max(call["mean_difference"] for call in calls) < 0.005
+    assert max(call["worst_difference"] for call in calls) < 0.2
+    assert not run("model")["is_autocast"]
 
 
 def test_log_probs_of_vllm_agree_with_the_trainer_as_without_the_adapter(run: Run) -> None:

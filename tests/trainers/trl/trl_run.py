@@ -27,6 +27,7 @@ class Options:
         adapter: Arguments of `SpecRollout`, its rule by name; None trains without it.
         sleep: vLLM's sleep mode, as far as a CPU has it: what is called is noted, in order.
         tools: Two turns: the model is told a number between them.
+        bf16: The trainer's; None leaves it to TRL.
         float32: vLLM's type; left alone it takes bfloat16 for a model of float32.
         broken: "weights" leaves the weights of vLLM as they were.
     """
@@ -44,6 +45,7 @@ class Options:
     evaluate: bool = False
     sleep: bool = False
     tools: bool = False
+    bf16: bool | None = False
     float32: bool = False
     broken: str = ""
 
@@ -134,7 +136,7 @@ def noted(rollout: Any, notes: Notes) -> Any:
 
     def call(prompts: list[Any], trainer: Any) -> dict[str, Any]:
         output = rollout(prompts, trainer)
-        worst = 0.0
+        worst, total, count = 0.0, 0.0, 0
         model = trainer.model
         training, _ = model.training, model.eval()
         with torch.no_grad():
@@ -149,8 +151,9 @@ def noted(rollout: Any, notes: Notes) -> Any:
                 expected = expected.gather(1, torch.tensor(completion)[:, None])[:, 0]
                 delta = (expected - torch.tensor(logprobs)).abs() * torch.tensor(mask)
                 worst = max(worst, float(delta.max()))
+                total, count = total + float(delta.sum()), count + len(completion)
         model.train(training)
-        notes.calls.append({"worst_difference": worst})
+        notes.calls.append({"worst_difference": worst, "mean_difference": total / count})
         return output
 
     return call
@@ -212,7 +215,7 @@ def main(options: Options, folder: Path) -> None:
         rollout = noted(two_turns(spec, notes) if options.tools else spec, notes)
     rows = options.rows_per_step // processes
     config = GRPOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, use_vllm=on_vllm,
+        output_dir=str(folder / "out"), use_cpu=True, bf16=options.bf16, use_vllm=on_vllm,
         vllm_mode="colocate", vllm_gpu_memory_utilization=0.1, vllm_max_model_length=256,
         per_device_train_batch_size=rows // options.accumulate, per_device_eval_batch_size=rows,
         gradient_accumulation_steps=options.accumulate, num_generations=options.generations,
@@ -247,6 +250,7 @@ def main(options: Options, folder: Path) -> None:
         "calls": notes.calls,
         "history": trainer.state.log_history,
         "slept": notes.slept,
+        "is_autocast": hasattr(trainer.model, "_original_forward"),
         "cache": None if spec is None else spec.cache.stats.num_samples,
     }
     if on_vllm and os.environ.get("SPEC_ROLLOUT"):
