@@ -20,7 +20,7 @@ from spec_rollout.origins import with_origins
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
 # Steps for which it is remembered who was served: asynchronous trainers mix a few.
-_STEPS_REMEMBERED = 8
+STEPS_REMEMBERED = 8
 
 
 class Begun(NamedTuple):
@@ -78,7 +78,7 @@ class DraftShard:
         served = self._served.setdefault(step, set())
         is_first = (key, sample) not in served
         served.add((key, sample))
-        for old in [old for old in self._served if old <= step - _STEPS_REMEMBERED]:
+        for old in [old for old in self._served if old <= step - STEPS_REMEMBERED]:
             del self._served[old]
         drafts = self._cache.lookup([key], [sample], max_tokens=max_tokens)
         if not is_first or drafts.logprobs is None:

@@ -6,8 +6,10 @@ requests to load new weights sends them again, with what they gave so far behind
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule, Coupled, RuleKind
-from spec_rollout.adapters.draft_pool import DraftPool, common_prefix
+from spec_rollout.adapters.draft_pool import STEPS_REMEMBERED, DraftPool, common_prefix
 from spec_rollout.adapters.settings import ReuseSettings
 from spec_rollout.engines.vllm.admission import why_not_ours
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, extra_args
@@ -130,9 +132,44 @@ class KeyedTurn:
         return int(kept)
 
 
-def fresh_turn(prompt_ids: list[int]) -> KeyedTurn:
-    """A plain sample: nothing is proposed to it, and it leaves nothing behind."""
-    return KeyedTurn(secrets.randbits(63), Coupled(), len(prompt_ids))
+def fresh_turn(prompt_ids: list[int], key: int | None = None) -> KeyedTurn:
+    """A plain sample: nothing is proposed to it, and it leaves nothing behind.
+
+    Args:
+        prompt_ids: Of the turn.
+        key: Noise key; None is one that nobody had before.
+    """
+    key = secrets.randbits(63) if key is None else key
+    return KeyedTurn(key, Coupled(), len(prompt_ids))
+
+
+class RepeatableNoise:
+    """Keys of plain samples that another run of the same job gets, too.
+
+    Two requests of a run never share one: they are told apart by step, prompt and sample, by how
+    often the same was asked for before, and by the process that asks.
+
+    Args:
+        seed: Of the job.
+        worker: Number of this process among those that generate.
+    """
+
+    def __init__(self, seed: int, worker: int) -> None:
+        self._seed = seed
+        self._worker = worker
+        self._asked: dict[int, Counter[str]] = {}
+
+    def next_key(self, name: RolloutName, prompt_ids: list[int]) -> int:
+        """The key of the next plain sample of a rollout."""
+        asked = self._asked.setdefault(name.step, Counter())
+        for old in [old for old in self._asked if old <= name.step - STEPS_REMEMBERED]:
+            del self._asked[old]
+        who = json.dumps([name.user_key, name.sample, name.is_validation, self._worker])
+        turn = prompt_key(prompt_ids, who).hex()
+        asked[turn] += 1
+        # No user key of a sample's own noise looks like this.
+        key = prompt_key(prompt_ids, f"plain {who} {asked[turn]}")
+        return int(noise_keys(self._seed, name.step, [key], [0])[0])
 
 
 class Reuse:
@@ -147,6 +184,7 @@ class Reuse:
 
     Attributes:
         counters: Since it was made.
+        noise: Of plain samples; None: no other run has the same.
     """
 
     def __init__(self, settings: ReuseSettings, max_chunk: int) -> None:
@@ -154,6 +192,7 @@ class Reuse:
         self._max_chunk = max_chunk
         self._pool = DraftPool(settings.shards, settings.timeout)
         self._failed_step = -1
+        self.noise: RepeatableNoise | None = None
         self.counters: dict[str, int] = dict.fromkeys(
             ("rollouts", "with_draft", "draft_tokens", "reused_tokens", "tokens", "failures"), 0
         )
@@ -179,7 +218,7 @@ class Reuse:
         if name is None or not_served(params):
             return None
         if name.is_validation:
-            return fresh_turn(prompt_ids)
+            return self._fresh(name, prompt_ids)
         if params.get("temperature", 1.0) == 0:  # a greedy baseline is nobody's sample
             return None
         self.counters["rollouts"] += 1
@@ -187,12 +226,12 @@ class Reuse:
         if self._settings.drafts == "engine":
             return NamedTurn({"sample": name.sample, "epoch": epoch, "prompt_id": name.user_key})
         if has_media:  # which the prompt's key does not cover
-            return fresh_turn(prompt_ids)
+            return self._fresh(name, prompt_ids)
         try:
             return await self._with_draft(name, prompt_ids, params)
         except Exception as error:
             self.failed(error, name.step)
-            return fresh_turn(prompt_ids)
+            return self._fresh(name, prompt_ids)
 
     async def end(self, name: RolloutName | None, turn: Turn | None, output: Any) -> Any:
         """A turn is over.
@@ -237,18 +276,22 @@ class Reuse:
         self.counters["failures"] += 1
         self._failed_step = step
 
+    def _fresh(self, name: RolloutName, prompt_ids: list[int]) -> KeyedTurn:
+        key = None if self.noise is None else self.noise.next_key(name, prompt_ids)
+        return fresh_turn(prompt_ids, key)
+
     async def _with_draft(
         self, name: RolloutName, prompt_ids: list[int], params: Mapping[str, Any]
     ) -> KeyedTurn:
         if name.step == self._failed_step:  # nobody waits for the same timeout again
             self.counters["failures"] += 1
-            return fresh_turn(prompt_ids)
+            return self._fresh(name, prompt_ids)
         settings = self._settings
         key = prompt_key(prompt_ids, name.user_key)
         most = int(params.get("max_tokens") or 2**31 - 1)
         begun = await self._pool.begin(key, name.sample, name.step, most)
         if not begun.is_first:  # two rollouts of a step never share their noise
-            return fresh_turn(prompt_ids)
+            return self._fresh(name, prompt_ids)
         rule = settings.rule
         epoch = name.step if rule.fresh_noise else settings.noise_epoch(name.step)
         noise = int(noise_keys(settings.seed, epoch, [key], [name.sample])[0])

@@ -23,7 +23,7 @@ from typing import Any
 from spec_rollout.adapters.draft_pool import start_shards
 from spec_rollout.adapters.rows import row_user_key
 from spec_rollout.adapters.settings import ReuseSettings
-from spec_rollout.adapters.turns import KeyedTurn, Reuse, RolloutName, Turn
+from spec_rollout.adapters.turns import KeyedTurn, RepeatableNoise, Reuse, RolloutName, Turn
 from spec_rollout.adapters.verl_plugin import TESTED, untested_version
 from spec_rollout.engines.vllm.compat import configured_options
 from spec_rollout.engines.vllm.options import PROPOSER, VARIABLE, EngineOptions
@@ -38,6 +38,7 @@ CONTRACT: dict[str, dict[str, tuple[str, ...]]] = {
         "AgentLoopWorker.__init__": ("config", "llm_client"),
         "AgentLoopWorker._run_agent_loop": ("sampling_params", "trajectory", "kwargs"),
         "AgentLoopManager.__init__": ("config", "llm_client"),
+        "AgentLoopManager._init_agent_loop_workers": (),
     },
     "verl.workers.rollout.llm_server": {
         "LLMServerClient.generate": ("request_id", "prompt_ids", "sampling_params"),
@@ -152,6 +153,12 @@ def _max_chunk(config: Any) -> int:
     return int(speculative.get("num_speculative_tokens") or engine_options(config).max_proposal)
 
 
+def repeated_seed(config: Any) -> int | None:
+    """Of a job whose runs are to be alike; None where they need not be."""
+    rollout = config.actor_rollout_ref.rollout
+    return int(rollout.get("seed", 0)) if rollout.get("full_determinism", False) else None
+
+
 def rollout_name(trajectory: Mapping[str, Any], row: Mapping[str, Any]) -> RolloutName:
     """Of what verl hands to an agent loop.
 
@@ -249,6 +256,10 @@ class ReuseWorker(_WorkerTQ):
         finally:
             _NAME.reset(token)
 
+    async def spec_rollout_repeat(self, seed: int, worker: int) -> None:
+        """Plain samples are those of another run: see `RepeatableNoise`."""
+        self._reuse.noise = RepeatableNoise(seed, worker)
+
     async def spec_rollout_counters(self) -> dict[str, int]:
         """`Reuse.counters`."""
         return dict(self._reuse.counters)
@@ -294,6 +305,12 @@ class ReuseManager(AgentLoopManagerTQ):
             counts = self.counters()
             logger.info("spec_rollout: before step %d: %s", step, counts)
             # verl says nothing to a manager when it has written a checkpoint, or has ended.
+    async def _init_agent_loop_workers(self) -> None:
+        await super()._init_agent_loop_workers()
+        if (seed := repeated_seed(self.config)) is not None:
+            for number, worker in enumerate(self.agent_loop_workers):
+                await worker.spec_rollout_repeat.remote(seed, number)
+
             if self._save_freq > 0 and (step - 1) % self._save_freq == 0:
                 for shard in self._shards:
                     shard.save.remote()

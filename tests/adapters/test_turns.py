@@ -29,6 +29,7 @@ from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, parse
 
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
 PROMPT = [5, 6, 7]
+    RepeatableNoise,
 NAME = RolloutName("train/3", sample=2, step=1, is_validation=False)
 
 
@@ -195,6 +196,39 @@ def test_an_aborted_request_goes_on_at_its_place() -> None:
     assert again.draft_ids.tolist() == [13, 14, 15, 16, 17, 18, 19]
     assert again.draft_logprobs.size == 7
     # It left the draft: nothing of it is proposed any more.
+def test_plain_samples_are_those_of_another_run_where_that_is_asked_for() -> None:
+    validation = replace(NAME, is_validation=True)
+
+    def keys(seed: int | None, worker: int = 0) -> list[int]:
+        """Of validation (twice), of a sample that is asked for again, and of images."""
+        reuse, shards = make_reuse(drafts="actors")
+        if seed is not None:
+            reuse.noise = RepeatableNoise(seed, worker)
+        turns = [begin(reuse, name) for name in (validation, validation)]
+        turns += [begin(reuse, replace(validation, **more)) for more in (
+            {"sample": 1}, {"step": 2}, {"user_key": "train/4"}, {"step": 1},
+        )]  # fmt: skip
+        turns.append(begin(reuse))
+        turns += [begin(reuse), begin(reuse), begin(reuse, has_media=True)]
+        shards.error = OSError("gone")
+        turns += [begin(reuse), begin(reuse)]
+        return [said(turn).key for turn in turns]
+
+    first = keys(7)
+    assert keys(7) == first
+    assert len(set(first)) == len(first)
+    for other in (keys(8), keys(7, worker=1), keys(None)):
+        assert len(set(first) & set(other)) == 1  # the sample's own, by the settings' seed
+    assert len(set(keys(None)) & set(keys(None))) == 1
+
+
+def test_what_was_asked_for_is_forgotten_after_some_steps() -> None:
+    noise = RepeatableNoise(0, 0)
+    for step in range(100):
+        noise.next_key(replace(NAME, step=step), PROMPT)
+    assert len(noise._asked) < 10
+
+
     left = said(turn, [*PROMPT, 10, 99])
     assert (left.first_position, left.draft_ids.size) == (2, 0)
     # It has gone past the draft's end.
