@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from spec_rollout.acceptance import AcceptanceRule, Coupled, Schedule
+from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, Schedule
 from spec_rollout.adapters.rows import Gather, NamedRollouts, RowNumbers, alone, share, split_rows
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.base import RolloutEngine
@@ -149,13 +149,15 @@ class SpecRollout:
         rule: Acceptance rule or schedule; `Coupled()` is lossless, `Lenient(0.5)` is SPEC-RL's.
         drafting: Also propose what earlier rollouts say where no draft is followed (lossless).
         refresh_epochs: As in `RolloutSession`.
-        reuse: False generates without drafts, under the same noise; for comparisons.
+        reuse: False generates without drafts, under the same noise; for comparisons. A server is
+            told no samples then: it draws with fresh noise.
         cache: Holds the drafts; None is one in memory without a bound. `cache.save(path)` and
             `load` carry it over to a resumed run. One over a `RayStore` is that of all ranks.
         logprobs: Which log-probs TRL is given: `current`, of the policy that it trains;
             `behaviour`, those with which reused tokens were first drawn, so that TRL's correction
-            acts on them; `auto`, `current` for lossless rules (whose tokens are the current
-            policy's) and `behaviour` for others.
+            of a colocated vLLM acts on them (without vLLM TRL has none: only
+            `off_policy_mask_threshold` reads them); `auto`, `current` for lossless rules (whose
+            tokens are the current policy's) and `behaviour` for others.
         seed: Of the noise; None is the trainer's.
         num_speculative_tokens: Most draft tokens of a request that one step of vLLM verifies.
         num_slots: Responses that the embedded engine decodes at a time.
@@ -181,6 +183,7 @@ class SpecRollout:
     ) -> None:
         if logprobs not in ("auto", "current", "behaviour"):
             raise ValueError(f"logprobs: expected auto, current or behaviour, got {logprobs!r}")
+        self._has_rule = rule is not None
         rule = Coupled() if rule is None else rule
         self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
         self.cache = RolloutCache() if cache is None else cache
@@ -250,7 +253,9 @@ class SpecRollout:
     def next_turn(self, prompt_ids: Sequence[list[int]], trainer: Any) -> Turn:
         """Completions of rows of the last turn that go on.
 
-        Ranks may call it as often as they need; nothing is exchanged.
+        Ranks may call it as often as they need: nothing is exchanged. (In vLLM's sleep mode each
+        call loads the weights again, and reading those that are spread over ranks is a call of all
+        of them together: that is refused.)
 
         Args:
             prompt_ids: Of some of the rows, in their order: prompt, completion and what the
@@ -259,12 +264,18 @@ class SpecRollout:
 
         Raises:
             ValueError: if one does not begin as a row of the last turn; with a server, which all
-                ranks ask at the same time.
+                ranks ask at the same time; in sleep mode with weights that are spread over ranks.
         """
         if _is_server(trainer):
             raise ValueError(
                 "vllm_mode: expected colocate with next_turn, got server: take further turns from "
                 "trainer.vllm_generation there"
+            )
+        if trainer.use_vllm and _is_sharded(trainer) and trainer.vllm_generation.enable_sleep_mode:
+            raise ValueError(
+                "vllm_enable_sleep_mode: expected False with further turns (next_turn, tools) and "
+                "weights that FSDP or DeepSpeed ZeRO-3 spread over ranks, got True: a turn loads "
+                "them again, which waits for ranks that have no further turn"
             )
         user_keys = self._who_goes_on(prompt_ids)
         if not trainer.model.training:
@@ -380,7 +391,20 @@ class SpecRollout:
         self._eval_numbers = RowNumbers(self._gather, self._rank)
         if _is_server(trainer):
             _check_server(trainer)
+            rule = _rule_of_server(trainer)
+            if rule is not None and self._has_rule and self.schedule != Schedule(rule):
+                raise ValueError(
+                    f"rule: expected that of the server, {rule} (SPEC_ROLLOUT in its environment), "
+                    f"or none, got {self.schedule.at(0)}"
+                )
+            if self._reuse and rule is not None and not rule.lossless:
+                _warn_of_bias(rule, "TRL is given the current policy's log-probs by a server")
         else:
+            rules = (self.schedule.at(0), self.schedule.rule)
+            rule = next((rule for rule in rules if not rule.lossless), None)
+            is_told = self._reuse and not trainer.use_vllm and accelerator.is_main_process
+            if rule is not None and is_told:
+                _warn_of_bias(rule, "TRL corrects nothing with use_vllm=False")
             self.engine = self._make_engine(trainer)
             self._session = RolloutSession(
                 self.engine,
@@ -441,7 +465,8 @@ class SpecRollout:
     def _from_server(
         self, prompt_ids: Sequence[list[int]], samples: np.ndarray, *, is_eval: bool
     ) -> Turn:
-        """One request per row, sent by the main process and named by its sample."""
+        """One request per row, sent by the main process and named by its sample; without reuse
+        by none, so that it has no draft of its own."""
         trainer = self._trainer
         rows = [row for rank in self._gather(list(zip(prompt_ids, samples.tolist(), strict=True)))
                 for row in rank]  # fmt: skip
@@ -456,6 +481,8 @@ class SpecRollout:
                 ids, sample = row
                 if is_eval:  # remembered apart, if at all, and nobody's sample
                     named: dict[str, Any] = {"cache_salt": "spec_rollout evaluation"}
+                elif not self._reuse:
+                    named = {}
                 else:
                     name = json.dumps({"sample": sample, "epoch": noise_epoch})
                     named = {"vllm_xargs": {"spec_rollout": name}}
@@ -490,6 +517,17 @@ def _gather_objects(value: Any) -> list[Any]:
 
 def _is_server(trainer: Any) -> bool:
     return bool(trainer.use_vllm) and trainer.vllm_mode == "server"
+
+
+def _is_sharded(trainer: Any) -> bool:
+    """Whether to read all weights is a call of several ranks together."""
+    if trainer.accelerator.num_processes == 1:
+        return False
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(
+        getattr(trainer, "is_fsdp_enabled", False)
+        or (plugin is not None and plugin.zero_stage == 3)
+    )
 
 
 def _turn(rollouts: Rollouts, logprobs: torch.Tensor) -> Turn:
@@ -554,8 +592,7 @@ def _check_server(trainer: Any) -> None:
     """The server has to remember, and to know samples; asked by the process that talks to it."""
     if not trainer.accelerator.is_main_process:
         return
-    info = trainer.vllm_generation.vllm_client.get_server_info()
-    section = (info.get("additional_config") or {}).get("spec_rollout") or {}
+    section = _server_section(trainer)
     if section.get("mode") not in _MODES:
         raise ValueError(
             "vllm server: expected one started with SPEC_ROLLOUT=coupled (or lenient) in its "
@@ -569,6 +606,29 @@ def _check_server(trainer: Any) -> None:
             "training requests name their samples and evaluation draws afresh, got "
             f"{section['identity']!r}"
         )
+
+
+def _server_section(trainer: Any) -> dict[str, Any]:
+    """What the server was told of this package."""
+    info = trainer.vllm_generation.vllm_client.get_server_info()
+    return (info.get("additional_config") or {}).get("spec_rollout") or {}
+
+
+def _rule_of_server(trainer: Any) -> AcceptanceRule | None:
+    """By which the server tests drafts; None in processes that do not talk to it."""
+    if not trainer.accelerator.is_main_process:
+        return None
+    section = _server_section(trainer)
+    make = Lenient if section["mode"] == "lenient" else Coupled
+    return make(section.get("log_lenience", 0.0))
+
+
+def _warn_of_bias(rule: AcceptanceRule, why: str) -> None:
+    warnings.warn(
+        f"{rule}: reused tokens are trained on as if the current policy had drawn them: {why}, and "
+        "vllm_importance_sampling_correction acts on reused tokens with a colocated vLLM only",
+        stacklevel=2,
+    )
 
 
 def _plug_into_engines(num_speculative_tokens: int) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from spec_rollout.acceptance import Coupled, Lenient, Schedule
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -180,3 +182,156 @@ def test_further_turns_of_a_server_are_refused_by_name() -> None:
     trainer = SimpleNamespace(use_vllm=True, vllm_mode="server")
     with pytest.raises(ValueError, match="vllm_mode: expected colocate with next_turn, got server"):
         SpecRollout().next_turn([[1, 2]], trainer)
+
+
+class Client:
+    """TRL's client of a server, whose answers are made up."""
+
+    def __init__(self, **section: Any) -> None:
+        self.section = section
+        self.asked: list[dict[str, Any]] = []
+
+    def get_server_info(self) -> dict[str, Any]:
+        return {"additional_config": {"spec_rollout": self.section}}
+
+    def generate(self, **request: Any) -> dict[str, Any]:
+        self.asked.append(request["generation_kwargs"])
+        return {"completion_ids": [[7]], "logprobs": [[[-0.5]]]}
+
+
+def with_server(client: Client) -> SimpleNamespace:
+    return trainer(
+        use_vllm=True,
+        vllm_mode="server",
+        accelerator=SimpleNamespace(num_processes=1, process_index=0, is_main_process=True),
+        model=SimpleNamespace(training=True),
+        state=SimpleNamespace(global_step=0, epoch=0.0),
+        vllm_generation=SimpleNamespace(
+            vllm_client=client, generation_kwargs={"seed": 1}, structured_outputs_regex=None
+        ),
+    )
+
+
+def test_without_reuse_a_server_is_told_no_sample() -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    for reuse in (True, False):
+        client = Client(mode="coupled")
+        turn = SpecRollout(reuse=reuse).first_turn([[5, 6], [5, 6]], with_server(client))
+        assert turn.completion_ids == [[7], [7]]
+        assert ["vllm_xargs" in asked for asked in client.asked] == [reuse] * 2
+        assert all(asked["seed"] == 1 for asked in client.asked)
+
+
+@pytest.mark.parametrize(
+    ("section", "rule", "got"),
+    [
+        ({"mode": "coupled"}, Lenient(0.5), r"Coupled\(log_lenience=0.0.* got Lenient"),
+        ({"mode": "lenient"}, Coupled(), r"Lenient\(log_lenience=0.0.* got Coupled"),
+        (
+            {"mode": "lenient", "log_lenience": 0.5},
+            Lenient(0.0),
+            r"log_lenience=0.5.*log_lenience=0.0",
+        ),
+        (
+            {"mode": "lenient"},
+            Schedule(Lenient(), 1.0, 10),
+            r"log_lenience=0.0.*log_lenience=1.0",
+        ),
+    ],
+)
+def test_another_rule_than_the_servers_is_refused(
+    section: dict[str, Any], rule: Any, got: str
+) -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    with pytest.raises(ValueError, match=f"^rule: expected that of the server, .*{got}"):
+        SpecRollout(rule).first_turn([[5, 6]], with_server(Client(**section)))
+
+
+BIASED = "trained on as if the current policy had drawn them: TRL"
+
+
+@pytest.mark.parametrize(
+    ("section", "rule", "reuse", "is_told"),
+    [
+        ({"mode": "coupled"}, None, True, False),
+        ({"mode": "coupled"}, Coupled(), True, False),
+        ({"mode": "coupled", "log_lenience": 0.5}, None, True, True),
+        ({"mode": "lenient"}, None, True, True),
+        ({"mode": "lenient"}, None, False, False),
+        ({"mode": "lenient", "log_lenience": 0.5}, Lenient(0.5), True, True),
+    ],
+)
+def test_the_bias_of_a_servers_rule_is_told_once(
+    section: dict[str, Any], rule: Any, reuse: bool, is_told: bool
+) -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    spec, asked = SpecRollout(rule, reuse=reuse), with_server(Client(**section))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            spec.first_turn([[5, 6]], asked)
+    assert [BIASED in str(each.message) for each in caught] == [True] * is_told
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "reuse", "is_told"),
+    [
+        ({"use_vllm": False}, Coupled(), True, False),
+        ({"use_vllm": False}, Lenient(0.5), True, True),
+        ({"use_vllm": False}, Lenient(0.5), False, False),
+        ({"use_vllm": False}, Schedule(Coupled(), 0.5, 10), True, True),
+        ({"use_vllm": True, "vllm_mode": "colocate"}, Lenient(0.5), True, False),
+    ],
+)
+def test_the_bias_of_a_rule_is_told_where_trl_corrects_nothing(
+    changes: dict[str, Any], rule: Any, reuse: bool, is_told: bool, monkeypatch: Any
+) -> None:
+    from spec_rollout.adapters import trl
+
+    monkeypatch.setattr(trl.SpecRollout, "_make_engine", lambda self, trainer: None)
+    monkeypatch.setattr(trl, "RolloutSession", lambda *args, **kwargs: None)
+    generation = {**dict.fromkeys(trl.GENERATION_ATTRIBUTES), "tensor_parallel_size": 1}
+    given = trainer(
+        accelerator=SimpleNamespace(num_processes=1, process_index=0, is_main_process=True),
+        args=SimpleNamespace(seed=0, generation_kwargs=None),
+        vllm_generation=SimpleNamespace(**generation),
+        **changes,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trl.SpecRollout(rule, reuse=reuse)._attach(given)
+    assert [BIASED in str(each.message) for each in caught] == [True] * is_told
+
+
+@pytest.mark.parametrize(
+    ("sleeps", "ranks", "sharded", "is_refused"),
+    [
+        (True, 2, "fsdp", True),
+        (True, 2, "zero 3", True),
+        (True, 2, "zero 2", False),
+        (True, 2, "", False),
+        (True, 1, "fsdp", False),
+        (False, 2, "fsdp", False),
+    ],
+)
+def test_further_turns_that_wait_for_all_ranks_are_refused(
+    sleeps: bool, ranks: int, sharded: str, is_refused: bool
+) -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    zero = {"zero 2": 2, "zero 3": 3}.get(sharded)
+    plugin = None if zero is None else SimpleNamespace(zero_stage=zero)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    given = trainer(
+        use_vllm=True,
+        vllm_mode="colocate",
+        is_fsdp_enabled=sharded == "fsdp",
+        accelerator=SimpleNamespace(num_processes=ranks, state=state),
+        vllm_generation=SimpleNamespace(enable_sleep_mode=sleeps),
+    )
+    match = "vllm_enable_sleep_mode: expected False" if is_refused else "a row of the last turn"
+    with pytest.raises(ValueError, match=match):
+        SpecRollout().next_turn([[1, 2]], given)
