@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from spec_rollout.cache import RolloutCache
 from spec_rollout.origins import with_origins
 from spec_rollout.types import Drafts, FinishReason, Rollouts
 
+# In a folder of files: which part it is, and of how many.
+_FILE = re.compile(r"drafts_(\d+)_of_(\d+)\.cache")
 # Steps for which it is remembered who was served: asynchronous trainers mix a few.
 STEPS_REMEMBERED = 8
 
@@ -63,8 +66,10 @@ class DraftShard:
         self._cache = RolloutCache(max_bytes)
         self._path = path
         self._served: dict[int, set[tuple[bytes, int]]] = {}
-        if path is not None and os.path.exists(path):
-            self._cache.load(path)
+        if path is not None:
+            _check_parts(Path(path))
+            if os.path.exists(path):
+                self._cache.load(path)
 
     def begin(self, key: bytes, sample: int, step: int, max_tokens: int) -> Begun:
         """A rollout begins; what it may follow.
@@ -148,6 +153,26 @@ def common_prefix(draft: np.ndarray, response: np.ndarray) -> int:
     return int(differs[0]) if differs.size else most
 
 
+def part_path(folder: str, part: int, count: int) -> str:
+    """The file of one of `count` shards."""
+    return os.path.join(folder, f"drafts_{part}_of_{count}.cache")
+
+
+def _check_parts(path: Path) -> None:
+    """Raises where other files lie beside a shard's that are parts of another number of shards:
+    none of them would be read."""
+    mine = _FILE.fullmatch(path.name)
+    if mine is None or not path.parent.is_dir():
+        return
+    for other in sorted(path.parent.iterdir()):
+        match = _FILE.fullmatch(other.name)
+        if match is not None and int(match[2]) != int(mine[2]):
+            raise ValueError(
+                f"num_actors: expected {match[2]}, for whose drafts there is {other}, got "
+                f"{mine[2]}: set num_actors={match[2]} to go on with them, or another folder"
+            )
+
+
 def start_shards(
     name: str, count: int, *, max_bytes: int | None = None, folder: str | None = None
 ) -> tuple[list[str], list[Any]]:
@@ -161,8 +186,14 @@ def start_shards(
 
     Returns:
         Names, and handles to be held on to.
+
+    Raises:
+        ValueError: if the folder holds the drafts of another number of actors.
     """
     import ray
+
+    if folder is not None:  # here, too, where it is said plainly; an actor may see another disk
+        _check_parts(Path(part_path(folder, 0, count)))
 
     names = [f"{name}_{i}" for i in range(count)]
     # An actor that dies comes back, with what it saved last.
@@ -170,11 +201,31 @@ def start_shards(
     handles = [
         actor.options(name=shard_name).remote(
             None if max_bytes is None else max_bytes // count,
-            None if folder is None else os.path.join(folder, f"drafts_{i}_of_{count}.cache"),
+            None if folder is None else part_path(folder, i, count),
         )
         for i, shard_name in enumerate(names)
     ]
     return names, handles
+
+
+def save_shards(shards: Sequence[Any]) -> list[Exception]:
+    """Has all shards write their files, and waits for them.
+
+    Args:
+        shards: Handles.
+
+    Returns:
+        What went wrong; a shard that fails keeps no other from writing.
+    """
+    import ray
+
+    errors: list[Exception] = []
+    for saved in [shard.save.remote() for shard in shards]:
+        try:
+            ray.get(saved)
+        except Exception as error:
+            errors.append(error)
+    return errors
 
 
 class DraftPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ class ReuseSettings:
         num_actors: Number of `actors`; each has a part of the prompts.
         max_bytes: Of all actors together; 0 is no bound.
         folder: With `actors`: where drafts are written for a resumed run, when the step after one
-            of the trainer's checkpoints begins; "" keeps them in memory only.
+            of the trainer's checkpoints begins; an absolute path, as each process has a folder of
+            its own to start from. "" keeps them in memory only.
         timeout: Seconds to wait for an actor; then rollouts are plain ones.
         behaviour_logprobs: With `actors`: the log-probs that go back with reused tokens are those
             with which they were first drawn, for the trainer's own correction.
@@ -86,6 +88,10 @@ class ReuseSettings:
         for name, least in _LEAST.items():
             if (value := getattr(settings, name)) < least:
                 raise ValueError(f"{source}.{name}: expected at least {least}, got {value}")
+        if settings.folder and not os.path.isabs(settings.folder):
+            raise ValueError(
+                f"{source}.folder: expected the absolute path of a folder, got {settings.folder!r}"
+            )
         for name in _OF_ACTORS:
             if settings.drafts == "engine" and name in values:
                 raise ValueError(

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from spec_rollout.adapters.draft_pool import start_shards
+from spec_rollout.adapters.draft_pool import save_shards, start_shards
 from spec_rollout.adapters.rows import row_user_key
 from spec_rollout.adapters.settings import ReuseSettings
 from spec_rollout.adapters.turns import KeyedTurn, RepeatableNoise, Reuse, RolloutName, Turn
@@ -284,6 +284,14 @@ class ReuseManager(AgentLoopManagerTQ):
                 max_bytes=settings.max_bytes or None,
                 folder=settings.folder or None,
             )
+            if settings.folder:
+                found = ray.get([shard.info.remote() for shard in self._shards])
+                logger.info(
+                    "spec_rollout: %d drafts of %d prompts found in %s",
+                    sum(info["num_samples"] for info in found),
+                    sum(info["num_prompts"] for info in found),
+                    settings.folder,
+                )
             config = config.copy()
             with open_dict(config):
                 config[SECTION] = OmegaConf.create(
@@ -297,6 +305,12 @@ class ReuseManager(AgentLoopManagerTQ):
             settings.mode if self._shards else engine_options(config).mode,
         )
 
+    async def _init_agent_loop_workers(self) -> None:
+        await super()._init_agent_loop_workers()
+        if (seed := repeated_seed(self.config)) is not None:
+            for number, worker in enumerate(self.agent_loop_workers):
+                await worker.spec_rollout_repeat.remote(seed, number)
+
     def generate_sequences(self, prompts: Any) -> Any:
         """verl's; with actors, it says before a training step what those before it gained."""
         is_validation = "validate" in prompts and bool(prompts["validate"])
@@ -305,15 +319,10 @@ class ReuseManager(AgentLoopManagerTQ):
             counts = self.counters()
             logger.info("spec_rollout: before step %d: %s", step, counts)
             # verl says nothing to a manager when it has written a checkpoint, or has ended.
-    async def _init_agent_loop_workers(self) -> None:
-        await super()._init_agent_loop_workers()
-        if (seed := repeated_seed(self.config)) is not None:
-            for number, worker in enumerate(self.agent_loop_workers):
-                await worker.spec_rollout_repeat.remote(seed, number)
-
+            # Rollouts that begin meanwhile would wait behind it, and give up.
             if self._save_freq > 0 and (step - 1) % self._save_freq == 0:
-                for shard in self._shards:
-                    shard.save.remote()
+                for error in save_shards(self._shards):
+                    logger.warning("spec_rollout: drafts not written: %s", error)
         return super().generate_sequences(prompts)
 
     def counters(self) -> dict[str, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,20 @@ import torch
 
 from spec_rollout import ops
 from spec_rollout.acceptance import Coupled, Lenient
-from spec_rollout.adapters.draft_pool import Begun, DraftShard, Ended, common_prefix
+from spec_rollout.adapters.draft_pool import (
+    Begun,
+    DraftShard,
+    Ended,
+    common_prefix,
+    save_shards,
+    start_shards,
+)
 from spec_rollout.adapters.settings import ReuseSettings
 from spec_rollout.adapters.turns import (
     COUNT_NAMES,
     KeyedTurn,
     NamedTurn,
+    RepeatableNoise,
     Reuse,
     RolloutName,
     fresh_turn,
@@ -29,7 +39,6 @@ from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, parse
 
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
 PROMPT = [5, 6, 7]
-    RepeatableNoise,
 NAME = RolloutName("train/3", sample=2, step=1, is_validation=False)
 
 
@@ -187,15 +196,6 @@ def test_a_sample_asked_for_twice_in_a_step_draws_other_noise() -> None:
     assert said(begin(reuse, replace(NAME, step=3))).draft_ids.tolist() == [4]
 
 
-def test_an_aborted_request_goes_on_at_its_place() -> None:
-    turn = KeyedTurn(
-        77, Lenient(0.0), 3, np.arange(10, 20, dtype=np.int32), np.zeros(10, np.float32)
-    )
-    again = said(turn, [*PROMPT, 10, 11, 12])
-    assert (again.key, again.first_position) == (77, 3)
-    assert again.draft_ids.tolist() == [13, 14, 15, 16, 17, 18, 19]
-    assert again.draft_logprobs.size == 7
-    # It left the draft: nothing of it is proposed any more.
 def test_plain_samples_are_those_of_another_run_where_that_is_asked_for() -> None:
     validation = replace(NAME, is_validation=True)
 
@@ -229,6 +229,15 @@ def test_what_was_asked_for_is_forgotten_after_some_steps() -> None:
     assert len(noise._asked) < 10
 
 
+def test_an_aborted_request_goes_on_at_its_place() -> None:
+    turn = KeyedTurn(
+        77, Lenient(0.0), 3, np.arange(10, 20, dtype=np.int32), np.zeros(10, np.float32)
+    )
+    again = said(turn, [*PROMPT, 10, 11, 12])
+    assert (again.key, again.first_position) == (77, 3)
+    assert again.draft_ids.tolist() == [13, 14, 15, 16, 17, 18, 19]
+    assert again.draft_logprobs.size == 7
+    # It left the draft: nothing of it is proposed any more.
     left = said(turn, [*PROMPT, 10, 99])
     assert (left.first_position, left.draft_ids.size) == (2, 0)
     # It has gone past the draft's end.
@@ -341,6 +350,43 @@ def test_a_shard_is_written_and_read(tmp_path: Path) -> None:
     assert DraftShard(max_bytes=10, path=path).begin(b"k" * 16, 0, 2, 9).token_ids.size == 0
 
 
+def test_a_folder_of_another_number_of_actors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "drafts_1_of_4.cache"
+    DraftShard(path=str(path)).save()
+    DraftShard(path=str(tmp_path / "drafts_0_of_4.cache"))
+    match = r"num_actors: expected 4, .*drafts_1_of_4\.cache, got 2: set num_actors=4 "
+    with pytest.raises(ValueError, match=match):
+        DraftShard(path=str(tmp_path / "drafts_0_of_2.cache"))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())  # before it is asked for anything
+    with pytest.raises(ValueError, match=match):
+        start_shards("name", 2, folder=str(tmp_path))
+
+
+def test_all_shards_are_written_though_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Shard:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.save = self
+
+        def remote(self) -> str:
+            events.append(f"asked {self.name}")
+            return self.name
+
+    def get(name: str) -> None:
+        events.append(f"waited for {name}")
+        if name == "a":
+            raise OSError("disk full")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get))
+    errors = save_shards([Shard("a"), Shard("b")])
+    assert [str(error) for error in errors] == ["disk full"]
+    assert events == ["asked a", "asked b", "waited for a", "waited for b"]
+
+
 @pytest.mark.parametrize(
     ("draft", "response", "expected"),
     [
@@ -381,6 +427,10 @@ def test_verify_steps(accepted: int, length: int, most: int, expected: int) -> N
         ({"drafts": "actors", "num_actors": 1.5}, "spec_rollout.num_actors: expected int, got 1.5"),
         ({"drafts": "actors", "seed": True}, "spec_rollout.seed: expected int, got True"),
         ({"drafts": "actors", "timeout": -1}, "spec_rollout.timeout: expected at least 0"),
+        (
+            {"drafts": "actors", "folder": "drafts"},
+            "spec_rollout.folder: expected the absolute path of a folder, got 'drafts'",
+        ),
         ({"mode": "lenient"}, "spec_rollout.mode: expected it with spec_rollout.drafts=actors only"),
         (
             {"drafts": "actors", "mode": "lenient", "log_lenience": float("nan")},

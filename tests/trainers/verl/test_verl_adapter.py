@@ -108,3 +108,4 @@ def test_drafts_are_written_beside_checkpoints(pooled: PPORun, folder: Path) -> 
         caches[-1].load(folder / "drafts" / f"drafts_{i}_of_2.cache")
     assert sum(cache.stats.num_samples for cache in caches) == NUM_PROMPTS * GROUP
     assert all(cache.stats.num_groups > 0 for cache in caches)
+    assert f"spec_rollout: 0 drafts of 0 prompts found in {folder / 'drafts'}" in pooled.log

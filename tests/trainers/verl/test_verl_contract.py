@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +157,65 @@ def test_rows_are_named_by_content_and_session() -> None:
         assert (
             rollout_name({"step": 5, "validate": True}, {**row, **other}).user_key != name.user_key
         )
+
+
+class Remote:
+    """A method of an actor, called here."""
+
+    def __init__(self, call: Any) -> None:
+        self.remote = call
+
+
+def test_a_step_begins_when_the_drafts_are_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rollouts would wait for their drafts behind it."""
+    import ray
+
+    from spec_rollout.adapters import verl
+
+    events: list[str] = []
+
+    def get(name: str) -> None:
+        events.append(f"written {name}")
+        if name == "a":
+            raise OSError("disk full")
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(
+        verl.AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: events.append("begun")
+    )
+    manager = object.__new__(verl.ReuseManager)
+    manager._save_freq = 2
+    manager._shards = [SimpleNamespace(save=Remote(lambda name=name: name)) for name in "ab"]
+    monkeypatch.setattr(manager, "counters", dict)
+    with caplog.at_level(logging.WARNING):
+        for step in (2, 3):
+            manager.generate_sequences({"global_steps": step})
+    assert events == ["begun", "written a", "written b", "begun"]
+    told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == ["spec_rollout: drafts not written: disk full"]
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_workers_repeat_their_noise_where_verl_is_to_repeat_itself(
+    is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spec_rollout.adapters import verl
+
+    told: list[tuple[int, int]] = []
+
+    async def repeat(*seed_and_number: int) -> None:
+        told.append(seed_and_number)
+
+    async def start(self: Any) -> None:
+        worker = SimpleNamespace(spec_rollout_repeat=Remote(repeat))
+        self.agent_loop_workers = [worker, worker]
+
+    monkeypatch.setattr(verl.AgentLoopManagerTQ, "_init_agent_loop_workers", start)
+    manager = object.__new__(verl.ReuseManager)
+    rollout = "actor_rollout_ref__rollout"
+    manager.config = config(**{f"{rollout}__seed": 42, f"{rollout}__full_determinism": is_on})
+    asyncio.run(manager._init_agent_loop_workers())
+    assert told == ([(42, 0), (42, 1)] if is_on else [])
+    assert verl.repeated_seed(config()) is None
