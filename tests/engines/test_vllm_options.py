@@ -11,6 +11,7 @@ import pytest
 
 from spec_rollout.acceptance import Coupled, Lenient
 from spec_rollout.cli import main
+from spec_rollout.engines.vllm.compat import configured_options
 from spec_rollout.engines.vllm.options import EngineOptions
 from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, encode, parse
 from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
@@ -63,6 +64,34 @@ def test_the_variable_names_a_mode_or_holds_options() -> None:
 def test_wrong_options_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineOptions.from_text(text)
+
+
+def test_options_in_the_engines_config_mean_what_they_mean_in_the_variable() -> None:
+    def of(section: dict[str, Any]) -> EngineOptions | None:
+        return configured_options({"spec_rollout": section})
+
+    assert of({"history_bytes": 1 << 32}) == EngineOptions("drafting", history_bytes=1 << 32)
+    assert of({"mode": "coupled", "seed": 3}) == EngineOptions("coupled", seed=3)
+    assert of({"mode": "off", "seed": 3}) == EngineOptions("off", seed=3)
+    # What `engine_args()` writes says nothing of it: then the variable does.
+    assert of({"first_chunk": 8, "model_runner": "v2"}) is None
+    assert of({}) is configured_options(None) is None
+    with pytest.raises(ValueError, match=r"^additional_config\.spec_rollout: lenience: expected"):
+        of({"lenience": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        EngineOptions("off"),
+        EngineOptions("off", seed=3),
+        EngineOptions("drafting"),
+        EngineOptions("lenient", log_lenience=0.5),
+    ],
+    ids=lambda options: options.mode,
+)
+def test_arguments_of_an_engine_give_the_options_back(options: EngineOptions) -> None:
+    assert configured_options(options.vllm_arguments("v2")["additional_config"]) == options
 
 
 def test_vllm_args_prints_what_the_variable_does(capsys: pytest.CaptureFixture[str]) -> None:

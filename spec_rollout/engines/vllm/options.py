@@ -135,7 +135,8 @@ class EngineOptions:
         """Options by name.
 
         Args:
-            values: Option -> value; what is missing keeps its default.
+            values: Option -> value; what is missing keeps its default, but for `mode`: who gives
+                options and no mode wants the lossless one that needs no names, `drafting`.
             source: Where they come from; named in errors.
 
         Raises:
@@ -148,7 +149,7 @@ class EngineOptions:
                     f"{source}: {name}: expected one of {', '.join(known)}, got an unknown option"
                 )
         try:
-            return cls(**values)
+            return cls(**{"mode": "drafting", **values})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
@@ -171,8 +172,7 @@ class EngineOptions:
                 f"{source}: expected a mode ({', '.join(MODES)}) or a JSON object, got "
                 f"{text!r:.80} ({error})"
             ) from None
-        # An object that says nothing of the mode wants the lossless one that needs no names.
-        return cls.from_mapping({"mode": "drafting", **values}, source=source)
+        return cls.from_mapping(values, source=source)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> EngineOptions:
@@ -195,11 +195,11 @@ class EngineOptions:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Those that are not the default, for vLLM's `additional_config`."""
+        """`mode`, and those others that are not the default, for vLLM's `additional_config`."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if field.name == "mode" or getattr(self, field.name) != field.default
         }
 
 

@@ -92,6 +92,24 @@ def test_the_variable_is_all_it_takes(make_llm: MakeLLM) -> None:
     assert make_llm("off").llm_engine.vllm_config.speculative_config is None
 
 
+def test_the_engines_config_counts_before_the_variable(model_dir: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    def proposed(section: dict[str, Any]) -> int | None:
+        """Most tokens in a step."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SPEC_ROLLOUT", "coupled")
+            args = {**LLM_ARGS, "skip_tokenizer_init": True}
+            args["additional_config"] = {"spec_rollout": section}
+            config = EngineArgs(str(model_dir), **args).create_engine_config()
+        speculative = config.speculative_config
+        return None if speculative is None else speculative.num_speculative_tokens
+
+    assert proposed({"first_chunk": 8}) == 31  # the variable's
+    assert proposed({"history_bytes": 1 << 24}) == 15  # of `drafting`
+    assert proposed({"mode": "off", "history_bytes": 1 << 24}) is None
+
+
 def test_a_server_without_a_seed_has_noise_of_its_own(model_dir: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext

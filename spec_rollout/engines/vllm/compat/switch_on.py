@@ -32,6 +32,8 @@ _WITHOUT_SPECULATION = {"verl_delta_ipc": "verl's checkpoint_engine.backend=delt
 def configured_options(additional_config: Any) -> EngineOptions | None:
     """The options in an engine's `additional_config`; None if it has none of them.
 
+    Options without a mode are those of `drafting`, as in the variable.
+
     Raises:
         ValueError: naming the option.
     """
