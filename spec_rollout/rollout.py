@@ -105,6 +105,7 @@ class RolloutSession:
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
         self.rounding: Rounding | None = None
+        self._told_of_eos = False
         if reuse:
             _warn_of_rounding(engine, self.schedule.rule)
         self.drafting = drafting
@@ -356,6 +357,9 @@ class RolloutSession:
         sampling: SamplingParams,
         rule: AcceptanceRule,
     ) -> Rollouts:
+        if not (sampling.stop_token_ids or self._told_of_eos):
+            self._told_of_eos = True
+            _warn_of_eos(self.engine)
         rollouts = self.engine.rollout(requests, sampling, rule)
         if not (
             torch.equal(rollouts.cu_prompt_lens, batch.cu_prompt_lens)
@@ -526,6 +530,17 @@ def _warn_of_rounding(engine: RolloutEngine, rule: AcceptanceRule) -> None:
             "RolloutSession.measure_rounding says how many; Coupled(tolerance='auto') keeps them, "
             "at a stated bias (docs/acceptance.md)",
             rule,
+        )
+
+
+def _warn_of_eos(engine: RolloutEngine) -> None:
+    """Says so where no token ends responses, though the model names one."""
+    eos: tuple[int, ...] = getattr(engine, "eos_token_ids", ())
+    if eos:
+        _LOGGER.warning(
+            "sampling: no stop_token_ids, so responses go on to max_tokens, past the model's end "
+            "of text; SamplingParams(stop_token_ids=%s) would end them there",
+            eos,
         )
 
 

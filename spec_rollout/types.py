@@ -54,7 +54,8 @@ class SamplingParams:
         top_k: Keep the k largest logits (ties with the k-th are kept); 0 is off.
         top_p: Then keep the smallest set whose probability reaches top_p (ties kept); 1 is off.
         max_tokens: Limit of the response length, reused tokens included.
-        stop_token_ids: A response ends with the first of these, which is part of it.
+        stop_token_ids: A response ends with the first of these, which is part of it. The model's
+            own end-of-sequence token ends it only if it is one of them.
     """
 
     temperature: float = 1.0

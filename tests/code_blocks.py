@@ -173,6 +173,7 @@ GIVEN: Mapping[str, Callable[[], Any]] = {
     "policy": lambda: _policy(),
     "prompt": lambda: _prompts(1)[0],
     "prompts": lambda: _prompts(2),
+    "tokenizer": lambda: _tokenizer(),
 }
 
 
@@ -188,13 +189,17 @@ def _policy() -> Any:
     return AutoModelForCausalLM.from_pretrained(_demo_model())
 
 
-def _prompts(count: int) -> list[list[int]]:
+def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
+    return AutoTokenizer.from_pretrained(_demo_model())
+
+
+def _prompts(count: int) -> list[list[int]]:
     from spec_rollout.demo.task import training_problems
 
     texts = [problem.prompt for problem in training_problems(count)]
-    return AutoTokenizer.from_pretrained(_demo_model())(texts)["input_ids"]
+    return _tokenizer()(texts)["input_ids"]
 
 
 def run(group: Sequence[Block]) -> tuple[dict[str, Any], str]:

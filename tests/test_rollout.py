@@ -602,3 +602,19 @@ def test_engines_are_told_how_long_responses_were() -> None:
         max(lens[:2]),
         lens[0],
     ]
+
+
+def test_responses_that_nothing_ends_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    def told(engine: MarkovEngine, sampling: SamplingParams) -> int:
+        caplog.clear()
+        session = RolloutSession(engine, NoReuse())
+        session.evaluate([[0]], 2, sampling, step=0)
+        session.rollout([[0]], 2, sampling, step=0, epoch=0)
+        return caplog.text.count("SamplingParams(stop_token_ids=(4,)) would end them there")
+
+    endless = SamplingParams(max_tokens=4)
+    engine = MarkovEngine(policy(1))
+    assert told(engine, endless) == 0  # it does not say what ends a text
+    engine.eos_token_ids = (STOP,)  # type: ignore[attr-defined]
+    assert told(engine, endless) == 1
+    assert told(engine, SAMPLING) == 0

@@ -178,7 +178,7 @@ def fastest_threads() -> int:
 
     def seconds(threads: int, max_tokens: int = 24) -> float:
         torch.set_num_threads(threads)
-        sampling = SamplingParams(max_tokens=max_tokens)
+        sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=policy.eos_token_ids)
         return session.rollout(prompts, 16, sampling, step=0, epoch=0).stats.rollout_seconds
 
     seconds(1, max_tokens=2)  # warm-up

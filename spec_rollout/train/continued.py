@@ -50,6 +50,11 @@ class ContinuedEngine:
         return getattr(self._engine, "batch_invariant", None)
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """See `TransformersEngine`; none of an engine that does not say."""
+        return getattr(self._engine, "eos_token_ids", ())
+
+    @property
     def last_counters(self) -> Mapping[str, float]:
         return self._engine.last_counters
 

@@ -383,6 +383,16 @@ def test_empty_batch(new_model) -> None:
     assert rollouts.batch == rollouts.response_ids.numel() == rollouts.stats.num_engine_steps == 0
 
 
+@pytest.mark.parametrize(
+    ("of_model", "of_generation", "expected"),
+    [(None, None, ()), (2, None, (2,)), (None, 3, (3,)), (5, [4, 5, 0], (0, 4, 5))],
+)
+def test_it_knows_with_what_its_model_ends_a_text(of_model, of_generation, expected) -> None:
+    model = build("llama", eos_token_id=of_model)
+    model.generation_config.eos_token_id = of_generation
+    assert TransformersEngine(model).eos_token_ids == expected
+
+
 def test_is_a_rollout_engine(new_model) -> None:
     assert isinstance(TransformersEngine(new_model), RolloutEngine)
 

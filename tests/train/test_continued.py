@@ -27,3 +27,10 @@ def test_a_session_warns_of_rounding_as_it_does_in_a_new_run(
     with caplog.at_level(logging.WARNING):
         RolloutSession(continued, Coupled())
     assert ("near-ties turn" in caplog.text) is warns
+
+
+def test_it_names_the_models_end_of_text_as_its_engine_does() -> None:
+    engine = MarkovEngine(torch.zeros(4, 4))
+    assert ContinuedEngine(engine, 3).eos_token_ids == ()
+    engine.eos_token_ids = (3,)  # type: ignore[attr-defined]
+    assert ContinuedEngine(engine, 3).eos_token_ids == (3,)

@@ -17,6 +17,7 @@ from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.checks import integer
 from spec_rollout.drafting import HistoryDrafter, MatchShares, Payoff
+from spec_rollout.engines.eos import eos_token_ids
 from spec_rollout.engines.transformers.decode import Decoder
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.invariance import batch_invariance_error
@@ -142,6 +143,14 @@ class TransformersEngine:
     def batch_invariant(self) -> bool:
         """Whether the engine keeps to shapes for which results do not depend on the batch."""
         return self._forward.batch_invariant
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens with which the model ends a text, by its configurations; none ends a response here
+        that is not among `SamplingParams.stop_token_ids`."""
+        generation = getattr(self.model, "generation_config", None)
+        text = self.model.config.get_text_config(decoder=True)
+        return eos_token_ids(*(getattr(one, "eos_token_id", None) for one in (generation, text)))
 
     def batch_invariance_error(self) -> float:
         """Largest difference between logits of the same tokens computed in different shapes.

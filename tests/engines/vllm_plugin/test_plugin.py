@@ -451,6 +451,16 @@ def test_logprobs_as_vllm_returns_them(
                 assert len(found) - num_logprobs in (0, 1)
 
 
+def test_an_engine_knows_with_what_its_model_ends_a_text(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.eos_token_ids == (EOS,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    config = engine.llm.llm_engine.vllm_config.model_config
+    monkeypatch.setattr(config, "generation_config", str(tmp_path))
+    assert engine.eos_token_ids == (EOS, 5, 7)
+
+
 def test_an_llm_that_exists_is_wrapped(plugged: Any, make_engine: Any) -> None:
     """The same rollouts as from an engine that starts its own, and it is left running."""
     from vllm import SamplingParams

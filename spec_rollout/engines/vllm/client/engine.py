@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
+from spec_rollout.engines.eos import eos_token_ids
 from spec_rollout.engines.vllm import compat
 from spec_rollout.engines.vllm.client.arguments import ModelRunner, engine_args
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
@@ -136,6 +137,12 @@ class VLLMEngine:
     def last_counters(self) -> Mapping[str, float]:
         """Counters of the last rollout that only this engine has, as `vllm_*`."""
         return self.last_metrics.as_row()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens with which the model ends a text, by its configurations; none ends a response here
+        that is not among `SamplingParams.stop_token_ids`."""
+        return eos_token_ids(*compat.named_eos(self.llm))
 
     def rollout(
         self, requests: RolloutRequests, sampling: SamplingParams, acceptance: AcceptanceRule

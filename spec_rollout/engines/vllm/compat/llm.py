@@ -39,6 +39,14 @@ def transformers_config(llm: Any) -> tuple[Any, bool]:
     return config.hf_config, bool(config.trust_remote_code)
 
 
+def named_eos(llm: Any) -> tuple[Any, Any]:
+    """What the model's configurations, of generation and of the model, have as `eos_token_id`: an
+    id, several, or None."""
+    config = llm.llm_engine.vllm_config.model_config
+    generation = config.try_get_generation_config()
+    return generation.get("eos_token_id"), getattr(config.hf_text_config, "eos_token_id", None)
+
+
 def why_no_history(llm: Any) -> str | None:
     """With what of an `LLM` with the plugin nothing can be proposed from a history; None: it can.
 
