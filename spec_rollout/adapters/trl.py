@@ -71,6 +71,8 @@ GENERATION_ATTRIBUTES = (
 _ENGINE_MODULE = "trl.generation.vllm_generation"
 _MODES = ("coupled", "lenient")  # of a server, that know samples
 _MAX_CONNECTIONS = 64  # TRL's own number
+_NUM_SPECULATIVE_TOKENS = 64
+_NUM_SLOTS = 64
 
 LogProbs = Literal["auto", "current", "behaviour"]
 
@@ -135,6 +137,11 @@ class SpecRollout:
     model otherwise (the embedded engine), or a vLLM server (`vllm_mode="server"`), which remembers
     by itself and is told the samples' names. One object serves one trainer.
 
+    With a server, rule, drafting, seed and memory are those of its SPEC_ROLLOUT: of the arguments
+    only `reuse` and `refresh_epochs` have an effect, a rule that is not the server's is refused, and
+    so is any other argument that is given. Its log-probs are those of the current policy under any
+    rule, nothing goes to TRL's metrics, and `cache` and `last_stats` stay empty.
+
     A row is known by its prompt's token ids and its number among the rows of that prompt, counted
     over all ranks: shuffling, several processes and gradient accumulation change nothing. Each rank
     keeps the rollouts of all ranks, or all have them in one `RayStore`. Turns after a tool call
@@ -178,14 +185,14 @@ class SpecRollout:
         cache: RolloutCache | None = None,
         logprobs: LogProbs = "auto",
         seed: int | None = None,
-        num_speculative_tokens: int = 64,
-        num_slots: int = 64,
+        num_speculative_tokens: int = _NUM_SPECULATIVE_TOKENS,
+        num_slots: int = _NUM_SLOTS,
     ) -> None:
         if logprobs not in ("auto", "current", "behaviour"):
             raise ValueError(f"logprobs: expected auto, current or behaviour, got {logprobs!r}")
         self._has_rule = rule is not None
-        rule = Coupled() if rule is None else rule
-        self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
+        own_rule = Coupled() if rule is None else rule
+        self.schedule = own_rule if isinstance(own_rule, Schedule) else Schedule(own_rule)
         self.cache = RolloutCache() if cache is None else cache
         self.engine: RolloutEngine | None = None
         self.last_stats = RolloutStats()
@@ -195,6 +202,19 @@ class SpecRollout:
         self._logprobs = logprobs
         self._seed = seed
         self._num_slots = num_slots
+        # What a server cannot be told.
+        self._not_for_a_server = [
+            name
+            for name, is_given in (
+                ("drafting", not drafting),
+                ("cache", cache is not None),
+                ("logprobs", logprobs == "behaviour"),
+                ("seed", seed is not None),
+                ("num_speculative_tokens", num_speculative_tokens != _NUM_SPECULATIVE_TOKENS),
+                ("num_slots", num_slots != _NUM_SLOTS),
+            )
+            if is_given
+        ]
         self._trainer: Any = None
         self._session: RolloutSession | None = None
         self._gather: Gather = alone
@@ -390,6 +410,7 @@ class SpecRollout:
         self._numbers = RowNumbers(self._gather, self._rank)
         self._eval_numbers = RowNumbers(self._gather, self._rank)
         if _is_server(trainer):
+            self._check_arguments()
             _check_server(trainer)
             rule = _rule_of_server(trainer)
             if rule is not None and self._has_rule and self.schedule != Schedule(rule):
@@ -417,6 +438,14 @@ class SpecRollout:
             )
             trainer._generate_single_turn = self._single_turn
         self._trainer = trainer
+
+    def _check_arguments(self) -> None:
+        """Refuses what a server would not heed."""
+        if self._not_for_a_server:
+            raise ValueError(
+                f"{', '.join(self._not_for_a_server)}: expected to be left out of SpecRollout with "
+                'vllm_mode "server", whose SPEC_ROLLOUT decides instead, got one given'
+            )
 
     def _make_engine(self, trainer: Any) -> RolloutEngine:
         if trainer.use_vllm:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from spec_rollout.acceptance import Coupled, Lenient, Schedule
+from spec_rollout.cache import RolloutCache
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -134,6 +135,34 @@ def test_a_colocated_engine_of_several_ranks_is_refused() -> None:
         trl._check_trainer(
             trainer(use_vllm=True, vllm_mode="colocate", vllm_generation=SimpleNamespace(**given))
         )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"cache": RolloutCache(), "logprobs": "behaviour"}, "cache, logprobs"),
+        ({"drafting": False, "seed": 0}, "drafting, seed"),
+        ({"num_speculative_tokens": 32, "num_slots": 8}, "num_speculative_tokens, num_slots"),
+    ],
+)
+def test_arguments_that_a_server_does_not_heed_are_refused(
+    arguments: dict[str, Any], names: str
+) -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    def served() -> SimpleNamespace:
+        info = {"additional_config": {"spec_rollout": {"mode": "coupled"}}}
+        client = SimpleNamespace(get_server_info=lambda: info)
+        return trainer(
+            accelerator=SimpleNamespace(process_index=0, num_processes=1, is_main_process=True),
+            use_vllm=True,
+            vllm_mode="server",
+            vllm_generation=SimpleNamespace(vllm_client=client),
+        )
+
+    SpecRollout(refresh_epochs=2, logprobs="current")._attach(served())
+    with pytest.raises(ValueError, match=rf"^{names}: expected .* vllm_mode .server."):
+        SpecRollout(**arguments)._attach(served())
 
 
 def test_a_server_that_counts_arrivals_is_refused() -> None:
