@@ -144,11 +144,13 @@ def resume(
 
     Metrics of steps after the checkpoint are dropped; those steps are done again. A checkpoint that
     is not whole, or whose metrics are lost, is passed over with a note. A run that was killed
-    before its first checkpoint begins again.
+    before its first checkpoint begins again; one that has all its steps says so, and trains nothing
+    more.
 
     Args:
         run_dir: Folder of the run; its config.toml applies.
-        overrides: "section.key=value" each, on top of it (a larger train.max_steps, say).
+        overrides: "section.key=value" each, on top of it (a larger train.epochs, say). The run ends
+            by train.epochs or train.max_steps, whichever gives fewer steps.
         on_step, on_rollouts: As in `run`.
 
     Raises:
@@ -166,6 +168,11 @@ def resume(
         parts = build(config, point.checkpoint)
         if point.checkpoint is not None:
             notes += _said_by_checkpoint(overrides, config)
+        if parts.state.step >= parts.total_steps and parts.state.pending_row is None:
+            notes.append(
+                f"{run_dir}: nothing is left to train: it has done {parts.state.step} steps, and "
+                f"train.epochs and train.max_steps ask for {parts.total_steps}"
+            )
         _print_notes([*notes, *point.notes, *parts.notes])
         point.set_aside()
         job = Job(config, on_step, on_rollouts)

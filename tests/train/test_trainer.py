@@ -505,10 +505,14 @@ def test_resuming_with_more_steps(make_config, tmp_path):
     assert_same_weights(final_weights(config.log.run_dir), final_weights(whole.log.run_dir))
 
 
-def test_resuming_a_finished_run_changes_nothing(make_config, tmp_path):
+def test_resuming_a_finished_run_changes_nothing_and_says_so(make_config, tmp_path, capsys):
     config = interruption_config(make_config, tmp_path / "done")
     first = run(config)
-    again = resume(config.log.run_dir)
+    assert "nothing is left to train" not in capsys.readouterr().err
+    # The smaller of both counts.
+    again = resume(config.log.run_dir, ["train.max_steps=400"])
+    said = f"note: {config.log.run_dir}: nothing is left to train: it has done 6 steps, and "
+    assert capsys.readouterr().err.count(said) == 1
     assert again.totals == first.totals
     assert again.accuracy_after == first.accuracy_after
 
