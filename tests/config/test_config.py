@@ -317,6 +317,17 @@ def test_examples_are_valid(path):
     load_config(path).rollout.schedule()
 
 
+def test_the_examples_of_gsm8k_differ_in_their_rule_alone():
+    lenient, coupled = (
+        to_dict(load_config(EXAMPLES / f"gsm8k_{r}.toml")) for r in ("lenient", "coupled")
+    )
+    for config in (lenient, coupled):
+        del config["log"]["run_dir"]
+        for key in ("rule", "log_lenience", "refresh_epochs"):
+            config["rollout"].pop(key, None)
+    assert lenient == coupled
+
+
 def test_there_are_examples():
     assert len(list(EXAMPLES.glob("*.toml"))) >= 3
 
