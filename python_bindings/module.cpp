@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "convert.h"
+#include "cuda_reason.h"  // made by CMakeLists.txt
 #include "spec_rollout/ops.h"
 
 namespace spec_rollout::python {
