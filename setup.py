@@ -22,12 +22,22 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
 from cuda_choice import ChoiceError, choose  # noqa: E402  (a build starts without this folder)
+
+
+class Build(build):
+    def run(self) -> None:
+        # All that lies here is packed, also modules that an earlier build found and that are gone.
+        packed = Path(self.build_lib).resolve() / "spec_rollout"
+        if packed.is_dir() and packed != ROOT / "spec_rollout":
+            shutil.rmtree(packed)
+        super().run()
 
 
 class CMakeExtension(Extension):
@@ -40,6 +50,9 @@ class CMakeBuild(build_ext):
         # setuptools has a thrown-away folder for an editable install, and forgets here that this is
         # one. What is used in place gets a folder that stays: the next build compiles what changed.
         self.kept = bool(self.inplace or self.editable_mode)
+        # What is copied is what was built now. By its time, a file of another build that has
+        # passed through build/lib.* since would stay. CMake decides what is compiled.
+        self.force = True
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -132,4 +145,7 @@ def _object_exists(step: str, build_dir: Path) -> bool:
     return not step.startswith("Building ") or (build_dir / name).exists()
 
 
-setup(ext_modules=[CMakeExtension("spec_rollout._C")], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[CMakeExtension("spec_rollout._C")],
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
+)
