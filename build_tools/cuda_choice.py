@@ -46,10 +46,10 @@ class Choice:
 
 
 def cmake_define(arguments: str, name: str) -> str | None:
-    """Last value of -D`name`=VALUE (or -D`name`:TYPE=VALUE) in `arguments`; None without one."""
-    values = re.findall(
-        rf"^-D{name}(?::\w+)?=(.*)$", "\n".join(shlex.split(arguments)), re.MULTILINE
-    )
+    """Last value of -D`name`=VALUE in `arguments`, also with a space behind -D or with :TYPE behind
+    the name; None without one."""
+    lines = re.sub(r"^-D\n", "-D", "\n".join(shlex.split(arguments)), flags=re.MULTILINE)
+    values = re.findall(rf"^-D{name}(?::\w+)?=(.*)$", lines, re.MULTILINE)
     return values[-1] if values else None
 
 

@@ -180,6 +180,7 @@ def test_on_builds_every_architecture_without_a_gpu(
             {"CMAKE_ARGS": "-DCMAKE_CUDA_ARCHITECTURES:STRING=90", "TORCH_CUDA_ARCH_LIST": "8.0"},
             ("90",),
         ),
+        ({"CMAKE_ARGS": "-D CMAKE_CUDA_ARCHITECTURES=90 -D A=1"}, ("90",)),
     ],
 )
 def test_architectures_that_are_named_are_built(
