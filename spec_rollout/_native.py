@@ -8,13 +8,15 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from spec_rollout.extras import checkout_advice
+
 try:
     import spec_rollout._C as _C
 except ImportError as error:  # pragma: no cover - exercised by the doctor's tests in a subprocess
     raise ImportError(
         "spec_rollout's compiled extension cannot be imported "
-        f"({error}); install the package with `pip install .` (`spec-rollout doctor` says what is "
-        "missing)"
+        f"({error}); {checkout_advice() or 'install the package with `pip install .`'} "
+        "(`spec-rollout doctor` says what is missing)"
     ) from error
 
 _NULL_CONTEXT: AbstractContextManager[None] = contextlib.nullcontext()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from spec_rollout.extras import TRAIN, install_command
+from spec_rollout.extras import TRAIN, checkout_advice, install_command
 from spec_rollout.runs.environment import environment
 
 REBUILD = "pip install --force-reinstall --no-deps ."
@@ -93,7 +94,8 @@ def _missing_core(env: dict[str, Any], self_test: dict[str, str]) -> list[Missin
                 Missing(what, "core", "install one (Debian, Ubuntu: apt-get install g++)")
             )
         what = "the compiled extension spec_rollout._C cannot be imported"
-        missing.append(Missing(what, "core", f"in a source checkout: {REBUILD}"))
+        fix = checkout_advice() or f"in a source checkout: {REBUILD}"
+        missing.append(Missing(what, "core", fix))
     elif self_test["cpu"] != "ok":
         missing.append(Missing(f"the CPU self-test fails: {self_test['cpu']}", "core", REBUILD))
     return missing
@@ -152,8 +154,26 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
                 missing.append(Missing(what, "GPU", fix))
         if env["gpus"] and self_test.get("cuda") != "ok":
             what = f"the CUDA self-test fails: {self_test.get('cuda')}"
-            missing.append(Missing(what, "GPU", REBUILD))
+            missing.append(Missing(what, "GPU", _cuda_fix(native, self_test.get("cuda", ""))))
     return missing
+
+
+# What the CUDA runtime says of a driver that is older than the toolkit that compiled the kernels or
+# their PTX. torch, with an older runtime of its own, sees the GPU.
+_OLD_DRIVER = ("driver version is insufficient", "compiled with an unsupported toolchain")
+
+
+def _cuda_fix(native: dict[str, Any], failure: str) -> str:
+    """What to do about a CUDA self-test with this failure."""
+    if not any(text in failure for text in _OLD_DRIVER):
+        return REBUILD
+    import torch
+
+    version = ".".join(str(native.get("cuda_version")).split(".")[:2])
+    fix = f"install a driver for CUDA {version} or newer"
+    if torch.version.cuda is None:
+        return fix
+    return f"{fix}, or: CUDACXX=<nvcc of CUDA {torch.version.cuda}> {REBUILD}"
 
 
 def _covers(archs: list[str], device_arch: str) -> bool:
@@ -162,15 +182,25 @@ def _covers(archs: list[str], device_arch: str) -> bool:
     Args:
         archs: As CMake names them: "80-real" is machine code (runs on the same major version from
             this minor version on), "80-virtual" PTX (compiled for the device when loaded, for any
-            version from this on), "80" both.
+            version from this on), "80" both. "90a" is for that device only, "100f" for its family
+            (the same major version). Any other name ("native", "all") may cover the device: the
+            self-test says.
         device_arch: "sm_90", say.
     """
     device = int(device_arch.removeprefix("sm_"))
     for arch in archs:
-        number, _, kind = arch.partition("-")
-        if kind != "virtual" and device // 10 == int(number) // 10 and device >= int(number):
+        name, _, kind = arch.partition("-")
+        match = re.fullmatch(r"(\d+)([af]?)", name)
+        if match is None:
             return True
-        if kind != "real" and device >= int(number):
+        number, suffix = int(match[1]), match[2]
+        if suffix == "a":
+            covers = device == number
+        elif suffix == "f" or kind == "real":
+            covers = device // 10 == number // 10 and device >= number
+        else:  # what PTX covers, machine code of the same number does, too
+            covers = device >= number
+        if covers:
             return True
     return False
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,8 @@ import pytest
 from spec_rollout.commands import doctor
 from spec_rollout.commands.doctor import Diagnosis, Missing, _covers
 from spec_rollout.extras import install_command
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_doctor(*blocked: str, arguments: str = "") -> subprocess.CompletedProcess[str]:
@@ -64,6 +67,30 @@ def test_without_the_extension_it_says_so_and_how_to_build_it() -> None:
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
+def test_in_a_checkout_without_an_extension_it_says_that_this_is_the_checkout(
+    tmp_path: Path,
+) -> None:
+    made = shutil.ignore_patterns("*.so", "__pycache__", "assets")
+    shutil.copytree(ROOT / "spec_rollout", tmp_path / "spec_rollout", ignore=made)
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    # The finder of an editable installation has the extension of that one for any `spec_rollout`.
+    program = (
+        "import sys; sys.meta_path = [x for x in sys.meta_path if 'Editable' not in repr(x)]; "
+        "from spec_rollout.cli import main; sys.exit(main(['doctor']))"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    advice = (
+        f"this is the checkout in {tmp_path.resolve()}, not the installed package: run from "
+        "another folder, or `pip install -e .` there"
+    )
+    assert result.returncode == 1
+    assert f"      fix: {advice}" in result.stdout.splitlines()
+    # What any use of the ops says, here the self-test.
+    assert f"No module named 'spec_rollout._C'); {advice} (`spec-rollout" in result.stdout
+
+
 def test_wrong_numbers_of_the_ops_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from spec_rollout import ops
 
@@ -112,6 +139,15 @@ def test_missing_training_packages_come_with_their_command(monkeypatch: pytest.M
         (["80-real", "90-real", "100"], "sm_120", True),
         (["80-real", "90-real"], "sm_120", False),
         ([], "sm_80", False),
+        (["90a-real"], "sm_90", True),
+        (["90a"], "sm_100", False),  # this one alone, its PTX too
+        (["80-real", "100a-real"], "sm_103", False),
+        (["100f-real"], "sm_103", True),  # the family
+        (["100f-virtual"], "sm_120", False),
+        (["103f"], "sm_100", False),
+        (["native"], "sm_90", True),  # whatever that was: the self-test says
+        (["all"], "sm_90", True),
+        (["all-major"], "sm_90", True),
     ],
 )
 def test_which_devices_the_cuda_objects_run_on(archs: list[str], device: str, runs: bool) -> None:
@@ -124,6 +160,39 @@ def test_gpu_with_objects_of_another_architecture_is_told_what_to_build() -> Non
     missing = doctor._missing_gpu(env, {"cuda": "ok"})
     assert [item.what for item in missing] == ["A is sm_80; CUDA objects are for 90-real"]
     assert missing[0].fix == f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=80 {doctor.REBUILD}"
+
+
+@pytest.mark.parametrize(
+    ("failure", "torch_cuda", "fix"),
+    [
+        (
+            "CUDA driver version is insufficient for CUDA runtime version",
+            "12.8",
+            "install a driver for CUDA 13.0 or newer, or: "
+            f"CUDACXX=<nvcc of CUDA 12.8> {doctor.REBUILD}",
+        ),
+        (
+            "the provided PTX was compiled with an unsupported toolchain.",
+            "12.8",
+            "install a driver for CUDA 13.0 or newer, or: "
+            f"CUDACXX=<nvcc of CUDA 12.8> {doctor.REBUILD}",
+        ),
+        (
+            "CUDA driver version is insufficient for CUDA runtime version",
+            None,
+            "install a driver for CUDA 13.0 or newer",
+        ),
+        ("token_logprobs: expected [1], got [2]", "12.8", doctor.REBUILD),
+    ],
+)
+def test_a_driver_older_than_the_toolkit_is_not_rebuilt_for_with_the_same_one(
+    failure: str, torch_cuda: str | None, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = {"cuda": True, "cuda_archs": ["90"], "cuda_version": "13.0.88"}
+    env = {"native": native, "packages": {"torch": None}, "gpus": [{"name": "A", "arch": "sm_90"}]}
+    monkeypatch.setattr("torch.version.cuda", torch_cuda)
+    missing = doctor._missing_gpu(env, {"cuda": f"RuntimeError: {failure}"})
+    assert missing == [Missing(f"the CUDA self-test fails: RuntimeError: {failure}", "GPU", fix)]
 
 
 @pytest.mark.parametrize(
