@@ -6,10 +6,11 @@
 # As it stands: a tiny model on the CPU, three epochs, in the environment that `make test-verl` made. It borrows model,
 # data, reward and verl's platform for CPUs from tests/trainers/verl.
 #
-# For a 1.7B model on GPUs, in an environment with verl, vLLM 0.26 to 0.32 and this package:
+# For a 1.7B model on GPUs, in an environment with verl, vLLM 0.26 to 0.33 and this package:
 # - MODEL=Qwen/Qwen3-1.7B, DATA= a Parquet file with verl's columns (data_source, prompt, reward_model, extra_info with an
 #   `index` for each row), PYTHON=python;
 # - take the lines of "sizes" from your own verl script, and leave "cpu" out (CPU=0);
+# - write out the paths in OVERRIDE: verl runs in the folder WORK, and leaves there what it writes;
 # - keep "reuse" as it is. `trainer.total_epochs` has to be 2 or more: the first epoch has nothing to follow.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +19,12 @@ PYTHON=${PYTHON:-.venv-verl/bin/python}
 WORK=$(realpath -m "${WORK:-runs/verl_grpo}")
 MODEL=${MODEL:-$WORK/model}
 DATA=${DATA:-$WORK/train.parquet}
+# verl does not run in the checkout: Ray's workers import from the current folder first, and the package there may have
+# no extension.
+[ ! -e "$MODEL" ] || MODEL=$(realpath "$MODEL")
+[ ! -e "$DATA" ] || DATA=$(realpath "$DATA")
+[[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON")
+mkdir -p "$WORK"
 rollout=actor_rollout_ref.rollout
 actor=actor_rollout_ref.actor
 
@@ -54,7 +61,6 @@ if [ "$CPU" = 1 ]; then
   export PYTHONPATH=$tests:$PWD/tests VERL_USE_EXTERNAL_MODULES=verl_cpu VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
   export VLLM_CPU_KVCACHE_SPACE=1 TORCH_COMPILE_DISABLE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
   export RAY_enable_worker_prestart=0 RAY_worker_niceness=0 RAY_memory_monitor_refresh_ms=0
-  mkdir -p "$WORK"
   "$PYTHON" - "$WORK" << 'MAKE'
 import sys
 from pathlib import Path
@@ -83,5 +89,6 @@ MAKE
   )
 fi
 
+cd "$WORK"
 exec "$PYTHON" -m verl.trainer.main_ppo "${task[@]}" "${sizes[@]}" "${reuse[@]}" "${cpu[@]}" \
   hydra.run.dir="$WORK/hydra" "$@"

@@ -7,7 +7,8 @@
 # Not run on a GPU yet; see examples/one_gpu.toml.
 set -euo pipefail
 examples=$(cd "$(dirname "$0")/.." && pwd)
-exec "${PYTHON:-python}" -m spec_rollout.cli train "$examples/one_gpu.toml" \
+# -P: not the package of a checkout that is the current folder, which may have no extension.
+exec "${PYTHON:-python}" -P -m spec_rollout.cli train "$examples/one_gpu.toml" \
   --set model.path="${MODEL_PATH:-models/Qwen3-1.7B-Base}" \
   --set data.path="${DATA_PATH:-data/train.jsonl}" \
   --set log.run_dir="${SAVE_PATH:-runs/1.7B-grpo-lenience-0.5}" \

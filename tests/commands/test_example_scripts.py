@@ -1,4 +1,5 @@
-"""The pair of launch scripts: they are one run with and without reuse, here of a tiny model."""
+"""The launch scripts: a pair that is one run with and without reuse, here of a tiny model; and what
+all find from a checkout."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 VANILLA = EXAMPLES / "vanilla-grpo" / "1.7B-grpo.sh"
 SPEC = EXAMPLES / "spec-rl" / "1.7B-grpo-lenience-0.5.sh"
+VERL = EXAMPLES / "verl_grpo.sh"
 # Of the machine and the task; what is left is the run as it stands.
 TINY = {
     "model.device": "cpu",
@@ -44,6 +46,48 @@ def test_they_differ_in_the_rule_and_the_folder_alone() -> None:
     differ = {k for k in vanilla | spec if vanilla.get(k) != spec.get(k)}
     assert differ == {"rollout.rule", "rollout.log_lenience", "log.run_dir"}
     assert spec["rollout.log_lenience"] == "0.5"
+
+
+@pytest.mark.parametrize("script", [VANILLA, SPEC])
+def test_they_run_the_installed_package_and_not_that_of_the_current_folder(
+    script: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "spec_rollout").mkdir()
+    (tmp_path / "spec_rollout" / "__init__.py").write_text("raise SystemExit('a checkout')")
+    done = subprocess.run(
+        ["bash", str(script), "--help"],
+        cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+def test_verl_does_not_run_in_the_checkout(tmp_path: Path) -> None:
+    # Beside other things it says where it is: Ray's workers look for modules there.
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(VERL), "trainer.total_epochs=5"],
+        cwd=EXAMPLES.parent,
+        env={
+            **os.environ,
+            "CPU": "0",
+            "PYTHON": os.path.relpath(python, EXAMPLES.parent),
+            "MODEL": "Qwen/Qwen3-1.7B",
+            "DATA": "examples/tiny.toml",
+            "WORK": str(tmp_path / "work"),
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder, *arguments = done.stdout.splitlines()
+    assert folder == str((tmp_path / "work").resolve())
+    assert arguments[:2] == ["-m", "verl.trainer.main_ppo"]
+    assert "actor_rollout_ref.model.path=Qwen/Qwen3-1.7B" in arguments  # of the hub
+    assert f"data.train_files={EXAMPLES / 'tiny.toml'}" in arguments
+    assert arguments[-1] == "trainer.total_epochs=5"
 
 
 def launch(script: Path, model_dir: Path, data: Path, run_dir: Path, *more: str) -> list[dict]:
