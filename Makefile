@@ -269,4 +269,4 @@ format: $(VENV)/.lint ## Apply ruff and clang-format
 	$(BIN)/clang-format -i $(FORMATTED_CPP)
 
 clean: ## Remove what builds and runs left behind, .venv included
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_TRL) $(VENV_VERL) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_NEXT) $(VENV_TRL) $(VENV_VERL) build dist *.egg-info spec_rollout/*.so runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -121,6 +121,14 @@ def test_scripts_are_valid_shell_and_executable(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
+def test_make_clean_removes_every_environment() -> None:
+    text = (ROOT / "Makefile").read_text()
+    environments = set(re.findall(r"^(VENV\w*) :=", text, re.MULTILINE))
+    recipe = re.search(r"^clean:.*\n(?:\t.*\n)+", text + "\n", re.MULTILINE)[0]
+    assert {"VENV", "VENV_VLLM", "VENV_NEXT"} <= environments
+    assert environments <= set(re.findall(r"\$\((\w+)\)", recipe))
+
+
 def test_the_demo_refuses_another_engine_with_one_line() -> None:
     result = subprocess.run(
         ["make", "--no-print-directory", "demo", "ENGINE=sglang"],
