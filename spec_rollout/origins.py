@@ -84,6 +84,8 @@ def kl_sum(rollouts: Rollouts) -> float:
     if rollouts.behaviour_logprobs is None:
         return 0.0
     log_ratio = rollouts.logprobs - rollouts.behaviour_logprobs
+    # Of a token that neither policy would draw the difference is NaN.
+    log_ratio = log_ratio.masked_fill_(rollouts.logprobs == rollouts.behaviour_logprobs, 0.0)
     log_ratio = log_ratio.clamp_(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return float((torch.expm1(log_ratio) - log_ratio).sum(dtype=torch.float64))
 
@@ -104,7 +106,8 @@ def taken_lens(
         epoch: 0-based; with it the samples take turns, so that each is fresh in `fresh_share` of
             the epochs.
         fresh_share: Share of each group that is drawn from scratch.
-        max_age: Drafts whose first token, which is the oldest, is older are left alone.
+        max_age: Drafts whose first token, which is the oldest, is older are left alone. From
+            `MAX_AGE` on it leaves none alone, as no age is larger.
 
     Returns:
         [batch], int64.
@@ -116,7 +119,7 @@ def taken_lens(
     lens[torch.from_numpy(fresh)] = 0
     if max_age is not None and drafts.ages is not None:
         rows = (lens > 0).nonzero().flatten()
-        lens[rows[drafts.ages[drafts.cu_lens[rows]] > max_age]] = 0
+        lens[rows[drafts.ages[drafts.cu_lens[rows]] > min(max_age, MAX_AGE)]] = 0
     return lens
 
 

@@ -107,6 +107,15 @@ def test_kl_by_hand() -> None:
     assert kl_sum(never) == pytest.approx(math.exp(-20) - 1 + 20, rel=1e-5)
 
 
+def test_a_token_that_neither_policy_would_draw_adds_nothing_to_the_kl() -> None:
+    """As with a top-p filter that left it out twice."""
+    rollouts = _rollouts([[1, 2]], [2])
+    now = torch.tensor([-math.inf, math.log(0.5)])
+    drawn = torch.tensor([-math.inf, math.log(0.25)])
+    rollouts = replace(rollouts, logprobs=now, behaviour_logprobs=drawn)
+    assert kl_sum(rollouts) == pytest.approx(1 - math.log(2), abs=1e-6)
+
+
 def test_kl_is_that_of_the_distributions_on_average() -> None:
     q, p = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.4, 0.4, 0.2])
     tokens = torch.multinomial(q, 200_000, replacement=True, generator=torch.manual_seed(0))
@@ -215,6 +224,13 @@ def test_drafts_with_a_token_that_is_too_old_are_left_alone() -> None:
     assert taken_lens(drafts, np.arange(4), 0).tolist() == [2, 0, 2, 1]
     young = _drafts([[1, 2]])  # says no ages: all 1
     assert taken_lens(young, np.arange(1), 0, max_age=1).tolist() == [2]
+
+
+@pytest.mark.parametrize("max_age", [MAX_AGE, MAX_AGE + 1, 40_000, 2**16, 10**12])
+def test_no_age_is_above_a_limit_that_ages_cannot_reach(max_age: int) -> None:
+    ages = torch.tensor([MAX_AGE, 1, 2], dtype=torch.int16)
+    drafts = _drafts([[1, 2], [3]], ages=ages)
+    assert taken_lens(drafts, np.arange(2), 0, max_age=max_age).tolist() == [2, 1]
 
 
 def test_a_session_with_an_age_limit_reuses_no_older_token() -> None:
