@@ -337,7 +337,7 @@ class RolloutSession:
                 cu_lens=torch.zeros(1, dtype=torch.int64),
                 row_groups=torch.empty(0, dtype=torch.int64),
                 request_groups=batch.groups,
-                logprobs=torch.empty(0),
+                logprobs=torch.empty(0, dtype=torch.float32),
             )
         keys = noise_keys(self.seed ^ _EVALUATION_SALT, step, batch.keys, batch.sample_ids)
         requests = batch.requests(keys, Drafts.none(batch.size), history)

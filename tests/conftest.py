@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -45,6 +47,21 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20250923)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def other_dtype(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """Within `with other_dtype():` torch's default dtype is another."""
+
+    @contextmanager
+    def default() -> Iterator[None]:
+        torch.set_default_dtype(request.param)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return default
 
 
 @pytest.fixture

@@ -61,15 +61,17 @@ def _self_test(device: str) -> str:
         from spec_rollout.acceptance import Lenient
 
         # softmax of (0, ln 3) is (1/4, 3/4); of (ln 2, 0) it is (2/3, 1/3)
-        logits = torch.tensor([[0.0, math.log(3.0)], [math.log(2.0), 0.0]], device=device)
+        logits = torch.tensor(
+            [[0.0, math.log(3.0)], [math.log(2.0), 0.0]], dtype=torch.float32, device=device
+        )
         got = ops.token_logprobs(logits, torch.tensor([1, 0], dtype=torch.int32, device=device))
         want = [math.log(3 / 4), math.log(2 / 3)]
         if any(abs(a - b) > 1e-5 for a, b in zip(got.tolist(), want, strict=True)):
             return f"token_logprobs: expected {want}, got {got.tolist()}"
         # certain acceptance (p/q >= 1), then certain rejection (p/q = 0)
         accepted = ops.accept_prefix(
-            torch.zeros(3, device=device),
-            torch.tensor([0.0, 0.0, -math.inf], device=device),
+            torch.zeros(3, dtype=torch.float32, device=device),
+            torch.tensor([0.0, 0.0, -math.inf], dtype=torch.float32, device=device),
             rule=Lenient(),
             keys=torch.tensor([1], device=device),
             cu_draft_lens=torch.tensor([0, 3], device=device),

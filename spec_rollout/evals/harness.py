@@ -137,7 +137,7 @@ class EngineLM(TemplateLM):
         drafts = Drafts(
             token_ids=continuations.flatten().int(),
             cu_lens=torch.arange(len(rows) + 1) * length,
-            logprobs=torch.zeros(size),
+            logprobs=torch.zeros(size, dtype=torch.float32),
             finished=torch.zeros(len(rows), dtype=torch.bool),
         )
         contexts = [context for context, _ in rows]

@@ -144,7 +144,7 @@ class FollowedDrafts:
             scored = dict(zip(cut, parts.split(lens), strict=True))
         found = {}
         for place, row in rows.items():
-            new = torch.full((row.token_ids.numel(),), torch.nan)
+            new = torch.full(row.token_ids.shape, torch.nan, dtype=torch.float32)
             if place in scored:
                 new = scored[place].clone()
             # What the engine itself said, where it did.
@@ -181,7 +181,7 @@ def _as_rollouts(rows: Sequence[_Row]) -> Rollouts:
         cu_prompt_lens=cu_lens_from(torch.tensor([row.prompt_ids.numel() for row in rows])),
         response_ids=ids,
         cu_response_lens=cu_lens_from(torch.tensor([row.token_ids.numel() for row in rows])),
-        logprobs=torch.zeros(ids.numel()),
+        logprobs=torch.zeros(ids.numel(), dtype=torch.float32),
         accepted_lens=torch.zeros(len(rows), dtype=torch.int32),
         finish_reasons=torch.zeros(len(rows), dtype=torch.uint8),
     )

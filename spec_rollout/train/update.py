@@ -269,7 +269,7 @@ class PolicyUpdater:
         first: bool,
     ) -> float:
         """Gradients of one minibatch into `.grad`; its loss."""
-        weights = torch.zeros(rollouts.batch)
+        weights = torch.zeros(rollouts.batch, dtype=torch.float32)
         weights[rows] = self._algorithm.token_weights(
             rollouts.response_lens[rows], self._max_tokens
         )
@@ -279,7 +279,7 @@ class PolicyUpdater:
         # Zeros, not None: without any gradient AdamW must still decay its moments.
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        loss_sum = torch.zeros((), device=self._device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self._device)
         for batch in self._batches(rollouts, rows):
             logprobs, entropy, hidden = self._forward(self._model, batch)
             ref_logprobs = None

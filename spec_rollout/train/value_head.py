@@ -21,8 +21,8 @@ class ValueHead(torch.nn.Module):
         super().__init__()
         head: Any = model.get_output_embeddings()
         size, device = head.weight.shape[1], head.weight.device
-        self.weight = torch.nn.Parameter(torch.zeros(1, size, device=device))
-        self.bias = torch.nn.Parameter(torch.zeros(1, device=device))
+        self.weight = torch.nn.Parameter(torch.zeros(1, size, dtype=torch.float32, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device=device))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size], any floating type -> [num_tokens], float32."""

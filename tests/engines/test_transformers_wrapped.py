@@ -24,9 +24,10 @@ from tiny_models import (
 from tiny_models import prompts as prompts_of
 
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse
-from spec_rollout.engines.transformers import TransformersEngine
+from spec_rollout.engines.transformers import TransformersEngine, row_check, row_counts
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.row_check import row_gap
+from spec_rollout.rollout import RolloutSession
 from spec_rollout.types import SamplingParams
 
 peft = pytest.importorskip("peft")
@@ -153,15 +154,20 @@ def test_with_a_narrower_head_prompts_may_have_ids_that_are_never_drawn() -> Non
         engine.rollout(requests, SamplingParams(max_tokens=9, stop_token_ids=(8,)), Coupled())
 
 
-def test_the_default_dtype_does_not_matter() -> None:
+def test_the_default_dtype_does_not_matter(other_dtype, monkeypatch) -> None:
     model, requests = build("llama"), random_requests(4)
-    expected = TransformersEngine(model).rollout(requests, SAMPLING, Coupled())
-    torch.set_default_dtype(torch.float64)
-    try:
+    asked = {"prompts": [[2, 3], [4]], "sample_ids": [0, 1], "sampling": SAMPLING, "step": 0}
+    engine = TransformersEngine(model)
+    expected = engine.rollout(requests, SAMPLING, Coupled())
+    evaluated = RolloutSession(engine, NoReuse()).evaluate_rows(**asked)
+    # What is measured once in a process is measured anew.
+    monkeypatch.setattr(row_counts, "_EQUAL", {})
+    monkeypatch.setattr(row_check, "_PROBLEMS", {})
+    with other_dtype():
         engine = TransformersEngine(model)
         assert_same(engine.rollout(requests, SAMPLING, Coupled()), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+        session = RolloutSession(engine, NoReuse())
+        assert_same(session.evaluate_rows(**asked, drafting=True), evaluated)
 
 
 def test_weights_in_double_precision_are_refused() -> None:

@@ -64,6 +64,13 @@ def test_loglikelihoods_are_those_of_a_plain_forward(policy, model) -> None:
     assert [value for value, _ in found] == pytest.approx([v for v, _ in wanted], abs=1e-4)
 
 
+def test_the_default_dtype_does_not_matter(model, other_dtype) -> None:
+    pairs = [("3 +4 -2 =?\nbegin", "7"), ("5 +1 =?\nfrom", "12 +")]
+    expected = model.loglikelihood(instances(*pairs), disable_tqdm=True)
+    with other_dtype():
+        assert model.loglikelihood(instances(*pairs), disable_tqdm=True) == expected
+
+
 def test_a_long_text_is_scored_in_windows(policy, model) -> None:
     text = "1 +2 -3 =?\n" * 10  # 110 tokens, of which the model is let see 64
     (found,) = model.loglikelihood_rolling(instances((text,)))

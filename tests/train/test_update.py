@@ -195,6 +195,18 @@ def test_gradient_is_the_plain_one(model, rollouts, aggregation, micro_batch_tok
     assert ("kl" in result.means) == bool(kl_coef)
 
 
+def test_the_default_dtype_does_not_matter(policy, rollouts, other_dtype):
+    config = sgd_config(loss_aggregation="seq_mean")
+    models = [copy.deepcopy(policy.model) for _ in range(2)]
+    losses = [updated(models[0], rollouts, config).as_row()["loss"]]
+    with other_dtype():
+        assert {p.dtype for p in ValueHead(models[1]).parameters()} == {torch.float32}
+        losses.append(updated(models[1], rollouts, config).as_row()["loss"])
+    assert losses[0] == losses[1]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_skipping_zero_advantages_keeps_the_gradient(policy, rollouts):
     advantages = ADVANTAGES.clone()
     advantages[[1, 3]] = 0.0

@@ -86,7 +86,8 @@ def _equal(module: torch.nn.Module) -> frozenset[int]:
 
 def _try(module: torch.nn.Module, inputs: int) -> frozenset[int]:
     width = module.get_parameter("weight").shape[inputs]
-    rows = torch.randn(_TRIED, 1, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(_TRIED, 1, width, generator=generator, dtype=torch.float32)
     return frozenset(_same(module, rows, _CANDIDATES)) | {MIN_ROWS}
 
 

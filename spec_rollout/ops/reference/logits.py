@@ -108,7 +108,8 @@ def _decide(
             return True, token  # the only token there is
         best = int(scores.argmax())
         return best == token, best
-    accepted = bool(accept_mask(torch.tensor(draft_logprob), logp[token], uniform, rule))
+    old = torch.tensor(draft_logprob, dtype=torch.float64)
+    accepted = bool(accept_mask(old, logp[token], uniform, rule))
     if isinstance(rule, OneHot):
         scores[token] = -math.inf
     return accepted, int(scores.argmax())

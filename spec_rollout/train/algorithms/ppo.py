@@ -58,7 +58,7 @@ class PPO:
             gamma=self._config.gamma,
             gae_lambda=self._config.gae_lambda,
         )
-        advantages = torch.where(given, estimate.advantages, torch.zeros(()))
+        advantages = torch.where(given, estimate.advantages, 0.0)
         if self._config.normalize_advantages:
             advantages = whitened(advantages, given)
         return Advantages(

@@ -67,4 +67,4 @@ def _on_cpu(parts: list[torch.Tensor]) -> np.ndarray:
     if away:
         fetched = iter(torch.cat(away).cpu().split([part.numel() for part in away]))
         parts = [part if part.device.type == "cpu" else next(fetched) for part in parts]
-    return torch.cat([torch.empty(0), *parts]).numpy()
+    return torch.cat([torch.empty(0, dtype=torch.float32), *parts]).numpy()

@@ -76,7 +76,8 @@ class Proposals:
         self._is_served = np.zeros(num_slots, bool)
         self._known = Known.of([])
         self._told = np.zeros(0, np.int64)  # response tokens of each request that the history has
-        self._logprobs = torch.zeros(num_slots, max_chunk + 1, device=device)
+        shape = num_slots, max_chunk + 1
+        self._logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
 
     @property
     def metrics(self) -> ReuseMetrics:

@@ -202,7 +202,7 @@ class DraftTable:
         if held.rule is not None and held.rule.needs_draft_logprobs:
             assert request.draft_logprobs is not None
             if self.logprobs is None:
-                self.logprobs = torch.zeros(self.tokens.shape, device=self.device)
+                self.logprobs = torch.zeros_like(self.tokens, dtype=torch.float32)
             self._write(self.logprobs, slot, request.draft_logprobs[: draft.size])
 
     def apply(self) -> None:
