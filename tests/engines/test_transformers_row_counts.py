@@ -60,6 +60,68 @@ def test_weights_that_other_code_multiplies_are_left_at_many_rows() -> None:
     assert row_counts(torch.nn.Sequential(torch.nn.Linear(4, 4), Experts())) == (MIN_ROWS,)
 
 
+class Int8Linear(torch.nn.Linear):
+    """Weights of eight bits and one scale, multiplied as whole numbers of the input's dtype."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax() / 127)
+        whole = (weight / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+class PackedLinear(torch.nn.Module):
+    """Weights in a buffer, as GPTQ and AWQ have them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        inner = Int8Linear(linear)
+        self.register_buffer("qweight", inner.weight.detach().to(torch.int32))
+        self.register_buffer("scale", inner.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.qweight.to(x.dtype) * self.scale)
+
+
+QUANTISED = [Int8Linear, PackedLinear]
+
+
+@pytest.mark.parametrize("quantised", QUANTISED)
+def test_quantised_weights_are_products_not_known(quantised) -> None:
+    def counts(dtype: torch.dtype) -> tuple[int, ...]:
+        first, last = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+        return row_counts(torch.nn.Sequential(quantised(first), last.to(dtype)))
+
+    assert counts(torch.float32) == (MIN_ROWS,)
+    assert counts(torch.bfloat16) == ()
+
+
+def test_masks_positions_and_tables_are_no_weights() -> None:
+    linear = torch.nn.Linear(64, 32)
+    expected = row_counts(linear)
+    linear.part = torch.nn.Module()
+    linear.part.register_buffer("bias", torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    linear.part.register_buffer("position_ids", torch.arange(8)[None])
+    linear.part.register_buffer("table", torch.zeros(8, 4))
+    assert row_counts(linear) == expected
+
+
+@pytest.mark.parametrize("quantised", QUANTISED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_with_quantised_layers_rolls_out(quantised, dtype: torch.dtype) -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = quantised(layer.mlp.down_proj)
+    model = model.to(dtype)
+    engine = TransformersEngine(model)
+    assert engine.batch_invariant == (dtype == torch.float32)
+    engine.rollout(random_requests(5), SAMPLING, Coupled())
+
+
 def test_one_row_is_filled_up_to_the_least_that_will_do() -> None:
     model = build("llama")
     least = row_counts(model)[0]

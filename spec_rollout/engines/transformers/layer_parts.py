@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from spec_rollout._native import _C, num_threads
+from spec_rollout.engines.transformers.row_counts import has_plain_weights
 
 # In every modeling file of transformers that has rotary embeddings.
 _ROTARY = "apply_rotary_pos_emb"
@@ -146,6 +147,7 @@ def _is_gated_mlp(module: Any) -> bool:
     return (
         set(children) - {"act_fn"} == set(linears)
         and all(isinstance(children[name], torch.nn.Linear) for name in linears)
+        and all(has_plain_weights(children[name]) for name in linears)
         and module.gate_proj.out_features == module.up_proj.out_features
     )
 

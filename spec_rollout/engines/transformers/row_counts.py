@@ -15,6 +15,7 @@ includes many rows, and a model whose products fail is not run as batch-invarian
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -33,16 +34,23 @@ _TRIED_BFLOAT16 = 272
 # among them says that many rows are all alike.
 _EQUAL: dict[tuple[object, ...], frozenset[int]] = {}
 
+# Weights of linear layers whose products are tried.
+_TRIED_DTYPES = (torch.float32, torch.bfloat16)
+# Buffers of other types are packed weights: masks are bool, positions int64, tables of rotary
+# embeddings floats.
+_NO_WEIGHTS = (torch.bool, torch.int64, torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def row_counts(model: torch.nn.Module) -> tuple[int, ...]:
     """Ascending numbers of rows that give the same bits as many rows; the last is `MIN_ROWS`.
 
     For the present number of torch's threads. A model whose products are not all known (weights
-    outside linear layers, as of fused experts) has `MIN_ROWS` alone; in bfloat16 it has none, as
-    has one whose products depend on the number of rows.
+    outside linear layers, as of fused experts, or quantised ones) has `MIN_ROWS` alone; in bfloat16
+    it has none, as has one whose products depend on the number of rows.
 
     Args:
-        model: On a CPU, all weights of one dtype, outside any session of a `ModelForward`.
+        model: On a CPU, all weights of one dtype but for quantised ones, outside any session of a
+            `ModelForward`.
     """
     counts = {*_CANDIDATES_BFLOAT16, MIN_ROWS}
     for module in _products(model):
@@ -55,8 +63,12 @@ def row_counts(model: torch.nn.Module) -> tuple[int, ...]:
     return tuple(sorted(counts))
 
 
-def _is_float32(module: torch.nn.Module) -> bool:
-    return next(module.parameters()).dtype == torch.float32
+def _is_float32(model: torch.nn.Module) -> bool:
+    """By the first weights that are not quantised, as a model of transformers has its dtype."""
+    dtypes = (weight.dtype for weight in model.parameters())
+    return (
+        next((t for t in dtypes if t.is_floating_point and t.itemsize > 1), None) == torch.float32
+    )
 
 
 def _products(model: torch.nn.Module) -> Iterator[torch.nn.Module | None]:
@@ -65,11 +77,23 @@ def _products(model: torch.nn.Module) -> Iterator[torch.nn.Module | None]:
 
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | Conv1D):
-            yield module
+            yield module if has_plain_weights(module) else None
         elif not isinstance(module, torch.nn.Embedding):
-            weights = module.parameters(recurse=False)
-            if any(weight.ndim > 1 for weight in weights):
+            buffers = (b for b in module.buffers(recurse=False) if b.dtype not in _NO_WEIGHTS)
+            if any(w.ndim > 1 for w in itertools.chain(module.parameters(recurse=False), buffers)):
                 yield None
+
+
+def has_plain_weights(module: torch.nn.Module) -> bool:
+    """Whether a linear layer's weights are numbers in a plain tensor: those of a quantised one are
+    not."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and weight.ndim == 2
+        and weight.dtype in _TRIED_DTYPES
+    )
 
 
 def _equal(module: torch.nn.Module) -> frozenset[int]:
