@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from spec_rollout.acceptance import Coupled
-from spec_rollout.engines.transformers import TransformersEngine
+from spec_rollout.engines.transformers import TransformersEngine, row_check
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.lengths import row_limit
-from spec_rollout.engines.transformers.row_check import row_gap
+from spec_rollout.engines.transformers.row_check import RowGap, row_gap
 from spec_rollout.types import Rollouts, SamplingParams
 
 SMALL = {
@@ -202,6 +202,50 @@ def test_the_check_leaves_the_model_as_it_was() -> None:
     TransformersEngine(model)
     assert [module.training for module in model.modules()] == before
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_error_of_the_check_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_check, "_PROBLEMS", {})
+    model = build("llama")
+
+    def fails(forward: ModelForward) -> None:
+        raise RuntimeError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(row_check, "row_gap", fails)
+        with pytest.raises(ValueError, match="LlamaForCausalLM raised RuntimeError: not now"):
+            TransformersEngine(model)
+    TransformersEngine(model)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_no_fault_of_the_model(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_check, "_PROBLEMS", {})
+
+    def fails(forward: ModelForward) -> None:
+        raise error("full")
+
+    monkeypatch.setattr(row_check, "row_gap", fails)
+    with pytest.raises(error, match="full"):
+        TransformersEngine(build("llama"))
+
+
+def test_a_model_is_tried_once_with_each_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_check, "_PROBLEMS", {})
+    tried = []
+
+    def gap(forward: ModelForward) -> RowGap:
+        tried.append(forward.config._attn_implementation)
+        return RowGap(0.0, 0.0, 0, 1.0)
+
+    monkeypatch.setattr(row_check, "row_gap", gap)
+    for attention in ("sdpa", "sdpa", "eager"):
+        model = build("llama")
+        model.set_attn_implementation(attention)
+        TransformersEngine(model, batch_invariant=False)
+    assert tried == ["sdpa", "eager"]
 
 
 def test_values_narrower_than_keys_take_forwards_with_masks() -> None:

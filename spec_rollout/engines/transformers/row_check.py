@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOGGER = logging.getLogger(__name__)
-# What was found by architecture: weights do not matter, and engines are made again and again.
+# What was measured, by architecture: weights do not matter, and engines are made again and again.
+# An error is not kept, as it may be gone the next time.
 _PROBLEMS: dict[Hashable, str | None] = {}
 
 # Rows longer than this are not tried: the check is to cost less than a second.
@@ -106,7 +107,9 @@ def _problem(forward: ModelForward) -> str | None:
     model = forward.model
     identity = (
         type(model),
-        model.config.to_json_string(),
+        model.config.to_json_string(),  # without the attention
+        model.config._attn_implementation,
+        forward.config._attn_implementation,
         forward.dtype,
         forward.computes_16_bit,
         forward.device.type,
@@ -114,19 +117,15 @@ def _problem(forward: ModelForward) -> str | None:
         forward.max_model_len,
     )
     if identity not in _PROBLEMS:
-        _PROBLEMS[identity] = _try(forward)
+        try:
+            gap = row_gap(forward)
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing about the model
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            text = " ".join(str(error).split())
+            return f"raised {type(error).__name__}: {text}"
+        _PROBLEMS[identity] = None if gap.is_rounding else f"gives {gap}"
     return _PROBLEMS[identity]
-
-
-def _try(forward: ModelForward) -> str | None:
-    try:
-        gap = row_gap(forward)
-    except Exception as error:  # whatever a model's own code raises
-        text = " ".join(str(error).split())
-        return f"raised {type(error).__name__}: {text}"
-    if gap.is_rounding:
-        return None
-    return f"gives {gap}"
 
 
 def row_gap(forward: ModelForward, *, seed: int = 0) -> RowGap:
