@@ -9,17 +9,21 @@ import torch
 from tiny_models import VOCAB, build, full_logprobs, random_requests, responses
 from tiny_models import prompts as prompts_of
 from transformers import (
+    CLIPVisionConfig,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 
 from spec_rollout.acceptance import Coupled
 from spec_rollout.engines.transformers import TransformersEngine, row_check
+from spec_rollout.engines.transformers.attention import BATCH_INVARIANT_ATTENTION
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.lengths import row_limit
 from spec_rollout.engines.transformers.row_check import RowGap, row_gap
@@ -246,6 +250,50 @@ def test_a_model_is_tried_once_with_each_attention(monkeypatch: pytest.MonkeyPat
         model.set_attn_implementation(attention)
         TransformersEngine(model, batch_invariant=False)
     assert tried == ["sdpa", "eager"]
+
+
+def llava() -> PreTrainedModel:
+    """A model of text and images: a config with configs inside."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = LlamaConfig(**SMALL, max_position_embeddings=128)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB - 1)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_every_attention_of_a_composite_config_is_as_it_was(batch_invariant: bool) -> None:
+    model = llava()
+    config = model.config
+    config.vision_config._attn_implementation = "eager"
+    forward = ModelForward(model, batch_invariant)
+    with forward.session():
+        inside = BATCH_INVARIANT_ATTENTION if batch_invariant else "sdpa"
+        assert config.text_config._attn_implementation == inside
+    found = [c._attn_implementation for c in (config, config.text_config, config.vision_config)]
+    assert found == ["sdpa", "sdpa", "eager"]
+    requests = random_requests(5)
+    engine = TransformersEngine(model, batch_invariant=batch_invariant)
+    assert_right(model, engine.rollout(requests, SamplingParams(max_tokens=9), Coupled()), requests)
+
+
+def test_the_attention_that_counts_is_that_of_the_text() -> None:
+    model = llava()
+    model.config.text_config._attn_implementation = "eager"
+    assert model.config._attn_implementation == "sdpa"
+    assert not ModelForward(model).batch_invariant
+    with pytest.raises(ValueError, match=r"batch_invariant: .* uses eager attention"):
+        ModelForward(model, True)
+    model.config.text_config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"model: expected attention sdpa or eager .* 'flex_att"):
+        ModelForward(model)
 
 
 def test_values_narrower_than_keys_take_forwards_with_masks() -> None:

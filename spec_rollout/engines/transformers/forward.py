@@ -93,11 +93,13 @@ class ModelForward:
         afterwards."""
         self._count_rows()
         training = [module for module in self.model.modules() if module.training]
-        attention = self.model.config._attn_implementation
+        configs = _with_parts(self.model.config, self.config)
+        attentions = [(config, config._attn_implementation) for config in configs]
         hook = self._head.register_forward_pre_hook(self._keep_selected)
         self.model.eval()
         if self.batch_invariant:
-            self.model.config._attn_implementation = BATCH_INVARIANT_ATTENTION
+            for config in configs:
+                config._attn_implementation = BATCH_INVARIANT_ATTENTION
         parts = contextlib.nullcontext() if self._parts is None else self._parts.installed()
         own_masks = [module._buffers["bias"] for module in self._own_masks]
         for module, mask in zip(self._own_masks, own_masks, strict=True):
@@ -111,7 +113,9 @@ class ModelForward:
             for module, mask in zip(self._own_masks, own_masks, strict=True):
                 module._buffers["bias"] = mask
             if self.batch_invariant:
-                self.model.config._attn_implementation = attention
+                # What a config is given, those inside it get, too: they come after it.
+                for config, attention in attentions:
+                    config._attn_implementation = attention
             for module in training:
                 module.training = True
 
@@ -277,8 +281,8 @@ class ModelForward:
             reasons.append("computes in another type than that of its weights (autocast)")
         elif not row_counts(self.model):
             reasons.append(f"has {self.dtype} products that depend on the number of rows here")
-        if self.model.config._attn_implementation != "sdpa":
-            reasons.append(f"uses {self.model.config._attn_implementation} attention")
+        attentions = {c._attn_implementation for c in (self.model.config, self.config)}
+        reasons += [f"uses {attention} attention" for attention in sorted(attentions - {"sdpa"})]
         if not getattr(self.model, "_supports_attention_backend", False):
             reasons.append("takes no custom attention function")
         value_dim = getattr(self.config, "v_head_dim", None)
@@ -301,6 +305,18 @@ def _is_autocast(model: PreTrainedModel) -> bool:
     """Whether its forward is what accelerate's mixed precision made of it: computed in 16 bits,
     whatever the weights are, and given back as float32."""
     return hasattr(model, "_original_forward")
+
+
+def _with_parts(*configs: Any) -> list[Any]:
+    """Each config once, those inside it after it: of text, of images."""
+    found: dict[int, Any] = {}
+    waiting = list(reversed(configs))
+    while waiting:
+        config = waiting.pop()
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
 
 
 def _is_own_mask(buffer: torch.Tensor | None) -> bool:
@@ -341,12 +357,12 @@ def _mask_kinds(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
     name = type(model).__name__
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"model: expected a forward with position_ids, {name} has none")
-    if model.config._attn_implementation not in _MASKED_ATTENTION:
-        raise ValueError(
-            f"model: expected attention {' or '.join(_MASKED_ATTENTION)} (per-row lengths need a "
-            f"mask), got {model.config._attn_implementation!r}; load it with "
-            "attn_implementation='sdpa'"
-        )
+    for attention in (model.config._attn_implementation, config._attn_implementation):
+        if attention not in _MASKED_ATTENTION:
+            raise ValueError(
+                f"model: expected attention {' or '.join(_MASKED_ATTENTION)} (per-row lengths need "
+                f"a mask), got {attention!r}; load it with attn_implementation='sdpa'"
+            )
     layer_types = set(getattr(config, "layer_types", None) or ())
     if getattr(model, "_is_stateful", False) or not layer_types <= _KNOWN_LAYERS:
         raise ValueError(
