@@ -50,9 +50,14 @@ def truncated(
 ) -> torch.Tensor:
     """Weight of each token's policy loss: min(cap, p_old / p_behaviour), of a fresh one 1.
 
-    Truncated importance sampling (Espeholt et al., 2018, arXiv 1802.01561): the expectation is that
-    under the current policy but for the cap, which bounds the variance. All are [num_tokens];
-    `reused` is bool.
+    Truncated importance sampling (Espeholt et al., 2018, arXiv 1802.01561). Where drafts are kept
+    unseen (an infinite lenience, the baselines), a token is from q = p_behaviour given those before
+    it, and the expectation is that under p = p_old but for the cap, which bounds the variance.
+    Under a finite lenience l the tokens have passed a test: of a draft of the last epoch they have
+    the density min(q, l p), and with the weight count min(p, l p^2 / q). That is less than p where
+    l p < q: the weight comes on top of the test, and is no correction of its bias.
+
+    All are [num_tokens]; `reused` is bool.
     """
     log_ratio = (old_logprobs - behaviour_logprobs).clamp(max=math.log(cap))
     return torch.where(reused, log_ratio.exp(), torch.ones_like(log_ratio))
