@@ -49,7 +49,8 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
 
     With `Needs.refill_rounds`, groups whose rewards are all equal are replaced by groups of other
     prompts: as many as are missing are drawn, at random from the whole data, until none is missing
-    or the rounds are used up. If no group at all differs, the update takes what there is.
+    or the rounds are used up. If no group at all differs, there are no rewards for the update: it
+    would follow what the algorithm adds to them, a penalty for length say, and nothing else.
 
     Args:
         step: 0-based.
@@ -91,7 +92,9 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
             "num_refilled_prompts": len(rows) - num_wanted,
             "zero_variance_fraction": 1 - sum(differ) / len(differ),
         }
-        if 0 < sum(differ) < len(differ):
+        if not any(differ):
+            rewards = torch.full_like(scores.total, torch.nan)
+        elif not all(differ):
             groups = torch.tensor(differ).nonzero().flatten()
             trained = chosen(everything, (groups[:, None] * size + torch.arange(size)).flatten())
             rewards = scores.total[groups]

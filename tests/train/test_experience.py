@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_batching import make_rollouts
 from whole_runs import assert_same_weights, final_weights, read_rows, without_seconds
 
@@ -118,11 +119,21 @@ def test_groups_of_equal_rewards_are_refilled(make_config, tmp_path):
     assert all(row["num_rollouts"] == 8 for row in read_rows(tmp_path / "off"))
 
 
-def test_where_nothing_differs_the_step_ends_all_the_same(make_config, tmp_path):
-    run(_dapo(make_config, tmp_path / "a", "never", refill_rounds=2, max_steps=2))
+def test_where_nothing_differs_nothing_is_learned_and_the_step_ends(
+    make_config, model_dir, tmp_path, capsys
+):
+    """Not from the penalty for length, either, which does differ."""
+    train = {"refill_rounds": 2, "overlong_buffer": 12, "epochs": 7, "max_steps": 20}
+    run(_dapo(make_config, tmp_path / "a", "never", **train))
     for row in read_rows(tmp_path / "a"):
         assert row["num_refilled_prompts"] == 4  # all the others of 6 prompts
         assert row["zero_variance_fraction"] == 1.0
+        assert -1 < row["overlong_penalty"] < 0
+        assert row["reward"] == row["num_tokens"] == row["grad_norm"] == 0
+        assert row["entropy"] is row["logprob_gap"] is None
+    start = load_file(model_dir / "model.safetensors")
+    assert_same_weights(final_weights(tmp_path / "a"), start)
+    assert "no response of the last 20 steps had an advantage" in capsys.readouterr().err
 
 
 def test_a_run_with_refills_is_resumed_exactly(make_config, tmp_path):
