@@ -133,7 +133,8 @@ class Lenient(AcceptanceRule):
     Attributes:
         log_lenience: Natural-log units; 0 is the standard test, > 0 accepts more.
         scale: Positive factor on the log ratio; 1 is the published rule.
-        min_target_prob: A token is also required to have p_i above this. 0 (off) to 1.
+        min_target_prob: A token is also required to have p_i above this. 0 (off) to 1; 0 with
+            `log_lenience=inf`, which keeps drafts unseen.
         tolerance: Nats added to `log_lenience` to make up for what rounding loses; "auto" is the
             measured rounding of the engine (`Rounding.tolerance`). At one position the law moves by
             at most 1 - e^(-scale * tolerance) in total variation.
@@ -153,6 +154,11 @@ class Lenient(AcceptanceRule):
         if not (0.0 <= min_target_prob < 1.0):
             raise ValueError(
                 f"min_target_prob: expected 0 <= value < 1, got {self.min_target_prob}"
+            )
+        if min_target_prob > 0.0 and log_lenience == math.inf:
+            raise ValueError(
+                "min_target_prob: expected 0 with log_lenience=inf, which keeps drafts unseen, got "
+                f"{self.min_target_prob}"
             )
         _set(self, log_lenience=log_lenience, scale=scale, min_target_prob=min_target_prob)
         _set(self, tolerance=_tolerance(self.tolerance))

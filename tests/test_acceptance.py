@@ -77,6 +77,7 @@ def test_what_each_rule_says_of_itself(
         (lambda: Lenient(min_target_prob=-0.1), r"min_target_prob: .*got -0.1"),
         (lambda: Lenient(min_target_prob=1.0), r"min_target_prob: .*got 1.0"),
         (lambda: Lenient(min_target_prob=math.nan), r"min_target_prob: .*got nan"),
+        (lambda: Lenient(INF, min_target_prob=0.1), r"min_target_prob: expected 0 with .*got 0\.1"),
         (lambda: Coupled(math.nan), r"log_lenience: .*NaN"),
         (lambda: Coupled(-INF), r"log_lenience: expected > -inf.*NoReuse"),
         (lambda: Coupled(tolerance=-0.1), r"tolerance: expected a finite number >= 0.*got -0.1"),

@@ -123,6 +123,10 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             {"rollout": {"tolerance": "much"}},
             r"rollout\.tolerance: expected one of auto, got 'much'",
         ),
+        (
+            {"rollout": {"rule": "lenient", "log_lenience": math.inf, "min_target_prob": 0.1}},
+            r"rollout\.min_target_prob: expected 0 with log_lenience=inf",
+        ),
         ({"rollout": {"tolerance": -1}}, r"rollout\.tolerance: expected a finite number >= 0"),
         ({"rollout": {"tolerance": True}}, r"rollout\.tolerance: expected a number, got bool True"),
         (

@@ -23,7 +23,8 @@ inline namespace SPEC_ROLLOUT_ISA {
 // The right-hand side of the test ln u <= threshold. +inf always accepts, -inf (and NaN, which only
 // non-numbers in the input can cause) never does. A token the target cannot produce (p = 0) is
 // rejected even if the draft could not have produced it either; one the draft could not have
-// produced (q = 0) but the target can is accepted.
+// produced (q = 0) but the target can is accepted. An infinite log_lenience keeps drafts unseen, so
+// no bound on p goes with it (`Lenient` refuses one).
 SR_HD float accept_threshold(const RuleParams& rule, float target_logprob, float draft_logprob) {
   if (rule.kind == RuleKind::kOneHot) return target_logprob;
   if (rule.log_lenience == INFINITY) return INFINITY;
