@@ -197,9 +197,10 @@ class PolicyUpdater:
         losses: list[float] = []
         norms: list[float] = []
         skipped = 0
-        size = -(-len(groups) // config.minibatches)
-        for start in range(0, len(groups), size or 1):
-            rows = [row for group in groups[start : start + size] for row in group]
+        num_parts = min(config.minibatches, len(groups))
+        for part in range(num_parts):
+            first, end = (i * len(groups) // num_parts for i in (part, part + 1))
+            rows = [row for group in groups[first:end] for row in group]
             if not rows:
                 continue
             losses.append(
@@ -211,7 +212,7 @@ class PolicyUpdater:
                     values,
                     rows,
                     sums,
-                    first=start == 0,
+                    first=not losses,
                 )
             )
             most = math.inf if config.grad_clip is None else config.grad_clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -10,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
-    """What an update did; means are over the tokens it trained on.
+    """What an update did; means are over the tokens it trained on, NaN if there are none.
 
     Attributes:
         loss: Mean over the minibatches.
@@ -20,7 +21,7 @@ class UpdateResult:
         lr: Learning rate.
         logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
             first optimizer step: rounding, unless something is wrong. Tokens that the engine's
-            top-k or top-p leave out do not count.
+            top-k or top-p leave out do not count. NaN if no token was compared.
         num_tokens: Tokens trained on.
         num_skipped_updates: Minibatches left out because their gradient was not finite.
     """
@@ -64,13 +65,13 @@ class TokenSums:
     def result(
         self, losses: list[float], norms: list[float], lr: float, skipped: int
     ) -> UpdateResult:
-        means = (self._sums / max(1, self._num_tokens)).tolist()
+        means = (self._sums / (self._num_tokens or math.nan)).tolist()
         return UpdateResult(
             loss=sum(losses) / max(1, len(losses)),
             means=dict(zip(self._names, means, strict=True)),
             grad_norm=sum(norms) / max(1, len(norms)),
             lr=lr,
-            logprob_gap=float(self._gap) / max(1, int(self._num_gap_tokens)),
+            logprob_gap=float(self._gap) / (int(self._num_gap_tokens) or math.nan),
             num_tokens=self._num_tokens,
             num_skipped_updates=skipped,
         )

@@ -237,6 +237,45 @@ def test_minibatches_are_separate_steps_over_whole_groups(model, rollouts):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=3e-5)
 
 
+@pytest.mark.parametrize(
+    ("minibatches", "sizes"), [(1, [5]), (2, [2, 3]), (4, [1, 1, 1, 2]), (5, [1] * 5), (9, [1] * 5)]
+)
+def test_there_are_as_many_minibatches_as_asked_for(model, rollouts, minibatches, sizes):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    updater = make_updater(model, optimizer, sgd_config(lr=1e-6, minibatches=minibatches))
+    seen = []
+    accumulate = updater._accumulate
+
+    def noted(*args, **kwargs):
+        seen.append(args[5])
+        return accumulate(*args, **kwargs)
+
+    updater._accumulate = noted
+    groups = [[row] for row in range(5)]
+    updater.update(rollouts, token_advantages(rollouts), groups, step=0)
+    assert [len(rows) for rows in seen] == sizes
+    assert [row for rows in seen for row in rows] == list(range(5))
+    assert updater.num_begun == len(sizes)
+
+
+def test_the_gap_is_that_of_the_first_minibatch_with_rows(model, rollouts):
+    gaps = [
+        (plain_logprobs(model, rollouts, row).detach() - logprobs).abs()
+        for row, logprobs in enumerate(rollouts.logprobs.split(rollouts.response_lens.tolist()))
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    updater = make_updater(model, optimizer, sgd_config(minibatches=3))
+    per = token_advantages(rollouts)
+    result = updater.update(rollouts, per, [[], [0, 1, 2], [3, 5]], step=0)
+    assert result.logprob_gap == pytest.approx(float(torch.cat(gaps[:3]).mean()), rel=1e-4)
+    assert updater.num_begun == 2
+    nothing = updater.update(rollouts, per, [[], [], []], step=1).as_row()
+    assert updater.num_begun == 2
+    assert nothing["num_tokens"] == nothing["loss"] == nothing["grad_norm"] == 0
+    means = ("logprob_gap", "entropy", "approx_kl", "clip_fraction")
+    assert all(math.isnan(nothing[name]) for name in means)
+
+
 def test_recomputed_old_logprobs_replace_the_engines(model, rollouts):
     # Whatever the engine said, the first minibatch is then on-policy: ratio 1, nothing clipped.
     rollouts = replace(rollouts, logprobs=rollouts.logprobs - 3.0)
