@@ -45,8 +45,9 @@ def estimate(
     samples of one are no independent evidence. So Wilson's formula gets the effective number of
     independent trials, m (1 - m) / variance of the mean over problems (Kish's design effect). With
     one sample per problem that is the number of problems, and the interval Wilson's own; it is at
-    most the number of samples. Unlike mean +- 1.96 standard errors it stays within 0 and 1, and has
-    a width when every problem is solved.
+    most the number of samples, and 1 for a single problem, which says nothing of others. Unlike
+    mean +- 1.96 standard errors it stays within 0 and 1, and has a width when every problem is
+    solved.
 
     Args:
         counts: (samples, correct ones) of each problem; one with less than k samples is left out.
@@ -68,8 +69,9 @@ def estimate(
     num_trials = float(sum(n for n, _ in counts if n >= k))
     if variance > 0:
         num_trials = min(num_trials, float(size * mean * (1 - mean) / variance))
-    elif mean in (0, 1):
-        num_trials = size  # nothing says how much the samples of a problem have in common
+    elif size == 1 or mean in (0, 1):
+        # Nothing says how much the samples of a problem have in common.
+        num_trials = size
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     m, n = float(mean), num_trials
     center = (m + z * z / (2 * n)) / (1 + z * z / n)

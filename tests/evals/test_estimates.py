@@ -76,6 +76,14 @@ def test_no_more_is_known_than_all_samples_tell() -> None:
     assert estimate([(8, 8)] * 5) == estimate([(1, 1)] * 5)
 
 
+def test_one_problem_says_nothing_of_others() -> None:
+    found = estimate([(16, 15)])
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((0.1809, 0.9986), abs=1e-3)
+    assert estimate([(32, 30)]) == found
+    assert estimate([(16, 15), (2, 2)], 4) == estimate([(16, 15)], 4)
+
+
 def test_problems_with_too_few_judged_samples_are_left_out() -> None:
     assert estimate([(4, 2), (0, 0)]) == estimate([(4, 2)])
     assert estimate([(4, 2), (1, 1)], 2) == estimate([(4, 2)], 2)
