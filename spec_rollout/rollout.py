@@ -40,6 +40,10 @@ class RolloutSession:
     give rows of a data set that repeats prompts `user_keys` of their own if `Coupled` may meet them
     in different batches of an epoch.
 
+    A draft must not be tested with the noise that drew it, but under `Coupled`: after a rejection
+    that noise mostly draws the rejected token again. So a session whose cache begins with rollouts
+    of another session or run of the same seed has another `noise_offset`.
+
     Args:
         engine: Generates and verifies.
         rule: Acceptance rule, or a schedule of it over training steps.
@@ -55,6 +59,10 @@ class RolloutSession:
         drafting: Where no draft is followed, propose from the prompt's cached rollouts and from
             what its samples generate meanwhile. It changes the number of decoding steps, never a
             token. Needs the cache, with any rule and `reuse`.
+        noise_offset: Any integer, added to the noise epoch of rules that need fresh noise.
+            `cache.fingerprint()`, taken once before the first rollout, keeps the noise apart from
+            that which drew what the cache holds. A session that goes on after the steps of one that
+            ended takes that one's.
 
     Attributes:
         rounding: What the engine's rounding was when it was measured: for a rule with
@@ -78,6 +86,7 @@ class RolloutSession:
         drafting: bool = False,
         fresh_share: float = 0.0,
         max_age: int | None = None,
+        noise_offset: int = 0,
     ) -> None:
         self.schedule = rule if isinstance(rule, Schedule) else Schedule(rule)
         if refresh_epochs is not None and integer("refresh_epochs", refresh_epochs) < 1:
@@ -102,6 +111,7 @@ class RolloutSession:
         self.engine = engine
         self.cache = RolloutCache() if cache is None else cache
         self.seed = whole("seed", seed)
+        self.noise_offset = whole("noise_offset", noise_offset)
         self.refresh_epochs = refresh_epochs
         self.reuse = reuse
         self.rounding: Rounding | None = None
@@ -347,7 +357,7 @@ class RolloutSession:
 
     def _noise_epoch(self, rule: AcceptanceRule, step: int, epoch: int) -> int:
         if rule.fresh_noise:
-            return step
+            return self.noise_offset + step
         return 0 if self.refresh_epochs is None else epoch // self.refresh_epochs
 
     def _generate(

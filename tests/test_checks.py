@@ -78,7 +78,7 @@ _CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "RolloutSession": (
         _session,
         {"engine": MarkovEngine(torch.zeros(4, 4)), "rule": sr.NoReuse(), "cache": None, "seed": 0,
-         "refresh_epochs": None},
+         "refresh_epochs": None, "noise_offset": 0},
     ),
     "RolloutSession.rollout": (
         _session().rollout,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import assert_law
+from laws import SMALLEST_P, assert_law, p_value
 from markov_engine import MarkovEngine
 
 from spec_rollout.acceptance import (
@@ -197,6 +197,42 @@ def test_coupled_noise_is_renewed_every_refresh_epochs_and_only_then() -> None:
     forever = RolloutSession(MarkovEngine(policy(3)), Coupled())
     first, last = (forever.rollout([[0]], 4, SAMPLING, step=e, epoch=e) for e in (0, 1000))
     assert responses(first) == responses(last)
+
+
+@pytest.mark.parametrize("rule", [Lenient(0.0), OneHot()], ids=repr)
+def test_rollouts_of_another_session_of_the_same_seed_are_tested_with_other_noise(
+    rule: AcceptanceRule,
+) -> None:
+    old, new = policy(1), policy(1, drift=0.8)
+    q, p = (logits[0].double().softmax(-1).numpy() for logits in (old, new))
+    kept = np.minimum(q, p)
+    law = p if rule.lossless else kept + (1 - kept.sum()) * p
+
+    def second(with_offset: bool) -> np.ndarray:
+        cache = RolloutCache()
+        for step in range(2):
+            engine = MarkovEngine((old, new)[step])
+            offset = cache.fingerprint() if with_offset else 0
+            session = RolloutSession(engine, rule, cache=cache, seed=5, noise_offset=offset)
+            rolled = session.rollout([[0]], 50_000, SamplingParams(max_tokens=1), step=0, epoch=0)
+        return np.bincount(rolled.response_ids.numpy(), minlength=VOCAB)
+
+    assert_law(second(with_offset=True), law)
+    assert p_value(second(with_offset=False), law) < SMALLEST_P  # which this is about
+
+
+def test_an_offset_moves_fresh_noise_only() -> None:
+    def drawn(rule: AcceptanceRule, offset: int) -> list[list[int]]:
+        session = RolloutSession(MarkovEngine(policy(3)), rule, noise_offset=offset)
+        return responses(session.rollout([[0]], 16, SAMPLING, step=3, epoch=0))
+
+    def judged(offset: int) -> list[list[int]]:
+        session = RolloutSession(MarkovEngine(policy(3)), Lenient(), noise_offset=offset)
+        return responses(session.evaluate([[0]], 16, SAMPLING, step=3))
+
+    assert drawn(Coupled(), 0) == drawn(Coupled(), 9)
+    assert drawn(Lenient(), 0) != drawn(Lenient(), 9)
+    assert judged(0) == judged(9)
 
 
 @pytest.mark.parametrize("rule", [Lenient(0.5), OneHot(), NoReuse(), RandomCut()], ids=repr)

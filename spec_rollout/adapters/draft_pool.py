@@ -33,11 +33,13 @@ class Begun(NamedTuple):
         is_first: Whether nobody has asked for this sample in this step before.
         token_ids: [num_draft_tokens], int32; empty where there is none.
         logprobs: [num_draft_tokens], float32.
+        noise_offset: Of the shard; see `RolloutSession`.
     """
 
     is_first: bool
     token_ids: np.ndarray
     logprobs: np.ndarray
+    noise_offset: int
 
 
 class Ended(NamedTuple):
@@ -70,6 +72,8 @@ class DraftShard:
             _check_parts(Path(path))
             if os.path.exists(path):
                 self._cache.load(path)
+        # The file may be another run's, whose steps had the same numbers and perhaps the same seed.
+        self._noise_offset = self._cache.fingerprint()
 
     def begin(self, key: bytes, sample: int, step: int, max_tokens: int) -> Begun:
         """A rollout begins; what it may follow.
@@ -89,7 +93,9 @@ class DraftShard:
         if not is_first or drafts.logprobs is None:
             drafts = Drafts.none(1)
         assert drafts.logprobs is not None
-        return Begun(is_first, drafts.token_ids.numpy(), drafts.logprobs.numpy())
+        return Begun(
+            is_first, drafts.token_ids.numpy(), drafts.logprobs.numpy(), self._noise_offset
+        )
 
     def end(
         self,

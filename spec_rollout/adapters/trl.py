@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +160,8 @@ class SpecRollout:
         reuse: False generates without drafts, under the same noise; for comparisons. A server is
             told no samples then: it draws with fresh noise.
         cache: Holds the drafts; None is one in memory without a bound. `cache.save(path)` and
-            `load` carry it over to a resumed run. One over a `RayStore` is that of all ranks.
+            `load`, before the first rollout, carry it over to a resumed run. One over a `RayStore`
+            is that of all ranks.
         logprobs: Which log-probs TRL is given: `current`, of the policy that it trains;
             `behaviour`, those with which reused tokens were first drawn, so that TRL's correction
             of a colocated vLLM acts on them (without vLLM TRL has none: only
@@ -435,6 +437,7 @@ class SpecRollout:
                 refresh_epochs=self._refresh_epochs,
                 reuse=self._reuse,
                 drafting=self._drafting,
+                noise_offset=self._noise_offset(),
             )
             trainer._generate_single_turn = self._single_turn
         self._trainer = trainer
@@ -446,6 +449,15 @@ class SpecRollout:
                 f"{', '.join(self._not_for_a_server)}: expected to be left out of SpecRollout with "
                 'vllm_mode "server", whose SPEC_ROLLOUT decides instead, got one given'
             )
+
+    def _noise_offset(self) -> int:
+        """Keeps fresh noise apart from that which drew what the cache holds already."""
+        if not self.cache.is_shared:
+            return self.cache.fingerprint()
+        # What all machines hold would take too long to read. One number for all ranks; those who
+        # wait here have stored nothing yet.
+        told = self._gather((self.cache.stats.num_samples, secrets.randbits(62)))
+        return told[0][1] if any(num_samples for num_samples, _ in told) else 0
 
     def _make_engine(self, trainer: Any) -> RolloutEngine:
         if trainer.use_vllm:

@@ -293,7 +293,9 @@ class Reuse:
         if not begun.is_first:  # two rollouts of a step never share their noise
             return self._fresh(name, prompt_ids)
         rule = settings.rule
-        epoch = name.step if rule.fresh_noise else settings.noise_epoch(name.step)
+        epoch = settings.noise_epoch(name.step)
+        if rule.fresh_noise:
+            epoch = begun.noise_offset + name.step
         noise = int(noise_keys(settings.seed, epoch, [key], [name.sample])[0])
         self.counters["with_draft"] += bool(begun.token_ids.size)
         self.counters["draft_tokens"] += begun.token_ids.size

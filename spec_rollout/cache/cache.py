@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from spec_rollout.cache.store import Groups, Store
 from spec_rollout.cache.writer import Staging, Writer
 from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
 from spec_rollout.types import Drafts, Rollouts
+
+# Of an entry, for `RolloutCache.fingerprint`: sample id, checksum.
+_NAMED_CHECKSUM = struct.Struct("<qq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +314,23 @@ class RolloutCache:
         self.flush()
         self._count(evictions=self._store.replace_all(groups.items(), self.max_bytes))
         return pass_index
+
+    def fingerprint(self) -> int:
+        """A number that says what is cached: other rollouts have another one, whatever the order.
+
+        A session that begins with rollouts of another one takes it as its `noise_offset`. It is
+        made of the checksums of all entries, so a store that is not in memory is read as a whole.
+
+        Returns:
+            0 to 2**62 - 1; 0 if nothing is cached.
+        """
+        self.flush()
+        total = 0
+        for key, samples in self._store.iterate():
+            for sample_id, entry in samples.items():
+                name = key + _NAMED_CHECKSUM.pack(sample_id, entry.checksum)
+                total += int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+        return total % 2**62
 
     def _drop_corrupt(self, corrupt: list[tuple[bytes, int, Entry]]) -> None:
         if corrupt:

@@ -226,7 +226,8 @@ def _pass_index(args: argparse.Namespace, cached_pass: int | None, rule: Accepta
     if args.cache_in is not None and rule.fresh_noise and rule.uses_drafts:
         raise ValueError(
             f"--pass: expected the number of this pass, as {args.cache_in} does not say which one "
-            "its rollouts are of, got none"
+            "its rollouts are of (after a training run, a number that none of its steps had), got "
+            "none"
         )
     return 0
 

@@ -139,6 +139,8 @@ def build(
     # A store on disk or in actors takes its place when the run starts (`run_store`).
     store = StepStore(MemoryStore(), None if config.rollout.cache_store == "memory" else Writer())
     cache = load_cache(config, store, fresh=checkpoint is None)
+    # Of a run of the same seed, they were drawn with the noise of the same steps.
+    noise_offset = cache.fingerprint() if state is None else state.noise_offset
     _seed_everything(config.train.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -233,6 +235,7 @@ def build(
         drafting=config.rollout.drafting,
         fresh_share=config.rollout.fresh_share,
         max_age=config.rollout.max_age,
+        noise_offset=noise_offset,
     )
     if state is not None:
         session.rounding = state.rounding_of(_engine_name(config, policy, engine))
@@ -279,6 +282,7 @@ def build(
             settings,
             {} if lenience is None else lenience.state(),
             base_fingerprint=base,
+            noise_offset=noise_offset,
         ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,

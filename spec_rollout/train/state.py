@@ -12,17 +12,20 @@ from typing import Any
 
 from spec_rollout.rounding import Rounding
 
-FORMAT_VERSION = 6
-# Format 3 knows no budget of lenience, 4 no measured rounding, 5 no fingerprint of a base.
+FORMAT_VERSION = 7
+# Format 3 knows no budget of lenience, 4 no measured rounding, 5 no fingerprint of a base, 6 no
+# offset of the noise.
 _ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {
-    3: {"lenience": {}, "rounding": {}, "base_fingerprint": ""},
-    4: {"rounding": {}, "base_fingerprint": ""},
-    5: {"base_fingerprint": ""},
+    3: {"lenience": {}, "rounding": {}, "base_fingerprint": "", "noise_offset": 0},
+    4: {"rounding": {}, "base_fingerprint": "", "noise_offset": 0},
+    5: {"base_fingerprint": "", "noise_offset": 0},
+    6: {"noise_offset": 0},
     FORMAT_VERSION: {},
 }
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})(-unevaluated)?")
 _LARGEST_STEP = 10**9
+_END_OF_OFFSETS = 2**62
 
 
 class CheckpointError(ValueError):
@@ -45,6 +48,8 @@ class TrainState:
         rounding: Of the engine, by what the engine is (`rounding_of`); empty until it is measured.
         base_fingerprint: Of the weights beneath an adapter (`adapter.fingerprint`), which the
             checkpoint does not hold; empty without an adapter.
+        noise_offset: Of the session: what the run's first rollouts were (`RolloutCache.
+            fingerprint`), 0 if it began with none. A resumed run keeps it.
     """
 
     step: int
@@ -56,6 +61,7 @@ class TrainState:
     lenience: Mapping[str, float] = field(default_factory=dict)
     rounding: Mapping[str, Any] = field(default_factory=dict)
     base_fingerprint: str = ""
+    noise_offset: int = 0
 
     def rounding_of(self, engine: str) -> Rounding | None:
         """What was measured of that engine; None if it was another, or nothing was.
@@ -120,6 +126,9 @@ def load_state(folder: Path) -> TrainState:
     require(in_range, f"step: an integer from 0 to {_LARGEST_STEP}", step)
     for name in ("data_fingerprint", "data_rendering", "heldout_fingerprint", "base_fingerprint"):
         require(isinstance(content[name], str), f"{name}: a string", content[name])
+    offset = content["noise_offset"]
+    in_range = type(offset) is int and 0 <= offset < _END_OF_OFFSETS
+    require(in_range, f"noise_offset: an integer from 0 to {_END_OF_OFFSETS - 1}", offset)
     require(
         isinstance(order, dict) and all(type(v) in (int, bool) for v in order.values()),
         "order: integers and truth values by key",

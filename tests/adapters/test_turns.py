@@ -181,6 +181,19 @@ def test_noise_is_kept_by_coupled_and_fresh_by_lenient() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_a_run_that_begins_with_drafts_of_another_draws_other_noise(tmp_path: Path) -> None:
+    """It has the same seed, and its steps the same numbers."""
+    for mode in ("coupled", "lenient"):
+        path, keys = str(tmp_path / mode), []
+        for _ in range(3):
+            reuse, shards = make_reuse(drafts="actors", mode=mode)
+            shards.shard = DraftShard(path=path)
+            roll(reuse, [1, 2, 3], replace(NAME, step=1), logprob=-1.0 - len(keys))
+            keys.append(said(begin(reuse, replace(NAME, step=2))).key)
+            shards.shard.save()
+        assert len(set(keys)) == (1 if mode == "coupled" else 3)
+
+
 def test_a_sample_asked_for_twice_in_a_step_draws_other_noise() -> None:
     reuse, _ = make_reuse(drafts="actors")
     roll(reuse, [1, 2, 3])

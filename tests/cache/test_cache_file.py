@@ -55,6 +55,24 @@ def _filled() -> RolloutCache:
     return cache
 
 
+def test_a_fingerprint_is_of_what_is_cached_alone(tmp_path: Path) -> None:
+    assert RolloutCache().fingerprint() == 0
+    cache = _filled()
+    first = cache.fingerprint()
+    assert 0 < first < 2**62
+    cache.lookup([A], [0], max_tokens=9)  # another order of use
+    assert cache.fingerprint() == first
+    cache.save(tmp_path / "cache")
+    loaded = RolloutCache()
+    loaded.load(tmp_path / "cache")
+    assert loaded.fingerprint() == first
+    # The same tokens one epoch later.
+    cache.store([B], [1], make_rollouts([[5, 6]], policy_version=8))
+    second = cache.fingerprint()
+    cache.store([B], [2], make_rollouts([[5, 6]], policy_version=8))
+    assert len({first, second, cache.fingerprint()}) == 3
+
+
 def _content(cache: RolloutCache) -> tuple:
     """Everything a cache would answer, without touching it."""
     return tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from spec_rollout.engines.vllm.compat import configured_options
 from spec_rollout.engines.vllm.options import EngineOptions
 from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, encode, parse
 from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
+from spec_rollout.engines.vllm.worker.live import LiveRequests
 from spec_rollout.engines.vllm.worker.sample_numbers import SampleNumbers
 
 
@@ -309,6 +311,45 @@ def test_lenient_samples_draw_new_noise_each_time() -> None:
     side.samples.end(first.group, 0)
     side.weights_changed()
     assert side.admit(_arrival(name=SampleName(0))).request.key != first.request.key
+
+
+class _History:
+    """As much of `EngineHistory` as is asked for what others drew."""
+
+    def __init__(self, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
+        self.imported: list[str] = []
+
+    def import_from(self, path: str) -> None:
+        self.imported.append(path)
+
+
+def _live(mode: str, **history: Any) -> LiveRequests:
+    given: Any = _History(**history)
+    nothing: Any = None
+    return LiveRequests(
+        _side(mode), given, first_chunk=1, metrics=nothing, write_log=lambda _: None
+    )
+
+
+def _key_of(live: LiveRequests) -> int:
+    served = live.side.admit(_arrival(name=SampleName(0)))
+    assert served is not None
+    return served.request.key
+
+
+def test_lenient_tests_what_others_drew_with_noise_of_its_own(tmp_path: Path) -> None:
+    """An engine of the same seed that counts requests alike: one that exported its history, or
+    shares it."""
+    for mode, num_noises in (("lenient", 4), ("coupled", 1), ("drafting", 1)):
+        lives = [_live(mode) for _ in range(4)]
+        for live, name in zip(lives[1:], ("a", "a", "b"), strict=True):
+            (tmp_path / name).write_text(name)
+            live.import_from(str(tmp_path / name))
+        lives[2].import_from(str(tmp_path / "a"))  # once more: these may be its own
+        assert len({_key_of(live) for live in lives}) == num_noises
+        shared = {_key_of(_live(mode, is_shared=True)) for _ in range(3)}
+        assert len(shared) == (3 if mode == "lenient" else 1)
 
 
 def test_log_probs_that_are_not_known_make_no_draft() -> None:

@@ -40,6 +40,7 @@ def write(folder: Path, state: TrainState, **changes: Any) -> Path:
         TrainState(4, "ab12", lenience={"log_lenience": -0.25, "estimate": 0.003}),
         TrainState(4, "ab12", rounding={"vllm, bfloat16, cuda": ROUNDING.state()}),
         TrainState(4, "ab12", base_fingerprint="cd34"),
+        TrainState(4, "ab12", noise_offset=2**62 - 1),
         TrainState(0, "", {"step": 0, "epoch": 0}),
         TrainState(123_456_789, "x"),
         TrainState(1_000_000_000, "x"),
@@ -50,15 +51,19 @@ def test_what_is_written_is_read(tmp_path: Path, state: TrainState) -> None:
 
 
 @pytest.mark.parametrize(
-    "absent",
+    ("version", "absent"),
     [
-        {"format_version": 3, "lenience": ..., "rounding": ...},
-        {"format_version": 4, "rounding": ...},
-        {"format_version": 5},
+        (3, ("lenience", "rounding", "base_fingerprint", "noise_offset")),
+        (4, ("rounding", "base_fingerprint", "noise_offset")),
+        (5, ("base_fingerprint", "noise_offset")),
+        (6, ("noise_offset",)),
     ],
 )
-def test_a_state_of_an_earlier_format_is_read(tmp_path: Path, absent: dict[str, Any]) -> None:
-    folder = write(tmp_path / STATE.folder_name, STATE, base_fingerprint=..., **absent)
+def test_a_state_of_an_earlier_format_is_read(
+    tmp_path: Path, version: int, absent: tuple[str, ...]
+) -> None:
+    changes = {"format_version": version, **dict.fromkeys(absent, ...)}
+    folder = write(tmp_path / STATE.folder_name, STATE, **changes)
     assert load_state(folder) == STATE
 
 
@@ -81,9 +86,9 @@ def test_rounding_is_that_of_the_engine_it_was_measured_on() -> None:
         ({"step": 9}, r"expected the state of step-00000004, got that of step-00000009"),
         ({"step": ...}, r"expected the keys step, data_fingerprint"),
         ({"extra": 1}, r"expected the keys step, data_fingerprint"),
-        ({"format_version": 2}, r"expected format_version 3 or 4 or 5 or 6, got 2"),
-        ({"format_version": 4.0}, r"expected format_version 3 or 4 or 5 or 6, got 4\.0"),
-        ({"format_version": ...}, r"expected format_version 3 or 4 or 5 or 6, got None"),
+        ({"format_version": 2}, r"expected format_version 3 or 4 or 5 or 6 or 7, got 2"),
+        ({"format_version": 4.0}, r"expected format_version 3 or 4 or 5 or 6 or 7, got 4\.0"),
+        ({"format_version": ...}, r"expected format_version 3 or 4 or 5 or 6 or 7, got None"),
         ({"lenience": []}, r"expected lenience: log_lenience and estimate"),
         ({"lenience": {"estimate": 1.0}}, r"expected lenience: .*, got \{'estimate': 1\.0\}"),
         ({"lenience": {"log_lenience": "0.5"}}, r"expected lenience: "),
@@ -94,6 +99,9 @@ def test_rounding_is_that_of_the_engine_it_was_measured_on() -> None:
         ({"data_fingerprint": None}, r"expected data_fingerprint: a string, got None"),
         ({"base_fingerprint": None}, r"expected base_fingerprint: a string, got None"),
         ({"heldout_fingerprint": 3}, r"expected heldout_fingerprint: a string, got 3"),
+        ({"noise_offset": -1}, r"expected noise_offset: an integer from 0 to \d+, got -1"),
+        ({"noise_offset": 2**62}, r"expected noise_offset: an integer from 0 to \d+, got 4611"),
+        ({"noise_offset": "3"}, r"expected noise_offset: an integer from 0 to \d+, got '3'"),
         ({"order": []}, r"expected order: integers and truth values by key, got \[\]"),
         ({"order": {"train.seed": "7"}}, r"expected order: integers and truth"),
         ({"pending_row": 4}, r"expected pending_row: an object or null, got 4"),

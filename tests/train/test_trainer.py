@@ -29,6 +29,7 @@ from whole_runs import (
 
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.config.toml import dump_config, load_config
+from spec_rollout.keys import noise_keys
 from spec_rollout.loading.data import DataError
 from spec_rollout.rewards.rewards import RewardError
 from spec_rollout.train import algorithms
@@ -702,6 +703,57 @@ def test_a_saved_cache_gives_drafts_from_the_first_step(make_config, tmp_path):
     )
     run(second)
     assert [row.get("num_drafts") for row in read_rows(second.log.run_dir)] == [None, 12, 12]
+
+
+@pytest.fixture
+def noise_of(monkeypatch):
+    """The noise keys of a run's rollouts, its evaluations left out."""
+    keys = []
+
+    def noted(seed, *args):
+        found = noise_keys(seed, *args)
+        if seed == 7:
+            keys.extend(found.tolist())
+        return found
+
+    monkeypatch.setattr("spec_rollout.rollout.noise_keys", noted)
+
+    def of(start):
+        keys.clear()
+        start()
+        return list(keys)
+
+    return of
+
+
+def test_rollouts_of_another_run_are_tested_with_other_noise_than_drew_them(
+    make_config, tmp_path, noise_of
+):
+    def config(name, rule, before=None, **train):
+        rollout = {"rule": rule}
+        if before is not None:
+            folder = list_checkpoints(tmp_path / before / "checkpoints")[-1]
+            rollout["cache_path"] = str(folder / "cache.bin")
+        return make_config(
+            rollout=rollout,
+            train={"epochs": 1, **train},
+            eval={"num_train_prompts": 0},
+            log={"run_dir": str(tmp_path / name)},
+        )
+
+    def keys(*args, **train):
+        return noise_of(lambda: run(config(*args, **train)))
+
+    first, other = keys("a", "lenient"), keys("a2", "lenient")
+    second, third = keys("b", "lenient", "a"), keys("c", "lenient", "b")
+    assert first == other
+    assert len({*first, *second, *third}) == 3 * len(first) == 72
+    # A run that is resumed goes on with its own.
+    part = keys("b2", "lenient", "a", max_steps=1)
+    part += noise_of(lambda: resume(tmp_path / "b2", ["train.max_steps=none"]))
+    assert part == second
+    # Under the rule coupled the old noise is what lets drafts pass.
+    assert keys("d", "coupled") == keys("e", "coupled", "d")
 
 
 def test_running_requests_are_thinned_from_the_end() -> None:

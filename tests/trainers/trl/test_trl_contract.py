@@ -364,3 +364,44 @@ def test_further_turns_that_wait_for_all_ranks_are_refused(
     match = "vllm_enable_sleep_mode: expected False" if is_refused else "a row of the last turn"
     with pytest.raises(ValueError, match=match):
         SpecRollout().next_turn([[1, 2]], given)
+
+
+def test_fresh_noise_is_not_that_which_drew_a_cache_that_was_loaded(monkeypatch: Any) -> None:
+    """A run of the same seed, whose steps had the same numbers, may have drawn it."""
+    import torch
+
+    from spec_rollout.acceptance import Lenient
+    from spec_rollout.adapters.trl import SpecRollout
+    from spec_rollout.cache import RolloutCache
+    from spec_rollout.keys import prompt_key
+    from spec_rollout.types import FinishReason, Rollouts
+
+    rollouts = Rollouts(
+        prompt_ids=torch.tensor([1], dtype=torch.int32),
+        cu_prompt_lens=torch.tensor([0, 1]),
+        response_ids=torch.tensor([2, 3], dtype=torch.int32),
+        cu_response_lens=torch.tensor([0, 2]),
+        logprobs=torch.tensor([-1.0, -2.0]),
+        accepted_lens=torch.zeros(1, dtype=torch.int32),
+        finish_reasons=torch.tensor([FinishReason.STOP], dtype=torch.uint8),
+        policy_version=0,
+    )
+    filled = RolloutCache()
+    filled.store([prompt_key([1])], [0], rollouts)
+    given = trainer(
+        accelerator=SimpleNamespace(process_index=0, num_processes=1, is_main_process=True),
+        args=SimpleNamespace(seed=0, generation_kwargs=None),
+    )
+    engine = SimpleNamespace(rollout=lambda *_: None, supports_history=True)
+    for cache, expected in ((RolloutCache(), 0), (filled, filled.fingerprint())):
+        spec = SpecRollout(Lenient(0.0), cache=cache)
+        monkeypatch.setattr(spec, "_make_engine", lambda _: engine)
+        spec._attach(given)
+        assert spec._session is not None
+        assert spec._session.noise_offset == expected
+    # Of a pool that all ranks share one number, if any of them found something there.
+    monkeypatch.setattr(RolloutCache, "is_shared", True)
+    for sizes, expected in (((0, 0), 0), ((0, 3), 11)):
+        told = list(zip(sizes, (11, 12), strict=True))
+        monkeypatch.setattr(spec, "_gather", lambda _, told=told: told)
+        assert spec._noise_offset() == expected

@@ -120,6 +120,7 @@ class EngineSide:
         self._logprobs_mode = logprobs_mode
         self._on_v2 = on_v2
         self._num_fresh = 0
+        self._lenient_offset = 0
         self.counters = EngineCounters()
         self.samples = SampleNumbers() if options.mode in ("coupled", "lenient") else None
         self.rule: AcceptanceRule = Coupled()
@@ -135,6 +136,16 @@ class EngineSide:
         if self._served_since_change:
             self.weights_version += 1
             self._served_since_change = False
+
+    def renew_noise(self, number: int) -> None:
+        """Rollouts come from elsewhere, of an engine that may have counted requests alike.
+
+        Lenient tests have other noise from now on than that which drew those; no other draw does.
+
+        Args:
+            number: Says which rollouts they are.
+        """
+        self._lenient_offset += number
 
     def admit(self, arrival: Arrival) -> Served | None:
         """What a request is served with; None where it is vLLM's to sample.
@@ -195,7 +206,7 @@ class EngineSide:
             epoch = name.epoch
             seed = seed if name.seed is None else name.seed
         if self.rule.fresh_noise:  # the uniforms of a lenient test must be new each time
-            key = self._fresh_key(group)
+            key = self._fresh_key(group, self._lenient_offset)
             tag = sample
         else:  # of other noise a rollout is no better a draft than anybody's
             tag = key = _key(seed, _NAMED, epoch, group, sample)
@@ -211,9 +222,10 @@ class EngineSide:
             return _key(int(params.seed), _SEEDED, 0, group, 0)
         return self._fresh_key(group)
 
-    def _fresh_key(self, group: bytes) -> int:
+    def _fresh_key(self, group: bytes, offset: int = 0) -> int:
         self._num_fresh += 1
-        return _key(self._seed ^ self._salt, _FRESH, self._replica, group, self._num_fresh)
+        seed = (self._seed ^ self._salt) + offset
+        return _key(seed, _FRESH, self._replica, group, self._num_fresh)
 
 
 def _key(seed: int, kind: int, epoch: int, group: bytes, number: int) -> int:

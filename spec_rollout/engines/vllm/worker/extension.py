@@ -71,7 +71,7 @@ class ReuseWorker:
         elif action == "export":
             live.history.export_to(str(path))
         elif action == "import":
-            live.history.import_from(str(path))
+            live.import_from(str(path))
         return live.info()
 
     def spec_rollout_destinations(self, weights: list[compat.Described]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,10 @@ class LiveRequests:
         self._metrics = metrics
         self._log_line = LogLine(side.options.log_seconds, write_log)
         self._rows: dict[str, tuple[Row, bytes, int]] = {}
+        if history.is_shared:
+            # With engines that may count alike, and with this one's earlier life. A replica that
+            # shares has one worker, so there is no other that has to draw the same.
+            side.renew_noise(secrets.randbits(62))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -113,6 +119,13 @@ class LiveRequests:
     def clear(self) -> None:
         """Forgets all; what live requests generate is not remembered either."""
         self.history.clear()
+
+    def import_from(self, path: str) -> None:
+        """Adds what a file holds; it may be of an engine with the same seed."""
+        self.history.import_from(path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        self.side.renew_noise(int.from_bytes(digest[:8], "little"))
 
     def info(self) -> dict[str, Any]:
         """Counters, and what is remembered."""
