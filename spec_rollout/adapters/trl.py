@@ -139,9 +139,9 @@ class SpecRollout:
     by itself and is told the samples' names. One object serves one trainer.
 
     With a server, rule, drafting, seed and memory are those of its SPEC_ROLLOUT: of the arguments
-    only `reuse` and `refresh_epochs` have an effect, a rule that is not the server's is refused, and
-    so is any other argument that is given. Its log-probs are those of the current policy under any
-    rule, nothing goes to TRL's metrics, and `cache` and `last_stats` stay empty.
+    only `reuse` and `refresh_epochs` have an effect, a rule has to be the server's, and any other
+    that is given is refused. Its log-probs are those of the current policy under any rule, nothing
+    goes to TRL's metrics, and `cache` and `last_stats` stay empty.
 
     A row is known by its prompt's token ids and its number among the rows of that prompt, counted
     over all ranks: shuffling, several processes and gradient accumulation change nothing. Each rank
