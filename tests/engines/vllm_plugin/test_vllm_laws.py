@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from laws import SMALLEST_P, assert_law, p_value
 from vllm_samples import VOCAB, make_requests
 
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, OneHot
@@ -32,21 +32,6 @@ def target_probs(model: Any, context: list[int], sampling: SamplingParams) -> np
         probs = ordered.softmax(-1)
         x[ids[probs.cumsum(-1) - probs >= sampling.top_p]] = -torch.inf
     return x.softmax(-1).numpy()
-
-
-def chi_square(counts: np.ndarray, probs: np.ndarray) -> float:
-    """p-value; cells expecting fewer than 8 are pooled.
-
-    No count may lie where the law has no mass.
-    """
-    assert counts[probs == 0].sum() == 0
-    expected = probs * counts.sum()
-    small = expected < 8
-    if small.any():
-        counts = np.append(counts[~small], counts[small].sum())
-        expected = np.append(expected[~small], expected[small].sum())
-    keep = expected > 0
-    return float(stats.chisquare(counts[keep], expected[keep]).pvalue)
 
 
 def lenient_law(p: np.ndarray, q: np.ndarray, log_lenience: float) -> np.ndarray:
@@ -152,8 +137,8 @@ def test_lenient_law(law_engine: Any, hf_model: Any, place: str, sampling: str) 
         law_engine(k), hf_model, Lenient(0.0), params,
         prefix=prefix, drafted=drafted, draft_logprobs=np.log(q[drafted]), seed=2,
     )  # fmt: skip
-    assert chi_square(counts, lenient_law(p, q, 0.0)) > 1e-3
-    assert chi_square(counts, p) < 1e-6  # the test can tell: it is not the target's law
+    assert_law(counts, lenient_law(p, q, 0.0))
+    assert p_value(counts, p) < SMALLEST_P  # the test can tell: it is not the target's law
 
 
 def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +177,7 @@ def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.M
     rollouts = law_engine(64).rollout(requests, params, Lenient(0.0))
     assert rollouts.stats.num_accepted_proposals > count // 10
     out = rollouts.response_ids.reshape(count, 6).numpy()
-    assert chi_square(np.bincount(out[:, 0], minlength=VOCAB), lenient_law(p, q, 0.0)) > 1e-3
+    assert_law(np.bincount(out[:, 0], minlength=VOCAB), lenient_law(p, q, 0.0))
     common = int(np.bincount(out[:, 0]).argmax())
     rows_at = out[out[:, 0] == common]
     for position in (1, 2):
@@ -200,7 +185,7 @@ def test_laws_with_history(law_engine: Any, hf_model: Any, monkeypatch: pytest.M
         before, times = np.unique(rows_at[:, :position], axis=0, return_counts=True)
         laws = [target_probs(hf_model, [*PROMPT, *ids.tolist()], params) for ids in before]
         law = np.average(laws, axis=0, weights=times)
-        assert chi_square(np.bincount(rows_at[:, position], minlength=VOCAB), law) > 1e-3
+        assert_law(np.bincount(rows_at[:, position], minlength=VOCAB), law)
 
 
 def test_lenient_law_with_lenience(law_engine: Any, hf_model: Any) -> None:
@@ -213,8 +198,8 @@ def test_lenient_law_with_lenience(law_engine: Any, hf_model: Any) -> None:
         law_engine(64), hf_model, Lenient(0.5), params,
         prefix=[], drafted=drafted, draft_logprobs=np.log(q[drafted]), seed=4,
     )  # fmt: skip
-    assert chi_square(counts, lenient_law(p, q, 0.5)) > 1e-3
-    assert chi_square(counts, lenient_law(p, q, 0.0)) < 1e-6
+    assert_law(counts, lenient_law(p, q, 0.5))
+    assert p_value(counts, lenient_law(p, q, 0.0)) < SMALLEST_P
 
 
 @pytest.mark.parametrize("sampling", list(SAMPLINGS))
@@ -227,10 +212,10 @@ def test_one_hot_law_is_the_targets(law_engine: Any, hf_model: Any, sampling: st
         law_engine(64), hf_model, OneHot(), params,
         prefix=[], drafted=drafted, draft_logprobs=np.zeros(NUM_REQUESTS), seed=5,
     )  # fmt: skip
-    assert chi_square(counts, p) > 1e-3
+    assert_law(counts, p)
     biased = (1 - p[drafted[0]]) * p
     biased[drafted[0]] += p[drafted[0]]
-    assert chi_square(counts, biased) < 1e-6
+    assert p_value(counts, biased) < SMALLEST_P
 
 
 @pytest.mark.parametrize("k", [1, 64])
@@ -257,7 +242,7 @@ def test_one_hot_law_inside_a_draft(law_engine: Any, hf_model: Any, k: int) -> N
         p = target_probs(hf_model, context + draft[:position], params)
         counts = np.bincount(out[rows, position], minlength=VOCAB)
         assert counts.sum() > 200
-        assert chi_square(counts, p) > 1e-3
+        assert_law(counts, p)
 
 
 def test_coupled_law_is_the_targets(law_engine: Any, hf_model: Any) -> None:
@@ -268,4 +253,4 @@ def test_coupled_law_is_the_targets(law_engine: Any, hf_model: Any) -> None:
         law_engine(64), hf_model, Coupled(), params,
         prefix=[], drafted=drafted, draft_logprobs=np.zeros(NUM_REQUESTS), seed=7,
     )  # fmt: skip
-    assert chi_square(counts, p) > 1e-3
+    assert_law(counts, p)
