@@ -113,16 +113,44 @@ def test_rejects_bad_arguments(new_model, argument: str, value: int) -> None:
 
 
 def test_rejects_models_it_cannot_run(new_model) -> None:
-    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        Lfm2Config,
+        Lfm2ForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+    )
 
     mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="model: expected"):
+    with pytest.raises(ValueError, match="model: expected a forward with position_ids, Mamba"):
         TransformersEngine(mamba)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="position_ids"):
+    with pytest.raises(ValueError, match="model: expected a forward with position_ids, Bloom"):
         TransformersEngine(bloom)
+    lfm2 = Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+            **{f"{name}_token_id": None for name in ("bos", "eos", "pad")},
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"standard KV cache, Lfm2ForCausalLM has \['conv'\]"):
+        TransformersEngine(lfm2)
     with pytest.raises(ValueError, match=r"batch_invariant.*eager"):
         TransformersEngine(build("llama", attn_implementation="eager"), batch_invariant=True)
+
+
+def test_rejects_attention_without_a_mask_and_recurrent_layers() -> None:
+    """As models declare them; none of the tiny ones has either."""
+    model = build("llama")
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match=r"model: expected attention sdpa.*'flex_attention'"):
+        TransformersEngine(model)
+    model = build("qwen3")
+    model._is_stateful = True
+    with pytest.raises(ValueError, match=r"standard KV cache, Qwen3.* has recurrent layers"):
+        TransformersEngine(model)
 
 
 # --- Weights ------------------------------------------------------------------------------------
