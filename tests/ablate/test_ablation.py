@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from spec_rollout import cli
 from spec_rollout.ablate import workers
 from spec_rollout.ablate.run import Ablation
 from spec_rollout.ablate.variants import variants
 from spec_rollout.config.sections import ConfigError, RunConfig
+from spec_rollout.config.toml import dump_config
 from spec_rollout.runs.load import load_run
 
 VARIANTS = variants("0.5,inf", also=["both: rule=coupled, drafting=true"])
@@ -142,6 +144,24 @@ def test_runs_side_by_side_are_the_runs_one_after_the_other(make_config, tmp_pat
     broken = make_config(train={"epochs": 2}, model={"path": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=r"seed-7/\w+.*: ConfigError: model\.path"):
         finish(grid(broken, tmp_path / "broken", seeds=1), jobs=2)
+
+
+def test_the_command_trains_as_many_at_once_as_it_is_told(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def finish(self: Ablation, jobs: int, *_: object) -> dict[str, str]:
+        told.append(jobs)
+        return {"text": "the table"}
+
+    monkeypatch.setattr(Ablation, "begin", lambda self: None)
+    monkeypatch.setattr(Ablation, "finish", finish)
+    path = tmp_path / "c.toml"
+    path.write_text(dump_config(make_config()))
+    argv = ["ablate", str(path), "--lenience", "0", "--out", str(tmp_path / "grid")]
+    assert cli.main(argv) == cli.main([*argv, "--jobs", "3"]) == 0
+    assert told == [1, 3]
 
 
 def test_runs_that_would_share_a_store_are_refused_before_one_is_trained(

@@ -143,6 +143,22 @@ def test_greedy_samples_are_equal_and_suites_have_a_mean(
     assert table[3].split()[1] == "0.000"
 
 
+def of_no_answer(prompt: str, response: str, answer: Any) -> float:
+    assert answer is None
+    return 1.0
+
+
+def test_problems_may_have_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "open.jsonl"
+    path.write_text(json.dumps({"prompt": "7 7 =?\n"}) + "\n")
+    argv = ["eval", "--model", str(model_dir()), "--prompts", str(path), "--max-tokens", "3"]
+    argv += ["--reward", f"{__name__}:of_no_answer"]
+    assert cli.main(argv) == 2
+    assert "'none' is for data without answers" in capsys.readouterr().err
+    assert cli.main([*argv, "--answer-column", "none"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["open", "1", "1", "1.000"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

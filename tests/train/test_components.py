@@ -85,3 +85,14 @@ def test_the_tiny_model_of_the_tests_passes(tmp_path) -> None:
     assert padded_gap(model, 128).is_rounding
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()
+
+
+def test_so_many_prompts_are_evaluated_as_the_config_says(make_config, write_rows) -> None:
+    rows = [{"prompt": f"{a} 2 =?\n", "answer": str(a + 2)} for a in range(3)]
+    heldout = str(write_rows(rows, "heldout.jsonl"))
+    for most, expected in ((None, 3), (2, 2)):
+        parts = build(make_config(eval={"path": heldout, "num_heldout_prompts": most}))
+        assert {name: len(found) for name, found in parts.eval_rows.items()} == {
+            "train": 4,
+            "heldout": expected,
+        }

@@ -39,6 +39,13 @@ def test_the_same_prompts_are_followed_in_every_epoch() -> None:
     assert followed_places(order, 0, followed_rows(order, 0)) == {}
 
 
+def test_so_many_rollouts_of_a_step_are_written_as_the_config_says(make_config) -> None:
+    config = make_config(
+        train={"epochs": 1}, eval={"num_train_prompts": 0}, log={"samples_per_step": 1}
+    )
+    assert [sample["step"] for sample in samples_of(config)] == [1, 2]
+
+
 @pytest.mark.parametrize("rule", [{"rule": "lenient", "log_lenience": -0.3}, {"rule": "one_hot"}])
 def test_a_token_is_kept_while_its_draw_is_within_its_threshold(make_config, rule) -> None:
     samples = samples_of(make_config(rollout=rule, train={"epochs": 4, "lr": 1e-2}))
