@@ -79,15 +79,22 @@ class Server:
         with open(self._log, "wb") as out:
             self._process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = 600.0) -> None:
         """Until it answers.
 
+        Args:
+            seconds: Most of them that it may take.
+
         Raises:
-            RuntimeError: if it ends before that; with the end of its log.
+            RuntimeError: if it ends before that, or takes longer; with the end of its log.
         """
+        deadline = time.monotonic() + seconds
         while not _answers(self.address):
-            if self._process.poll() is not None:
-                raise RuntimeError(self._log.read_text()[-3000:])
+            late = time.monotonic() > deadline
+            if late or self._process.poll() is not None:
+                why = f"no answer in {seconds:g} s" if late else "it ended"
+                text = self._log.read_text(errors="replace")
+                raise RuntimeError(f"vllm serve: {why}\n{text[-3000:]}")
             time.sleep(0.2)
 
     def stop(self) -> None:

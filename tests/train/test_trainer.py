@@ -531,14 +531,18 @@ def test_a_signal_from_outside(make_config, tmp_path, signum):
     )
     command = [sys.executable, "-c", code, str(tmp_path / "c.toml"), str(Path(__file__).parents[1])]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    metrics = Path(config.log.run_dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    try:
+        metrics = Path(config.log.run_dir) / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 128 + signum
     assert "continue with: spec-rollout train --resume" in err
     assert "Traceback" not in err

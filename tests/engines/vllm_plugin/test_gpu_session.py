@@ -110,24 +110,29 @@ code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 phase = session.Phase("sleep", lambda _: [sys.executable, "-c", code], 600.0)
 session.run(phase, Path({str(tmp_path)!r}), 600.0)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "sleep.log"
-    for _ in range(600):
-        if log.exists() and log.read_text().strip():
-            break
-        time.sleep(0.1)
-    sleeper = int(log.read_text())
-    process.terminate()
-    assert process.wait(60) == 128 + signal.SIGTERM
-    for _ in range(600):
-        if not Path(f"/proc/{sleeper}").exists() or " Z " in _stat(sleeper):
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{sleeper} runs on")
-
-
-def _stat(pid: int) -> str:
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    log, sleeper = tmp_path / "sleep.log", None
     try:
-        return Path(f"/proc/{pid}/stat").read_text()
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        sleeper = int(log.read_text())
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        while _runs(sleeper):
+            assert time.monotonic() < deadline + 60, f"{sleeper} runs on"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+        if sleeper is not None and _runs(sleeper):
+            os.kill(sleeper, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return " Z "
+        return False

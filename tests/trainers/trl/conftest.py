@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+# A run takes minutes; one that hangs is ended.
+_RUN_SECONDS = 1800
 RUN = Path(__file__).with_name("trl_run.py")
 Started = Callable[[], dict[str, Any]]
 
@@ -58,18 +60,29 @@ def start_run(
 
     def finish() -> dict[str, Any]:
         try:
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            raise
+            status: int | str = process.wait(_RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = f"not ended after {_RUN_SECONDS} s"
         finally:
+            if process.poll() is None:
+                _end(process)
             log.close()
         text = (folder / "log").read_text(errors="replace")
-        assert status == 0, text[-6000:]
+        assert status == 0, f"{status}\n{text[-6000:]}"
         ranks = [json.loads((folder / f"rank{i}.json").read_text()) for i in range(processes)]
         return {**ranks[0], "ranks": ranks, "log": text}
 
     return finish
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a run: torch's launcher ends its workers if it is asked to, not if it is killed."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 # Groups of 8 over batches of 24: with two processes a group straddles them.
