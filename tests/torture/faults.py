@@ -6,6 +6,7 @@ A store of known rollouts, which says of itself what is missing or wrong; an `Ou
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,26 +39,39 @@ class Outcome:
     lost: int = 0
     notes: tuple[str, ...] = ()
 
-    def count(self, ended: Ended, lost: int, killed: Ended | None = None) -> None:
+    def count(self, ended: Ended | None, lost: int, killed: Ended | None = None) -> None:
         """Counts a try.
 
         Args:
-            ended: How the process ended that looked at what is there afterwards.
-            killed: How the one ended that was killed: by nothing else.
+            ended: How the process ended that looked at what is there afterwards; None if none did.
+            killed: How the one ended that was sent SIGKILL.
         """
         self.tried += 1
-        error = ended.error or (killed.error if killed is not None else "")
-        bad = ended.signal is not None or bool(error)
-        self.survived += not bad
+        problem = "" if ended is None else problem_of(ended)
+        if killed is not None and not problem:
+            problem = problem_of(killed, killed=True)
+        self.survived += not problem
         self.lost += lost
-        if (bad or lost) and len(self.notes) < 5:
-            last = error.strip().splitlines()[-1] if error else f"signal {ended.signal}"
-            self.notes += (f"try {self.tried}: {lost} lost, {last}",)
+        if (problem or lost) and len(self.notes) < 5:
+            self.notes += (f"try {self.tried}: {lost} lost" + (problem and f", {problem}"),)
 
     def line(self) -> str:
         """One line of the summary."""
         text = f"{self.fault:34} tried {self.tried:4}  survived {self.survived:4}  lost {self.lost}"
         return "\n    ".join([text, *self.notes])
+
+
+def problem_of(ended: Ended, *, killed: bool = False) -> str:
+    """Why a process did not end as it should have; empty if it did.
+
+    Args:
+        killed: Whether it was sent SIGKILL. It may have ended before that, but by no other signal:
+            what crashes by itself has not survived.
+    """
+    if ended.error:
+        return ended.error.strip().splitlines()[-1]
+    expected = (None, signal.SIGKILL) if killed else (None,)
+    return "" if ended.signal in expected else f"signal {ended.signal}"
 
 
 def key_of(number: int) -> bytes:

@@ -60,9 +60,10 @@ def kill_while_sharing(folder: Path, times: int, seed: int = 0) -> Outcome:
         child.wait_for_word()
         time.sleep(rng.random() * 0.02)
         child.kill()
-        said = child.end().said
+        killed = child.end()
+        last = max([-1, *killed.said])
 
-        def check(say: Say, writer: int = writer, last: int = said[-1]) -> None:
+        def check(say: Say, writer: int = writer, last: int = last) -> None:
             found = numbers(reader)
             assert set(found) == {writer % 250}, "what had been read came again"
             assert reader.num_damaged == 0
@@ -70,7 +71,7 @@ def kill_while_sharing(folder: Path, times: int, seed: int = 0) -> Outcome:
             say(len(set(range(last + 1)) - set(found[writer % 250])))
 
         ended = run(check)
-        outcome.count(ended, ended.said[0] if ended.said else len(said))
+        outcome.count(ended, ended.said[0] if ended.said else last + 1, killed)
         numbers(reader)
     return outcome
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -12,8 +16,10 @@ import pytest
 import shared_rollouts
 import together
 import training
+from children import Child
 
 from spec_rollout.cache import DiskStore
+from spec_rollout.config.sections import RunConfig
 
 
 def unharmed(outcome: faults.Outcome) -> bool:
@@ -98,3 +104,32 @@ def test_what_is_lost_is_counted(tmp_path: Path) -> None:
         assert faults.num_lost(found, 7) > 0
         found.pop(next(iter(found)))
         assert faults.num_lost(found, 4) == 1
+
+
+def a_short_run(config: RunConfig) -> None:
+    folder = Path(config.log.run_dir)
+    folder.mkdir()
+    time.sleep(0.3)
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n' * 7)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        kills.kill_while_storing,
+        kills.kill_while_compacting,
+        checkpoints.kill_while_saving,
+        shared_rollouts.kill_while_sharing,
+        together.two_runs,
+        training.kill_while_training,
+    ],
+)
+def test_a_process_that_crashes_by_itself_did_not_survive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path, int], faults.Outcome]
+) -> None:
+    """Of the counting itself: here by another signal than SIGKILL."""
+    monkeypatch.setattr(Child, "kill", lambda self: os.kill(self.pid, signal.SIGUSR1))
+    monkeypatch.setattr(training.trainer, "run", a_short_run)
+    outcome = fault(tmp_path / "at", 1)
+    assert (outcome.tried, outcome.survived, outcome.lost) == (1, 0, 0), outcome.line()
+    assert outcome.notes == (f"try 1: 0 lost, signal {int(signal.SIGUSR1)}",)

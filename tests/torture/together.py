@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import random
 import time
+from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
 from children import Child, run
-from faults import NUM_KEYS, Outcome, Say, num_lost, num_wrong, samples_of, steps_found, store_step
+from faults import (
+    NUM_KEYS,
+    Outcome,
+    Say,
+    num_lost,
+    num_wrong,
+    problem_of,
+    samples_of,
+    steps_found,
+    store_step,
+)
 
 from spec_rollout.cache import DiskStore, StoreError, disk_env
 from spec_rollout.runs.lock import RunInUseError, RunLock
@@ -40,19 +51,27 @@ def two_writers(folder: Path, times: int) -> Outcome:
 
 
 def readers_while_compacting(folder: Path, times: int) -> Outcome:
-    """A process opens, reads and closes the store while another compacts it whenever it may."""
+    """A process opens, reads and closes the store while another compacts it whenever it may.
+
+    It goes on until the store was compacted meanwhile: on a busy machine that takes longer.
+    """
     outcome, last = Outcome("readers while it is compacted"), 20
+    num_compacted = RawValue("Q", 0)  # children are forks, and share it
 
     def read(say: Say) -> None:
-        for _ in range(times):
+        wanted = num_compacted.value + 2  # what is at work now may have read the store before
+        for number in range(times + 500):
+            if number >= times and num_compacted.value >= wanted:
+                return
             with DiskStore(folder, create=False) as store:
                 say(num_lost(steps_found(store), last))
+        raise AssertionError("it was never compacted meanwhile")
 
     def compact(say: Say) -> None:
         while True:
             try:
                 disk_env.compact(folder)
-                say("once")
+                num_compacted.value += 1
             except StoreError as error:
                 if "in use" not in str(error):
                     raise
@@ -68,12 +87,14 @@ def readers_while_compacting(folder: Path, times: int) -> Outcome:
     ended = reading.end()
     compacting.kill()
     other = compacting.end()
-    outcome.tried = times
-    outcome.survived = 0 if other.error else len(ended.said)
+    problems = {
+        "reader": problem_of(ended),
+        "compaction": problem_of(other, killed=True),
+    }
+    outcome.tried = max(times, len(ended.said))
+    outcome.survived = 0 if any(problems.values()) else len(ended.said)
     outcome.lost = sum(ended.said)
-    for name, error in (("reader", ended.error), ("compaction", other.error)):
-        if error:
-            outcome.notes += (f"{name}: {error.strip().splitlines()[-1]}",)
+    outcome.notes = tuple(f"{name}: {text}" for name, text in problems.items() if text)
     return outcome
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from children import Child, Ended, run
+from children import Child, run
 from faults import Outcome, Say
 from tiny_runs import save_tiny_model
 
@@ -88,10 +88,8 @@ def kill_while_training(folder: Path, times: int, seed: int = 0) -> Outcome:
         child.kill()
         killed = child.end()
         if killed.said or killed.error:  # it was through before, or failed
-            outcome.count(Ended(killed.said, None, killed.error), sum(killed.said))
             shutil.rmtree(run_dir)
-        else:
-            outcome.count(Ended([], None, ""), 0)
+        outcome.count(None, sum(killed.said), killed)
     ended = run(work)
     outcome.lost += ended.said[0] if ended.said else len(expected)
     if ended.error:
