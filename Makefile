@@ -155,33 +155,38 @@ ablation-small: venv ## Rules of reuse and their remedies on the demo's task, th
 	  --results benchmarks/results/ablation_small
 	$(BIN)/python tools/results_tables.py
 
+# However a recipe ends, so do the tests that it has beside others: $beside leads their group (setsid), so that nothing of
+# them is left. Without traps of their own a shell runs none of EXIT for these signals, and what it starts with & does not
+# hear Ctrl-C.
+ENDING_BESIDE = beside=; trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM; \
+  trap '[ -z "$$beside" ] || kill -- -$$beside 2> /dev/null' EXIT
+
 # Two runs of pytest, side by side, where vLLM can be installed; otherwise one, in which the tests of the plugin are
 # skipped. One thread each: with more, the threads of either wait, spinning, for a processor that the other's have.
 test: export OMP_NUM_THREADS = 1
 test: ## All tests
 	@$(MAKE) --no-print-directory -j2 cuda-check venv-vllm
-	@status=0; skip=; vllm=; log=$(VENV_VLLM)/test.log; trap 'kill $$vllm 2> /dev/null' EXIT; \
+	@status=0; skip=; log=$(VENV_VLLM)/test.log; $(ENDING_BESIDE); \
 	if [ -e $(VENV_VLLM)/.installed ]; then \
 	  skip='$(addprefix --ignore=,$(TESTS_VLLM) $(TESTS_V2) $(TESTS_BESIDE))'; \
-	  v2='$(BIN_VLLM)/python -m pytest $(TESTS_V2) -m'; \
-	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM), $$v2 'not v2_large', $(BIN)/python -m pytest $(TESTS_BESIDE) > $$log, beside:"; \
-	  { s=0; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || s=$$?; $$v2 'not v2_large' || s=$$?; \
-	    $(BIN)/python -m pytest $(TESTS_BESIDE) || s=$$?; exit $$s; } \
-	    > $$log 2>&1 & vllm=$$!; \
+	  v2='$(BIN_VLLM)/python -m pytest $(TESTS_V2) -m "not v2_large"'; \
+	  echo "$(BIN_VLLM)/python -m pytest $(TESTS_VLLM), $$v2, $(BIN)/python -m pytest $(TESTS_BESIDE) > $$log, beside:"; \
+	  setsid sh -c "s=0; $(BIN_VLLM)/python -m pytest $(TESTS_VLLM) || s=\$$?; $$v2 || s=\$$?; \
+	    $(BIN)/python -m pytest $(TESTS_BESIDE) || s=\$$?; exit \$$s" > $$log 2>&1 & beside=$$!; \
 	fi; \
 	echo "$(BIN)/python -m pytest $$skip"; $(BIN)/python -m pytest $$skip || status=$$?; \
-	if [ -n "$$vllm" ]; then wait $$vllm || status=$$?; cat $$log; fi; \
+	if [ -n "$$beside" ]; then wait $$beside || status=$$?; beside=; cat $$log; fi; \
 	exit $$status
 
 test-v2: export OMP_NUM_THREADS = 1
 test-v2: venv-vllm ## All tests of the plugin on vLLM's Model Runner V2, in Triton's interpreter
 	@if [ ! -e $(VENV_VLLM)/.installed ]; then echo "test-v2: skipped, there is no vLLM in $(VENV_VLLM)"; exit 0; fi; \
-	status=0; beside=; log=$(VENV_VLLM)/test-v2.log; trap 'kill $$beside 2> /dev/null' EXIT; \
+	status=0; log=$(VENV_VLLM)/test-v2.log; $(ENDING_BESIDE); \
 	echo "$(BIN_VLLM)/python -m pytest $(SLOWEST_V2) > $$log, beside:"; \
-	$(BIN_VLLM)/python -m pytest $(SLOWEST_V2) > $$log 2>&1 & beside=$$!; \
+	setsid $(BIN_VLLM)/python -m pytest $(SLOWEST_V2) > $$log 2>&1 & beside=$$!; \
 	rest='$(TESTS_V2) $(addprefix --ignore=,$(SLOWEST_V2))'; \
 	echo "$(BIN_VLLM)/python -m pytest $$rest"; $(BIN_VLLM)/python -m pytest $$rest || status=$$?; \
-	wait $$beside || status=$$?; cat $$log; exit $$status
+	wait $$beside || status=$$?; beside=; cat $$log; exit $$status
 
 test-vllm-next: export OMP_NUM_THREADS = 1
 test-vllm-next: venv-vllm ## All tests of the plugin on the Python code of vLLM's next release, on either model runner
