@@ -366,6 +366,20 @@ def test_arrivals_are_counted_where_that_was_asked_for() -> None:
     assert named.sample == -1  # the mode knows no samples
 
 
+def test_replicas_that_count_the_requests_of_a_group_share_no_noise() -> None:
+    options = EngineOptions(mode="coupled", identity="arrival")
+
+    def drawn(replica: int) -> list[int]:
+        side = EngineSide(options, engine_seed=0, replica=replica)
+        return [side.admit(_arrival()).request.key for _ in range(3)]
+
+    assert len({*drawn(0), *drawn(1)}) == 6
+    assert drawn(1) == drawn(1)
+    # A name says the same to every replica.
+    sides = [EngineSide(options, engine_seed=0, replica=replica) for replica in range(2)]
+    assert len({side.admit(_arrival(name=SampleName(1))).request.key for side in sides}) == 1
+
+
 def test_seeded_and_greedy_arrivals_are_nobodys_sample() -> None:
     side = _side("coupled", identity="arrival")
     first, second = (side.admit(_arrival(seed=5)) for _ in range(2))

@@ -55,10 +55,8 @@ class ReuseProposer(ChunkProposer):
         if engine_options is not None and engine_options.is_on:
             side = EngineSide(
                 engine_options,
-                engine_seed=vllm_config.model_config.seed or 0,
-                replica=vllm_config.parallel_config.data_parallel_rank,
-                salt=compat.noise_salt(vllm_config),
                 logprobs_mode=vllm_config.model_config.logprobs_mode,
+                **compat.noise_source(vllm_config),
             )
             sharing = None
             if engine_options.share:

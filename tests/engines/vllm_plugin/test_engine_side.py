@@ -127,6 +127,29 @@ def test_a_server_without_a_seed_has_noise_of_its_own(model_dir: Path) -> None:
     assert salt(7) == salt(0, UsageContext.LLM_CLASS) == 0
 
 
+def test_replicas_of_an_engine_draw_with_noise_of_their_own(make_llm: MakeLLM) -> None:
+    """As `--data-parallel-size` makes them of a model without experts, from one config."""
+    from vllm import SamplingParams
+
+    from spec_rollout.engines.vllm.proposer import ReuseProposer
+    from spec_rollout.engines.vllm.worker.engine_side import Arrival
+
+    def key(index: int) -> int:
+        config = copy.copy(make_llm("drafting").llm_engine.vllm_config)
+        config.parallel_config = parallel = copy.copy(config.parallel_config)
+        parallel.data_parallel_size = 2
+        parallel.data_parallel_index = index
+        parallel.reconfigure_for_independent_dp_rank()
+        assert parallel.data_parallel_rank == 0
+        live = ReuseProposer(config).live
+        assert live is not None
+        served = live.side.admit(Arrival([5, 6], SamplingParams(), "", None))
+        assert served is not None
+        return served.request.key
+
+    assert key(0) == key(0) != key(1)
+
+
 def test_greedy_tokens_are_stocks_in_fewer_steps(make_llm: MakeLLM, even_steps: None) -> None:
     prompts = prompts_of(8)
     expected = generate(make_llm("off"), prompts, temperature=0.0)

@@ -103,6 +103,37 @@ def test_the_variable_puts_it_on_v2(make: Callable[..., Any]) -> None:
     assert type(runner.speculator).__name__ == "ReuseSpeculator"
 
 
+def test_tests_of_a_group_that_is_spread_share_no_noise(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the replicas of an engine, as one config makes them, and over servers without a seed."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from spec_rollout.engines.vllm.compat.v2.hooks import _proposals
+    from spec_rollout.engines.vllm.wire import SampleName
+    from spec_rollout.engines.vllm.worker.engine_side import Arrival
+    from spec_rollout.engines.vllm.worker.v2.table import DraftTable
+
+    monkeypatch.setenv("SPEC_ROLLOUT", "lenient")
+
+    def key(context: UsageContext, index: int = 0) -> int:
+        args = {k: v for k, v in LLM_ARGS.items() if k != "async_scheduling"}
+        config = EngineArgs(str(model_dir), **args).create_engine_config(context)
+        config.parallel_config.data_parallel_index = index
+        table = DraftTable(8, 128, first_chunk=8, max_chunk=8, device=torch.device("cpu"))
+        proposals = _proposals(config, table, 8)
+        assert proposals is not None
+        assert proposals.live is not None
+        served = proposals.live.side.admit(Arrival([5, 6], params(None), "", SampleName(1)))
+        assert served is not None
+        return served.request.key
+
+    offline, server = UsageContext.LLM_CLASS, UsageContext.OPENAI_API_SERVER
+    assert key(offline) == key(offline) != key(offline, 1)
+    assert len({key(offline), key(server), key(server)}) == 3
+
+
 def test_tokens_are_stocks_with_the_same_seeds(stock: Any, make: Callable[..., Any]) -> None:
     llm = make("drafting")
     steps = []

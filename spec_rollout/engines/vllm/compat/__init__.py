@@ -32,6 +32,7 @@ from spec_rollout.engines.vllm.compat.identity import (
     check_plugged,
     is_ours,
     noise_salt,
+    noise_source,
 )
 from spec_rollout.engines.vllm.compat.install import (
     install,
@@ -104,6 +105,7 @@ __all__ = [
     "named_eos",
     "new_llm",
     "noise_salt",
+    "noise_source",
     "packed_logprobs",
     "plugin",
     "proposer_of",

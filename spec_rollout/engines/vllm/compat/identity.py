@@ -70,6 +70,17 @@ def noise_salt(vllm_config: Any) -> int:
     return getattr(vllm_config, _SALT, 0)
 
 
+def noise_source(vllm_config: Any) -> dict[str, Any]:
+    """What tells an engine's noise from that of others, as arguments of `EngineSide`."""
+    parallel = vllm_config.parallel_config
+    return {
+        "engine_seed": vllm_config.model_config.seed or 0,
+        # Replicas of a model without experts are engines by themselves, each with rank 0.
+        "replica": getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
+        "salt": noise_salt(vllm_config),
+    }
+
+
 def check_plugged(llm: Any) -> None:
     """Checks that an `LLM` was started with `engine_args()`.
 

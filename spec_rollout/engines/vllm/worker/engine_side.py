@@ -201,7 +201,8 @@ class EngineSide:
         self, group: bytes, sample: int, name: SampleName | None
     ) -> tuple[ReuseRequest, int]:
         """What a sample is served with, and the tag of its rollouts."""
-        seed, epoch = self.options.seed, 0
+        # Each replica counts the requests that come to it, from 0.
+        seed, epoch = self.options.seed, self._replica
         if name is not None:
             epoch = name.epoch
             seed = seed if name.seed is None else name.seed

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from spec_rollout.engines.vllm.compat.identity import is_v2
+from spec_rollout.engines.vllm.compat.identity import is_v2, mark_noise
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.options import SECTION
@@ -24,10 +24,13 @@ _MARK = "_spec_rollout_v2"
 def checked_config(original: Callable) -> Callable:
     """For `EngineArgs.create_engine_config`: refuses what cannot be, and sets the scheduler."""
 
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config = original(self, *args, **kwargs)
+    def create_engine_config(
+        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        config = original(self, usage_context, *args, **kwargs)
         if is_v2(config):
             _check(config)
+            mark_noise(config, usage_context)
             scheduling = config.scheduler_config
             if scheduling.async_scheduling and scheduling.scheduler_cls is None:
                 scheduling.scheduler_cls = SCHEDULER

@@ -21,7 +21,7 @@ from typing import Any
 from spec_rollout.drafting import NoiseLaw
 from spec_rollout.engines.vllm.admission import admit
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
-from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2
+from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2, noise_source
 from spec_rollout.engines.vllm.compat.sampling import arrival
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.v2.adapters import counting_rows, naming_each_row
@@ -111,10 +111,9 @@ def _proposals(config: Any, table: DraftTable, num_slots: int) -> Proposals | No
     if options is not None and options.is_on:
         side = EngineSide(
             options,
-            engine_seed=config.model_config.seed or 0,
-            replica=config.parallel_config.data_parallel_rank,
             logprobs_mode=config.model_config.logprobs_mode,
             on_v2=True,
+            **noise_source(config),
         )
         proposals.serve_by_itself(side, table.first_chunk, log)
     return proposals
