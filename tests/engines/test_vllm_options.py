@@ -264,6 +264,7 @@ def test_adapters_salts_and_images_keep_histories_apart() -> None:
         {"structured_outputs": object()},
         {"bad_words": ["x"]},
         {"logits_processors": [1]},
+        {"thinking_token_budget": 0},
     ],
 )
 def test_what_the_sampler_cannot_draw_is_passed_by_and_counted(values: dict[str, Any]) -> None:

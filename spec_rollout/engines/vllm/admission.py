@@ -120,7 +120,9 @@ def why_not_ours(
         if on_v2 and name in _MAY_BE_ON_V2:
             continue
         value = getattr(params, name, off)
-        if value != off and not (off is None and not value):
+        # An empty list is none; but a thinking budget of 0 is one.
+        is_none = off is None and not value and value != 0
+        if value != off and not is_none:
             return f"{name}: expected {off} together with {EXTRA_ARG}, got {value}"
     if on_v2 and params.n != 1 and params.seed is None and params.temperature > 0.0:
         return f"seed: expected a number together with {EXTRA_ARG} and n {params.n}, got None"

@@ -113,6 +113,55 @@ def test_request_without_key_is_as_in_stock_vllm(stock: Any, plugged: Any, optio
             ]
 
 
+def test_a_thinking_budget_is_its_requests_own(text_model_dir: Path) -> None:
+    """It ends that request's thinking and nobody else's, beside drafts and without any."""
+    from vllm import LLM, SamplingParams
+    from vllm.config.reasoning import ReasoningConfig
+
+    from spec_rollout.engines.vllm import engine_args
+
+    start, end = 20, 21
+
+    def make(**args: Any) -> Any:
+        reasoning = ReasoningConfig(reasoning_start_str="A", reasoning_end_str="B")
+        return LLM(str(text_model_dir), **LLM_ARGS, reasoning_config=reasoning, **args)
+
+    # Nobody begins or ends to think by themselves.
+    options: dict[str, Any] = {"max_tokens": 20, "logit_bias": {start: -100.0, end: -100.0}}
+    # A token more than a block, so that all but the last is cached when they come again.
+    prompts = [np.append(np.resize(p, 32), start).astype(np.int32) for p in PROMPTS]
+    budgets = [None, 5, None, 0, None, 1] * 2
+    params = [
+        SamplingParams(seed=i, ignore_eos=True, thinking_token_budget=budget, **options)
+        for i, budget in enumerate(budgets)
+    ]
+    expected = tokens(generate(make(), params, prompts))
+    for row, budget in zip(expected, budgets, strict=True):
+        assert [i for i, token in enumerate(row) if token == end] == [budget] * (budget is not None)
+    plugged = make(**engine_args(8))
+    for _ in range(2):  # the second time vLLM makes up drafts for each
+        assert tokens(generate(plugged, params, prompts)) == expected
+    drafts = [row if budget is None else [] for row, budget in zip(expected, budgets, strict=True)]
+    mixed = [
+        own
+        if budget is not None
+        else SamplingParams(
+            extra_args=keyed(i, draft, Lenient(float("inf"))), ignore_eos=True, **options
+        )
+        for i, (own, budget, draft) in enumerate(zip(params, budgets, drafts, strict=True))
+    ]
+    # Nor is a budget counted down by drafts, which vLLM makes up for a request that was preempted.
+    told = []
+    worker = plugged.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker.model_runner.sampler.register_forward_pre_hook(
+        lambda module, args, kw: told.append(any(kw["sampling_metadata"].spec_token_ids)),
+        with_kwargs=True,
+    )
+    assert tokens(generate(plugged, mixed, prompts)) == expected
+    assert told
+    assert not any(told)
+
+
 def test_stock_and_keyed_requests_in_one_batch(stock: Any, plugged: Any) -> None:
     from vllm import SamplingParams
 
@@ -287,6 +336,8 @@ def test_malformed_request_fails_alone(plugged: Any, bad: Any, message: str) -> 
         {"repetition_penalty": 1.1},
         {"bad_words": ["A"]},
         {"n": 2},
+        {"thinking_token_budget": 3},
+        {"thinking_token_budget": 0},
     ],
     ids=lambda o: "-".join(o),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,11 @@ def sample(original: Callable) -> Callable:
         # vLLM replaces drafts by zeros near the model's length, unless the drafter is known to stop
         # in time; ours does.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
+        budgets = getattr(self.input_batch, "thinking_budget_state_holder", None)
+        if budgets is not None:
+            # Of speculation it expects as many rows of logits as a request has draft tokens, and
+            # would force the end of thinking on another request. vLLM's sampler gets one row here.
+            budgets.in_spec_mode = False
         rows = _rows(self, proposer)
         num_tokens = int(self.query_start_loc.np[len(rows)])
         proposer.sampler.times.count(num_tokens, logits.shape[0], rows)
@@ -257,7 +263,10 @@ def _sample_rows(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            sample_stock=lambda rows_: runner.sampler(logits=rows_, sampling_metadata=sampling),
+            sample_stock=lambda rows_: runner.sampler(
+                logits=rows_,  # one of each request, as if none had a draft
+                sampling_metadata=dataclasses.replace(sampling, spec_token_ids=[]),
+            ),
             logprobs=logprobs,
         )
     )
