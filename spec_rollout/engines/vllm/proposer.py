@@ -27,14 +27,15 @@ class ReuseProposer(ChunkProposer):
 
     Raises:
         ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
-            token budget, or the model keeps a recurrent state, or the folder of shared rollouts is
-            another model's.
+            token budget, or the model keeps a recurrent state or is a pipeline, or the folder of
+            shared rollouts is another model's.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         compat.install_worker()
         compat.attach_calls(ReuseWorker)
         compat.check_state(vllm_config.model_config)
+        compat.check_pipeline(vllm_config.parallel_config)
         options = (vllm_config.additional_config or {}).get(SECTION, {})
         max_chunk = vllm_config.speculative_config.num_speculative_tokens
         first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)

@@ -1,4 +1,4 @@
-"""Models with a recurrent state are refused before anything is loaded."""
+"""Models with a recurrent state, and pipelines, are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def _offline(model: str) -> Any:
+def _offline(model: str, **args: Any) -> Any:
     from spec_rollout.engines.vllm import VLLMEngine
 
-    return VLLMEngine(model, llm_args=LLM_ARGS)
+    return VLLMEngine(model, llm_args={**LLM_ARGS, **args})
 
 
-def _served(model: str) -> Any:
+def _served(model: str, **args: Any) -> Any:
     """What `vllm serve` makes of its arguments before it starts a process."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from spec_rollout.engines.vllm import engine_args
 
-    return AsyncEngineArgs(model, **engine_args()).create_engine_config()
+    return AsyncEngineArgs(model, **engine_args(), **args).create_engine_config()
 
 
-def _without_front_end(model: str) -> Any:
+def _without_front_end(model: str, **args: Any) -> Any:
     """The worker's own check, where the caller's process has no plugin."""
     from vllm.engine.arg_utils import EngineArgs
 
     from spec_rollout.engines.vllm import engine_args
     from spec_rollout.engines.vllm.proposer import ReuseProposer
 
-    config = EngineArgs(model, skip_tokenizer_init=True).create_engine_config()
+    config = EngineArgs(model, skip_tokenizer_init=True, **args).create_engine_config()
     config.speculative_config = SimpleNamespace(**engine_args()["speculative_config"])
     return ReuseProposer(config)
 
@@ -68,6 +68,15 @@ def test_a_model_with_a_recurrent_state_is_refused(
     message = f"model: expected .* KV cache, got .*'{model_type}'.* vLLM {vllm.__version__} is not"
     with pytest.raises(ValueError, match=message):
         make(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [_offline, _served, _without_front_end])
+def test_a_pipeline_is_refused(
+    vllm_installed: None, tmp_path: Path, make: Callable[..., Any]
+) -> None:
+    make_model(tmp_path)
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size: expected 1 .*, got 2"):
+        make(str(tmp_path), pipeline_parallel_size=2)
 
 
 def test_other_models_are_not(vllm_installed: None, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from spec_rollout.engines.vllm.compat.death import tell_of_death
 from spec_rollout.engines.vllm.compat.identity import (
     PROPOSER,
     WORKER,
+    check_pipeline,
     check_plugged,
     is_ours,
     noise_salt,
@@ -84,6 +85,7 @@ __all__ = [
     "Described",
     "attach_calls",
     "call_of",
+    "check_pipeline",
     "check_plugged",
     "check_state",
     "check_v2",

@@ -32,6 +32,22 @@ def is_v2(vllm_config: Any) -> bool:
     )
 
 
+def check_pipeline(parallel: Any) -> None:
+    """Refuses an engine whose layers are spread over a pipeline.
+
+    Args:
+        parallel: vLLM's `ParallelConfig`.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            "pipeline_parallel_size: expected 1 with the drafter of spec_rollout, got "
+            f"{parallel.pipeline_parallel_size}"
+        )
+
+
 def schedules_apart(parallel: Any) -> bool:
     """Whether tensor-parallel ranks have a scheduler each: all of them have to plan the same steps.
 

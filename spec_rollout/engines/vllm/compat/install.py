@@ -2,7 +2,7 @@
 
 - `InputProcessor.process_inputs`, `EngineCore.preprocess_add_request`: a malformed request must
   fail alone, before a worker sees it.
-- `EngineArgs.create_engine_config`: models that vLLM gets wrong when it speculates.
+- `EngineArgs.create_engine_config`: models that vLLM gets wrong when it speculates, and pipelines.
 - `SamplingParams._validate_spec_decode`, `build_logitsprocs`: vLLM refuses min_p and logit_bias
   with any speculative decoding; our sampler and vLLM's plain one honour them.
 - `EngineArgs.create_speculative_config`: the variable SPEC_ROLLOUT reaches engines that others

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spec_rollout.engines.vllm.compat.identity import is_ours, mark_noise
+from spec_rollout.engines.vllm.compat.identity import check_pipeline, is_ours, mark_noise
 
 
 def check_state(model_config: Any) -> None:
@@ -42,6 +42,7 @@ def checked_config(original: Callable) -> Callable:
         config = original(self, usage_context, *args, **kwargs)
         if is_ours(config.speculative_config):
             check_state(config.model_config)
+            check_pipeline(config.parallel_config)
             mark_noise(config, usage_context)
         return config
 
