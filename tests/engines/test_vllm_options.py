@@ -157,24 +157,48 @@ def test_a_sample_is_asked_for_once_between_weight_changes() -> None:
 
 def test_the_kth_request_since_the_weights_changed_is_sample_k() -> None:
     numbers = SampleNumbers()
-    assert [numbers.next_sample(b"p", 0) for _ in range(3)] == [0, 1, 2]
-    assert numbers.next_sample(b"q", 0) == 0
-    for sample in range(3):
-        numbers.begin(b"p", sample, 0)
+    assert [numbers.begin_next(b"p", 0) for _ in range(3)] == [0, 1, 2]
+    assert numbers.begin_next(b"q", 0) == 0
     numbers.end(b"p", 0)
     # 1 and 2 run on, and keep their numbers.
-    assert [numbers.next_sample(b"p", 1) for _ in range(3)] == [0, 3, 4]
+    assert [numbers.begin_next(b"p", 1) for _ in range(3)] == [0, 3, 4]
+    # Nor is a number given twice where others are asked for by name.
+    assert not numbers.begin(b"p", 3, 1)
+    assert numbers.begin(b"p", 5, 1)
+    assert numbers.begin_next(b"p", 1) == 6
 
 
 def test_prompts_used_longest_ago_are_forgotten_but_not_while_they_run() -> None:
-    numbers = SampleNumbers(max_prompts=3)
+    numbers = SampleNumbers(max_bytes=2000)
     for i in range(5):
         numbers.begin(bytes([i]), 0, 0)
         if i:
             numbers.end(bytes([i]), 0)
     assert len(numbers) <= 4
+    assert numbers.num_bytes <= 2000
     assert not numbers.begin(bytes([0]), 0, 0)
+    assert not numbers.begin(bytes([4]), 0, 0)
     assert numbers.begin(bytes([1]), 0, 0)
+
+
+def test_what_is_known_of_one_prompt_is_bounded_too() -> None:
+    """A server whose weights stay, which is sent the same prompt for ever."""
+    numbers = SampleNumbers(max_bytes=400_000)
+    numbers.begin(b"p", 0, 0)  # runs on
+    for sample in range(1, 10_000):
+        assert numbers.begin(b"p", sample, 0)
+        numbers.end(b"p", sample)
+        assert numbers.num_bytes <= 400_000
+    assert not numbers.begin(b"p", 0, 0)
+    assert not numbers.begin(b"p", 9_999, 0)  # of the latest, which are most of the room
+    assert not numbers.begin(b"p", 7_500, 0)
+    assert numbers.begin(b"p", 1, 0)
+    # Of requests that are counted only their number is known.
+    for k in range(1000):
+        assert numbers.begin_next(b"q", 0) == k
+        numbers.end(b"q", k)
+    assert numbers._prompts[b"q"].named == {}
+    assert numbers._prompts[b"q"].running is None
 
 
 def test_of_older_weights_only_what_runs_is_remembered() -> None:
@@ -194,7 +218,7 @@ def test_of_older_weights_only_what_runs_is_remembered() -> None:
     numbers.end(b"c", 0)
     assert numbers.begin(b"c", 0, 1)
     assert not numbers.begin(b"c", 1, 1)
-    assert numbers.next_sample(b"c", 1) == 2
+    assert numbers.begin_next(b"c", 1) == 2
 
 
 def _params(**values: Any) -> SimpleNamespace:

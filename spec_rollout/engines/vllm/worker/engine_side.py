@@ -165,7 +165,7 @@ class EngineSide:
         if self.samples is None or sample < 0:
             return self._unnamed(group, arrival.params)
         self.counters.num_named += 1
-        if not self.samples.begin(group, sample, self.weights_version):
+        if name is not None and not self.samples.begin(group, sample, self.weights_version):
             self.counters.num_repeated += 1
             return Served(ReuseRequest(self._fresh_key(group), Coupled()), group)
         request, tag = self._named(group, sample, name)
@@ -194,7 +194,7 @@ class EngineSide:
         if params.seed is not None:  # which says what its noise is to be
             return -1
         if self.samples is not None and self.options.identity == "arrival":
-            return self.samples.next_sample(group, self.weights_version)
+            return self.samples.begin_next(group, self.weights_version)
         return -1
 
     def _named(

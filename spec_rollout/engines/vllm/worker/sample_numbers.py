@@ -4,37 +4,54 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
+
+# What a prompt takes, and each of its samples that was named, at most: keys and tables included.
+_PROMPT_BYTES = 400
+_SAMPLE_BYTES = 100
 
 
 @dataclass(slots=True)
 class _Prompt:
-    """What is known of one prompt's samples."""
+    """What is known of one prompt's samples since the weights changed."""
 
-    served: dict[int, int] = field(default_factory=dict)  # sample -> policy version it was asked in
+    named: dict[int, None] = field(default_factory=dict)  # asked for by number, the oldest first
     running: set[int] | None = None  # mostly none do, and an empty set takes 200 bytes
-    version: int = -1  # policy version of `arrived`
-    arrived: int = 0
+    arrived: int = 0  # numbers below it were given to requests without one
+
+    def oldest_idle(self) -> list[int]:
+        """The first of the samples named that do not run, some at a time: a dict that loses its
+        first one again and again is slow to find it."""
+        running = self.running or ()
+        return list(islice((sample for sample in self.named if sample not in running), 1024))
 
 
 class SampleNumbers:
     """The samples asked for, by prompt, since the weights changed, and those that still run.
 
-    Of engines whose weights never change, prompts used longest ago are forgotten. A forgotten
-    prompt's samples count as never asked for: they may draw the noise of the same policy version
-    once more. So the bound is far above what a policy version asks for.
+    Where weights never change, what was used longest ago is forgotten. A forgotten sample counts as
+    never asked for: it may draw the noise of the same policy version once more. So the bound is
+    far above what a policy version asks for.
 
     Args:
-        max_prompts: Remembered at most, apart from those whose samples run. One takes about 1 KB
-            with 16 samples.
+        max_bytes: Bound of what is remembered, by estimate, apart from what runs: by default some
+            60,000 prompts with 16 named samples, a million samples of one prompt, or 300,000
+            prompts whose requests are counted.
     """
 
-    def __init__(self, max_prompts: int = 1 << 17) -> None:
-        self._max_prompts = max_prompts
+    def __init__(self, max_bytes: int = 1 << 27) -> None:
+        self._max_bytes = max_bytes
         self._version = -1
+        self._num_named = 0  # of all prompts
         self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._prompts)
+
+    @property
+    def num_bytes(self) -> int:
+        """What is remembered takes, by estimate."""
+        return len(self._prompts) * _PROMPT_BYTES + self._num_named * _SAMPLE_BYTES
 
     def begin(self, prompt: bytes, sample: int, version: int) -> bool:
         """A request for a sample has come.
@@ -50,29 +67,31 @@ class SampleNumbers:
         """
         entry = self._entry(prompt, version)
         running = entry.running or set()
-        if sample in running or entry.served.get(sample, -1) == version:
+        if sample in running or sample in entry.named or sample < entry.arrived:
             return False
-        entry.served[sample] = version
-        running.add(sample)
-        entry.running = running
-        self._forget()
+        entry.named[sample] = None
+        self._num_named += 1
+        self._run(entry, sample)
         return True
 
-    def next_sample(self, prompt: bytes, version: int) -> int:
-        """The number of a request that names none: it is the k-th since the weights changed.
+    def begin_next(self, prompt: bytes, version: int) -> int:
+        """A request has come that names no sample: it is the k-th since the weights changed.
 
         Numbers of samples that still run are left out.
+
+        Returns:
+            Its number.
         """
         entry = self._entry(prompt, version)
-        if entry.version != version:
-            entry.version, entry.arrived = version, 0
-        while entry.running is not None and entry.arrived in entry.running:
+        while entry.arrived in (entry.running or ()) or entry.arrived in entry.named:
             entry.arrived += 1
+        sample = entry.arrived
         entry.arrived += 1
-        return entry.arrived - 1
+        self._run(entry, sample)
+        return sample
 
     def end(self, prompt: bytes, sample: int) -> None:
-        """The request that `begin` was told of is over."""
+        """The request that `begin` or `begin_next` was told of is over."""
         entry = self._prompts.get(prompt)
         if entry is not None and entry.running is not None:
             entry.running.discard(sample)
@@ -82,8 +101,11 @@ class SampleNumbers:
         if version != self._version:  # what was asked for before matters only where it runs on
             self._version = version
             self._prompts = OrderedDict(
-                (key, entry) for key, entry in self._prompts.items() if entry.running
+                (key, _Prompt(running=entry.running))
+                for key, entry in self._prompts.items()
+                if entry.running
             )
+            self._num_named = 0
         entry = self._prompts.get(prompt)
         if entry is None:
             entry = self._prompts[prompt] = _Prompt()
@@ -91,11 +113,17 @@ class SampleNumbers:
             self._prompts.move_to_end(prompt)
         return entry
 
-    def _forget(self) -> None:
+    def _run(self, entry: _Prompt, sample: int) -> None:
+        entry.running = entry.running or set()
+        entry.running.add(sample)
         in_use = 0
-        while len(self._prompts) - in_use > self._max_prompts:
-            key, entry = next(iter(self._prompts.items()))
-            if entry.running:
+        while self.num_bytes > self._max_bytes and in_use < len(self._prompts):
+            key, oldest = next(iter(self._prompts.items()))
+            if idle := oldest.oldest_idle():
+                for number in idle:
+                    del oldest.named[number]
+                self._num_named -= len(idle)
+            elif oldest.running:
                 self._prompts.move_to_end(key)
                 in_use += 1
             else:
