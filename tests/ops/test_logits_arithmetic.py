@@ -42,6 +42,21 @@ def test_log_probs_of_an_online_sum(kind, temperature, vocab, threads) -> None:
     assert np.isneginf(got[~finite]).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize("far", [False, True])
+def test_the_log_prob_of_a_lone_token_is_zero(temperature, far) -> None:
+    """Below it a test could reject the token, and no other could be drawn."""
+    inverse = float(np.float32(1) / np.float32(temperature))
+    alone = np.random.default_rng(0).normal(0, 1e8 if far else 40, 2000).astype(np.float32)
+    row = np.full(100, -np.inf, np.float32)
+    for place, logit in enumerate(alone):
+        row[:] = -np.inf
+        row[place % 100] = logit
+        got, valid = _C.online_logprobs(row, inverse, 8)
+        assert valid
+        assert got[place % 100] == 0.0, logit
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("at", [0, 500, 1002])
 def test_bad_logits_make_the_sum_invalid(bad, at) -> None:

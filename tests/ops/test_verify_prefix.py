@@ -10,7 +10,7 @@ import torch
 from laws import assert_rate
 from opchecks import opcheck
 
-from spec_rollout import ops
+from spec_rollout import _C, ops
 from spec_rollout.acceptance import Coupled, Lenient, NoReuse, OneHot, RandomCut
 from spec_rollout.ops.reference import logits as reference
 from spec_rollout.packed import cu_lens_from
@@ -342,8 +342,25 @@ def test_the_only_token(device, impl, interpreted, rule) -> None:
         else:
             assert accepted.all()
             assert (next_ids == -1).all()
-        assert (logprobs <= 0.0).all()  # on CUDA, of a sum whose terms are rounded
-        assert (logprobs >= (0.0 if device == "cpu" else -1e-7)).all()
+        assert (logprobs == 0.0).all()
+
+
+def test_the_only_token_passes_the_hardest_test(device, impl, interpreted) -> None:
+    """Its log-prob is 0, not a rounding below: where ln u is 0 as well, it would be rejected, with
+    no other to draw."""
+    key = torch.tensor([16390493], device=device)
+    assert _C.uniform_from_bits(_C.accept_bits(int(key), 0)) == 1.0
+    one = torch.tensor([0, 1], device=device)
+    for logit in torch.linspace(-60, 60, 5 if interpreted else 200).tolist():
+        logits = torch.full((1, 40), -INF, device=device)
+        logits[0, 3] = logit
+        for sampling in ({}, {"temperature": 0.7}, {"top_p": 0.9}):
+            got = ops.verify_prefix(
+                logits, one[:1] + 3, one, rule=OneHot(), keys=key, cu_logits_lens=one, impl=impl,
+                **sampling,
+            )  # fmt: skip
+            assert [t.tolist() for t in got] == [[1], [-1], [0.0]]
+    ops.check_status()
 
 
 def test_greedy(device, verify_prefix) -> None:

@@ -179,8 +179,11 @@ SR_HD bool valid_sum(const OnlineSum& total) {
   return total.sum >= 0.25f && total.sum < INFINITY && total.ref < INFINITY;
 }
 
-// Log-prob of y under total; not above 0 by the roundings of terms and c.
+// Log-prob of y under total; not above 0 by the roundings of terms and c, and 0 where the sum is
+// the term of y alone: below it by those roundings, a lone token could be rejected, and there would
+// be none to draw in its place.
 SR_HD float logprob_of(float y, const OnlineSum& total, float slope) {
+  if (term_of(y, total.ref, slope) == total.sum) return 0.0f;
   const float c = exact_mul(total.ref, slope);
   const double wide = static_cast<double>(slope);
   const double exponent = is_far(c)
