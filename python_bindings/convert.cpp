@@ -16,7 +16,7 @@ struct Torch {
     int32_t item_size;
   } dtypes[7];
   PyObject *s_dtype, *s_shape, *s_stride, *s_data_ptr, *s_is_cuda, *s_is_cpu, *s_get_device,
-      *s_element_size, *s_device, *s_new_empty, *s_split, *s_view;
+      *s_element_size, *s_device, *s_new_empty, *s_split, *s_view, *s_requires_grad;
   const dlpack::ExchangeApi* exchange = nullptr;
   LazyViews lazy_views{py::module_::import("torch").attr("Tensor")};
 
@@ -46,6 +46,7 @@ struct Torch {
     // "Unsafe" where gradients flow through the parts, and no views of each other elsewhere.
     s_split = PyUnicode_InternFromString("unsafe_split_with_sizes");
     s_view = PyUnicode_InternFromString("view");
+    s_requires_grad = PyUnicode_InternFromString("requires_grad");
     exchange = find_exchange();
   }
 
@@ -206,16 +207,19 @@ bool describe_by_exchange(py::handle value, const dlpack::ExchangeApi& exchange,
          torch().lazy_views.operation(value, view.dtype == DType::kOther) == nullptr;
 }
 
-bool is_plain(PyObject* value, PyObject* tensor_type) {
+bool requires_grad(PyObject* tensor) {
+  return torch().lazy_views.may_require_grad(tensor) &&
+         attr(tensor, torch().s_requires_grad).ptr() == Py_True;
+}
+
+bool is_plain(PyObject* value, PyObject* tensor_type, bool differentiable) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-  if (type == tensor_type || value == Py_None || PyFloat_CheckExact(value) ||
-      PyLong_CheckExact(value)) {
-    return true;
-  }
+  if (type == tensor_type) return !differentiable || !requires_grad(value);
+  if (value == Py_None || PyFloat_CheckExact(value) || PyLong_CheckExact(value)) return true;
   if (PyList_CheckExact(value) || PyTuple_CheckExact(value)) {
     PyObject** items = PySequence_Fast_ITEMS(value);
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(value); ++i) {
-      if (!is_plain(items[i], tensor_type)) return false;
+      if (!is_plain(items[i], tensor_type, differentiable)) return false;
     }
     return true;
   }
@@ -226,7 +230,13 @@ bool is_plain(PyObject* value, PyObject* tensor_type) {
 
 }  // namespace
 
-bool all_plain(const py::tuple& args) { return is_plain(args.ptr(), torch().tensor_type); }
+bool all_plain(const py::tuple& args, uint64_t differentiable) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args.ptr()); ++i) {
+    const bool asked = i < 64 && (differentiable >> i & 1) != 0;
+    if (!is_plain(PyTuple_GET_ITEM(args.ptr(), i), torch().tensor_type, asked)) return false;
+  }
+  return true;
+}
 
 WordParts new_word_parts(py::handle like, const int64_t (&sizes)[4], int float_part) {
   const Torch& t = torch();

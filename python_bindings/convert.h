@@ -71,8 +71,9 @@ struct WordParts {
 };
 WordParts new_word_parts(py::handle like, const int64_t (&sizes)[4], int float_part);
 
-// Whether none of a call's arguments, or items of its lists, is a subclass of Tensor.
-bool all_plain(const py::tuple& args);
+// Whether none of a call's arguments, or items of its lists, is a subclass of Tensor, and none at a
+// place with a bit in `differentiable` requires a gradient.
+bool all_plain(const py::tuple& args, uint64_t differentiable);
 // Torch's current stream on a CUDA device.
 void* current_stream(int device);
 // A tensor's layout without any expectation.

@@ -28,8 +28,11 @@ size_t address_word(py::handle tensor, size_t num_words) {
 LazyViews::LazyViews(py::handle tensor_type) {
   try {
     flag_ = find_flag(tensor_type);
+    if (flag_.mask != 0) autograd_word_ = find_autograd_word();
   } catch (py::error_already_set&) {
-    flag_ = {};  // no private name of torch's that this needs is one of its promises
+    // No private name of torch's that this needs is one of its promises.
+    flag_ = {};
+    autograd_word_ = 0;
   }
 }
 
@@ -76,6 +79,31 @@ LazyViews::Flag LazyViews::find_flag(py::handle tensor_type) {
     flag = {object_word, i, bits};
   }
   return flag;
+}
+
+// The one word that is 0 in plain tensors and not in those that require a gradient: a pointer to
+// what autograd notes of a tensor. Views have such notes, too.
+size_t LazyViews::find_autograd_word() const {
+  const py::module_ torch = py::module_::import("torch");
+  std::array<bool, kWords> distinguishes;
+  distinguishes.fill(true);
+  for (const char* dtype : {"float32", "bfloat16"}) {
+    for (const bool requires_grad : {false, true}) {
+      const py::object tensor =
+          torch.attr("zeros")(py::make_tuple(2, 3), py::arg("dtype") = torch.attr(dtype),
+                              py::arg("requires_grad") = requires_grad);
+      for (size_t i = 0; i < kWords; ++i) {
+        if ((words(tensor)[i] != 0) != requires_grad) distinguishes[i] = false;
+      }
+    }
+  }
+  size_t found = 0;
+  for (size_t i = 0; i < kWords; ++i) {
+    if (!distinguishes[i]) continue;
+    if (found != 0) return 0;  // more than one
+    found = i;
+  }
+  return found;
 }
 
 const char* LazyViews::ask(py::handle tensor, bool is_complex) const {

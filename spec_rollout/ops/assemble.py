@@ -9,13 +9,14 @@ import torch
 from spec_rollout._native import _C, num_threads
 from spec_rollout.checks import integer, shown
 from spec_rollout.ops._faults import refuse
-from spec_rollout.ops._registry import register_op
+from spec_rollout.ops._registry import refuse_gradients, register_op
 from spec_rollout.ops._status import after_launch, status_word
 
 Layout = Literal["packed", "right", "left", "split"]
 # `Layout` in csrc/include/spec_rollout/ops.h.
 _LAYOUTS = {"packed": 0, "right": 1, "left": 2, "split": 3}
 _PACKED = 0
+_DIFFERENTIABLE = {"prefix_logprobs": 7, "continuation_logprobs": 8}
 
 
 class Assembled(NamedTuple):
@@ -104,7 +105,9 @@ def assemble(
         `Assembled`, newly allocated on the inputs' device, or `out`.
 
     Raises:
-        ValueError: naming the argument, what was expected and what was given.
+        ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
+            devices, offsets, rows beyond a limit, and log-probs that require a gradient (where
+            torch keeps gradients: there is no derivative).
 
     On CUDA, "packed", and the padded layouts without both limits, read the sizes of the output back
     from the device, which synchronises. With both limits nothing is read back, and rows that do not
@@ -177,6 +180,7 @@ def assemble(
             pad_token_id,
         )
         if out is not None:
+            refuse_gradients("assemble", _DIFFERENTIABLE, arguments)
             _write((out.input_ids, out.attention_mask, *out[2:5]), *arguments)
             return out
         input_ids, attention_mask, position_ids, response_mask, logprobs = _assemble(*arguments)
@@ -350,6 +354,7 @@ def _assemble_direct(*arguments):
     "Tensor logprobs)",
     fake=_assemble_fake,
     direct=_assemble_direct,
+    differentiable=_DIFFERENTIABLE,
 )
 def _assemble(
     prompt_ids,

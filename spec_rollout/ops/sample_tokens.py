@@ -61,8 +61,9 @@ def sample_tokens(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
-            devices, parameters out of range, and, on CPU (on CUDA: by `check_status`), NaN or +inf
-            logits, rows without a finite logit.
+            devices, parameters out of range, logits or a temperature that require a gradient
+            (where torch keeps gradients: there is no derivative), and, on CPU (on CUDA: by
+            `check_status`), NaN or +inf logits, rows without a finite logit.
     """
     try:
         return SampleResult(
@@ -90,6 +91,7 @@ def _sample_tokens_fake(logits, keys, *args):
     "temperature, "
     "Tensor? top_ks, int top_k, Tensor? top_ps, float top_p) -> (Tensor, Tensor)",
     fake=_sample_tokens_fake,
+    differentiable={"logits": 0, "temperature": 3},
 )
 def _sample_tokens(
     logits, keys, positions, temperatures, temperature, top_ks, top_k, top_ps, top_p

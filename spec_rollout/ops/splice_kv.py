@@ -58,9 +58,10 @@ def splice_kv(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given; nothing is written
-            then. On CUDA, the values of rows, starts, lens and block tables are not read back: a
-            range (or a token) outside a cache is skipped and reported by `check_status`, and
-            conflicts between ranges are not detected.
+            then. Caches that require a gradient are refused where torch keeps gradients: there is
+            no derivative. On CUDA, the values of rows, starts, lens and block tables are not read
+            back: a range (or a token) outside a cache is skipped and reported by `check_status`,
+            and conflicts between ranges are not detected.
 
     On CUDA, the addresses of a list of caches are copied to the device when the list is first seen,
     so that later calls with it are one launch and can be captured in a CUDA graph. The 256 latest
@@ -134,6 +135,7 @@ def _splice_kv_fake(src, dst, *ranges_and_tables):
     "dst_rows, "
     "Tensor dst_starts, Tensor lens, Tensor? src_block_table, Tensor? dst_block_table) -> ()",
     fake=_splice_kv_fake,
+    differentiable={"src": 0, "dst": 1},
 )
 def _splice_kv(
     src,

@@ -24,7 +24,7 @@ def token_logprobs(
     """Log-probability of one token per row: log_softmax(logits / temperature)[row, token_ids[row]].
 
     Each row of logits is read once, in its own dtype; sums are float32 or better and nothing the
-    size of the logits is allocated.
+    size of the logits is allocated. There is no derivative: a loss takes its log-probs elsewhere.
 
     Args:
         logits: [num_tokens, vocab]; float32, float16 or bfloat16; the last dimension contiguous,
@@ -40,8 +40,9 @@ def token_logprobs(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
-            devices, and, on CPU (on CUDA: by `check_status`), ids outside the vocabulary, NaN or
-            +inf logits, rows without a finite logit.
+            devices, logits or a temperature that require a gradient (where torch keeps gradients),
+            and, on CPU (on CUDA: by `check_status`), ids outside the vocabulary, NaN or +inf
+            logits, rows without a finite logit.
         ImportError: if impl is "triton" and triton is not installed.
     """
     try:
@@ -52,6 +53,9 @@ def token_logprobs(
         raise
 
 
+_DIFFERENTIABLE = {"logits": 0, "temperature": 2}
+
+
 def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
     return logits.new_empty(token_ids.shape, dtype=torch.float32)
 
@@ -60,6 +64,7 @@ def _token_logprobs_fake(logits, token_ids, temperatures, temperature):
     "token_logprobs(Tensor logits, Tensor token_ids, Tensor? temperatures, float temperature) -> "
     "Tensor",
     fake=_token_logprobs_fake,
+    differentiable=_DIFFERENTIABLE,
 )
 def _token_logprobs(logits, token_ids, temperatures, temperature):
     logprobs = torch.empty(token_ids.numel(), dtype=torch.float32, device=logits.device)
@@ -80,6 +85,7 @@ def _token_logprobs(logits, token_ids, temperatures, temperature):
     "token_logprobs_triton(Tensor logits, Tensor token_ids, Tensor? temperatures, float "
     "temperature) -> Tensor",
     fake=_token_logprobs_fake,
+    differentiable=_DIFFERENTIABLE,
 )
 def _token_logprobs_triton(logits, token_ids, temperatures, temperature):
     module = triton_module("token_logprobs")

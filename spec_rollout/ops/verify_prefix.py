@@ -98,9 +98,10 @@ def verify_prefix(
 
     Raises:
         ValueError: naming the argument, what was expected and what was given: shapes, dtypes,
-            devices, parameters out of range, and, on CPU (on CUDA: by `check_status`), offsets, ids
-            outside the vocabulary, NaN or +inf logits and rows without a finite logit (in rows that
-            are read), NaN log-probs.
+            devices, parameters out of range, logits or a temperature that require a gradient
+            (where torch keeps gradients: there is no derivative), and, on CPU (on CUDA: by
+            `check_status`), offsets, ids outside the vocabulary, NaN or +inf logits and rows
+            without a finite logit (in rows that are read), NaN log-probs.
         ImportError: if impl is "triton" and triton is not installed.
     """
     try:
@@ -166,7 +167,16 @@ def _verify_prefix_direct(*args):
     return result
 
 
-@register_op("verify_prefix" + _SCHEMA, fake=_verify_prefix_fake, direct=_verify_prefix_direct)
+# Of draft_logprobs only a decision is made.
+_DIFFERENTIABLE = {"logits": 0, "temperature": 7}
+
+
+@register_op(
+    "verify_prefix" + _SCHEMA,
+    fake=_verify_prefix_fake,
+    direct=_verify_prefix_direct,
+    differentiable=_DIFFERENTIABLE,
+)
 def _verify_prefix(*args):
     *inputs, kind, log_lenience, scale, min_target_prob = args
     logits, keys = inputs[0], inputs[5]
@@ -193,7 +203,9 @@ def _verify_prefix(*args):
     return accepted_lens, next_token_ids, logprobs
 
 
-@register_op("verify_prefix_triton" + _SCHEMA, fake=_verify_prefix_fake)
+@register_op(
+    "verify_prefix_triton" + _SCHEMA, fake=_verify_prefix_fake, differentiable=_DIFFERENTIABLE
+)
 def _verify_prefix_triton(*args):
     module = triton_module("verify_prefix")
     *inputs, rule_kind, log_lenience, scale, min_target_prob = args
