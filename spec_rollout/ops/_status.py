@@ -33,8 +33,11 @@ def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor |
     index = tensor.get_device()
     word = _words.get(index)
     if word is None:
-        # A copy rather than a kernel that fills it: compute-sanitizer's initcheck sees copies.
-        word = torch.zeros(1, dtype=torch.int32).to(tensor.device)
+        # The word outlasts an inference mode that the first op runs in, and outside of it a tensor
+        # made there could not be cleared.
+        with torch.inference_mode(False):
+            # A copy rather than a kernel that fills it: compute-sanitizer's initcheck sees copies.
+            word = torch.zeros(1, dtype=torch.int32).to(tensor.device)
         _words[index] = word
     return word
 
