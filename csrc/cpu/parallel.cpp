@@ -110,12 +110,20 @@ Pool& pool() {
 // threads spin for a while after each of torch's operations; threads of our own would share the
 // cores with them.
 using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<bool> g_forked{
-    false};  // a child process has none of the runtime's threads, and would wait for them
-
-OpenMpParallel find_openmp() {
 // The thread sanitizer does not see how that runtime's threads wait for each other.
 #if defined(__linux__) && !defined(__SANITIZE_THREAD__)
+#define SPEC_ROLLOUT_USES_OPENMP
+#endif
+std::atomic<bool> g_forked{
+    false};  // a child process has none of the runtime's threads, and would wait for them
+#if defined(SPEC_ROLLOUT_USES_OPENMP)
+// From the start: before any parallel work of ours, torch's may have started those threads.
+[[maybe_unused]] const int g_watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+#endif
+
+OpenMpParallel find_openmp() {
+#if defined(SPEC_ROLLOUT_USES_OPENMP)
   std::string path;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* found) {
@@ -130,7 +138,6 @@ OpenMpParallel find_openmp() {
   if (path.empty()) return nullptr;
   void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return nullptr;
-  pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
   return reinterpret_cast<OpenMpParallel>(dlsym(library, "GOMP_parallel"));
 #else
   return nullptr;

@@ -2,6 +2,8 @@
 
 import os
 import select
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,3 +72,28 @@ def test_forked_child_does_not_wait_for_its_parents_threads(threads) -> None:
         os.close(read)
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+# In a process of its own, in which no kernel of ours has run. The alarm ends a child that hangs.
+_FORKED_BEFORE = f"""
+import os, signal, sys, torch
+from spec_rollout import ops
+torch.set_num_threads(2)
+logits = torch.randn(64, 40_000, generator=torch.Generator().manual_seed(0))
+ids = torch.arange(64)
+expected = logits.exp()  # starts the threads
+child = os.fork()
+if child == 0:
+    signal.alarm({TIMEOUT_SECONDS})
+    done = ops.token_logprobs(logits, ids)
+    os._exit(0 if done.numpy().max() < 0.0 else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_forked_child_does_not_wait_for_threads_that_torch_alone_has_started() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKED_BEFORE],
+        capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
