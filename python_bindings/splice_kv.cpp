@@ -84,7 +84,8 @@ void splice_kv(const py::sequence& src, const py::sequence& dst, py::handle src_
   args.num_caches = static_cast<int64_t>(src_caches.size());
   for (size_t i = 0; i < src_caches.size(); ++i) {
     const CacheView &from = src_caches[i], &to = dst_caches[i];
-    if (from.data != to.data) continue;
+    // Empty caches have no address, and so share none.
+    if (from.data != to.data || from.data == nullptr) continue;
     args.in_place = true;
     if (from.outer_stride != to.outer_stride || from.head_stride != to.head_stride ||
         from.token_stride != to.token_stride) {

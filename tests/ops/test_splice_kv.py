@@ -246,6 +246,10 @@ def test_nothing_to_do(device, generator) -> None:
     # An empty range is skipped, wherever it points.
     ops.splice_kv(caches.storage, caches.storage, **ranges((99, -3, 99, 99, 0), device=device))
     ops.splice_kv([], [], **ranges((0, 0, 1, 0, 3), device=device))
+    # Empty caches share no memory, whatever their strides.
+    for empty in (torch.empty(0, HEADS, POSITIONS, 8, device=device), caches.storage[0][:0]):
+        transposed = torch.empty(0, POSITIONS, HEADS, 8, device=device).transpose(1, 2)
+        ops.splice_kv([empty], [transposed], **ranges((0, 0, 0, 0, 0), device=device))
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(caches.storage, before, strict=True))
 
 
