@@ -100,6 +100,11 @@ def test_a_row_written_before_a_counter_existed_counts_nothing_for_it() -> None:
     assert Totals.of([row]).num_padding_tokens == 0
 
 
+def test_a_row_in_which_a_counter_was_no_number_counts_nothing_for_it() -> None:
+    row = {"step_seconds": 1.0, "train_seconds": 1.0, **ONE.as_row(), "sum_kl_reused": None}
+    assert Totals.of([row, row]).sum_kl_reused == 0
+
+
 @pytest.mark.parametrize("name", [*NAMES, *RATIOS])
 def test_every_counter_says_what_it_is(name: str) -> None:
     assert counters.label(name)

@@ -22,6 +22,8 @@ from spec_rollout.types import Drafts, FinishReason, Rollouts
 
 # In a folder of files: which part it is, and of how many.
 _FILE = re.compile(r"drafts_(\d+)_of_(\d+)\.cache")
+# A step waits for drafts to be written, but not for ever: a folder may hang.
+_SAVE_SECONDS = 600
 # Steps for which it is remembered who was served: asynchronous trainers mix a few.
 STEPS_REMEMBERED = 8
 
@@ -215,7 +217,7 @@ def start_shards(
 
 
 def save_shards(shards: Sequence[Any]) -> list[Exception]:
-    """Has all shards write their files, and waits for them.
+    """Has all shards write their files, and waits for them, ten minutes at most.
 
     Args:
         shards: Handles.
@@ -226,11 +228,16 @@ def save_shards(shards: Sequence[Any]) -> list[Exception]:
     import ray
 
     errors: list[Exception] = []
-    for saved in [shard.save.remote() for shard in shards]:
+    saves = [shard.save.remote() for shard in shards]
+    done, pending = ray.wait(saves, num_returns=len(saves), timeout=_SAVE_SECONDS)
+    for saved in done:
         try:
             ray.get(saved)
         except Exception as error:
             errors.append(error)
+    if pending:
+        late = f"{len(pending)} of {len(saves)} actors have not answered in {_SAVE_SECONDS} seconds"
+        errors.append(TimeoutError(late))
     return errors
 
 

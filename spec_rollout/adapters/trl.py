@@ -225,6 +225,7 @@ class SpecRollout:
         self._told: list[_Told] = []
         self._to_share: list[NamedRollouts] = []
         self._loaded_step = -1
+        self._train_state: Any = None
         _plug_into_engines(num_speculative_tokens)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -261,6 +262,7 @@ class SpecRollout:
             return turn
         share(self.cache, self._to_share, self._gather, self._rank)
         self._to_share = []
+        self._begin_run(trainer.state)
         samples = self._numbers.next(keys, trainer.state.global_step)
         if _is_server(trainer):
             return self._from_server(prompt_ids, samples, is_eval=False)
@@ -442,6 +444,16 @@ class SpecRollout:
             trainer._generate_single_turn = self._single_turn
         self._trainer = trainer
 
+    def _begin_run(self, state: Any) -> None:
+        """Notices another call of `train`, whose steps have numbers that this one had."""
+        if state is self._train_state:
+            return
+        if self._train_state is not None:
+            self._loaded_step = -1
+            if self._session is not None:
+                self._session.noise_offset += self._noise_offset()
+        self._train_state = state
+
     def _check_arguments(self) -> None:
         """Refuses what a server would not heed."""
         if self._not_for_a_server:
@@ -455,7 +467,7 @@ class SpecRollout:
         if not self.cache.is_shared:
             return self.cache.fingerprint()
         # What all machines hold would take too long to read. One number for all ranks; those who
-        # wait here have stored nothing yet.
+        # wait here have stored nothing since the run began.
         told = self._gather((self.cache.stats.num_samples, secrets.randbits(62)))
         return told[0][1] if any(num_samples for num_samples, _ in told) else 0
 
@@ -527,6 +539,10 @@ class SpecRollout:
                 else:
                     name = json.dumps({"sample": sample, "epoch": noise_epoch})
                     named = {"vllm_xargs": {"spec_rollout": name}}
+                given = generation.generation_kwargs or {}
+                if "vllm_xargs" not in named and given.get("seed") is not None:
+                    # As vLLM does for the samples of one request; these are requests of their own.
+                    named["seed"] = given["seed"] + sample
                 output = generation.vllm_client.generate(
                     prompts=[ids],
                     n=1,
@@ -538,7 +554,7 @@ class SpecRollout:
                     max_tokens=trainer.max_completion_length,
                     logprobs=0,
                     structured_outputs_regex=generation.structured_outputs_regex,
-                    generation_kwargs={**(generation.generation_kwargs or {}), **named},
+                    generation_kwargs={**given, **named},
                 )
                 return output["completion_ids"][0], [lp[0] for lp in output["logprobs"][0]]
 

@@ -29,9 +29,10 @@ class Totals(RolloutStats):
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Totals:
-        """Totals of metrics rows; a row from before a counter existed counts 0 for it."""
+        """Totals of metrics rows; a row from before a counter existed, or in which it was no
+        number, counts 0 for it."""
         names = [f.name for f in fields(cls) if f.name != "steps"]
-        return cls(steps=len(rows), **{n: sum(row.get(n, 0) for row in rows) for n in names})
+        return cls(steps=len(rows), **{n: sum(row.get(n) or 0 for row in rows) for n in names})
 
     def to_dict(self) -> dict[str, Any]:
         """For summary.json: by name without "num_", and the ratios."""

@@ -377,7 +377,9 @@ def test_a_folder_of_another_number_of_actors_is_refused(
         start_shards("name", 2, folder=str(tmp_path))
 
 
-def test_all_shards_are_written_though_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_shards_are_written_though_one_fails_and_one_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     events: list[str] = []
 
     class Shard:
@@ -394,10 +396,17 @@ def test_all_shards_are_written_though_one_fails(monkeypatch: pytest.MonkeyPatch
         if name == "a":
             raise OSError("disk full")
 
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get))
-    errors = save_shards([Shard("a"), Shard("b")])
-    assert [str(error) for error in errors] == ["disk full"]
-    assert events == ["asked a", "asked b", "waited for a", "waited for b"]
+    def wait(names: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert (num_returns, timeout) == (3, 600)
+        return names[:2], names[2:]  # c's disk hangs
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get, wait=wait))
+    errors = save_shards([Shard("a"), Shard("b"), Shard("c")])
+    assert [str(error) for error in errors] == [
+        "disk full",
+        "1 of 3 actors have not answered in 600 seconds",
+    ]
+    assert events == ["asked a", "asked b", "asked c", "waited for a", "waited for b"]
 
 
 @pytest.mark.parametrize(

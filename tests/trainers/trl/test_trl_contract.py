@@ -249,7 +249,8 @@ def test_without_reuse_a_server_is_told_no_sample() -> None:
         turn = SpecRollout(reuse=reuse).first_turn([[5, 6], [5, 6]], with_server(client))
         assert turn.completion_ids == [[7], [7]]
         assert ["vllm_xargs" in asked for asked in client.asked] == [reuse] * 2
-        assert all(asked["seed"] == 1 for asked in client.asked)
+        # vLLM gives samples that no name tells apart seeds of their own.
+        assert sorted(asked["seed"] for asked in client.asked) == ([1, 1] if reuse else [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -399,6 +400,12 @@ def test_fresh_noise_is_not_that_which_drew_a_cache_that_was_loaded(monkeypatch:
         spec._attach(given)
         assert spec._session is not None
         assert spec._session.noise_offset == expected
+    # Another call of `train` counts its steps from the start again, with the same prompts.
+    first, second = SimpleNamespace(global_step=0), SimpleNamespace(global_step=0)
+    for state, is_another in ((first, False), (first, False), (second, True), (second, False)):
+        last = spec._session.noise_offset
+        spec._begin_run(state)
+        assert (spec._session.noise_offset != last) == is_another
     # Of a pool that all ranks share one number, if any of them found something there.
     monkeypatch.setattr(RolloutCache, "is_shared", True)
     for sizes, expected in (((0, 0), 0), ((0, 3), 11)):
