@@ -135,10 +135,13 @@ def _keep_few_samples(runs: Sequence[Any]) -> None:
     rule draws against a threshold come first: there is most to see."""
     from spec_rollout.report.tokens import followed
 
-    drafts = {id(run): [s["draft"] for s in run.samples if s.get("draft")] for run in runs}
+    # Of each run, whether its drafts were drawn against; nothing of a run without drafts.
+    drawn = {
+        id(run): {bool(s["draft"].get("draws")) for s in run.samples if s.get("draft")}
+        for run in runs
+    }
     reusing = sorted(
-        (run for run in runs if drafts[id(run)]),
-        key=lambda run: not any(draft.get("draws") for draft in drafts[id(run)]),
+        (run for run in runs if drawn[id(run)]), key=lambda run: True not in drawn[id(run)]
     )
     for run in runs:
         few = followed(run.samples, _NUM_SAMPLES) if run in reusing[:_WITH_SAMPLES] else []

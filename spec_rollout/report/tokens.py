@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 from spec_rollout.report.texts import cut, plain
 from spec_rollout.runs.load import Run, number
@@ -15,9 +16,10 @@ MAX_FOLLOWED = 3  # responses of a run
 MAX_EPOCHS = 8  # of a response
 
 Sample = dict[str, Any]
+T = TypeVar("T")
 
 
-def pick_samples(samples: Sequence[Sample], limit: int = MAX_SAMPLES) -> list[Sample]:
+def pick_samples(samples: Sequence[T], limit: int = MAX_SAMPLES) -> list[T]:
     """At most `limit` samples spread evenly over the run, first and last included."""
     if len(samples) <= limit:
         return list(samples)
@@ -31,19 +33,16 @@ def followed(samples: Sequence[Sample], limit: int = MAX_FOLLOWED) -> list[list[
 
     Samples that do not say which row of the data they are of are left out.
     """
-    rows: dict[float, list[Sample]] = {}
-    for sample in samples:
+    # Places of the samples, which may be more than memory holds.
+    rows: dict[float, list[int]] = {}
+    num_cut: Counter[float] = Counter()  # epochs in which a part of the draft was kept
+    for place, sample in enumerate(samples):
         row = number(sample.get("row"))
         if row is not None:
-            rows.setdefault(row, []).append(sample)
-
-    def num_cut(epochs: list[Sample]) -> int:
-        """Epochs in which a part of the draft was kept."""
-        drafts = [(_draft_tokens(sample), _kept(sample)) for sample in epochs]
-        return sum(0 < kept < len(tokens) for tokens, kept in drafts)
-
-    chosen = sorted(rows.values(), key=lambda epochs: (-num_cut(epochs), -len(epochs)))[:limit]
-    return [pick_samples(epochs, MAX_EPOCHS) for epochs in chosen]
+            rows.setdefault(row, []).append(place)
+            num_cut[row] += 0 < _kept(sample) < len(_draft_tokens(sample))
+    chosen = sorted(rows, key=lambda row: (-num_cut[row], -len(rows[row])))[:limit]
+    return [[samples[place] for place in pick_samples(rows[row], MAX_EPOCHS)] for row in chosen]
 
 
 def _count(value: object) -> int:

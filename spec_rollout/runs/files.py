@@ -7,13 +7,13 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.runs.lock import LOCK
-from spec_rollout.runs.outputs import write_text
+from spec_rollout.runs.outputs import write_text, writing
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -62,18 +62,28 @@ class JsonLines:
         path: Created if absent.
         keep_through: Rows of later steps (of a run that went on after the checkpoint), and a last
             line cut off in the writing, are removed first.
+        keep_rows: Rows are kept in memory, too.
+
+    Attributes:
+        rows: All rows of the file with `keep_rows`, else none.
     """
 
-    def __init__(self, path: Path, *, keep_through: int) -> None:
-        self.rows = [row for row in _read(path) if row["step"] <= keep_through]
-        write_atomically(path, "".join(_line(row) for row in self.rows))
+    def __init__(self, path: Path, *, keep_through: int, keep_rows: bool = False) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._keeps_rows = keep_rows
+        # Row by row: the samples of a long run are more than memory holds.
+        with writing(path) as kept:
+            for row in _read(path):
+                if row["step"] <= keep_through:
+                    kept.write(_line(row))
+                    self._keep(row)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row; on return it is in the file, whatever happens to the process."""
         self._file.write(_line(row))
         self._file.flush()
-        self.rows.append(dict(row))
+        self._keep(row)
 
     def sync(self) -> None:
         """On return all rows are on the disk, whatever happens to the machine."""
@@ -84,6 +94,10 @@ class JsonLines:
         """Closes the file."""
         self._file.close()
 
+    def _keep(self, row: Mapping[str, Any]) -> None:
+        if self._keeps_rows:
+            self.rows.append(dict(row))
+
 
 def _line(row: Mapping[str, Any]) -> str:
     # NaN and infinity are not JSON.
@@ -93,14 +107,16 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break  # cut off; nothing after it can be trusted to be in order
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
-    return rows
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file, none if there is no such file."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return  # cut off; nothing after it can be trusted to be in order
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                return
+            yield row

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -38,7 +40,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: Sequence[dict[str, Any]] = field(default_factory=list)
     running: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] | None = None
     problems: list[str] = field(default_factory=list)
@@ -67,46 +69,98 @@ def number(value: object) -> float | None:
 
 def read_jsonl(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; any other line (cut off by a crash, say) goes to `problems`."""
-    rows: list[dict[str, Any]] = []
-    data = _bytes_of(path, problems)
-    if data is None:
-        return rows
-    lines = data.split(b"\n")
-    found: list[str] = []
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
+    return [row for _, row in _placed_rows(path, problems)]
+
+
+class StoredRows(Sequence[dict[str, Any]]):
+    """Rows of a JSON-lines file like `read_jsonl`'s, each read when it is asked for: the samples of
+    a long run are more than memory holds.
+
+    A row that has gone since (the run was resumed from an earlier step) is empty.
+    """
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        self._path = path.absolute()
+        self._places = [place for place, _ in _placed_rows(path, problems)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self._row(place) for place in self._places[index]]
+        return self._row(self._places[index])
+
+    def _row(self, place: _Place) -> dict[str, Any]:
+        start, size = place
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            what = "is cut off" if index == last else "is not JSON"
-            found.append(f"{path.name}: line {index + 1} {what}; left out")
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            kind = type(row).__name__
-            found.append(f"{path.name}: line {index + 1} is a {kind}, not an object; left out")
+            with self._path.open("rb") as file:
+                file.seek(start)
+                row = json.loads(file.read(size))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return row if isinstance(row, dict) else {}
+
+
+# Where a line is: its first byte, and how many.
+_Place = tuple[int, int]
+
+
+def _placed_rows(path: Path, problems: list[str]) -> Iterator[tuple[_Place, dict[str, Any]]]:
+    found: list[str] = []
+    start = last = cut_off = 0
+    with _told(path, problems), _opened(path) as file:
+        for index, line in enumerate(file, start=1):
+            place = start, len(line)
+            start += len(line)
+            if not line.strip():
+                continue
+            last = index
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                found.append(f"{path.name}: line {index} is not JSON; left out")
+                cut_off = index
+                continue
+            if isinstance(row, dict):
+                yield place, row
+            else:
+                kind = type(row).__name__
+                found.append(f"{path.name}: line {index} is a {kind}, not an object; left out")
+    if found and cut_off == last:
+        found[-1] = f"{path.name}: line {last} is cut off; left out"
     problems.extend(found[:_MOST_PROBLEMS])
     if len(found) > _MOST_PROBLEMS:
         problems.append(f"{path.name}: {len(found) - _MOST_PROBLEMS} more lines left out")
-    return rows
 
 
 def _bytes_of(path: Path, problems: list[str]) -> bytes | None:
     """A file's content; None if there is none to be had, which `problems` say unless it is just
     absent."""
+    with _told(path, problems), _opened(path) as file:
+        return file.read()
+    return None
+
+
+def _opened(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("expected a file, got something else; left out")
+    return path.open("rb")
+
+
+@contextmanager
+def _told(path: Path, problems: list[str]) -> Iterator[None]:
+    """What keeps a file from being read goes to `problems`, unless it is just absent."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            problems.append(f"{path.name}: expected a file, got something else; left out")
-            return None
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
-        return None
+        pass
     except OSError as error:
         problems.append(f"{path.name}: {error.strerror or error}")
-        return None
 
 
 def _too_large(rows: list[dict[str, Any]], problems: list[str]) -> None:
@@ -146,7 +200,7 @@ def load_run(directory: Path, name: str | None = None) -> Run:
     run = Run(name=name or directory.resolve().name)
     run.metrics = read_jsonl(directory / METRICS, run.problems)
     run.summary = _read_json(directory / "summary.json", run.problems)
-    run.samples = read_jsonl(directory / SAMPLES, run.problems)
+    run.samples = StoredRows(directory / SAMPLES, run.problems)
     run.running = read_jsonl(directory / RUNNING, run.problems)
     _too_large(run.metrics, run.problems)
     config = _bytes_of(directory / "config.toml", run.problems)

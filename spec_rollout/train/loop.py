@@ -68,7 +68,9 @@ class TrainingRun:
         self._step = parts.state.step
         # The row of the last step while its evaluation is still to come.
         self._pending: Row | None = parts.state.pending_row
-        self._metrics = JsonLines(run_dir / METRICS, keep_through=parts.state.last_recorded)
+        self._metrics = JsonLines(
+            run_dir / METRICS, keep_through=parts.state.last_recorded, keep_rows=True
+        )
         self._samples = JsonLines(run_dir / SAMPLES, keep_through=self._step)
         self._running = JsonLines(run_dir / RUNNING, keep_through=self._step)
         (run_dir / SUMMARY).unlink(missing_ok=True)  # of the run before it was prolonged

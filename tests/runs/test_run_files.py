@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -21,11 +22,29 @@ def test_rows_are_in_the_file_at_once(tmp_path):
 def test_later_rows_and_a_cut_off_line_go(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(5)) + '{"step": 5, "rew')
-    log = JsonLines(path, keep_through=3)
+    log = JsonLines(path, keep_through=3, keep_rows=True)
     log.write({"step": 4, "again": True})
     log.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert rows == log.rows == [{"step": s} for s in range(4)] + [{"step": 4, "again": True}]
+
+
+def test_rows_are_not_kept_in_memory(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    tracemalloc.start()
+    try:
+        log = JsonLines(path, keep_through=0)
+        for step in range(40):
+            log.write({"step": step, "text": f"{step}" * 500_000})
+        log.close()
+        log = JsonLines(path, keep_through=19)  # as a resumed run
+        log.close()
+        assert log.rows == []
+        assert tracemalloc.get_traced_memory()[1] < 12e6
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 14e6
+    assert [json.loads(line)["step"] for line in path.open()] == list(range(20))
 
 
 def test_a_cut_off_line_alone_goes(tmp_path):
