@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import math
 import numbers
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from spec_rollout.config.sections import ConfigError, RewardConfig
+from spec_rollout.rewards import event_loop
 from spec_rollout.rewards.builtin import ANSWER_CHECKS, RewardFunction
 from spec_rollout.rewards.guard import process_kept
 from spec_rollout.rewards.maths import MathVerify, math_verify, problem_with_installation
@@ -161,18 +160,12 @@ def _values(
     """
     if entry.signature.batched:
         return _values_of_all(entry, samples, context) if samples else []
-    if inspect.iscoroutinefunction(entry.function):
-        # All at once: what they wait for is mostly a server.
-        calls = [entry.signature.call(entry.function, [sample], context) for sample in samples]
-        results = _awaited(*calls)
-    else:
-        results = []
-        for sample in samples:
-            results.append(
-                _result(partial(entry.signature.call, entry.function, [sample], context))
-            )
-            if stops and isinstance(results[-1], _Raised):
-                break
+    results = []
+    for sample in samples:
+        results.append(_result(partial(entry.signature.call, entry.function, [sample], context)))
+        if stops and isinstance(results[-1], _Raised):
+            break
+    results = _awaited(results)
     return [
         _number(entry, result, sample.source)
         for result, sample in zip(results, samples, strict=False)
@@ -182,8 +175,7 @@ def _values(
 def _values_of_all(entry: _Entry, samples: Sequence[Sample], context: RunContext) -> list[_Value]:
     source = f"{samples[0].source} to {samples[-1].source}"
     result = _result(partial(entry.signature.call, entry.function, samples, context))
-    if isinstance(result, Awaitable):
-        (result,) = _awaited(result)
+    (result,) = _awaited([result])
     if hasattr(result, "tolist"):  # arrays and tensors
         result = result.tolist()
     if isinstance(result, _Raised):
@@ -215,8 +207,12 @@ def _result(call: Callable[[], Any]) -> Any:
         return _Raised(error)
 
 
-def _awaited(*awaitables: Awaitable[Any]) -> list[Any]:
-    """What coroutines return, or `_Raised`; in a thread, for this one may have a loop already."""
+def _awaited(results: list[Any]) -> list[Any]:
+    """The results; in place of those that are awaitable what they give, or `_Raised`. Whether they
+    are is seen in the results: an object's call and what wraps a function may be `async`, too."""
+    places = [i for i, result in enumerate(results) if isinstance(result, Awaitable)]
+    if not places:
+        return results
 
     async def one(awaitable: Awaitable[Any]) -> Any:
         try:
@@ -225,10 +221,11 @@ def _awaited(*awaitables: Awaitable[Any]) -> list[Any]:
             return _Raised(error)
 
     async def every() -> list[Any]:
-        return list(await asyncio.gather(*map(one, awaitables)))
+        # All at once: what they wait for is mostly a server.
+        return list(await asyncio.gather(*(one(results[i]) for i in places)))
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(every())).result()
+    given = dict(zip(places, event_loop.run(every()), strict=True))
+    return [given.get(i, result) for i, result in enumerate(results)]
 
 
 def _failure(entry: _Entry, raised: _Raised, source: str) -> RewardError:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,44 @@ async def waits(data_source, solution_str, ground_truth, extra_info):
     if solution_str == "bad":
         raise KeyError("unit")
     return {"score": float(len(solution_str))}
+
+
+class Waits:
+    async def __call__(self, prompt, response, answer):
+        async with asyncio.timeout(30):
+            await everybody.wait()
+        return (await waits("d", response, answer, None))["score"]
+
+
+waits_when_called = Waits()
+
+
+def waits_within(prompt, response, answer):
+    return waits_when_called(prompt, response, answer) if response else 0.5
+
+
+# Those of three calls; each belongs to the loop that it is first used in.
+everybody = asyncio.Barrier(3)
+one_at_a_time = asyncio.Semaphore(1)
+
+
+async def waits_in_line(response):
+    async with one_at_a_time:
+        await asyncio.sleep(0)
+        return float(len(response))
+
+
+started = threading.Event()
+cancelled = threading.Event()
+
+
+async def waits_long(response):
+    started.set()
+    try:
+        await asyncio.sleep(20)
+    except asyncio.CancelledError:
+        cancelled.set()
+        raise
 
 
 async def waits_for_all(completions, **kwargs):
@@ -210,6 +249,41 @@ def test_async_functions_are_awaited():
         RewardError, match=r":waits: raised KeyError: 'unit' \(prompt of d\.jsonl:7"
     ):
         total(["waits"], "bad")
+
+
+@pytest.mark.parametrize("name", ["waits_when_called", "waits_within"])
+def test_what_turns_out_to_be_async_is_awaited_together(name):
+    samples = [sample("abc"), sample("ab"), sample("bad")]
+    judged = rewards(name, on_error="skip").judge(samples)
+    assert judged.totals == [3.0, 2.0, None]
+    assert "raised KeyError: 'unit'" in judged.failures[0]
+    assert rewards("waits_within").judge([sample("")]).totals == [0.5]
+
+
+def test_what_async_functions_keep_serves_every_step():
+    for _ in range(2):
+        judged = rewards("waits_in_line").judge([sample("abc"), sample("ab"), sample("")])
+        assert judged.totals == [3.0, 2.0, 0.0]
+
+
+def test_a_forked_process_awaits_in_a_loop_of_its_own():
+    assert total(["waits"]) == 3.0
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        os._exit(0 if total(["waits"]) == 3.0 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_an_interrupt_does_not_wait_for_async_functions():
+    def interrupt():
+        started.wait(30)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        total(["waits_long"])
+    assert cancelled.wait(10)
 
 
 def test_failures_leave_responses_out_where_the_config_says_so():
