@@ -48,10 +48,10 @@ def grade_answers(
 ) -> list[Grade]:
     r"""Whether each response states its answer: whether the two are mathematically equal.
 
-    A response states what its last \boxed{...} holds, else what follows its last "####", else the
-    number or formula after the last "answer is" or "answer:" in it, else the last one (docs/data.md
-    has more of it). An answer is such a text, too (a worked solution, say), a bare expression, a
-    number, or a list of these of which any will do.
+    A response states what its last \boxed{...} holds, else what follows its last "####" (no
+    heading), else the number or formula after the last "answer is" or "answer:" in it, else the
+    last one (docs/data.md has more of it). An answer is such a text, too (a worked solution, say),
+    a bare expression, a number, or a list of these of which any will do.
 
     May be called from any thread. The processes that judge, as many as there are processors but at
     most 8, are started by the first call and stay.

@@ -33,6 +33,8 @@ _MOST_CHARACTERS = 2000
 _MOST_BOXES = 20
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LAST_LINE = re.compile(r"####([^\n]*)")
+# "Step 2", "**Solution**", "2. Add up": how a heading begins, and no answer but one in words.
+_HEADING = re.compile(r"[^\w\\]*(?:\d+[.):]\s+[^\w\\]*)?[^\W\d_]{2,}")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 # A dollar's sign is a unit; one without a backslash begins mathematics.
 _DOLLAR = re.compile(r"\\\$")
@@ -76,15 +78,17 @@ def stated(text: str) -> tuple[str, bool]:
     """The part of a response or worked solution that states its answer.
 
     Returns:
-        The last boxed expression, else what follows the last "####", else the end of the text; and
-        whether it is an answer by itself, rather than a text to look for one in.
+        The last boxed expression, else what follows the last "####" (unless that begins with a
+        word and has text below it, as a heading of markdown), else the end of the text; and whether
+        it is an answer by itself, rather than a text to look for one in.
     """
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip(), True
-    lines = _LAST_LINE.findall(text)
-    if lines and lines[-1].strip():
-        return lines[-1].strip(), True
+    lines = list(_LAST_LINE.finditer(text))
+    line = lines[-1][1].strip() if lines else ""
+    if line and not (_HEADING.match(line) and text[lines[-1].end() :].strip()):
+        return line, True
     return text[-_MOST_CHARACTERS:], False
 
 
@@ -146,9 +150,7 @@ def limited(judge: Callable[[str, list[str]], bool], request: list[Any]) -> str:
     used = resource.getrusage(resource.RUSAGE_SELF)
     total = used.ru_utime + used.ru_stime
     # What no exception gets out of, the kernel ends.
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (math.ceil(total + seconds) + 1, resource.RLIM_INFINITY)
-    )
+    _limit(resource.RLIMIT_CPU, math.ceil(total + seconds) + 1)
     try:
         try:
             # Again and again, for code that catches everything.
@@ -161,6 +163,15 @@ def limited(judge: Callable[[str, list[str]], bool], request: list[Any]) -> str:
         return OUT_OF_TIME
     except (Exception, SystemExit):  # a parser may do anything with what a model says
         return WRONG
+
+
+def _limit(kind: int, most: int) -> None:
+    """Sets a limit, below the one that whoever started this process has set: nobody but root may
+    raise that."""
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(kind, (most, hard))
 
 
 def _alarm(signum: int, frame: object) -> None:
@@ -183,9 +194,9 @@ def main() -> None:
     judge("$1$", ["1/1"])  # imports what is imported late
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    os.dup2(null, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    _limit(resource.RLIMIT_AS, _MEMORY)
+    os.dup2(null, 2)  # from here on; until now it said why the process did not start
     out.write(READY.encode() + b"\n")
     for request in _requests():
         out.write(limited(judge, request).encode() + b"\n")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +48,13 @@ def test_a_response_states_its_box_or_last_line_or_end():
     assert stated("#### 7\n" + r"\boxed{8}") == ("8", True)
     assert stated("6 x 7\n#### 41\n#### 42\nbye") == ("42", True)
     assert stated("####\nno") == ("####\nno", False)
+    for line in ("42 dollars", r"\frac{1}{2}", "$x = 3$", "1.5 km", "-7", "(C)"):
+        assert stated(f"6 x 7\n#### {line}\nbye") == (line, True)
+    # A heading, as markdown has it, only where there is something below it.
+    for line in ("Step 4: Add up", "Solution", "**Answer**", "2. Add up", "**3) *So***", "答案"):
+        text = f"#### {line}\n9 * 2 = 18.\nThe answer is 18."
+        assert stated(text) == (text, False)
+        assert stated(f"#### {line}\n \n") == (line, True)
     assert stated("a" * 5000 + "12")[0][-3:] == "a12"
     assert len(stated("a" * 5000)[0]) == 2000
 
@@ -71,6 +84,9 @@ def test_what_makes_no_difference():
         (r"\boxed{6}", r"\$6", True),
         ("She has 18 ducks.", "Janet sells 9.\n#### 18", True),
         ("3 + 4 = 7\n#### 7", 7, True),
+        ("#### Step 4: Add up\n9*2 = 18.\nThe answer is 18.", 18, True),
+        ("#### Answer: 18\nShe sells 9.", 18, True),
+        ("18", "#### 2. Add up\n9*2 = 18.\nThe answer is 18.", True),
         ("it is -3", -3.0, True),
         ("it is 0.25", Decimal("0.25"), True),
         (r"\boxed{7} is wrong, \boxed{8}", 7, False),
@@ -193,6 +209,37 @@ def test_what_models_say():
     assert not any(grade.correct for grade in grades)
     # Far above what it takes: that nothing waits for ever.
     assert time.monotonic() - start < 400
+
+
+PR_CAPBSET_DROP = CAP_SYS_RESOURCE = 24
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [(resource.RLIMIT_CPU, 100), (resource.RLIMIT_AS, 3 << 29)]
+)
+def test_limits_that_somebody_has_set_stay(kind, most):
+    libc = ctypes.CDLL(None)
+
+    def limit():
+        resource.setrlimit(kind, (most, most))
+        libc.prctl(PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0)  # root may not raise it, either
+
+    lines = "".join(json.dumps(["18", [answer], 500.0]) + "\n" for answer in ("18", "19"))
+    done = subprocess.run(
+        [sys.executable, "-P", maths.maths_worker.__file__],
+        input=lines.encode(), preexec_fn=limit, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.decode().split() == ["ready", "right", "wrong"]
+
+
+def test_a_process_that_cannot_be_limited_says_why(monkeypatch, tmp_path):
+    text = Path(maths.maths_worker.__file__).read_text()
+    broken = tmp_path / "worker.py"
+    broken.write_text(text.replace("_MEMORY = 2 << 30", "_MEMORY = 2 << 90"))
+    monkeypatch.setattr(maths.maths_worker, "__file__", str(broken))
+    monkeypatch.setattr(maths, "_shared", None)
+    with pytest.raises(RuntimeError, match=r"(?s)did not start: .*setrlimit"):
+        grade_answers(["1"], [1])
 
 
 def sample(response, answer):
