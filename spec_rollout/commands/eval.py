@@ -208,7 +208,8 @@ def _sampled(subject: Subject, args: argparse.Namespace) -> list[SuiteResult]:
             file = held.enter_context(writing(args.responses))
 
             def tell(row: dict[str, Any]) -> None:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                # Answers are what the file has: decimals and dates of a Parquet file, too.
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
         shown = held.enter_context(progress(total, "response"))
 

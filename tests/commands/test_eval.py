@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,23 @@ def test_problems_may_have_no_answers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "'none' is for data without answers" in capsys.readouterr().err
     assert cli.main([*argv, "--answer-column", "none"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:4] == ["open", "1", "1", "1.000"]
+
+
+def anything(prompt: str, response: str, answer: Any) -> float:
+    return float(isinstance(answer, Decimal))
+
+
+def test_answers_of_any_kind_are_written(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    path, responses = tmp_path / "sums.parquet", tmp_path / "responses.jsonl"
+    rows = [{"prompt": "7 7 =?\n", "answer": Decimal("14.5")}]
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    argv = ["eval", "--model", str(model_dir()), "--prompts", str(path), "--max-tokens", "3"]
+    argv += ["--reward", f"{__name__}:anything", "--responses", str(responses)]
+    assert cli.main(argv) == 0
+    (row,) = lines(responses)
+    assert (row["answer"], row["reward"]) == ("14.5", 1.0)
 
 
 @pytest.mark.parametrize(
