@@ -28,13 +28,13 @@ def test_the_short_mode_writes_every_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
     rows = {row["op"]: row for row in json.loads((tmp_path / "cache.json").read_text())["rows"]}
-    assert {op: list(row["peers"]) for op, row in rows.items()} == {
+    assert {op: list(row.get("peers", {})) for op, row in rows.items()} == {
         "store": ["torch.save"],
         "lookup": ["torch.load"],
         "save": ["torch.save", "torch.save, fsync"],
         "load": ["torch.load"],
         "store on disk": ["torch.save, fsync"],
-        "hand over": ["torch.save, fsync"],
+        "hand over": [],  # to a thread: the peers do the whole work
         "lookup on disk": ["torch.load"],
     }
     shape = rows["lookup"]["shape"]

@@ -27,5 +27,6 @@ def test_a_store_in_actors_is_measured_beside_memory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cache_ray.json"]
     rows = json.loads((tmp_path / "cache_ray.json").read_text())["rows"]
     assert [row["op"] for row in rows] == ["store in actors", "hand over", "lookup in actors"]
-    assert all(list(row["peers"]) == ["in memory"] for row in rows)
+    # Handing over to a thread is not the whole work, as it is in memory.
+    assert [list(row.get("peers", {})) for row in rows] == [["in memory"], [], ["in memory"]]
     assert rows[0]["shape"]["actors"] == 2
