@@ -24,8 +24,9 @@ the mean place of the first other token in the rest.
       --max-tokens 512 --dtype bfloat16 --contenders stock idle drafting coupled lenient
 
 With another model the update is that to the weights in MOVED_FOLDER (tools/real_model.py). Results
-are written after each batch size; after `--budget` seconds, which the engines' start is part of, no
-rollouts begin, and a round that is not whole does not count. On a GPU all engines have equal parts
+are written after each batch size. Of the `--budget` seconds that the engines' start leaves, each
+batch size has an equal part; after it none of its rollouts begin, and a round that is not whole
+does not count. On a GPU all engines have equal parts
 of its memory. A contender that does not start is left out, but `stock`.
 """
 
@@ -280,8 +281,12 @@ def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
                 continue
             children.append(child)
         print(f"engines are there after {time.monotonic() - began:.0f} s", flush=True)
-        for batch in args.batches:
-            _run_batch(args, results, children, batch, began + args.budget)
+        end = began + args.budget
+        for number, batch in enumerate(args.batches):
+            # What one does not need the next ones have.
+            now = time.monotonic()
+            share = (end - now) / (len(args.batches) - number)
+            _run_batch(args, results, children, batch, now + share)
             results.write()
     finally:
         for child in started:

@@ -8,9 +8,11 @@ builds the kernels for the GPU that is there, measures whole rollouts: stock vLL
 and each mode of an engine that proposes by itself, in the first pass, the second and one after an
 update of the weights (`bench_serving.py` says what each is), then Model Runner V2 beside V1 and
 stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs, memory, whether tokens stay), and runs
-the kernels' tests. Each phase is a process of its own with a limit; what it prints goes to
-OUT/<phase>.log as it comes, and results are written after every contender or batch size. So a
-session that is cut short leaves all it had found; `--phases` leaves out what is known already.
+the kernels' tests. Each phase is a process of its own and has its share of the time that is left
+when it begins, so that what one does not need the next ones have; rollouts, which matter most, have
+most and begin as soon as there is something to run. What a phase prints goes to OUT/<phase>.log as
+it comes, and results are written after every contender or batch size. So a session that is cut
+short leaves all it had found; `--phases` leaves out what is known already.
 
 Which model answers: the demo's, if nothing is said. Its steps are so short that they show what the
 plugin costs and not what it saves. `--shape` makes one of the size of a real one there
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +50,11 @@ _TEST_PROCESSES = 14
 
 @dataclass(frozen=True)
 class Phase:
-    """A command, of the seconds that it has, and how many these are at most."""
+    """A command, of the seconds that it has, and its share of the session's."""
 
     name: str
     command: Callable[[float], list[str]]
-    limit: float
+    share: float
 
 
 def phases(args: argparse.Namespace) -> list[Phase]:
@@ -66,9 +68,9 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     if args.dry_run:
         serving += ["--quick", "--contenders", "stock", "coupled", "--max-tokens", "16"]
         found = [
-            Phase("rollouts", lambda _: serving, 600.0),
-            Phase("v2", lambda _: [*v2, "--quick"], 600.0),
-            Phase("tests", lambda _: [*tests, "tests/test_acceptance.py"], 300.0),
+            Phase("rollouts", lambda _: serving, 0.4),
+            Phase("v2", lambda _: [*v2, "--quick"], 0.4),
+            Phase("tests", lambda _: [*tests, "tests/test_acceptance.py"], 0.2),
         ]
         return [phase for phase in found if phase.name in args.phases]
     model, moved = args.model, args.moved or args.model
@@ -98,24 +100,29 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     # The first notes the package's entry points beside it: vLLM's plugins are found by them.
     build = [python, "setup.py", "--quiet", "egg_info", "build_ext", "--inplace"]
     found = [
-        Phase("build", lambda _: build, 240.0),
-        Phase("model", lambda _: making, 90.0),
-        Phase("rollouts", within(serving), args.seconds * 0.7),
-        Phase("v2", within(v2), args.seconds * 0.4),
-        Phase("tests", lambda _: tests, 180.0),
+        # Nothing goes without the first two, which are seldom as long as they may be.
+        Phase("build", lambda _: build, 0.25),
+        Phase("model", lambda _: making, 0.1),
+        Phase("rollouts", within(serving), 0.35),
+        Phase("v2", within(v2), 0.2),
+        Phase("tests", lambda _: tests, 0.1),
     ]
     if not making:
         found = [phase for phase in found if phase.name != "model"]
     return [phase for phase in found if phase.name in args.phases]
 
 
-def run(phase: Phase, out: Path, seconds_left: float) -> dict[str, object]:
-    """Runs a phase, for as long as its limit and the session allow.
+def limit_of(todo: Sequence[Phase], seconds_left: float) -> float:
+    """Seconds of the first phase: its share, among those still to come, of what is left."""
+    return max(0.0, seconds_left) * todo[0].share / sum(phase.share for phase in todo)
+
+
+def run(phase: Phase, out: Path, limit: float) -> dict[str, object]:
+    """Runs a phase, for `limit` seconds at most.
 
     Returns:
         Its name, seconds, and exit status; None where it was cut.
     """
-    limit = max(0.0, min(phase.limit, seconds_left))
     start = time.monotonic()
     status: int | None = None
     print(f"== {phase.name}: at most {limit:.0f} s", flush=True)
@@ -164,7 +171,9 @@ def main() -> int:
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--batches", type=int, nargs="+", default=[256, 64, 16])
     options.add_argument("--max-tokens", type=int, default=384)
-    options.add_argument("--seconds", type=float, default=570.0, help="of the whole session")
+    options.add_argument(
+        "--seconds", type=float, help="of the whole session (default: 570, 1,500 of a dry run)"
+    )
     options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     options.add_argument("--dry-run", action="store_true")
     args = options.parse_args()
@@ -181,12 +190,16 @@ def main() -> int:
         options.error("--model: expected --data with it")
     if args.model and args.shape:
         options.error("--shape: expected without --model")
+    if args.seconds is None:
+        args.seconds = 1500.0 if args.dry_run else 570.0
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds - _RESERVE
     done = []
-    for phase in phases(args):
-        done.append(run(phase, args.out, end - time.monotonic()))
+    todo = phases(args)
+    for number, phase in enumerate(todo):
+        limit = limit_of(todo[number:], end - time.monotonic())
+        done.append(run(phase, args.out, limit))
         (args.out / "session.json").write_text(json.dumps(done, indent=1) + "\n")
         if phase.name in ("build", "model") and done[-1]["status"] != 0:
             return 1  # nothing else would be of this version, or has a model

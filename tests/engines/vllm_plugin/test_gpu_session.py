@@ -65,6 +65,53 @@ def test_a_dry_run_leaves_logs_and_figures(vllm_installed: None, tmp_path: Path)
         assert row["steps"] < ours["steps"] <= stock["steps"] + 1
 
 
+def test_phases_share_the_session_and_leave_what_they_do_not_need(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import session
+
+    args = argparse.Namespace(
+        **{"out": tmp_path, "policies": None, "model": None, "moved": None, "data": None},
+        **{"shape": "1.7b", "dtype": "bfloat16", "batches": [64], "max_tokens": 384},
+        **{"phases": session.PHASES, "dry_run": False, "seconds": 570.0},
+    )
+    todo = session.phases(args)
+    assert [phase.name for phase in todo] == ["build", "model", "rollouts", "v2", "tests"]
+    assert sum(phase.share for phase in todo) == pytest.approx(1.0)
+    assert max(todo, key=lambda phase: phase.share).name == "rollouts"
+    limits, left = [], 555.0
+    for number in range(len(todo)):  # each takes all that it has
+        limits.append(session.limit_of(todo[number:], left))
+        left -= limits[-1]
+    assert limits == pytest.approx([555.0 * phase.share for phase in todo])
+    # What build and model leave is not for rollouts alone.
+    assert session.limit_of(todo[2:], 455.0) == pytest.approx(245.0)
+    assert session.limit_of(todo[4:], 100.0) == pytest.approx(100.0)
+    assert session.limit_of(todo[4:], -1.0) == 0.0
+
+
+def test_each_batch_size_has_its_part_of_the_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench_serving
+
+    clock, parts = [0.0], []
+
+    def batch(args: object, results: object, children: object, size: int, end: float) -> None:
+        parts.append((size, end - clock[0]))
+        clock[0] += 10.0 if size == 64 else end - clock[0]
+
+    monkeypatch.setattr(bench_serving.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(bench_serving, "_run_batch", batch)
+    monkeypatch.setattr(bench_serving, "_kv_bytes", lambda *_: 0)
+    args = argparse.Namespace(contenders=[], batches=[256, 64, 16], budget=300.0)
+    results = argparse.Namespace(write=lambda: None)
+    bench_serving.run(args, results, tmp_path)
+    assert parts == [(256, 100.0), (64, 100.0), (16, 190.0)]
+
+
 def test_names_of_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
     from v2_engines import USUAL, Contender
@@ -107,7 +154,7 @@ sys.path.insert(0, {str(ROOT / "benchmarks" / "gpu")!r})
 from pathlib import Path
 import session
 code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-phase = session.Phase("sleep", lambda _: [sys.executable, "-c", code], 600.0)
+phase = session.Phase("sleep", lambda _: [sys.executable, "-c", code], 1.0)
 session.run(phase, Path({str(tmp_path)!r}), 600.0)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
