@@ -192,6 +192,7 @@ class Report:
             "data": "the demo's arithmetic in words" if args.data is None else args.data.name,
             "temperature": args.temperature,
             "max_tokens": args.max_tokens,
+            "stock_is_warm": True,  # as the other engine; it was not in files that do not say so
         }
         self.path: Path = args.out / "real.json"
 

@@ -237,7 +237,10 @@ def measure(args: argparse.Namespace, served: Served) -> None:
             if not round_:
                 served.set_slots(count)
                 warm = RolloutSession(served.engine, NoReuse(), seed=1)
-                warm.rollout(prompts, group, replace(sampling, max_tokens=4), step=0, epoch=0)
+                few = replace(sampling, max_tokens=4)
+                warm.rollout(prompts, group, few, step=0, epoch=0)
+                if served.stock is not None:
+                    served.stock([ids for ids in prompts for _ in range(group)], few)
             _round(args, served, prompts, group, sampling, round_)
             took[count] = time.monotonic() - start
 

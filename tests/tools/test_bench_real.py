@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ for _folder in ("benchmarks", "tools"):
 
 import bench_real  # noqa: E402
 import real_policies  # noqa: E402
+import real_rollouts  # noqa: E402
 from renderers.real import real_summary_table, real_table  # noqa: E402
+
+from spec_rollout.types import SamplingParams  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,76 @@ def test_what_came_out_has_tables(content: dict[str, Any]) -> None:
     assert summary[0] == "|  | reused, 16 | float32, 4 / 16 requests | step, float32 |"
     assert len(summary) == 2 + 6 + 2
     assert summary[3].startswith("| first epoch, drafting | 0% | ")
+    assert "`coupled`, `both` over `same noise`, the same engine" in text
+    assert "vLLM" not in text
+
+
+def test_the_tables_say_what_was_divided_by_what() -> None:
+    def row(contender: str, base: str, over_base: float, phase: str = "later") -> dict[str, Any]:
+        return {
+            **{"engine": "vllm", "dtype": "float32", "requests": 4, "phase": phase},
+            **{"contender": contender, "base": base, "over_base": over_base},
+            **{"step_over_base": 1.0, "reused": 0.25, "tokens_per_step": 1.0, "max_row_steps": 9.0},
+            **{"num_engine_steps": 9.0, "computed_per_token": 1.0, "seconds": {"p50": 2.0}},
+        }
+
+    stock, none = row("stock", "stock", 1.0), row("none", "stock", 1.5)
+    about = {"data": "questions", "temperature": 1.0, "max_tokens": 8, "training": {"updates": 2}}
+    source = {
+        "environment": {"cpu": "C", "cores": 2, "packages": {"torch": "2"}, "commit": "c" * 40},
+        "date": "2026-11-30T00:00:00",
+    }
+    old = {**about, **source, "rows": [stock, none, row("coupled", "none", 0.875)]}
+    text = real_table(old)
+    assert (
+        "Divided are `coupled` over `none`, the same engine, which reuses nothing; "
+        "`none` over stock vLLM. `coupled` did not draw the noise of `none`: other texts. "
+        "Stock vLLM was not warmed up, the plugin was" in text
+    )
+    assert "| none (over cold stock) | coupled |" in text
+    summary = real_summary_table(old)
+    assert "stock" not in summary
+    assert "| `Coupled()` | 25% | 0.88 | 1.00 |" in summary
+
+    new = {**old, "stock_is_warm": True}
+    new["rows"] = [stock, none, row("same noise", "stock", 1.5), row("both", "same noise", 2.0)]
+    text = real_table(new)
+    assert (
+        "Divided are `both` over `same noise`, the same engine, which reuses nothing and draws the "
+        "same noise; `none`, `same noise` over stock vLLM." in text
+    )
+    assert "other texts" not in text
+    assert "warmed" not in text
+    assert "| none (over stock) | same noise (over stock) | both |" in text
+    assert "| plugin, nothing reused / stock | 25% | 1.50 | 1.00 |" in real_summary_table(new)
+
+
+def test_stock_is_warmed_up_as_the_engine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its first call, which is timed, is the first that its engine ever gets."""
+    calls: list[tuple[str, int, int]] = []
+
+    class Session:
+        def __init__(self, *args: Any, **kw: Any) -> None: ...
+
+        def rollout(self, prompts: Any, group: int, sampling: Any, **kw: Any) -> None:
+            calls.append(("engine", len(prompts) * group, sampling.max_tokens))
+
+    def stock(prompts: Any, sampling: Any) -> dict[str, float]:
+        calls.append(("stock", len(prompts), sampling.max_tokens))
+        return {}
+
+    monkeypatch.setattr(real_rollouts, "RolloutSession", Session)
+    monkeypatch.setattr(real_rollouts, "sampling_of", lambda _: SamplingParams(max_tokens=64))
+    monkeypatch.setattr(real_rollouts, "questions", lambda data, count: [{}] * count)
+    monkeypatch.setattr(real_rollouts, "prompt_ids", lambda rows, model: [[1]] * len(rows))
+    monkeypatch.setattr(real_rollouts, "_round", lambda *_: calls.append(("round", 0, 0)))
+    args = argparse.Namespace(
+        repeats=2, requests=[4], group=2, data=None, old=None, budget=600.0, engine="vllm"
+    )
+    engine: Any = object()
+    served = real_rollouts.Served(engine, lambda _: None, lambda _: None, stock)
+    real_rollouts.measure(args, served)
+    assert calls == [("engine", 4, 4), ("stock", 4, 4), ("round", 0, 0), ("round", 0, 0)]
 
 
 def test_where_it_stops_paying() -> None:

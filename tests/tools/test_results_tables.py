@@ -142,13 +142,14 @@ def test_the_gpu_table_shows_what_was_measured_and_says_what_was_not(tmp_path: P
         "**2x** |"
     )
     assert "not measured on a GPU yet" in lines[3]
+    assert lines[-3] == "Not timed: quack (not installed) for `token_logprobs`."
     assert lines[-1].startswith("<sub>")
     empty = kernels.gpu_table(tmp_path / "nothing").splitlines()
     assert len(empty) == 2 + len(kernels.GPU_ROWS)
     assert all("not measured on a GPU yet" in line for line in empty[2:])
 
 
-def test_the_gpu_summary_names_the_fastest_that_is_not_ours(tmp_path: Path) -> None:
+def test_the_gpu_summary_names_the_fastest_that_is_not_ours_and_ours(tmp_path: Path) -> None:
     measured = common.Results("gpu_logits", tmp_path / "h200", bandwidth=lambda: 4e12)
     fast, slow = common.Timing(3e-4, 3e-4, 3e-4, 9), common.Timing(9e-4, 9e-4, 9e-4, 9)
     logits = {"rows": 4096, "vocab": 151_936}
@@ -167,12 +168,43 @@ def test_the_gpu_summary_names_the_fastest_that_is_not_ours(tmp_path: Path) -> N
     measured.write()
     lines = kernels.gpu_summary_table(tmp_path / "h200").splitlines()
     assert lines[2] == (
-        "| `token_logprobs` | log-probs of 4,096 tokens | 300 µs | 50% | vllm **2x** |"
+        "| `token_logprobs` | log-probs of 4,096 tokens | 300 µs | 50% | vllm **2x**, our triton 1x |"
     )
     assert "not measured on a GPU yet" in lines[3]
     assert lines[4].endswith("| our triton **3x** |")
     assert lines[-1].startswith("<sub>")
     assert "torch" in lines[-1]
+
+
+def test_the_serving_table_says_which_pass_is_a_replay() -> None:
+    def row(contender: str, which: str, **more: float) -> dict:
+        return {
+            "shape": {"batch": 16},
+            "which": which,
+            "contender": contender,
+            "engine_steps": 100.0,
+            "engine_steps_over_stock": 0.5,
+            "computed_per_token": 1.5,
+            "tokens_per_second_over_stock": 2.0,
+            **more,
+        }
+
+    rows = [row(name, which) for name in ("stock", "drafting", "coupled") for which in ("first",)]
+    rows += [
+        row("stock", "second", same_as_first=0.0),
+        row("drafting", "second", same_as_first=0.5),
+    ]
+    assert "token for token" not in rollouts.serving_table({"rows": rows})
+    rows += [row("coupled", "second", same_as_first=1.0)]
+    note = rollouts.serving_table({"rows": rows}).splitlines()[-1]
+    assert note.startswith("`coupled`, second pass: the texts of the first, token for token.")
+
+
+def test_log_probs_that_are_not_read_are_not_counted() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks" / "ops"))
+    bytes_of = load("benchmarks/ops", "bench_accept_prefix").bytes_of
+    assert bytes_of(1000, 10, 0.0) == 8 * 1010 + 200
+    assert bytes_of(1000, 10, float("inf")) == 4 * 1000 + 200  # the target's only
 
 
 def test_a_block_without_end_is_an_error_and_one_without_results_says_so(

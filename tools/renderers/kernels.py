@@ -93,11 +93,11 @@ GPU_SUMMARY_ROWS: Sequence[tuple[GpuRow, str]] = (
     (("gpu_logits", "token_logprobs", _LOGITS), "log-probs of 4,096 tokens"),
     (
         ("gpu_logits", "verify_prefix, lenient", {**_LOGITS, "accepted": "50%"}),
-        "4,096 draft tokens, half accepted",
+        "256 drafts of 15, 7 kept",
     ),
     (
         ("gpu_logits", "verify_prefix, coupled", {**_LOGITS, "accepted": "100%"}),
-        "4,096 draft tokens, all accepted",
+        "256 drafts of 15, all kept",
     ),
     (("gpu_packed", "splice_kv, rows to blocks", {}), "accepted prefixes into a paged cache"),
 )
@@ -151,13 +151,23 @@ def gpu_table(folder: Path) -> str:
 
     header = ["op", "size", "median", "GB/s", "of copy bandwidth", "faster than"]
     table = markdown_table(header, [cells(row) for row in GPU_ROWS])
-    notes = [f"<sub>{provenance(content)}</sub>" for content in files.values()]
+    shown = [row for wanted in GPU_ROWS if (row := _gpu_row(files, wanted)) is not None]
+    absent: dict[str, list[str]] = {}  # by what and why: the ops that it was not timed for
+    for row in shown:
+        for name, why in (row.get("absent") or {}).items():
+            ops = absent.setdefault(f"{name} ({why})", [])
+            ops += [] if f"`{row['op']}`" in ops else [f"`{row['op']}`"]
+    notes = []
+    if absent:
+        said = "; ".join(f"{what} for {', '.join(ops)}" for what, ops in absent.items())
+        notes.append(f"Not timed: {said}.")
+    notes += [f"<sub>{provenance(content)}</sub>" for content in files.values()]
     return "\n\n".join([table, *notes])
 
 
 def gpu_summary_table(folder: Path) -> str:
-    """A handful of rows of `gpu_table`, each against the fastest that is not ours; ours where
-    nothing else was timed."""
+    """A handful of rows of `gpu_table`, each against the fastest that is not ours, and against ours
+    in Triton."""
     files = _gpu_files(folder)
 
     def cells(wanted: GpuRow, what: str) -> list[str]:
@@ -165,14 +175,15 @@ def gpu_summary_table(folder: Path) -> str:
         if row is None:
             return [f"`{wanted[1]}`", what, _NOT_MEASURED, "", ""]
         peers = row.get("peers") or {}
-        others = {name: peer for name, peer in peers.items() if not name.startswith("our ")}
-        against = ""
-        if peers:
-            name, peer = min((others or peers).items(), key=lambda item: item[1]["speedup"])
-            against = f"{name} {speedup(peer['speedup'])}"
+        by_speed = sorted(peers, key=lambda name: peers[name]["speedup"])
+        others = [name for name in by_speed if not name.startswith("our ")]
+        ours = [name for name in by_speed if name.startswith("our ")]
+        against = ", ".join(
+            f"{name} {speedup(peers[name]['speedup'])}" for name in [*others[:1], *ours]
+        )
         median = seconds(row["seconds"]["p50"])
         return [f"`{wanted[1]}`", what, median, _share_of_copy(row), against]
 
-    header = ["op", "work", "median", "of copy bandwidth", "next fastest"]
+    header = ["op", "work", "median", "of copy bandwidth", "fastest of others; ours"]
     table = markdown_table(header, [cells(row, what) for row, what in GPU_SUMMARY_ROWS])
     return "\n\n".join([table, *([f"<sub>{origin(files.values())}</sub>"] if files else [])])

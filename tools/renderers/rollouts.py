@@ -131,7 +131,18 @@ def serving_table(content: Mapping[str, Any]) -> str:
                 f"{row['computed_per_token']:.2f}"
             )
         lines.append(line)
-    return markdown_table(["requests", "asked", "stock's steps", *contenders], lines)
+    table = markdown_table(["requests", "asked", "stock's steps", *contenders], lines)
+    replays = [
+        name
+        for name in contenders
+        if any(r["contender"] == name and r.get("same_as_first") == 1 for r in content["rows"])
+    ]
+    notes = [
+        f"`{name}`, second pass: the texts of the first, token for token. It replays them, which "
+        "no training does; what an epoch gains is `after an update`."
+        for name in replays
+    ]
+    return "\n\n".join([table, *notes])
 
 
 def soak_table(content: Mapping[str, Any]) -> str:
