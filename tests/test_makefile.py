@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# In place of the environments' Python: a line for each call, its arguments in brackets.
+# In place of the environments' Python: a line for each call, its arguments in brackets. In one write,
+# as calls at the same time would mix their parts.
 FAKE = """#!/bin/sh
-{ printf '%s ' $$; printf '<%s>' "$@"; echo; } >> "$STARTED"
+arguments=$(printf '<%s>' "$@")
+echo "$$ $arguments" >> "$STARTED"
 [ "$3" != "$FAILING" ] || exit 3
 [ -z "$LASTING" ] || exec sleep 600
 """
