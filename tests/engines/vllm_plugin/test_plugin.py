@@ -225,6 +225,73 @@ def test_restrictions_hold_with_and_without_a_draft(plugged: Any, options: Any) 
     assert tokens(run(wrong)) == tokens(plain)
 
 
+def test_restrictions_are_each_requests_own(plugged: Any) -> None:
+    """Beside others, beside requests without any and beside vLLM's own, with a draft or without."""
+    from vllm import SamplingParams
+
+    shared: dict[str, Any] = {"max_tokens": 25, "temperature": 0.8, "logprobs": 0}
+    own: list[dict[str, Any]] = [
+        {},
+        {"min_p": 0.2},
+        {"min_tokens": 12},
+        {"logit_bias": {9: 3.0, EOS: -100.0}},
+        {"allowed_token_ids": list(range(2, 20)), "min_p": 0.1},
+    ]
+    n = len(PROMPTS)
+
+    def run(options: list[dict[str, Any]], drafts: Any) -> list[Any]:
+        params = [
+            SamplingParams(**shared, **one, extra_args=keyed(i, draft))
+            for i, (one, draft) in enumerate(zip(options, drafts, strict=True))
+        ]
+        params[0] = SamplingParams(**shared, min_p=0.3, seed=5)
+        return generate(plugged, params)
+
+    none = [[]] * n
+    alike = [run([one] * n, none) for one in own]
+    mixed = [own[i % len(own)] for i in range(n)]
+    expected = [alike[i % len(own)][i] for i in range(n)]
+    assert len({tuple(map(tuple, tokens(found))) for found in alike}) == len(own)
+    for drafts in (none, [ids if i % 2 else [] for i, ids in enumerate(tokens(expected))]):
+        found = run(mixed, drafts)
+        assert tokens(found) == tokens(expected)
+        for a, b in zip(found, expected, strict=True):
+            for lp, expected_lp in zip(a.logprobs, b.logprobs, strict=True):
+                for token, value in lp.items():
+                    assert value.rank == expected_lp[token].rank
+                    assert abs(value.logprob - expected_lp[token].logprob) < 1e-4
+
+
+def test_greedy_requests_are_restricted_in_vllms_order(stock: Any, plugged: Any) -> None:
+    from vllm import SamplingParams
+
+    own: list[dict[str, Any]] = [
+        {"logit_bias": {EOS: 90.0}, "min_tokens": 7},
+        {"logit_bias": {EOS: 90.0}, "min_tokens": 3, "allowed_token_ids": [EOS, *range(5, 40)]},
+        {"logit_bias": {9: 90.0}, "allowed_token_ids": [EOS, *range(10, 40)]},
+        {},
+    ]
+
+    def run(llm: Any, drafts: Any) -> list[list[int]]:
+        params = [
+            SamplingParams(
+                max_tokens=20,
+                temperature=0.0,
+                extra_args=None if draft is None else keyed(i, draft),
+                **own[i % len(own)],
+            )
+            for i, draft in enumerate(drafts)
+        ]
+        return tokens(generate(llm, params))
+
+    n = len(PROMPTS)
+    expected = run(stock, [None] * n)
+    assert [len(ids) for ids in expected[:2]] == [8, 4]
+    assert run(plugged, [[]] * n) == expected
+    assert run(plugged, expected) == expected
+    assert run(plugged, [[EOS, *ids] for ids in expected]) == expected
+
+
 def test_min_p_keeps_to_its_tokens(plugged: Any, hf_model: Any) -> None:
     from vllm import SamplingParams
 

@@ -19,7 +19,7 @@ from spec_rollout.engines.vllm.worker.logprobs import SampledLogprobs
 from spec_rollout.engines.vllm.worker.masks import LogitMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sampling.base import Step
-from spec_rollout.engines.vllm.worker.verify import to_device
+from spec_rollout.engines.vllm.worker.transfer import to_device
 
 _ROW = "_spec_rollout_row"
 _UNSEEN = object()
@@ -204,7 +204,7 @@ def _new_row(runner: Any, proposer: ChunkProposer, state: Any) -> Row | None:
         "prompt_len": state.num_prompt_tokens,
         "max_response_len": most,
         "stop_token_ids": stops,
-        "masks": LogitMasks.of(params, runner.device),
+        "masks": LogitMasks.of(params),
     }
     if isinstance(request, ReuseRequest):
         return proposer.new_row(request, **known)

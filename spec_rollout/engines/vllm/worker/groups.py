@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from spec_rollout.engines.vllm.worker.masks import BatchMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
 
 
@@ -48,6 +49,7 @@ class Known:
     any_collected: bool
     all_in_history: bool
     is_drawn: np.ndarray
+    masks: BatchMasks | None
     is_plain: bool = False  # found by `needs_only_draws`
     # Step that gave the request that has run longest its first token, once all have theirs.
     oldest_step: int | None = None
@@ -83,14 +85,13 @@ class Known:
             any_collected=bool((collect_ids >= 0).any()),
             all_in_history=len(rows) > 0 and bool((history_ids >= 0).all()),
             is_drawn=np.array([row is None or row.is_drawn for row in rows], bool),
+            masks=BatchMasks.of([None if row is None else row.masks for row in rows]),
         )
 
     def needs_only_draws(self) -> bool:
-        """Whether every request has a key, no draft left to verify, and no mask."""
+        """Whether every request has a key and no draft left to verify."""
         if not self.is_plain:  # if it ever was, it still is: drafts do not come back to life
-            self.is_plain = not any(
-                row is None or row.alive or row.masks is not None for row in self.rows
-            )
+            self.is_plain = not any(row is None or row.alive for row in self.rows)
         return self.is_plain
 
     def keys_on(self, device: torch.device) -> torch.Tensor:

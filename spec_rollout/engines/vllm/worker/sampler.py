@@ -12,6 +12,8 @@ every rule.
 
 from __future__ import annotations
 
+import numpy as np
+
 from spec_rollout.drafting import MatchShares
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.worker.groups import Known
@@ -58,11 +60,29 @@ class ReuseSampler:
         if self.known.rows is not step.rows:
             self.known = Known.of(step.rows)
         step.is_plain = self.known.needs_only_draws() and not step.discard.any()
+        self._mask(step)
         for path in self.paths:
             sampled = path.serve(step, self.known)
             if sampled is not None:
                 return sampled
         raise AssertionError("the last way to sample serves every step")
+
+    def _mask(self, step: Step) -> None:
+        """Restricts the vocabulary of requests that want that, in `step.logits`."""
+        known, masks = self.known, self.known.masks
+        positions = step.lens - known.prompt_lens + known.first_positions
+        restricts = masks is not None and masks.restrict(positions)
+        if step.logprobs is not None:
+            step.logprobs.keep_raw(step.logits, restricts)
+        if masks is None or not restricts:
+            return
+        num_rows = np.ones(len(step.rows), np.int64)
+        if step.scheduled is not None:
+            num_rows += np.fromiter(map(len, step.scheduled), np.int64, num_rows.size)
+        first_rows = np.cumsum(num_rows) - num_rows
+        # Some rows are read by nobody (prefill not finished, drafts that vLLM made up). To leave
+        # them out would take more than it saves.
+        masks.apply(step.logits, first_rows, num_rows, positions)
 
     def leave(self, rows: list[Row | None]) -> None:
         """A step whose requests, all without a key, are vLLM's to sample."""

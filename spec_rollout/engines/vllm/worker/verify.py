@@ -10,6 +10,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.vllm.worker.groups import Group
+from spec_rollout.engines.vllm.worker.transfer import to_device
 
 
 def verify_group(
@@ -38,14 +39,6 @@ def verify_group(
         top_p=sampling[2],
     )
     return _to_host(result)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Without waiting for the copy; on the CPU without one."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -33,12 +33,13 @@ class Step:
         lens: Tokens of prompt and response so far. [batch], int64 (numpy).
         scheduled: Draft tokens vLLM scheduled, per request (its own inventions included).
         discard: Whether vLLM throws the sample away (prefill not finished). [batch], bool (numpy).
-        logits: [sum(len(scheduled) + 1), vocab].
+        logits: [sum(len(scheduled) + 1), vocab]. `ReuseSampler` changes them in place where
+            requests restrict their vocabulary.
         temperature, top_k, top_p: As the ops take them: a number, or [batch] on the logits' device.
         sample_stock: Logits [batch, vocab] -> vLLM's own sampler output for them.
         logprobs: What vLLM wants returned, or None.
-        is_plain: Every request has a key, no draft left to verify and no mask, and every sample is
-            kept. Set by `ReuseSampler`.
+        is_plain: Every request has a key and no draft left to verify, and every sample is kept. Set
+            by `ReuseSampler`.
     """
 
     rows: list[Row | None]

@@ -1,4 +1,4 @@
-"""Any step: drafts, proposals, plain requests, masks, and requests that are vLLM's own."""
+"""Any step: drafts, proposals, plain requests, and requests that are vLLM's own."""
 
 from __future__ import annotations
 
@@ -49,8 +49,6 @@ class General:
             rows_of = torch.from_numpy(first_rows[:-1]).to(step.logits.device)
             stock_output = step.sample_stock(step.logits[rows_of])
             tokens[stock, 0] = stock_output.sampled_token_ids[:, 0].cpu().numpy()[stock]
-        if logprobs is not None:
-            logprobs.keep_raw(step.logits, any(row is not None and row.masks for row in step.rows))
 
         if len(stock) < batch:
             groups, plain = segments_by_rule(step, first_rows, self._record)

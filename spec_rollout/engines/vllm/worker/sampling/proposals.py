@@ -31,8 +31,6 @@ class ProposalsOnly:
         group = Group.of_proposals(lens, indices, known)
         tokens = np.full((lens.size, int(lens.max()) + 1), -1, np.int32)
         record.expect_logprobs(tokens.shape)
-        if step.logprobs is not None:
-            step.logprobs.keep_raw(step.logits, False)
         sampling = (step.temperature, step.top_k, step.top_p)
         accepted, drawn, logprobs = verify_group(
             SAMPLED, group, step.logits, sampling, proposed, None

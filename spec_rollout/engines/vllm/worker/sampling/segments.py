@@ -14,10 +14,10 @@ from spec_rollout.engines.vllm.worker.sampling.record import Record
 def segments_by_rule(
     step: Step, first_rows: np.ndarray, record: Record
 ) -> tuple[dict[AcceptanceRule, list[Segment]], list[int]]:
-    """Sorts the logits rows of the requests with a key, and masks them.
+    """Sorts the logits rows of the requests with a key.
 
     Args:
-        step: The step; its logits change in place where requests have masks.
+        step: The step.
         first_rows: Of each request. [batch + 1], int64.
         record: Counts what is found.
 
@@ -36,10 +36,6 @@ def segments_by_rule(
         scheduled = [] if scheduled_all is None else scheduled_all[r]
         if not (scheduled or row.alive or discard[r]):
             plain.append(r)
-            if row.masks is not None:
-                first = int(first_rows[r])
-                position = int(step.lens[r]) - row.prompt_len + row.first_position
-                row.masks.apply(step.logits[first : first + 1], position)
             continue
         first, count = int(first_rows[r]), len(scheduled) + 1
         if discard[r]:
@@ -51,8 +47,6 @@ def segments_by_rule(
             used = segment.num_rows
             rule = row.rule if segment.is_draft else SAMPLED
             order.append((rule if segment.num_tested else None, segment))
-            if row.masks is not None:
-                row.masks.apply(step.logits[first : first + used], index + row.first_position)
         if used < count:  # rows computed for draft tokens that vLLM made up
             order.append((None, Segment(r, first + used, count - used)))
     default = next((rule for rule, _ in order if rule is not None), SAMPLED)

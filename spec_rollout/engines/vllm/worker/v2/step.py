@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spec_rollout.engines.vllm.worker.verify import to_device
+from spec_rollout.engines.vllm.worker.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)

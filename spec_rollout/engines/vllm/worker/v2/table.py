@@ -13,8 +13,8 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, OneHot
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.request_state import usable_draft
+from spec_rollout.engines.vllm.worker.transfer import to_device
 from spec_rollout.engines.vllm.worker.v2.proposals import NO_HISTORY, Proposals
-from spec_rollout.engines.vllm.worker.verify import to_device
 from spec_rollout.types import History
 
 # Requests that are gone are counted when the counters are asked for, or when they are so many.
