@@ -70,8 +70,10 @@ class ReuseSampler:
     def _mask(self, step: Step) -> None:
         """Restricts the vocabulary of requests that want that, in `step.logits`."""
         known, masks = self.known, self.known.masks
-        positions = step.lens - known.prompt_lens + known.first_positions
-        restricts = masks is not None and masks.restrict(positions)
+        restricts = False
+        if masks is not None:
+            positions = step.lens - known.prompt_lens + known.first_positions
+            restricts = masks.restrict(positions)
         if step.logprobs is not None:
             step.logprobs.keep_raw(step.logits, restricts)
         if masks is None or not restricts:
