@@ -146,3 +146,31 @@ def metrics_of(llm: Any) -> Any:
 
     (values,) = llm.collective_rpc("spec_rollout_metrics", args=(True,))
     return ReuseMetrics.from_dict(values)
+
+
+def streamed(llm: Any, chunks: Sequence[tuple[Sequence[int], Any]]) -> list[list[int]]:
+    """What each piece of a prompt gives that comes in pieces.
+
+    As `AsyncLLM.generate` has them come of an async generator.
+    """
+    engine, client, given = llm.llm_engine, llm.llm_engine.engine_core, []
+    for prompt, sampling in chunks:
+        request = engine.input_processor.process_inputs(
+            "session",
+            {"prompt_token_ids": list(prompt)},
+            sampling,
+            engine.get_supported_tasks(),
+            resumable=True,
+        )
+        client.add_request(request)
+        tokens: list[int] = []
+        is_over = False
+        while not is_over:
+            for output in client.get_output().outputs:
+                tokens += output.new_token_ids
+                is_over = output.finish_reason is not None
+        given.append(tokens)
+    client.abort_requests(["session"])
+    for _ in range(3):
+        client.get_output()
+    return given

@@ -4,7 +4,8 @@
 - `ModelState.custom_sampler`: our samplers, which take over the state of vLLM's own.
 - `GPUModelRunner.__init__`: synchronous scheduling is told how many tokens were proposed.
 - `GPUModelRunner.add_requests`, `load_model`, `add_lora`: what requests are proposed from history
-  depends on their prompts; and which sample each is, on when the weights changed.
+  depends on their prompts; and which sample each is, on when the weights changed. A request whose
+  prompt comes in pieces is another one with each of them.
 - `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
 - `GPUModelRunner.prepare_inputs`, `_set_active_loras`: adapters of the output head, row by row.
 
@@ -162,6 +163,15 @@ def _arriving(original: Callable) -> Callable:
     def add_requests(self: Any, scheduler_output: Any) -> None:
         table = table_of(self)
         proposals = None if table is None else table.proposals
+        if table is not None:
+            # vLLM has the next piece of a streamed prompt take a new slot, by the same id. It has
+            # other parameters, and the response begins anew: it is none that was preempted.
+            known = self.req_states.req_id_to_index
+            again = [n.req_id for n in scheduler_output.scheduled_new_reqs if n.req_id in known]
+            for request_id in again:
+                self._remove_request(request_id)
+            if again:
+                table.over(again)
         if proposals is not None and proposals.live is not None:
             for new in scheduler_output.scheduled_new_reqs:
                 params = new.sampling_params

@@ -51,6 +51,11 @@ class ReuseScheduler(AsyncScheduler):
                 count = plan
             request.spec_token_ids = self._spec_token_placeholders[:count]
 
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        # The next piece of a streamed prompt has a draft of its own, or none.
+        vars(session).pop(_PLAN, None)
+
     def _plan(self, request: Any) -> Plan | int | None:
         """What is planned for a request: as its draft goes, always the same number, or nothing."""
         params = request.sampling_params
