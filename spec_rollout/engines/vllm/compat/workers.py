@@ -53,7 +53,10 @@ def live_requests(worker: Any) -> LiveRequests | None:
 
     table = table_of(worker.model_runner)
     if table is not None:
-        return None if table.proposals is None else table.proposals.live
+        if table.proposals is None:
+            return None
+        table.proposals.settle()
+        return table.proposals.live
     proposer = proposer_of(worker)
     sweep(worker.model_runner, proposer)
     return proposer.live

@@ -158,9 +158,7 @@ class EngineSide:
             return None
         self.counters.num_served += 1
         self._served_since_change = True
-        name = arrival.name
-        user_key = arrival.namespace if name is None else f"{arrival.namespace}/{name.prompt_id}"
-        group = prompt_key(arrival.prompt_ids, user_key)
+        name, group = arrival.name, self.group_of(arrival)
         sample = self._sample(group, name, arrival.params)
         if self.samples is None or sample < 0:
             return self._unnamed(group, arrival.params)
@@ -170,6 +168,16 @@ class EngineSide:
             return Served(ReuseRequest(self._fresh_key(group), Coupled()), group)
         request, tag = self._named(group, sample, name)
         return Served(request, group, sample, tag)
+
+    def group_of(self, arrival: Arrival) -> bytes:
+        """What requests for the same prompt have in common; see `Served.group`.
+
+        Args:
+            arrival: With a prompt of tokens.
+        """
+        name = arrival.name
+        user_key = arrival.namespace if name is None else f"{arrival.namespace}/{name.prompt_id}"
+        return prompt_key(arrival.prompt_ids, user_key)
 
     def info(self) -> dict[str, Any]:
         """Mode and counters."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from spec_rollout.engines.vllm.metrics import ReuseMetrics
@@ -92,6 +92,14 @@ class LiveRequests:
         well; None where nothing is to be had of it."""
         row, _, sample = self._rows.get(request_id, (None, b"", -1))
         return None if row is None or sample < 0 or row.rule.fresh_noise else row.key
+
+    def shares_samples(self, arrival: Arrival, request_ids: Iterable[str]) -> bool:
+        """Whether a request that comes is for the prompt of one of these live ones, where samples
+        of a prompt are told apart."""
+        if self.side.samples is None or arrival.prompt_ids is None:
+            return False
+        group = self.side.group_of(arrival)
+        return any(i in self._rows and self._rows[i][1] == group for i in request_ids)
 
     def sweep(self, row_of: Callable[[str], Any]) -> None:
         """Lets go of requests that are finished or aborted; what they generated is remembered.

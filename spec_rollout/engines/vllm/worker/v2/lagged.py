@@ -58,12 +58,16 @@ class _Late:
         rows, slots, num_scheduled: Of each request, as in `StepState`.
         packed: Waits, and gives what `packed_tokens` packed, with the number of tokens proposed
             behind the step in a further column.
+        tested: Tokens that had been proposed to each before the step. [num_reqs], int64.
+        going: Slots of those that have not left since.
     """
 
     rows: list[Row | None]
     slots: np.ndarray
     num_scheduled: np.ndarray
     packed: Callable[[], np.ndarray]
+    tested: np.ndarray
+    going: set[int]
 
 
 class LaggedProposals(Proposals):
@@ -85,6 +89,8 @@ class LaggedProposals(Proposals):
         self._guesses: dict[int, tuple[int, list[int]]] = {}  # by history id: first index, tokens
         self._stops: dict[int, frozenset[int]] = {}  # by history id
         self._ended: set[int] = set()  # history ids
+        self._leaving: set[str] = set()  # over, with tokens of the step under way
+        self._given = np.zeros(2, np.int64)  # requests that were given tokens, these; not counted
         self._proposed = np.zeros(num_slots, np.int64)  # to each slot, behind the last known step
         self._tested = np.zeros(0, np.int64)
 
@@ -102,6 +108,8 @@ class LaggedProposals(Proposals):
         self, request_id: str, *, max_response_len: int, stop_token_ids: frozenset[int]
     ) -> int | None:
         """See `Proposals.seed_of`."""
+        if self._leaving and self._comes_again(request_id):
+            self.settle()
         seed = super().seed_of(
             request_id, max_response_len=max_response_len, stop_token_ids=stop_token_ids
         )
@@ -109,22 +117,64 @@ class LaggedProposals(Proposals):
             self._stops[row.history_id] = stop_token_ids
         return seed
 
+    def announced(self, request_id: str, *args: Any, **kwargs: Any) -> bool:
+        """See `Proposals.announced`."""
+        if request_id in self._leaving:
+            self.settle()
+        return super().announced(request_id, *args, **kwargs)
+
     def take_slot(self, slot: int, request_id: str, *, seed: int, prompt_len: int) -> None:
         """See `Proposals.take_slot`."""
         super().take_slot(slot, request_id, seed=seed, prompt_len=prompt_len)
         self._proposed[slot] = 0
 
+    def leave(self, slot: int) -> None:
+        """See `Proposals.leave`."""
+        super().leave(slot)
+        if self._late is not None:
+            self._late.going.discard(slot)
+
     def over(self, request_ids: Iterable[str]) -> None:
-        """See `Proposals.over`. What they were given last is still learned."""
-        request_ids = list(request_ids)
+        """See `Proposals.over`. What they were given last is still learned.
+
+        Of those that were aborted, or met a stop string, it is not known yet: they leave once it
+        is.
+        """
+        request_ids = [i for i in request_ids if i in self._row_of]
+        under_way: set[int] = set()
+        if request_ids and self._late is not None:
+            under_way = {
+                id(row)
+                for row in self._late.rows
+                if row is not None and row.history_id not in self._ended
+            }
+        self._leaving |= {i for i in request_ids if id(self._row_of[i]) in under_way}
+        self._let_go([i for i in request_ids if i not in self._leaving])
+        if self._leaving and not (self._late is not None and self._late.going):
+            self.settle()  # there is nobody whom it would hold up, and maybe no step to come
+
+    def settle(self) -> None:
+        """See `Proposals.settle`. Waits for the last step."""
+        self._take_late()
+        leaving, self._leaving = self._leaving, set()
+        self._let_go(list(leaving))
+
+    def _let_go(self, request_ids: list[str]) -> None:
         gone = {row.history_id for i in request_ids if (row := self._row_of.get(i)) is not None}
-        if self._late is not None and not gone <= self._ended:
-            self._take_late()  # of aborted requests it waits, of others vLLM knows the step
         super().over(request_ids)
         for history_id in gone:
             self._stops.pop(history_id, None)
             self._guesses.pop(history_id, None)
         self._ended -= gone
+
+    def _comes_again(self, request_id: str) -> bool:
+        """Whether a request is one that is leaving, or may be the same sample of a prompt."""
+        arrival = self._arrivals.get(request_id)
+        return request_id in self._leaving or (
+            arrival is not None
+            and self.live is not None
+            and self.live.shares_samples(arrival, self._leaving)
+        )
 
     def propose(
         self, step: StepState, proposed: torch.Tensor, counts: torch.Tensor
@@ -132,7 +182,7 @@ class LaggedProposals(Proposals):
         """See `Proposals.propose`."""
         rows = [self._rows[slot] for slot in step.slots.tolist()]
         self._times.count(step.num_tokens, step.num_logits, rows)
-        num_rows, num_tokens = self._take_late()
+        self.settle()
         if any(row is not None for row in rows):
             packed = packed_tokens(step, counts, self._logprobs)
             guesses = self._guesses_for(rows)
@@ -140,22 +190,21 @@ class LaggedProposals(Proposals):
                 proposed = continued(step, guesses, proposed, counts, self._num_planned)
             behind = counts[step.device_slots.long()][:, None].to(packed.dtype)
             copy = _copying(torch.cat([packed, behind], dim=1))
-            self._late = _Late(rows, step.slots, step.num_scheduled, copy)
+            tested, going = self._proposed[step.slots], set(step.slots.tolist())
+            self._late = _Late(rows, step.slots, step.num_scheduled, copy, tested, going)
         self._guesses = {}
         self._times.end_step()
         if self.live is not None:
+            num_rows, num_tokens = self._given.tolist()
             self.live.end_step(num_rows, num_tokens)
+        self._given.fill(0)
         return proposed
 
-    def _take_late(self) -> tuple[int, int]:
-        """Learns what the last step gave, and guesses on from there.
-
-        Returns:
-            Requests that were given tokens, and these tokens.
-        """
+    def _take_late(self) -> None:
+        """Learns what the last step gave, and guesses on from there."""
         late, self._late = self._late, None
         if late is None or self.history is None:
-            return 0, 0
+            return
         here = {id(row) for row in self._row_of.values()}
         # Of a request that has ended the next step gives tokens, too: nobody asked for these.
         rows = [
@@ -165,11 +214,13 @@ class LaggedProposals(Proposals):
             for row in late.rows
         ]
         if not any(row is not None for row in rows):
-            return 0, 0
+            return
         packed = late.packed()
         found = GivenTokens.unpacked(packed[:, :-1])
-        self._tested = self._proposed[late.slots]
-        self._proposed[late.slots] = np.where(found.own > 0, 0, packed[:, -1])
+        self._tested = late.tested
+        # Others may have the slots of those that left.
+        stay = np.array([slot in late.going for slot in late.slots.tolist()], bool)
+        self._proposed[late.slots[stay]] = np.where(found.own > 0, 0, packed[:, -1])[stay]
         drafts = self._ask(found, rows, late.num_scheduled)
         for row, given, index, tokens, draft in zip(
             rows,
@@ -186,7 +237,7 @@ class LaggedProposals(Proposals):
                 self._ended.add(row.history_id)
             elif draft:
                 self._guesses[row.history_id] = index, draft
-        return int((found.given > 0).sum()), int(found.given.sum())
+        self._given += int((found.given > 0).sum()), int(found.given.sum())
 
     def _guesses_for(self, rows: list[Row | None]) -> np.ndarray:
         """As `continued` takes them. [num_reqs, 2 + most], int32."""

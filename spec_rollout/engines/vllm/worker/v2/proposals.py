@@ -227,6 +227,9 @@ class Proposals:
         if gone and self.live is not None:
             self.live.sweep(self._row_of.get)
 
+    def settle(self) -> None:
+        """From now all is known that steps so far gave."""
+
     def take_followed(self) -> dict[int, int]:
         """Collect id -> draft tokens kept, of a call's requests whose drafts were proposed here."""
         if not self.in_call:
