@@ -296,3 +296,53 @@ def test_what_cannot_be_served_is_refused(reuse: Any) -> None:
             generate(reuse, [PROMPTS[0]], [drafted(params(1, **kw), [5])])
     with pytest.raises(ValueError, match="draft_logprobs: expected an array for Lenient"):
         drafted(params(1), [5], Lenient(0.0))
+
+
+def test_a_step_is_no_wider_than_it_gives_tokens(
+    reuse: Any, plain: Given, sampling: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM makes a list of every column."""
+    from spec_rollout.engines.vllm.compat.v2.sampler import ReuseRejectionSampler
+
+    widths: list[tuple[int, int]] = []
+    original = ReuseRejectionSampler.__call__
+
+    def call(self: Any, logits: Any, input_batch: Any, *args: Any, **kw: Any) -> Any:
+        output = original(self, logits, input_batch, *args, **kw)
+        planned = int(input_batch.num_draft_tokens_per_req.max())
+        widths.append((output.sampled_token_ids.shape[1], planned + 1))
+        return output
+
+    monkeypatch.setattr(ReuseRejectionSampler, "__call__", call)
+    draft = plain.tokens[0][:4]
+    given = generate(reuse, PROMPTS[:2], [drafted(sampling[0], draft), sampling[1]])
+    assert given.tokens == plain.tokens[:2]
+    assert widths == [(4, 4)]
+
+
+def test_a_scheduler_of_somebody_else_is_refused(model_dir: Any) -> None:
+    """With asynchronous scheduling, where it would plan all that can be proposed for everybody."""
+    from v2_samples import LLM_ARGS
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from spec_rollout.engines.vllm import engine_args
+    from spec_rollout.engines.vllm.compat.v2.config import SCHEDULER
+    from spec_rollout.engines.vllm.compat.v2.scheduler import ReuseScheduler
+
+    class Derived(ReuseScheduler):
+        pass
+
+    def chosen(scheduler: Any, is_async: bool = True) -> Any:
+        args = {**LLM_ARGS, **engine_args(8), "async_scheduling": is_async}
+        config = EngineArgs(str(model_dir), **args, scheduler_cls=scheduler).create_engine_config()
+        return config.scheduler_config.scheduler_cls
+
+    assert chosen(None) == chosen(SCHEDULER) == SCHEDULER
+    assert chosen(Derived) is Derived
+    theirs = f"{AsyncScheduler.__module__}.{AsyncScheduler.__qualname__}"
+    for scheduler in (theirs, AsyncScheduler):
+        with pytest.raises(ValueError, match="scheduler_cls: expected None or a subclass of"):
+            chosen(scheduler)
+    theirs = "vllm.v1.core.sched.scheduler.Scheduler"
+    assert chosen(theirs, is_async=False) == theirs

@@ -31,9 +31,8 @@ def checked_config(original: Callable) -> Callable:
         if is_v2(config):
             _check(config)
             mark_noise(config, usage_context)
-            scheduling = config.scheduler_config
-            if scheduling.async_scheduling and scheduling.scheduler_cls is None:
-                scheduling.scheduler_cls = SCHEDULER
+            if config.scheduler_config.async_scheduling:
+                _set_scheduler(config.scheduler_config)
             # Past the dataclass, whose fields are vLLM's.
             object.__setattr__(config.speculative_config, _MARK, True)
         return config
@@ -81,6 +80,23 @@ def carry_seed(request: Any) -> None:
         # -1 is no seed to vLLM.
         params.seed = reuse.key if reuse.key != -1 else -2
         request.sampling_params = params
+
+
+def _set_scheduler(scheduling: Any) -> None:
+    if scheduling.scheduler_cls is None:
+        scheduling.scheduler_cls = SCHEDULER
+    if scheduling.scheduler_cls == SCHEDULER:
+        return
+    from spec_rollout.engines.vllm.compat.v2.scheduler import ReuseScheduler
+
+    # Any other plans all tokens that can be proposed, for every request in every step.
+    found = scheduling.get_scheduler_cls()
+    if not (isinstance(found, type) and issubclass(found, ReuseScheduler)):
+        raise ValueError(
+            "scheduler_cls: expected None or a subclass of ReuseScheduler with async_scheduling, "
+            f"got {scheduling.scheduler_cls}; derive it from {SCHEDULER}, or set "
+            "async_scheduling=False"
+        )
 
 
 def _check(config: Any) -> None:

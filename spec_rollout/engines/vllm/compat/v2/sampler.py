@@ -224,6 +224,17 @@ class ReuseRejectionSampler(RejectionSampler):
         super().__init__(sampler, spec_config, device)
         self.table = table
 
+    def __call__(self, logits: torch.Tensor, input_batch: Any, *args: Any, **kw: Any) -> Any:
+        """See `RejectionSampler.__call__`; no wider than the step gives tokens.
+
+        vLLM makes lists of all columns, which takes the host milliseconds where many tokens could
+        have been proposed to many requests.
+        """
+        output = super().__call__(logits, input_batch, *args, **kw)
+        most = int(input_batch.num_draft_tokens_per_req.max()) + 1
+        output.sampled_token_ids = output.sampled_token_ids[:, :most].contiguous()
+        return output
+
     def _verify(
         self,
         logits: torch.Tensor,
