@@ -182,6 +182,7 @@ def test_a_step_begins_when_the_drafts_are_written(
             raise OSError("disk full")
 
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", lambda names, **_: (names, []))
     monkeypatch.setattr(
         verl.AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: events.append("begun")
     )
