@@ -195,7 +195,9 @@ def test_a_step_begins_when_the_drafts_are_written(
             manager.generate_sequences({"global_steps": step})
     assert events == ["begun", "written a", "written b", "begun"]
     told = [
-        record.message for record in caplog.records if record.message.startswith("spec_rollout")
+        record.message
+        for record in caplog.records
+        if record.message.startswith("spec_rollout: drafts not")
     ]
     assert told == ["spec_rollout: drafts not written: disk full"]
 
