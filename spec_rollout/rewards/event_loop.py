@@ -22,11 +22,28 @@ _lock = threading.Lock()
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """What a coroutine returns, from any thread but the loop's. An interrupt cancels it, and does
     not wait for that."""
-    future = asyncio.run_coroutine_threadsafe(coroutine, _running())
+    loop = _running()
+    tasks: list[asyncio.Task[Any] | None] = []
+    is_over = False
+
+    async def noted() -> T:
+        if is_over:
+            coroutine.close()
+            raise asyncio.CancelledError
+        tasks.append(asyncio.current_task())
+        return await coroutine
+
+    def cancel() -> None:
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+
     try:
-        return future.result()
+        return asyncio.run_coroutine_threadsafe(noted(), loop).result()
     except BaseException:
-        future.cancel()
+        # Not by the future: an interrupt may come before that is known here.
+        is_over = True
+        loop.call_soon_threadsafe(cancel)
         raise
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spec_rollout.config.sections import ConfigError, RewardConfig
-from spec_rollout.rewards import RewardError, Rewards, Sample
+from spec_rollout.rewards import RewardError, Rewards, Sample, event_loop
 
 HERE = __name__
 
@@ -289,6 +289,29 @@ def test_an_interrupt_does_not_wait_for_async_functions():
     finally:
         signal.signal(signal.SIGINT, before)
     assert cancelled.wait(10)
+
+
+def test_an_interrupt_before_the_future_is_known_cancels_all_the_same(monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    async def lasts():
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+
+    submit = asyncio.run_coroutine_threadsafe
+
+    def interrupted(coroutine, loop):
+        submit(coroutine, loop)
+        assert begun.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        event_loop.run(lasts())
+    assert ended.wait(30)
 
 
 def test_failures_leave_responses_out_where_the_config_says_so():
