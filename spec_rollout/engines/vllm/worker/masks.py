@@ -92,7 +92,7 @@ class BatchMasks:
         requests, floored = those(lambda m: m.floor > -math.inf)
         self._floor_rows = _Rows(requests)
         self._floors = np.array([m.floor for m in floored], np.float32)
-        self._row_floors = torch.empty(0)
+        self._row_floors = torch.empty(0, dtype=torch.float32)
         self._in_every_step = bool(self._allowed or biased or floored)
 
     @classmethod
@@ -268,7 +268,7 @@ class _Pairs:
         self._on_device: tuple[torch.Tensor, ...] | None = None
         self.count = 0
         self.index = (self._rows.index, self._rows.index)
-        self.values = torch.empty(0)
+        self.values = torch.empty(0, dtype=torch.float32)
 
     def find(self, first_rows: np.ndarray, num_rows: np.ndarray, device: torch.device) -> None:
         """Sets the attributes; arguments as in `_Rows.find`."""
