@@ -16,6 +16,8 @@ from typing import Any
 VARIABLE = "SPEC_ROLLOUT"
 SECTION = "spec_rollout"  # of vLLM's additional_config
 PROPOSER = "spec_rollout.engines.vllm.proposer.ReuseProposer"
+FIRST_CHUNK = "first_chunk"  # of that section
+DEFAULT_FIRST_CHUNK = 16
 # Of that section: which model runner of vLLM's the plugin is set up for.
 MODEL_RUNNER = "model_runner"
 MODEL_RUNNERS = ("v1", "v2")
@@ -43,6 +45,18 @@ def chosen_runner(environment: Mapping[str, str] | None = None) -> str:
     """
     values = os.environ if environment is None else environment
     return "v1" if values.get("VLLM_USE_V2_MODEL_RUNNER", "") in ("", "0") else "v2"
+
+
+def first_chunk(additional_config: Mapping[str, Any] | None) -> int:
+    """Draft tokens of a request's first chunk, of vLLM's `additional_config`.
+
+    Raises:
+        ValueError: if `first_chunk` is no positive integer.
+    """
+    value = (additional_config or {}).get(SECTION, {}).get(FIRST_CHUNK, DEFAULT_FIRST_CHUNK)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"first_chunk: expected a positive integer, got {value!r}")
+    return value
 
 
 def speculative_config(num_speculative_tokens: int, model_runner: str = "v1") -> dict[str, Any]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from spec_rollout.engines.vllm import compat
-from spec_rollout.engines.vllm.options import SECTION
+from spec_rollout.engines.vllm.options import first_chunk
 from spec_rollout.engines.vllm.worker.chunks import ChunkProposer
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.extension import ReuseWorker
 from spec_rollout.engines.vllm.worker.sharing import HistorySharing
-
-DEFAULT_FIRST_CHUNK = 16
 
 
 class ReuseProposer(ChunkProposer):
@@ -36,11 +34,8 @@ class ReuseProposer(ChunkProposer):
         compat.attach_calls(ReuseWorker)
         compat.check_state(vllm_config.model_config)
         compat.check_pipeline(vllm_config.parallel_config)
-        options = (vllm_config.additional_config or {}).get(SECTION, {})
         max_chunk = vllm_config.speculative_config.num_speculative_tokens
-        first_chunk = options.get("first_chunk", DEFAULT_FIRST_CHUNK)
-        if not isinstance(first_chunk, int) or first_chunk < 1:
-            raise ValueError(f"first_chunk: expected a positive integer, got {first_chunk!r}")
+        first = first_chunk(vllm_config.additional_config)
         budget = vllm_config.scheduler_config.max_num_batched_tokens
         if max_chunk >= budget:
             # vLLM would wait forever to admit a request whose prompt is cached but for one token.
@@ -49,7 +44,7 @@ class ReuseProposer(ChunkProposer):
                 f"got {max_chunk}"
             )
         super().__init__(
-            first_chunk=min(first_chunk, max_chunk), max_chunk=max_chunk, token_budget=budget
+            first_chunk=min(first, max_chunk), max_chunk=max_chunk, token_budget=budget
         )
         compat.keep_cpu_weights()
         engine_options = compat.configured_options(vllm_config.additional_config)

@@ -13,6 +13,7 @@ from typing import Any
 from spec_rollout.engines.vllm.compat.identity import schedules_apart
 from spec_rollout.engines.vllm.compat.versions import check_v2, require_vllm
 from spec_rollout.engines.vllm.options import (
+    FIRST_CHUNK,
     MODEL_RUNNER,
     PROPOSER,
     SECTION,
@@ -23,7 +24,7 @@ from spec_rollout.engines.vllm.options import (
 )
 
 # Keys of that section that are no `EngineOptions`.
-_OTHER_KEYS = ("first_chunk", MODEL_RUNNER)
+_OTHER_KEYS = (FIRST_CHUNK, MODEL_RUNNER)
 # Backends of vLLM's weight transfer that refuse engines with any speculation, but only when the
 # first weights are sent; and who sets them. verl/workers/rollout/vllm_rollout/delta_weight_transfer
 _WITHOUT_SPECULATION = {"verl_delta_ipc": "verl's checkpoint_engine.backend=delta_sharded"}

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from spec_rollout.engines.vllm.compat.identity import is_v2, mark_noise
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
-from spec_rollout.engines.vllm.options import SECTION
+from spec_rollout.engines.vllm.options import SECTION, first_chunk
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, parse
 
 if TYPE_CHECKING:
     from spec_rollout.engines.vllm.worker.v2.table import DraftTable
 
 SCHEDULER = "spec_rollout.engines.vllm.compat.v2.scheduler.ReuseScheduler"
-DEFAULT_FIRST_CHUNK = 16
 TABLE = "_spec_rollout_table"  # of vLLM's `RequestState`, which samplers and speculator are given
 _MARK = "_spec_rollout_v2"
 
@@ -48,18 +47,6 @@ def is_marked(speculative_config: Any) -> bool:
 def table_of(runner: Any) -> DraftTable | None:
     """The drafts of a model runner's requests; None if it is not V2's, with the plugin."""
     return getattr(getattr(runner, "req_states", None), TABLE, None)
-
-
-def first_chunk(vllm_config: Any) -> int:
-    """Draft tokens of a request's first chunk.
-
-    Raises:
-        ValueError: if `first_chunk` is no positive integer.
-    """
-    value = (vllm_config.additional_config or {})[SECTION].get("first_chunk", DEFAULT_FIRST_CHUNK)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"first_chunk: expected a positive integer, got {value!r}")
-    return value
 
 
 def carry_seed(request: Any) -> None:
@@ -107,7 +94,7 @@ def _check(config: Any) -> None:
             "VLLM_USE_V2_MODEL_RUNNER=1 before vLLM is imported, or leave V2 out of engine_args()"
         )
     check_state(config.model_config)
-    first_chunk(config)
+    first_chunk(config.additional_config)
     budget = config.scheduler_config.max_num_batched_tokens
     most = config.speculative_config.num_speculative_tokens
     if most >= budget:

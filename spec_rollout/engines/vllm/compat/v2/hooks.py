@@ -26,7 +26,7 @@ from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2, noise_sourc
 from spec_rollout.engines.vllm.compat.sampling import arrival
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.v2.adapters import counting_rows, naming_each_row
-from spec_rollout.engines.vllm.compat.v2.config import TABLE, first_chunk, table_of
+from spec_rollout.engines.vllm.compat.v2.config import TABLE, table_of
 from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
 from spec_rollout.engines.vllm.compat.v2.sampler import samplers
 from spec_rollout.engines.vllm.compat.v2.speculator import ReuseSpeculator
@@ -37,6 +37,7 @@ from spec_rollout.engines.vllm.compat.watching import (
     watch_weights,
     watched_adapters,
 )
+from spec_rollout.engines.vllm.options import first_chunk
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.engine_side import EngineSide
 from spec_rollout.engines.vllm.worker.v2.lagged import LaggedProposals
@@ -80,7 +81,7 @@ def _speculator(original: Callable) -> Callable:
         table = DraftTable(
             req_states.max_num_reqs,
             req_states.max_model_len,
-            first_chunk=most if is_async else first_chunk(vllm_config),
+            first_chunk=most if is_async else first_chunk(vllm_config.additional_config),
             max_chunk=most,
             device=device,
         )

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from spec_rollout.engines.vllm.admission import admit, response_limits, why_not_ours
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
-from spec_rollout.engines.vllm.compat.v2.config import first_chunk
+from spec_rollout.engines.vllm.options import first_chunk
 from spec_rollout.engines.vllm.wire import ReuseRequest
 from spec_rollout.engines.vllm.worker.v2.plan import Plan
 
@@ -25,7 +25,7 @@ class ReuseScheduler(AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._first_chunk = first_chunk(self.vllm_config)
+        self._first_chunk = first_chunk(self.vllm_config.additional_config)
         options = configured_options(self.vllm_config.additional_config)
         self._lagged_tokens = 0 if options is None or not options.is_on else options.lagged_tokens
 
