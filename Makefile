@@ -56,6 +56,10 @@ endif
 # What the extension that is there was built with.
 BUILT_CUDA := $(shell cat $(VENV)/.cuda 2> /dev/null)
 
+# Set in many containers. Nothing installed below is compiled beforehand, so every one of the hundreds of processes that the
+# tests start would compile all of torch and transformers that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv extension venv-vllm demo demo-full demo-seeds ablation-small test test-fast torture test-gpu test-v2 test-vllm-next test-trl test-verl bench bench-real bench-rounding bench-gpu lint format \
   cuda-check sass sanitize sanitize-cpu fuzz clean rebuild

@@ -103,6 +103,7 @@ def test_seeds_and_epochs_of_any_size_work() -> None:
     assert noise_keys(2**64 + 5, 0, _prompts(1), [0]) == noise_keys(5, 0, _prompts(1), [0])
 
 
+@pytest.mark.slow
 def test_a_million_keys_have_no_collision() -> None:
     prompts = [key for key in _prompts(500) for _ in range(20)]
     samples = list(range(20)) * 500

@@ -10,6 +10,7 @@ from scipy import stats
 LAW = np.array([0.4, 0.3, 0.2, 0.0999, 1e-4, 0.0])
 
 
+@pytest.mark.slow
 def test_p_values_of_right_samples_are_uniform() -> None:
     """Not small more often than they say, with rare outcomes and without."""
     rng = np.random.default_rng(0)

@@ -66,6 +66,7 @@ def test_a_missing_extra_is_named_in_one_line() -> None:
     ], result.stderr
 
 
+@pytest.mark.slow
 def test_the_core_works_without_any_extra() -> None:
     result = python(
         "import sys\n"

@@ -152,6 +152,7 @@ CALLS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(calls=CALLS, max_bytes=st.none() | st.integers(0, 9000), refresh=st.none() | st.just(2))
 @settings(max_examples=100, deadline=None)
 def test_coupled_gives_the_same_rollouts_with_the_cache_on_and_off(
@@ -199,6 +200,7 @@ def test_coupled_noise_is_renewed_every_refresh_epochs_and_only_then() -> None:
     assert responses(first) == responses(last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Lenient(0.0), OneHot()], ids=repr)
 def test_rollouts_of_another_session_of_the_same_seed_are_tested_with_other_noise(
     rule: AcceptanceRule,

@@ -22,6 +22,7 @@ def test_changes_are_checked_as_a_config_file_is(make_config) -> None:
         changed(base, {"train.epochs": "two"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False])
 def test_runs_differ_in_what_was_changed(make_config, tmp_path: Path, together: bool) -> None:
     runs = {

@@ -115,6 +115,7 @@ def test_runs_one_after_the_other_have_lines_of_their_own() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_long_silence_is_broken() -> None:
     out, clock = io.StringIO(), Clock()
     with progress(out, clock, every=30.0) as shown:

@@ -92,6 +92,7 @@ class MarksMachine(RuleBasedStateMachine):
             check_segments(self.store)
 
 
+@pytest.mark.slow
 def test_marks_bring_back_what_was() -> None:
     run_state_machine_as_test(
         MarksMachine, settings=settings(max_examples=40, stateful_step_count=25, deadline=None)

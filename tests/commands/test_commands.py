@@ -57,6 +57,7 @@ def test_a_second_pass_with_the_first_ones_cache_reuses_it(prompts: Path) -> Non
     assert stats["num_reused_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_the_next_pass_is_taken_and_draws_new_noise(
     prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_next_pass_is_taken_and_draws_new_noise(
     assert [row["response_ids"] for row in again] == responses[2]
 
 
+@pytest.mark.slow
 def test_a_cache_without_a_pass_needs_to_be_told(
     prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +110,7 @@ def test_columns_are_recognised(prompts: Path, capsys: pytest.CaptureFixture[str
     assert "prompts are from column 'question' (--prompt-column names another)" in notes
 
 
+@pytest.mark.slow
 def test_portions_change_nothing(prompts: Path) -> None:
     options = ["--num-samples", "16", "--max-tokens", "4"]
     whole, stats = rollout(prompts, "whole.jsonl", *options)
@@ -163,6 +166,7 @@ def test_a_damaged_cache_is_refused_and_kept(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_train_writes_a_report_and_resumes(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

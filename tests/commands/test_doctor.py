@@ -36,6 +36,7 @@ def run_doctor(*blocked: str, arguments: str = "") -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_a_built_installation_works_and_says_what_was_built() -> None:
     result = run_doctor()
     assert result.returncode == 0, result.stdout + result.stderr

@@ -55,6 +55,7 @@ def demo_run(tmp_path: Path, heldout: Path) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_is_the_trainers_own_evaluation(
     tmp_path: Path, heldout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_it_is_the_trainers_own_evaluation(
     assert len(lines(responses)) == 10
 
 
+@pytest.mark.slow
 def test_drafting_changes_the_steps_and_no_token(tmp_path: Path, heldout: Path) -> None:
     figures, responses = [], []
     for name, extra in (("plain", []), ("drafted", ["--drafting"])):

@@ -29,12 +29,14 @@ def test_checkpoint_is_small_and_complete() -> None:
     assert sum(sizes.values()) < 5_000_000
 
 
+@pytest.mark.slow
 def test_sampled_accuracy_leaves_room_to_learn(shipped) -> None:
     model, tokenizer = shipped
     accuracy = sampled_accuracy(model, tokenizer, heldout_problems(128), seed=0)
     assert 0.25 <= accuracy <= 0.65
 
 
+@pytest.mark.slow
 def test_policy_keeps_entropy_and_responses_fit(shipped) -> None:
     model, tokenizer = shipped
     prompt = heldout_problems(1)[0].prompt

@@ -392,6 +392,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.slow
 def test_nothing_grows_and_nothing_gets_slower_over_200_000_requests() -> None:
     """Thousands of prompts, of which some come often, within a bound for some hundreds."""
     rng = np.random.default_rng(0)
@@ -429,6 +430,7 @@ def test_nothing_grows_and_nothing_gets_slower_over_200_000_requests() -> None:
     assert per_token.max() < 40
 
 
+@pytest.mark.slow
 def test_removal_and_lookup_cost_does_not_rise_with_what_was_there_before() -> None:
     """Nodes looked at per token, of a prompt that is asked for again and again."""
     rng = np.random.default_rng(0)

@@ -53,6 +53,7 @@ def life(requests: int, price: str, decides: str) -> list[Outcome]:
     return [engine.rollout(epoch, follows=name == "own") for name, epoch in epochs(requests)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [4, 16, 64, 256])
 @pytest.mark.parametrize("price", list(PRICES))
 def test_calls_take_about_what_the_better_of_always_and_never_takes(
@@ -67,6 +68,7 @@ def test_calls_take_about_what_the_better_of_always_and_never_takes(
     assert total < 1.01 * sum(outcome.seconds for outcome in never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("requests", "gain"), [(16, 1.0), (64, 1.0), (256, 1.005)])
 def test_calls_end_sooner_if_more_is_proposed_to_those_that_end_last(
     requests: int, gain: float

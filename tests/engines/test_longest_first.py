@@ -30,6 +30,7 @@ def admitted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return order
 
 
+@pytest.mark.slow
 def test_the_embedded_engine_begins_with_the_longest(admitted: list[int]) -> None:
     engine = TransformersEngine(build("qwen3"), num_slots=4)
     requests = random_requests(BATCH)

@@ -114,6 +114,7 @@ def test_top_k_and_top_p_limit_the_tokens() -> None:
     assert rollouts.logprobs.max() == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_sampled_tokens_follow_the_noise_not_the_batch(name: str) -> None:
     """Slots, chunks and order change nothing, bit for bit; other keys change the tokens."""
@@ -127,6 +128,7 @@ def test_sampled_tokens_follow_the_noise_not_the_batch(name: str) -> None:
     assert responses(other) != responses(expected)
 
 
+@pytest.mark.slow
 def test_300_requests_through_8_slots() -> None:
     requests = random_requests(300, seed=5)
     model = build("llama")
@@ -193,6 +195,7 @@ def test_every_device_generates_and_reuses(device: str) -> None:
 # --- Reuse --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("slots", [1, 3, 64])
 def test_coupled_with_drafts_is_plain_sampling(old_rollouts, new_model, slots, chunk) -> None:
@@ -397,6 +400,7 @@ def test_is_a_rollout_engine(new_model) -> None:
     assert isinstance(TransformersEngine(new_model), RolloutEngine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_invariant", [True, False])
 def test_samples_of_a_prompt_share_its_computation(
     monkeypatch: pytest.MonkeyPatch, new_model, old_rollouts, batch_invariant: bool

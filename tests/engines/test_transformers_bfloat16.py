@@ -136,6 +136,7 @@ def test_rounding_is_to_the_nearest_and_keeps_nan() -> None:
 # --- The engine ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_sliding", "gpt2"])
 def test_what_the_cache_holds_changes_no_bit(name: str) -> None:
     """Where products keep one order: decoding, verifying and both after an update."""
@@ -259,6 +260,7 @@ def num_rejected(engine: TransformersEngine, rule: AcceptanceRule) -> int:
     return int((again.accepted_lens < drawn.response_lens).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Coupled, Lenient])
 def test_a_tolerance_keeps_what_rounding_rejects(rounding_engine, rule) -> None:
     found = measure_rounding(rounding_engine, random_requests(64), SAMPLING, num_rows=64)

@@ -87,6 +87,7 @@ def test_nothing_is_proposed_where_it_does_not_pay(old, new_model, monkeypatch) 
     assert actual.stats.num_decode_steps == expected.stats.num_decode_steps
 
 
+@pytest.mark.slow
 def test_steps_have_proposals_where_the_clock_says_that_it_pays(
     old, new_model, monkeypatch
 ) -> None:

@@ -76,6 +76,7 @@ def observed_pairs(
 RULES = [Lenient(0.0), Lenient(0.5), Lenient(-1.0), Coupled(), OneHot()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_law_of_two_tokens(policies, rule: AcceptanceRule) -> None:
     check(policies, rule, 6_000)

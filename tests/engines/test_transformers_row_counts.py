@@ -135,6 +135,7 @@ def test_one_row_is_filled_up_to_the_least_that_will_do() -> None:
         assert forward.num_padding_tokens == computed - 1
 
 
+@pytest.mark.slow
 def test_a_rollout_alone_is_what_it_is_among_others(threads: int) -> None:
     """In every bit: the last of a batch to finish decodes alone."""
     engine = TransformersEngine(build("qwen3"))

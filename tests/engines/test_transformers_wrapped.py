@@ -48,6 +48,7 @@ def with_adapter(model: torch.nn.Module, **options: Any) -> Any:
 WRAPPERS = {"compile": torch.compile, "data parallel": torch.nn.DataParallel}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_a_wrapped_model_rolls_out_as_the_model_inside(wrap) -> None:
     model, requests = build("llama"), random_requests(5)
@@ -194,6 +195,7 @@ def in_mixed_precision(model: Any) -> Any:
 DEEP = {"num_hidden_layers": 16, "hidden_size": 128, "intermediate_size": 256}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("llama", {}), ("qwen3", DEEP), ("qwen3_sliding", {}), ("gpt2", {})],

@@ -150,6 +150,7 @@ def test_a_note_says_that_text_goes_through_the_template(make_dated, capsys):
     assert "<|im_start|>system\\nAdd.<|im_end|>" in err
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_told_listed_and_counted(make_dated, write_rows, tmp_path, capsys):
     prompts = [{"prompt": n * "x", "answer": "1"} for n in (3, 40, 4, 5, 100)]
     config = make_dated(

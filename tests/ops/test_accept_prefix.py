@@ -272,6 +272,7 @@ def test_opcheck(device, generator) -> None:
     opcheck(("accept_prefix", (draft, target, lens, None, keys, positions, 0, 0.5, 1.0, 0.0)))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break(generator) -> None:
     keys, lens, draft, target, _ = _case(6, 20, generator)
 

@@ -331,6 +331,7 @@ def test_the_replacement_does_not_know_why_it_was_drawn(device) -> None:
         assert_law(tokens[~accepted], torch.tensor(p))
 
 
+@pytest.mark.slow
 def test_laws_hold_under_temperature_and_filters(device) -> None:
     """q is of the sampling distribution too: a draft drawn with the same filters and accepted at p
     = q is lossless."""

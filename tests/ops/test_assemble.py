@@ -157,6 +157,7 @@ def test_hand_computed_contexts_padded_left_and_right(device) -> None:
     assert right.logprobs.tolist() == [[0, -1, 0, 0], [0, 0, 0, -4]]
 
 
+@pytest.mark.slow
 def test_many_threads_and_uneven_rows(generator) -> None:
     """More than one piece of work per thread: every layout holds the packed rows."""
     case = random_case(300, generator, continuations=True, logprobs=True, longest=700)
@@ -255,6 +256,7 @@ def test_opcheck(device, layout) -> None:
     opcheck(("assemble", args))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break_when_the_size_is_given() -> None:
     def assembled(case):
         return ops.assemble(**case, layout="split", max_prompt_len=3, max_response_len=4)

@@ -83,6 +83,7 @@ def test_levels_agree(tmp_path: Path) -> None:
             torch.testing.assert_close(logprobs, expected_logprobs, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_level_that_is_not_there_is_refused() -> None:
     info = ops.build_info()
     available = ", ".join(info["isa_available"])

@@ -427,6 +427,7 @@ def test_opcheck(device, generator) -> None:
     opcheck(("splice_kv", (src.storage, dst.storage, *args.values(), None, dst.table)))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break(generator) -> None:
     caches = Caches("contiguous", generator, "cpu")
     args = ranges((0, 2, 0, 0, 9), (1, 0, 2, 0, 4))

@@ -150,6 +150,7 @@ for logits in (wrapper, wrapper[1:]):
 """
 
 
+@pytest.mark.slow
 def test_a_wrapper_without_memory_is_refused() -> None:
     # What reads its address ends its process.
     ended = subprocess.run([sys.executable, "-c", _WRAPPERS], capture_output=True, text=True)

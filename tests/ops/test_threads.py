@@ -91,6 +91,7 @@ print(os.waitpid(child, 0)[1])
 """
 
 
+@pytest.mark.slow
 def test_forked_child_does_not_wait_for_threads_that_torch_alone_has_started() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _FORKED_BEFORE],

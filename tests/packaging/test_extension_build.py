@@ -82,6 +82,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 # Whichever of the two was compiled later.
+@pytest.mark.slow
 @pytest.mark.parametrize(("in_place_at", "packed_at"), [(1000, 2000), (2000, 1000)])
 def test_builds_of_one_checkout_do_not_exchange_their_extension(
     checkout: Checkout, in_place_at: int, packed_at: int
@@ -94,6 +95,7 @@ def test_builds_of_one_checkout_do_not_exchange_their_extension(
         assert checkout.in_place == "of the GPU here"
 
 
+@pytest.mark.slow
 def test_a_module_that_is_gone_is_not_packed(checkout: Checkout) -> None:
     gone = checkout.module("gone")
     checkout.run("build")

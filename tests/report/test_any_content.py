@@ -99,6 +99,7 @@ def test_what_is_nested_deeply_is_left_out_and_named(tmp_path: Path) -> None:
     assert "not shown" not in text
 
 
+@pytest.mark.slow
 def test_a_line_of_a_hundred_megabytes_is_cut(tmp_path: Path) -> None:
     long = json.dumps({"step": 1, "prompt": "p" * 10**8, "tokens": ["t"] * 50_000})
     text, _ = page_of(tmp_path, samples_jsonl=long + "\n")

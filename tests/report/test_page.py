@@ -113,6 +113,7 @@ def write_run(directory: Path, rows: list[dict[str, float]]) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_page_of_two_runs_holds_every_figure_and_loads_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "vanilla", metrics(8, 0))
     write_run(tmp_path / "lenient", metrics(8, 60))
@@ -153,6 +154,7 @@ def test_summary_counts_are_sums_over_the_steps() -> None:
     assert table["accuracy, held-out prompts, after"] == "62.5%"
 
 
+@pytest.mark.slow
 def test_every_text_of_a_run_is_escaped(tmp_path: Path) -> None:
     run = Run(EVIL, metrics=metrics(3, 50), config=f"# {EVIL}", environment={EVIL: {EVIL: [EVIL]}})
     run.problems = [EVIL]

@@ -214,6 +214,7 @@ def test_what_models_say():
 PR_CAPBSET_DROP = CAP_SYS_RESOURCE = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "most"), [(resource.RLIMIT_CPU, 100), (resource.RLIMIT_AS, 3 << 29)]
 )
@@ -232,6 +233,7 @@ def test_limits_that_somebody_has_set_stay(kind, most):
     assert done.stdout.decode().split() == ["ready", "right", "wrong"]
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_be_limited_says_why(monkeypatch, tmp_path):
     text = Path(maths.maths_worker.__file__).read_text()
     broken = tmp_path / "worker.py"

@@ -111,6 +111,7 @@ def test_what_a_function_takes_is_checked_before_the_model_is_loaded(make_config
         run(config)
 
 
+@pytest.mark.slow
 def test_a_module_beside_the_config_file_is_found_and_on_resume_too(
     make_config, tmp_path, monkeypatch
 ):

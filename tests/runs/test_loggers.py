@@ -124,6 +124,7 @@ def test_both_hold_the_numbers_of_metrics_jsonl_and_go_on_after_a_stop(make_conf
     assert set(second) == {3, 4}
 
 
+@pytest.mark.slow
 def test_a_logger_that_comes_late_gets_the_rows_so_far(make_config) -> None:
     config = make_config(train={"max_steps": 1}, eval={"at_end": False})
     run_dir = Path(config.log.run_dir)

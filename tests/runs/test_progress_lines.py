@@ -85,6 +85,7 @@ def test_what_is_over_says_nothing_more_and_a_closed_stream_is_no_error() -> Non
     lines.update(1)
 
 
+@pytest.mark.slow
 def test_a_long_silence_is_broken_although_nothing_is_done() -> None:
     said = threading.Event()
 

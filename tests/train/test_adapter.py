@@ -122,6 +122,7 @@ def lora_config(make_config, run_dir, **sections):
     )
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_checkpoint_is_a_whole_model(make_config, tmp_path, model_dir):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -144,6 +145,7 @@ def test_a_run_learns_and_its_checkpoint_is_a_whole_model(make_config, tmp_path,
     torch.testing.assert_close(logits(fresh), logits(base), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_config, tmp_path, one_thread):
     whole = lora_config(make_config, tmp_path / "whole")
     run(whole)
@@ -158,6 +160,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(make_config, tmp_pat
     assert_same_weights(final_weights(part.log.run_dir), final_weights(whole.log.run_dir))
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_beside_the_weights_that_it_was_trained_beside(
     make_config, tmp_path, model_dir, capsys
 ):
@@ -179,6 +182,7 @@ def test_an_adapter_goes_on_beside_the_weights_that_it_was_trained_beside(
     assert "does not say which weights" not in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_what_its_adapter_belongs_to_is_resumed_with_a_note(
     make_config, tmp_path, capsys
 ):
@@ -203,6 +207,7 @@ def test_a_fingerprint_is_of_every_bit():
     assert adapter.fingerprint(model) != adapter.fingerprint(other)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_rank_is_refused(make_config, tmp_path):
     config = lora_config(make_config, tmp_path / "run", train={"max_steps": 1})
     run(config)

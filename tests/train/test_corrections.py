@@ -132,6 +132,7 @@ def test_an_update_has_the_gradient_of_its_formula(policy, model, rollouts, corr
     plain.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_lossless_rule_needs_no_correction(make_config) -> None:
     for rule in ("coupled", "one_hot", "none"):

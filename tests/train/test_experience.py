@@ -96,6 +96,7 @@ def _dapo(make_config, run_dir, reward="by_answer", **train):
     )
 
 
+@pytest.mark.slow
 def test_groups_of_equal_rewards_are_refilled(make_config, tmp_path):
     # Answers 0, 1, 1, 2, 2, 3: three prompts may differ, three never do.
     calls: dict[int, list[int]] = {}
@@ -119,6 +120,7 @@ def test_groups_of_equal_rewards_are_refilled(make_config, tmp_path):
     assert all(row["num_rollouts"] == 8 for row in read_rows(tmp_path / "off"))
 
 
+@pytest.mark.slow
 def test_where_nothing_differs_nothing_is_learned_and_the_step_ends(
     make_config, model_dir, tmp_path, capsys
 ):
@@ -136,6 +138,7 @@ def test_where_nothing_differs_nothing_is_learned_and_the_step_ends(
     assert "no response of the last 20 steps had an advantage" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_with_refills_is_resumed_exactly(make_config, tmp_path):
     run(_dapo(make_config, tmp_path / "whole"))
     part = _dapo(make_config, tmp_path / "part", max_steps=5)

@@ -122,6 +122,7 @@ def _config(make_config, run_dir, **train):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_logs_its_lenience_and_is_resumed_exactly(make_config, tmp_path) -> None:
     run(_config(make_config, tmp_path / "whole"))
@@ -149,6 +150,7 @@ def test_a_schedule_is_logged_too(make_config, tmp_path) -> None:
     assert logged == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "later"),
     [

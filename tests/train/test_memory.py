@@ -103,6 +103,7 @@ def test_products_are_in_bfloat16_over_float32_weights():
         assert 0 < gap < 0.05, name
 
 
+@pytest.mark.slow
 def test_a_run_with_both_learns(make_config):
     settings = {"compute_dtype": "bfloat16", "gradient_checkpointing": True}
     config = make_config(train={**settings, "epochs": 6, "lr": 1e-2})

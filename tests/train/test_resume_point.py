@@ -151,6 +151,7 @@ def notes(capsys):
     return [line for line in lines if "note: " in line and "repeats itself" not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_checkpoint_before_is_taken(six_steps, capsys, damage):
     run_dir, rows, weights = six_steps
@@ -177,6 +178,7 @@ def test_a_huge_step_costs_nothing(six_steps):
     assert without_seconds(read_rows(run_dir)) == rows
 
 
+@pytest.mark.slow
 def test_as_many_are_passed_over_as_must_be(six_steps, capsys):
     run_dir, rows, weights = six_steps
     keep_metrics(run_dir, 4)
@@ -248,6 +250,7 @@ def test_the_policy_version_goes_on(six_steps):
     assert versions == {5: 4, 6: 5, 7: 6, 8: 7}
 
 
+@pytest.mark.slow
 def test_another_rule_does_without_what_it_cannot_read(make_config, tmp_path, capsys):
     """A rule that reads log-probs takes over from one that keeps none."""
     config = make_config(rollout={"rule": "coupled"}, train={"epochs": None, "max_steps": 2})
@@ -274,6 +277,7 @@ def test_a_cache_file_without_what_the_rule_reads_is_refused(make_config, tmp_pa
     assert not (tmp_path / "second").exists()
 
 
+@pytest.mark.slow
 def test_other_heldout_prompts_are_said(make_config, write_rows, capsys):
     first = write_rows([{"prompt": "2 2 =?\n", "answer": "4"}], "a.jsonl")
     second = write_rows([{"prompt": "2 3 =?\n", "answer": "5"}], "b.jsonl")
@@ -354,6 +358,7 @@ def test_two_resumes_half_a_second_apart(six_steps):
 # ---- before there is a checkpoint
 
 
+@pytest.mark.slow
 def test_a_run_killed_early_begins_again(make_config, tmp_path, uninterrupted, capsys):
     rows, weights, _ = uninterrupted
     config = interruption_config(make_config, tmp_path / "killed")

@@ -36,6 +36,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return list_checkpoints(run_dir / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_store_on_disk_changes_nothing_but_the_checkpoints(make_config, tmp_path):
     rows = {}
     for store in ("memory", "disk"):
@@ -58,6 +59,7 @@ def test_a_store_on_disk_changes_nothing_but_the_checkpoints(make_config, tmp_pa
     assert not (tmp_path / "disk" / "rollouts" / "run.lock").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("back", [1, 2])
 def test_what_was_stored_after_a_checkpoint_does_not_change_what_follows_it(
     make_config, tmp_path, back
@@ -97,6 +99,7 @@ def damage(folder: Path) -> str:
     return "expected a sound database, got a damaged one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", [lose, replace_by_another, forget, damage])
 def test_a_checkpoint_without_its_rollouts_is_refused_and_can_go_on_without_them(
     make_config, tmp_path, spoil, capsys
@@ -113,6 +116,7 @@ def test_a_checkpoint_without_its_rollouts_is_refused_and_can_go_on_without_them
     assert [row["num_drafts"] for row in read_rows(run_dir)[7:]] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_with_copies_goes_on_with_a_store(make_config, tmp_path):
     run_dir = tmp_path / "run"
     run(config_of(make_config, run_dir, "memory"))
@@ -121,6 +125,7 @@ def test_a_run_with_copies_goes_on_with_a_store(make_config, tmp_path):
     assert (checkpoints_of(run_dir)[-1] / "rollouts.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_begin_in_anothers_store(make_config, tmp_path):
     folder = str(tmp_path / "store")
     run(config_of(make_config, tmp_path / "one", cache_folder=folder))
@@ -147,6 +152,7 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> dict[str, LocalParts]:
     return held
 
 
+@pytest.mark.slow
 def test_actors_change_nothing_and_checkpoints_have_a_copy(make_config, tmp_path, pools):
     """With a bound that evicts one actor keeps what memory keeps; without, any number do."""
     for num_actors, max_bytes in ((1, 9000), (3, None)):
@@ -161,6 +167,7 @@ def test_actors_change_nothing_and_checkpoints_have_a_copy(make_config, tmp_path
         assert all((path / "cache.bin").exists() for path in checkpoints_of(folder / "ray"))
 
 
+@pytest.mark.slow
 def test_a_run_with_actors_goes_on_from_its_checkpoint(make_config, tmp_path, pools):
     """Whatever the actors hold by then, or if they are gone."""
     run_dir = tmp_path / "run"
@@ -175,6 +182,7 @@ def test_a_run_with_actors_goes_on_from_its_checkpoint(make_config, tmp_path, po
         assert_same_weights(final_weights(run_dir), weights)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_begin_in_actors_that_hold_rollouts(make_config, tmp_path, pools):
     run(config_of(make_config, tmp_path / "one", "ray", cache_ray="runs/one"))
     message = r"cache_ray: expected an empty pool .* 'runs/one', got one of 24 rollouts \(spec-rollout cache stop ray:runs/one"

@@ -104,6 +104,7 @@ def test_the_checkpoint_holds_the_trained_model(make_config, model_dir):
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(make_config, tmp_path):
     rows = []
     for index, seed in enumerate((7, 7, 8)):
@@ -118,6 +119,7 @@ def test_same_seed_same_run(make_config, tmp_path):
     assert rows[0] != rows[2]
 
 
+@pytest.mark.slow
 def test_coupled_reuse_changes_nothing_but_the_work(make_config, tmp_path):
     runs = {}
     for reuse in (True, False):
@@ -190,6 +192,7 @@ def test_rules_that_keep_drafts_unseen_train_with_a_filter(make_config, rule):
         json.loads(line, parse_constant=pytest.fail)  # -Infinity is not JSON
 
 
+@pytest.mark.slow
 def test_options_of_the_update_together(make_config, write_rows):
     heldout = write_rows([{"prompt": "2 2 =?\n", "answer": "4"}], "heldout.jsonl")
     config = make_config(
@@ -270,6 +273,7 @@ class ActorCritic:
         return LossOutputs(loss, {"value_error": error.detach().sum()})
 
 
+@pytest.mark.slow
 def test_a_value_head_learns_and_is_resumed(make_config, monkeypatch, tmp_path):
     monkeypatch.setattr(algorithms, "_ALGORITHMS", {"actor_critic": ActorCritic})
     rows = []
@@ -344,6 +348,7 @@ def one(prompt, response, answer):
     return 1.0
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_says_so_once(make_config, capsys):
     config = make_config(
         reward={"functions": [f"{__name__}:one"]},
@@ -356,6 +361,7 @@ def test_a_run_that_learns_nothing_says_so_once(make_config, capsys):
     assert [index + 1 for index, said in enumerate(seen) if said] == [20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_lenience", [math.inf, -math.inf])
 def test_a_run_that_repeats_itself_says_so_once(make_config, capsys, log_lenience):
     config = make_config(
@@ -425,6 +431,7 @@ def test_resumed_runs_equal_the_uninterrupted_one(
     assert unevaluated == {True, False}
 
 
+@pytest.mark.slow
 def test_interrupted_twice(make_config, tmp_path, uninterrupted):
     rows, weights, _ = uninterrupted
     config = interruption_config(make_config, tmp_path / "twice")
@@ -437,6 +444,7 @@ def test_interrupted_twice(make_config, tmp_path, uninterrupted):
     assert_same_weights(final_weights(config.log.run_dir), weights)
 
 
+@pytest.mark.slow
 def test_a_crash_goes_back_to_the_last_checkpoint(make_config, tmp_path, uninterrupted):
     rows, weights, _ = uninterrupted
     checkpoints = {"every_steps": 2, "keep_last": 1}
@@ -459,6 +467,7 @@ def test_a_crash_goes_back_to_the_last_checkpoint(make_config, tmp_path, uninter
     assert_same_weights(final_weights(run_dir), weights)
 
 
+@pytest.mark.slow
 def test_runs_that_take_turns_are_those_alone(make_config, tmp_path, uninterrupted):
     rows, weights, _ = uninterrupted
     order = []
@@ -481,6 +490,7 @@ def test_runs_that_take_turns_are_those_alone(make_config, tmp_path, uninterrupt
         assert_same_weights(final_weights(config.log.run_dir), weights)
 
 
+@pytest.mark.slow
 def test_interrupting_runs_that_take_turns_leaves_all_resumable(
     make_config, tmp_path, uninterrupted
 ):
@@ -495,6 +505,7 @@ def test_interrupting_runs_that_take_turns_leaves_all_resumable(
         assert_same_weights(final_weights(config.log.run_dir), weights)
 
 
+@pytest.mark.slow
 def test_resuming_with_more_steps(make_config, tmp_path):
     config = interruption_config(make_config, tmp_path / "short", epochs=None, max_steps=3)
     run(config)
@@ -506,6 +517,7 @@ def test_resuming_with_more_steps(make_config, tmp_path):
     assert_same_weights(final_weights(config.log.run_dir), final_weights(whole.log.run_dir))
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing_and_says_so(make_config, tmp_path, capsys):
     config = interruption_config(make_config, tmp_path / "done")
     first = run(config)
@@ -696,6 +708,7 @@ def test_a_reward_that_raises_is_named(make_config):
         run(config)
 
 
+@pytest.mark.slow
 def test_a_saved_cache_gives_drafts_from_the_first_step(make_config, tmp_path):
     first = make_config(rollout={"rule": "lenient"}, train={"epochs": 1})
     run(first)
@@ -730,6 +743,7 @@ def noise_of(monkeypatch):
     return of
 
 
+@pytest.mark.slow
 def test_rollouts_of_another_run_are_tested_with_other_noise_than_drew_them(
     make_config, tmp_path, noise_of
 ):

@@ -154,6 +154,7 @@ def fails_in_metrics(n, monkeypatch):
     return Interfered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fails", "n", "kept"),
     [
@@ -197,6 +198,7 @@ def test_an_error_loses_no_whole_step(noisy, whole, tmp_path, capsys, monkeypatc
     assert_same_weights(final_weights(run_dir), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_steps", [None, 2])
 def test_a_half_done_update_is_not_kept(noisy, whole, tmp_path, capsys, monkeypatch, every_steps):
     rows, weights = whole
@@ -222,6 +224,7 @@ def test_a_half_done_update_is_not_kept(noisy, whole, tmp_path, capsys, monkeypa
     assert_same_weights(final_weights(run_dir), weights)
 
 
+@pytest.mark.slow
 def test_the_advice_works_as_it_is_printed(make_config, tmp_path, capsys, monkeypatch):
     REWARD_CALLS.__init__()
     REWARD_CALLS.fails_at = CALLS_PER_EVALUATION + CALLS_PER_STEP + 3
@@ -243,6 +246,7 @@ def test_the_advice_works_as_it_is_printed(make_config, tmp_path, capsys, monkey
     assert [row["step"] for row in read_rows(config.log.run_dir)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), MemoryError()])
 def test_any_exception_of_a_callback(noisy, whole, tmp_path, capsys, error):
     rows, weights = whole
@@ -261,6 +265,7 @@ def test_any_exception_of_a_callback(noisy, whole, tmp_path, capsys, error):
     assert_same_weights(final_weights(config.log.run_dir), weights)
 
 
+@pytest.mark.slow
 def test_an_error_removes_no_older_checkpoint(noisy, tmp_path):
     config = noisy(tmp_path / "failed", {"every_steps": 1, "keep_last": 1})
     REWARD_CALLS.fails_at = 2 * CALLS_PER_EVALUATION + 3 * CALLS_PER_STEP + 2
@@ -296,6 +301,7 @@ def test_a_state_that_cannot_be_written_is_said(noisy, tmp_path, capsys, monkeyp
     assert sorted(os.listdir(Path(config.log.run_dir) / "checkpoints")) == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_all_runs_that_take_turns_are_kept(noisy, whole, tmp_path, capsys):
     rows, _ = whole
 
@@ -315,6 +321,7 @@ def test_all_runs_that_take_turns_are_kept(noisy, whole, tmp_path, capsys):
         assert [row["step"] for row in found] == [row["step"] for row in rows]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_stops_the_run(noisy, whole, tmp_path, capsys):
     rows, weights = whole
     config = noisy(tmp_path / "interrupted")
@@ -367,6 +374,7 @@ def test_who_asks_twice_does_not_wait(noisy, tmp_path, capsys):
     assert "continue" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_that_diverge_are_not_kept(noisy, whole, tmp_path, capsys):
     rows, weights = whole
     config = noisy(tmp_path / "diverged", {"every_steps": 2})
@@ -396,6 +404,7 @@ def test_weights_that_diverge_are_not_kept(noisy, whole, tmp_path, capsys):
     assert_same_weights(final_weights(run_dir), weights)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time(noisy, tmp_path, monkeypatch):
     from spec_rollout.train import keeper
 
