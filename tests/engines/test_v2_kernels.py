@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -347,3 +350,49 @@ def test_rules_of_a_schedule_are_forgotten_with_their_calls() -> None:
         table.over(["r3"])
         table.end()
         assert list(table._rules) == [Lenient(9.0)]
+
+
+# Signatures as calls have them: [requests, K] of vLLM, where the smallest K is 1 and a step may have
+# one token more than that.
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spec_rollout.engines.vllm.worker.v2 import kernels
+
+WIDE = {"proposed", "last_sampled", "numbers", "sampled", "drawn", "scheduled", "positions"}
+SCALARS = {"numbers_stride", "drafts_stride", "max_chunk"}
+
+def build(kernel, arch, **constants):
+    signature, constexprs = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[(index,)] = "constexpr", constants[name]
+        else:
+            signature[name] = "i32" if name in SCALARS else "*i64" if name in WIDE else "*i32"
+    made = triton.compile(
+        ASTSource(kernel, signature, constexprs, {}), target=GPUTarget("cuda", arch, 32)
+    )
+    print(kernel.__name__, arch, len(made.asm["cubin"]))
+
+for arch in (80, 90, 100):
+    for width in (2, 32):
+        block = triton.next_power_of_2(width)
+        build(kernels._propose_kernel, arch, K=width - 1, BLOCK=triton.next_power_of_2(width - 1))
+        for decided in (False, True):
+            build(kernels._outcome_kernel, arch, HAS_DECISIONS=decided, WIDTH=width, BLOCK=block)
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_for_gpus(tmp_path) -> None:
+    """The interpreter takes what the compiler would refuse. Triton brings its own assembler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)  # or an older build would do
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 18
