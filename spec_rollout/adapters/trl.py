@@ -3,111 +3,42 @@
     from spec_rollout.adapters.trl import SpecRollout
     trainer = GRPOTrainer(..., rollout_func=SpecRollout())
 
-All of TRL that this package touches is named here, in `CONTRACT` and `TRAINER_ATTRIBUTES`.
+All of TRL that this package touches is named in `trl_contract`.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient, Schedule
+from spec_rollout.acceptance import AcceptanceRule, Coupled, Schedule
 from spec_rollout.adapters.rows import Gather, NamedRollouts, RowNumbers, alone, share, split_rows
+from spec_rollout.adapters.trl_contract import (
+    check_trainer,
+    gather_objects,
+    is_server,
+    is_sharded,
+    plug_into_engines,
+    sampling,
+)
+from spec_rollout.adapters.trl_server import Server
 from spec_rollout.cache import RolloutCache
 from spec_rollout.engines.base import RolloutEngine
 from spec_rollout.keys import prompt_key
 from spec_rollout.rollout import RolloutSession
-from spec_rollout.types import Rollouts, RolloutStats, SamplingParams
+from spec_rollout.types import Rollouts, RolloutStats
 
-TESTED_VERSIONS = ("1.16.0",)
-# Module -> names in it that are used.
-CONTRACT: Mapping[str, tuple[str, ...]] = {
-    "trl.trainer.grpo_trainer": (
-        "GRPOTrainer._generate_single_turn",
-        "GRPOTrainer._log_metric",
-        "GRPOTrainer._tokenize_prompts",
-    ),
-    "trl.generation.vllm_client": ("VLLMClient.generate", "VLLMClient.get_server_info"),
-    "trl.generation.vllm_generation": (
-        "VLLMGeneration.generate",
-        "VLLMGeneration.sync_weights",
-    ),
-}
-# What a trainer has, and its `vllm_generation`.
-TRAINER_ATTRIBUTES = (
-    "accelerator",
-    "args",
-    "eos_token_ids",
-    "max_completion_length",
-    "min_p",
-    "model",
-    "repetition_penalty",
-    "rollout_func",
-    "state",
-    "temperature",
-    "top_k",
-    "top_p",
-    "use_vllm",
-    "vllm_mode",
-)
-GENERATION_ATTRIBUTES = (
-    "enable_sleep_mode",
-    "generation_kwargs",
-    "mode",
-    "structured_outputs_regex",
-    "tensor_parallel_size",
-)
-# The module whose `LLM` TRL builds a colocated engine with, letting no arguments through.
-_ENGINE_MODULE = "trl.generation.vllm_generation"
-_MODES = ("coupled", "lenient")  # of a server, that know samples
-_MAX_CONNECTIONS = 64  # TRL's own number
 _NUM_SPECULATIVE_TOKENS = 64
 _NUM_SLOTS = 64
 
 LogProbs = Literal["auto", "current", "behaviour"]
-
-
-def check_trl() -> str:
-    """The version of the installed TRL.
-
-    Raises:
-        ImportError: if there is none, or it lacks a name that this adapter uses.
-    """
-    tested = f"this adapter was tested with TRL {', '.join(TESTED_VERSIONS)}"
-    try:
-        version = metadata.version("trl")
-    except metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            f"trl: expected it installed ({tested}), got none", name="trl"
-        ) from None
-    for module, names in CONTRACT.items():
-        for name in names:
-            try:
-                found: Any = importlib.import_module(module)
-                for part in name.split("."):
-                    found = getattr(found, part)
-            except (ImportError, AttributeError) as error:
-                raise ImportError(
-                    f"trl: expected {module}.{name} ({tested}), got TRL {version} without it "
-                    f"({error})"
-                ) from error
-    if version not in TESTED_VERSIONS:
-        warnings.warn(f"{tested}; the installed one is {version}", stacklevel=3)
-    return version
-
-
-VERSION = check_trl()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +150,7 @@ class SpecRollout:
         ]
         self._trainer: Any = None
         self._session: RolloutSession | None = None
+        self._server: Server | None = None
         self._gather: Gather = alone
         self._rank = 0
         self._numbers = self._eval_numbers = RowNumbers()
@@ -226,7 +158,7 @@ class SpecRollout:
         self._to_share: list[NamedRollouts] = []
         self._loaded_step = -1
         self._train_state: Any = None
-        _plug_into_engines(num_speculative_tokens)
+        plug_into_engines(num_speculative_tokens)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's `RolloutFunc`: a completion for each prompt, as they are repeated already."""
@@ -254,8 +186,8 @@ class SpecRollout:
         keys = [prompt_key(ids) for ids in prompt_ids]
         if not trainer.model.training:
             samples = self._eval_numbers.next(keys, trainer.state.global_step)
-            if _is_server(trainer):
-                return self._from_server(prompt_ids, samples, is_eval=True)
+            if self._server is not None:
+                return Turn(*self._server.generate(prompt_ids, samples, is_eval=True))
             user_keys = [f"evaluation {n}" for n in samples.tolist()]
             turn = self._evaluate(prompt_ids, user_keys)
             self._tell(turn, prompt_ids, user_keys)
@@ -264,8 +196,8 @@ class SpecRollout:
         self._to_share = []
         self._begin_run(trainer.state)
         samples = self._numbers.next(keys, trainer.state.global_step)
-        if _is_server(trainer):
-            return self._from_server(prompt_ids, samples, is_eval=False)
+        if self._server is not None:
+            return Turn(*self._server.generate(prompt_ids, samples, is_eval=False))
         turn = self._generate(prompt_ids, samples, [""] * len(keys))
         self._tell(
             turn,
@@ -290,12 +222,12 @@ class SpecRollout:
             ValueError: if one does not begin as a row of the last turn; with a server, which all
                 ranks ask at the same time; in sleep mode with weights that are spread over ranks.
         """
-        if _is_server(trainer):
+        if is_server(trainer):
             raise ValueError(
                 "vllm_mode: expected colocate with next_turn, got server: take further turns from "
                 "trainer.vllm_generation there"
             )
-        if trainer.use_vllm and _is_sharded(trainer) and trainer.vllm_generation.enable_sleep_mode:
+        if trainer.use_vllm and is_sharded(trainer) and trainer.vllm_generation.enable_sleep_mode:
             raise ValueError(
                 "vllm_enable_sleep_mode: expected False with further turns (next_turn, tools) and "
                 "weights that FSDP or DeepSpeed ZeRO-3 spread over ranks, got True: a turn loads "
@@ -347,7 +279,7 @@ class SpecRollout:
             rollouts = session.rollout_rows(
                 prompt_ids,
                 samples,
-                _sampling(trainer),
+                sampling(trainer),
                 step=step,
                 epoch=int(trainer.state.epoch or 0),
                 user_keys=user_keys,
@@ -367,7 +299,7 @@ class SpecRollout:
             rollouts = session.evaluate(
                 prompt_ids,
                 1,
-                _sampling(trainer),
+                sampling(trainer),
                 step=trainer.state.global_step,
                 user_keys=user_keys,
             )
@@ -406,17 +338,23 @@ class SpecRollout:
             return
         if self._trainer is not None:
             raise ValueError("trainer: expected the one of the first rollout, got another")
-        _check_trainer(trainer)
+        check_trainer(trainer)
         accelerator = trainer.accelerator
         self._rank = accelerator.process_index
         if accelerator.num_processes > 1:
-            self._gather = _gather_objects
+            self._gather = gather_objects
         self._numbers = RowNumbers(self._gather, self._rank)
         self._eval_numbers = RowNumbers(self._gather, self._rank)
-        if _is_server(trainer):
+        if is_server(trainer):
             self._check_arguments()
-            _check_server(trainer)
-            rule = _rule_of_server(trainer)
+            self._server = Server(
+                trainer,
+                self._gather,
+                self._rank,
+                reuse=self._reuse,
+                refresh_epochs=self._refresh_epochs,
+            )
+            rule = self._server.rule
             if rule is not None and self._has_rule and self.schedule != Schedule(rule):
                 raise ValueError(
                     f"rule: expected that of the server, {rule} (SPEC_ROLLOUT in its environment), "
@@ -513,171 +451,10 @@ class SpecRollout:
                 generation.llm.sleep(level=2)
                 generation._llm_weights_sleeping = True
 
-    # -- a server ---------------------------------------------------------------------------------
-
-    def _from_server(
-        self, prompt_ids: Sequence[list[int]], samples: np.ndarray, *, is_eval: bool
-    ) -> Turn:
-        """One request per row, sent by the main process and named by its sample; without reuse
-        by none, so that it has no draft of its own."""
-        trainer = self._trainer
-        rows = [row for rank in self._gather(list(zip(prompt_ids, samples.tolist(), strict=True)))
-                for row in rank]  # fmt: skip
-        first = sum(self._gather(len(prompt_ids))[: self._rank])
-        answers: list[tuple[list[int], list[float]]] | None = None
-        if trainer.accelerator.is_main_process:
-            generation = trainer.vllm_generation
-            epoch = int(trainer.state.epoch or 0)
-            noise_epoch = 0 if self._refresh_epochs is None else epoch // self._refresh_epochs
-
-            def ask(row: tuple[list[int], int]) -> tuple[list[int], list[float]]:
-                ids, sample = row
-                if is_eval:  # remembered apart, if at all, and nobody's sample
-                    named: dict[str, Any] = {"cache_salt": "spec_rollout evaluation"}
-                elif not self._reuse:
-                    named = {}
-                else:
-                    name = json.dumps({"sample": sample, "epoch": noise_epoch})
-                    named = {"vllm_xargs": {"spec_rollout": name}}
-                given = generation.generation_kwargs or {}
-                if "vllm_xargs" not in named and given.get("seed") is not None:
-                    # As vLLM does for the samples of one request; these are requests of their own.
-                    named["seed"] = given["seed"] + sample
-                output = generation.vllm_client.generate(
-                    prompts=[ids],
-                    n=1,
-                    repetition_penalty=trainer.repetition_penalty,
-                    temperature=trainer.temperature,
-                    top_p=trainer.top_p,
-                    top_k=trainer.top_k,
-                    min_p=trainer.min_p or 0.0,
-                    max_tokens=trainer.max_completion_length,
-                    logprobs=0,
-                    structured_outputs_regex=generation.structured_outputs_regex,
-                    generation_kwargs={**given, **named},
-                )
-                return output["completion_ids"][0], [lp[0] for lp in output["logprobs"][0]]
-
-            with ThreadPoolExecutor(max_workers=_MAX_CONNECTIONS) as pool:
-                answers = list(pool.map(ask, rows))
-        everyone = next(given for given in self._gather(answers) if given is not None)
-        mine = everyone[first : first + len(prompt_ids)]
-        return Turn([ids for ids, _ in mine], [logprobs for _, logprobs in mine])
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    from accelerate.utils import gather_object
-
-    gathered: list[Any] = gather_object([value])
-    return gathered
-
-
-def _is_server(trainer: Any) -> bool:
-    return bool(trainer.use_vllm) and trainer.vllm_mode == "server"
-
-
-def _is_sharded(trainer: Any) -> bool:
-    """Whether to read all weights is a call of several ranks together."""
-    if trainer.accelerator.num_processes == 1:
-        return False
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return bool(
-        getattr(trainer, "is_fsdp_enabled", False)
-        or (plugin is not None and plugin.zero_stage == 3)
-    )
-
 
 def _turn(rollouts: Rollouts, logprobs: torch.Tensor) -> Turn:
     cu_lens = rollouts.cu_response_lens
     return Turn(split_rows(rollouts.response_ids, cu_lens), split_rows(logprobs, cu_lens))
-
-
-def _sampling(trainer: Any) -> SamplingParams:
-    return SamplingParams(
-        temperature=trainer.temperature,
-        top_k=max(0, trainer.top_k or 0),
-        top_p=trainer.top_p,
-        max_tokens=trainer.max_completion_length,
-        stop_token_ids=tuple(trainer.eos_token_ids),
-    )
-
-
-def _check_trainer(trainer: Any) -> None:
-    """Raises for a trainer that this adapter does not serve."""
-    for name in TRAINER_ATTRIBUTES:
-        if not hasattr(trainer, name):
-            raise ValueError(
-                f"trainer: expected a GRPOTrainer as in TRL {', '.join(TESTED_VERSIONS)}, got one "
-                f"of TRL {VERSION} without {name}"
-            )
-    if _is_server(trainer):
-        return
-    if trainer.repetition_penalty != 1.0:
-        raise ValueError(f"repetition_penalty: expected 1.0, got {trainer.repetition_penalty}")
-    if trainer.min_p:
-        raise ValueError(f"min_p: expected None or 0, got {trainer.min_p}")
-    if trainer.args.generation_kwargs:
-        raise ValueError(
-            "generation_kwargs: expected none with SpecRollout, got "
-            f"{', '.join(trainer.args.generation_kwargs)}"
-        )
-    if not trainer.use_vllm:
-        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-            if getattr(trainer, name, False):
-                raise ValueError(
-                    f"{name}: expected False with the embedded engine, which needs the whole model "
-                    "on each rank, got True; use_vllm=True serves sharded models"
-                )
-        return
-    generation = trainer.vllm_generation
-    for name in GENERATION_ATTRIBUTES:
-        if not hasattr(generation, name):
-            raise ValueError(
-                f"trainer: expected vLLM as in TRL {', '.join(TESTED_VERSIONS)}, got that of TRL "
-                f"{VERSION} without {name}"
-            )
-    if generation.tensor_parallel_size > 1:
-        raise ValueError(
-            "vllm_tensor_parallel_size: expected 1 with SpecRollout and a colocated vLLM, got "
-            f"{generation.tensor_parallel_size}"
-        )
-    if generation.structured_outputs_regex is not None:
-        raise ValueError("vllm_structured_outputs_regex: expected None with SpecRollout, got one")
-
-
-def _check_server(trainer: Any) -> None:
-    """The server has to remember, and to know samples; asked by the process that talks to it."""
-    if not trainer.accelerator.is_main_process:
-        return
-    section = _server_section(trainer)
-    if section.get("mode") not in _MODES:
-        raise ValueError(
-            "vllm server: expected one started with SPEC_ROLLOUT=coupled (or lenient) in its "
-            f"environment, got mode {section.get('mode', 'off')}"
-        )
-    # Requests of an evaluation name no sample: they would be counted, and draw in every evaluation
-    # what they drew in the last.
-    if section.get("identity", "request") != "request":
-        raise ValueError(
-            'vllm server: expected one started with identity "request" in SPEC_ROLLOUT, as '
-            "training requests name their samples and evaluation draws afresh, got "
-            f"{section['identity']!r}"
-        )
-
-
-def _server_section(trainer: Any) -> dict[str, Any]:
-    """What the server was told of this package."""
-    info = trainer.vllm_generation.vllm_client.get_server_info()
-    return (info.get("additional_config") or {}).get("spec_rollout") or {}
-
-
-def _rule_of_server(trainer: Any) -> AcceptanceRule | None:
-    """By which the server tests drafts; None in processes that do not talk to it."""
-    if not trainer.accelerator.is_main_process:
-        return None
-    section = _server_section(trainer)
-    make = Lenient if section["mode"] == "lenient" else Coupled
-    return make(section.get("log_lenience", 0.0))
 
 
 def _warn_of_bias(rule: AcceptanceRule, why: str) -> None:
@@ -688,22 +465,4 @@ def _warn_of_bias(rule: AcceptanceRule, why: str) -> None:
     )
 
 
-def _plug_into_engines(num_speculative_tokens: int) -> None:
-    """Engines that TRL builds from now on run the plugin; without vLLM there are none."""
-    module = importlib.import_module(_ENGINE_MODULE)
-    original = getattr(module, "LLM", None)
-    if original is None:
-        return
-    original = getattr(original, "spec_rollout_original", original)
-
-    def plugged(*args: Any, **kwargs: Any) -> Any:
-        from spec_rollout.engines.vllm import engine_args
-
-        plugin = engine_args(num_speculative_tokens, logprobs_mode=None)
-        return original(*args, **{**plugin, **kwargs})
-
-    plugged.spec_rollout_original = original  # type: ignore[attr-defined]  # a function's own mark
-    module.LLM = plugged  # type: ignore[attr-defined]  # which TRL imported by name
-
-
-__all__ = ["CONTRACT", "TESTED_VERSIONS", "SpecRollout", "Turn", "check_trl"]
+__all__ = ["SpecRollout", "Turn"]

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from spec_rollout.acceptance import Coupled, Lenient, Schedule
+from spec_rollout.adapters.rows import alone
 from spec_rollout.cache import RolloutCache
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_installed_version_is_one_of_the_tested() -> None:
-    from spec_rollout.adapters.trl import TESTED_VERSIONS, VERSION
+    from spec_rollout.adapters.trl_contract import TESTED_VERSIONS, VERSION
 
     assert metadata.version("trl") == VERSION
     assert VERSION in TESTED_VERSIONS
@@ -40,16 +41,16 @@ def test_every_attribute_of_the_contract_is_one_of_a_trainer() -> None:
     from trl import GRPOTrainer
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from spec_rollout.adapters.trl import GENERATION_ATTRIBUTES, TRAINER_ATTRIBUTES
+    from spec_rollout.adapters.trl_contract import GENERATION_ATTRIBUTES, TRAINER_ATTRIBUTES
 
     assert set(TRAINER_ATTRIBUTES) - _set_by(GRPOTrainer) == set()
     assert set(GENERATION_ATTRIBUTES) - _set_by(VLLMGeneration) == set()
 
 
 def test_the_contract_names_all_that_the_adapter_takes_from_a_trainer() -> None:
-    from spec_rollout.adapters import trl
+    from spec_rollout.adapters import trl_contract as trl
 
-    source = Path(trl.__file__).read_text()
+    source = "".join(file.read_text() for file in Path(trl.__file__).parent.glob("trl*.py"))
     used = set(re.findall(r"\btrainer\.(\w+)", source))
     named = {name.rpartition(".")[2] for names in trl.CONTRACT.values() for name in names}
     optional = {"vllm_generation", "grpo_trainer"}  # only with vLLM; a module's name
@@ -77,7 +78,7 @@ def test_parameters_are_called_as_the_adapter_calls_them() -> None:
 
 
 def test_a_trl_without_a_name_is_refused_with_the_tested_versions(monkeypatch: Any) -> None:
-    from spec_rollout.adapters import trl
+    from spec_rollout.adapters import trl_contract as trl
 
     changed = {**trl.CONTRACT, "trl.trainer.grpo_trainer": ("GRPOTrainer._gone",)}
     monkeypatch.setattr(trl, "CONTRACT", changed)
@@ -88,7 +89,7 @@ def test_a_trl_without_a_name_is_refused_with_the_tested_versions(monkeypatch: A
 
 
 def test_another_version_is_warned_of(monkeypatch: Any) -> None:
-    from spec_rollout.adapters import trl
+    from spec_rollout.adapters import trl_contract as trl
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +101,9 @@ def test_another_version_is_warned_of(monkeypatch: Any) -> None:
 
 def trainer(**changes: Any) -> SimpleNamespace:
     """As much of a trainer as is looked at before anything is computed."""
-    given = dict.fromkeys(__import__("spec_rollout.adapters.trl").adapters.trl.TRAINER_ATTRIBUTES)
+    from spec_rollout.adapters.trl_contract import TRAINER_ATTRIBUTES
+
+    given: dict[str, Any] = dict.fromkeys(TRAINER_ATTRIBUTES)
     given.update(
         repetition_penalty=1.0, use_vllm=False, args=SimpleNamespace(generation_kwargs=None)
     )
@@ -120,19 +123,19 @@ def trainer(**changes: Any) -> SimpleNamespace:
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
-    from spec_rollout.adapters.trl import _check_trainer
+    from spec_rollout.adapters.trl_contract import check_trainer
 
-    _check_trainer(trainer())
+    check_trainer(trainer())
     with pytest.raises(ValueError, match=message):
-        _check_trainer(trainer(**changes))
+        check_trainer(trainer(**changes))
 
 
 def test_a_colocated_engine_of_several_ranks_is_refused() -> None:
-    from spec_rollout.adapters import trl
+    from spec_rollout.adapters import trl_contract
 
-    given = {**dict.fromkeys(trl.GENERATION_ATTRIBUTES), "tensor_parallel_size": 2}
+    given = {**dict.fromkeys(trl_contract.GENERATION_ATTRIBUTES), "tensor_parallel_size": 2}
     with pytest.raises(ValueError, match=r"vllm_tensor_parallel_size: expected 1 .*, got 2$"):
-        trl._check_trainer(
+        trl_contract.check_trainer(
             trainer(use_vllm=True, vllm_mode="colocate", vllm_generation=SimpleNamespace(**given))
         )
 
@@ -167,33 +170,34 @@ def test_arguments_that_a_server_does_not_heed_are_refused(
 
 def test_a_server_that_counts_arrivals_is_refused() -> None:
     """Evaluations would be counted, and draw the same each time."""
-    from spec_rollout.adapters.trl import _check_server
+    from spec_rollout.adapters.trl_server import Server
 
-    def serving(**section: str) -> SimpleNamespace:
+    def serving(**section: str) -> Server:
         info = {"additional_config": {"spec_rollout": section}}
         client = SimpleNamespace(get_server_info=lambda: info)
-        return SimpleNamespace(
+        trainer = SimpleNamespace(
             accelerator=SimpleNamespace(is_main_process=True),
             vllm_generation=SimpleNamespace(vllm_client=client),
         )
+        return Server(trainer, alone, 0, reuse=True, refresh_epochs=None)
 
-    _check_server(serving(mode="coupled"))
-    _check_server(serving(mode="lenient", identity="request"))
+    assert serving(mode="coupled").rule == Coupled()
+    assert serving(mode="lenient", identity="request").rule == Lenient(0.0)
     with pytest.raises(ValueError, match=r"started with SPEC_ROLLOUT=coupled .* got mode off"):
-        _check_server(serving())
+        serving()
     with pytest.raises(ValueError, match=r"identity .request. in SPEC_ROLLOUT, .* got 'arrival'"):
-        _check_server(serving(mode="coupled", identity="arrival"))
+        serving(mode="coupled", identity="arrival")
 
 
 def test_a_trainer_without_an_attribute_is_refused_with_the_tested_versions() -> None:
-    from spec_rollout.adapters.trl import _check_trainer
+    from spec_rollout.adapters.trl_contract import check_trainer
 
     broken = trainer()
     del broken.eos_token_ids
     with pytest.raises(
         ValueError, match=r"a GRPOTrainer as in TRL 1\.16\.0, .* without eos_token_ids"
     ):
-        _check_trainer(broken)
+        check_trainer(broken)
 
 
 def test_logprobs_is_one_of_three() -> None:
@@ -319,11 +323,11 @@ def test_the_bias_of_a_servers_rule_is_told_once(
 def test_the_bias_of_a_rule_is_told_where_trl_corrects_nothing(
     changes: dict[str, Any], rule: Any, reuse: bool, is_told: bool, monkeypatch: Any
 ) -> None:
-    from spec_rollout.adapters import trl
+    from spec_rollout.adapters import trl, trl_contract
 
     monkeypatch.setattr(trl.SpecRollout, "_make_engine", lambda self, trainer: None)
     monkeypatch.setattr(trl, "RolloutSession", lambda *args, **kwargs: None)
-    generation = {**dict.fromkeys(trl.GENERATION_ATTRIBUTES), "tensor_parallel_size": 1}
+    generation = {**dict.fromkeys(trl_contract.GENERATION_ATTRIBUTES), "tensor_parallel_size": 1}
     given = trainer(
         accelerator=SimpleNamespace(num_processes=1, process_index=0, is_main_process=True),
         args=SimpleNamespace(seed=0, generation_kwargs=None),
