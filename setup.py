@@ -100,7 +100,7 @@ class CMakeBuild(build_ext):
                 f"-DCMAKE_CUDA_COMPILER={choice.nvcc}",
                 f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(choice.architectures)}",
             ]
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
         said = _compile([cmake, "--build", str(build_dir), "--parallel", jobs], build_dir)
         target.parent.mkdir(parents=True, exist_ok=True)

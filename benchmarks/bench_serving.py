@@ -25,9 +25,10 @@ the mean place of the first other token in the rest.
 
 With another model the update is that to the weights in MOVED_FOLDER (tools/real_model.py). Results
 are written after each batch size. Of the `--budget` seconds that the engines' start leaves, each
-batch size has an equal part; after it none of its rollouts begin, and a round that is not whole
-does not count. On a GPU all engines have equal parts
-of its memory. A contender that does not start is left out, but `stock`.
+batch size has an equal part; after it none of its rollouts begin, and of a round that is not whole
+those count that `stock` has answered, too. Before the first round each engine has two short passes
+of the batch, which do not count. On a GPU all engines have equal parts of its memory. A contender
+that does not start, or ends, is left out; nothing goes on without `stock`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ import torch
 from _common import RESULTS_DIR, Results, Timing, counted_steps, parser, vllm_environment
 
 GROUP = 8
+_WARM_TOKENS = 16
 PASSES = ("first", "second", "updated")
 CONTENDERS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -73,6 +75,7 @@ class Child:
 
     def __init__(self, name: str, args: argparse.Namespace, weights: Path) -> None:
         self.name = name
+        self.is_there = True
         command = [sys.executable, __file__, "--child", name, "--weights", str(weights)]
         command += ["--max-num-seqs", str(max(args.batches))]
         command += ["--dtype", args.dtype, "--max-model-len", str(args.max_model_len)]
@@ -112,6 +115,17 @@ class Child:
                 return json.loads(line.removeprefix("ANSWER "))
         self._log.seek(0)
         raise RuntimeError(f"{self.name}: {self._log.read()[-2000:]}")
+
+    def try_(self, **what: Any) -> dict[str, Any] | None:
+        """The same; None, and it is said once, if the child has ended."""
+        if not self.is_there:
+            return None
+        try:
+            return self.ask(**what)
+        except RuntimeError as error:
+            print(f"{self.name} has ended: {str(error).splitlines()[-1][:200]}", flush=True)
+            self.is_there = False
+            return None
 
     def end(self) -> None:
         self._process.kill()
@@ -167,6 +181,9 @@ def serve(args: argparse.Namespace) -> None:
             llm.collective_rpc("spec_rollout_start_update")
             llm.collective_rpc("spec_rollout_load", args=(policies[what["which"]],))
             llm.collective_rpc("spec_rollout_finish_update")
+            llm.reset_prefix_cache()
+        elif what["do"] == "again":  # for whoever goes by updates: the same weights once more
+            llm.collective_rpc("spec_rollout_weights_loaded")
             llm.reset_prefix_cache()
         elif what["do"] == "forget":
             if CONTENDERS[args.child].get("variable"):
@@ -288,41 +305,59 @@ def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
             share = (end - now) / (len(args.batches) - number)
             _run_batch(args, results, children, batch, now + share)
             results.write()
+            if not any(child.name == "stock" for child in children):
+                raise RuntimeError("stock has ended: there is nothing to compare with")
     finally:
         for child in started:
             child.end()
 
 
+def _warm(children: list[Child], prompts: list[list[int]]) -> None:
+    """What happens at the first use only, with proposals and without."""
+    for child in children:
+        child.try_(do="forget")
+        for pass_ in ("first", "second"):
+            what = {"prompts": prompts, "max_tokens": _WARM_TOKENS, "pass": pass_}
+            child.try_(do="generate", **what)
+    children[:] = [child for child in children if child.is_there]
+
+
 def _run_batch(
     args: argparse.Namespace, results: Results, children: list[Child], batch: int, end: float
 ) -> None:
-    """Measures one batch size, until `end` on the monotonic clock."""
+    """Measures one batch size, until `end` on the monotonic clock.
+
+    Args:
+        children: Those that end are taken out.
+    """
     num_prompts = max(1, batch // GROUP)
     group = batch // num_prompts
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    # Of each round: what a contender answered, and stock.
+    found: dict[tuple[str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     # Prompts from here on were never asked for.
     fresh = 4096 if args.data is None else num_prompts
-    for round_ in range(args.repeats + 1):
-        print(f"batch {batch}, round {round_} of {args.repeats}", flush=True)
+    given = prompts_of_task(num_prompts, 0, args.model, args.data)
+    prompts = [ids for ids in given for _ in range(group)]
+    _warm(children, prompts)
+    for round_ in range(args.repeats):
+        if not any(child.name == "stock" for child in children):
+            break
+        print(f"batch {batch}, round {round_ + 1} of {args.repeats}", flush=True)
         order = children[round_ % len(children) :] + children[: round_ % len(children)]
-        given = prompts_of_task(num_prompts, 0, args.model, args.data)
-        prompts = [ids for ids in given for _ in range(group)]
         once = prompts_of_task(batch, fresh, args.model, args.data)
         fresh += batch
-        answers = _round(args, order, prompts, once, end, round_)
-        if answers is None:
+        answers, is_whole = _round(args, order, prompts, once, end, round_ + 1)
+        children[:] = [child for child in children if child.is_there]
+        for (name, which), answer in answers.items():
+            if ("stock", which) in answers:
+                found.setdefault((name, which), []).append((answer, answers["stock", which]))
+        if not is_whole:
             print("no time left for another round", flush=True)
             break
-        if round_:
-            for key, answer in answers.items():
-                found.setdefault(key, []).append(answer)
-    for (name, which), answers in found.items():
-        stock = found["stock", which]
+    for (name, which), pairs in found.items():
+        answers, stock = [a for a, _ in pairs], [s for _, s in pairs]
         # Responses differ from contender to contender, so seconds are compared per token.
-        ratios = [
-            (s["seconds"] / s["tokens"]) / (a["seconds"] / a["tokens"])
-            for a, s in zip(answers, stock, strict=True)
-        ]
+        ratios = [(s["seconds"] / s["tokens"]) / (a["seconds"] / a["tokens"]) for a, s in pairs]
         total = {key: sum(a[key] for a in answers) for key in ("tokens", "steps", "computed")}
         same = {}
         if which in ("second", "updated"):
@@ -354,8 +389,8 @@ def _round(
     once: list[list[int]],
     end: float,
     number: int,
-) -> dict[tuple[str, str], dict[str, Any]] | None:
-    """What each contender answered in each pass; None if time has run out."""
+) -> tuple[dict[tuple[str, str], dict[str, Any]], bool]:
+    """What each contender answered in each pass, and whether there was time for all of them."""
     batch = len(prompts)
     found: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -363,26 +398,31 @@ def _round(
         if time.monotonic() > end:
             return False
         what = {"do": "generate", "prompts": asked, "max_tokens": args.max_tokens, "pass": pass_}
-        found[child.name, pass_] = answer = child.ask(**what)
+        answer = child.try_(**what)
+        if answer is None:
+            return True
+        found[child.name, pass_] = answer
         line = {"contender": child.name, "batch": batch, "round": number, "pass": pass_}
         print(json.dumps(line | answer), flush=True)
         return True
 
     for child in order:
-        child.ask(do="forget")
-        child.ask(do="weights", which=0)
+        child.try_(do="forget")
+        child.try_(do="weights", which=0)
     for pass_ in PASSES:
         for child in order:
-            if pass_ != "first":
-                child.ask(do="weights", which=int(pass_ == "updated"))
+            if pass_ == "second":
+                child.try_(do="again")
+            elif pass_ == "updated":
+                child.try_(do="weights", which=1)
             if not generate(child, prompts, pass_):
-                return None
+                return found, False
     for child in order:
         if child.name in ("stock", "drafting", "idle") and len(once) == batch:
-            child.ask(do="forget")
+            child.try_(do="forget")
             if not generate(child, once, "nothing"):
-                return None
-    return found
+                return found, False
+    return found, True
 
 
 def main() -> None:

@@ -6,13 +6,14 @@
 
 builds the kernels for the GPU that is there, measures whole rollouts: stock vLLM, the plugin idle,
 and each mode of an engine that proposes by itself, in the first pass, the second and one after an
-update of the weights (`bench_serving.py` says what each is), then Model Runner V2 beside V1 and
-stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs, memory, whether tokens stay), and runs
-the kernels' tests. Each phase is a process of its own and has its share of the time that is left
-when it begins, so that what one does not need the next ones have; rollouts, which matter most, have
-most and begin as soon as there is something to run. What a phase prints goes to OUT/<phase>.log as
-it comes, and results are written after every contender or batch size. So a session that is cut
-short leaves all it had found; `--phases` leaves out what is known already.
+update of the weights (`bench_serving.py` says what each is), then Model Runner V2, where the vLLM
+that is there has it, beside V1 and stock vLLM (`v2_engines.py`: schedulers, chunks, CUDA graphs,
+memory, whether tokens stay), and runs the kernels' tests. Each phase is a process of its own and
+has its share of the time that is left when it begins, so that what one does not need the next ones
+have; rollouts, which matter most, have most and begin as soon as there is something to run. What a
+phase prints goes to OUT/<phase>.log as it comes, and results are written after every contender or
+batch size. So a session that is cut short leaves all it had found; `--phases` leaves out what is
+known already.
 
 Which model answers: the demo's, if nothing is said. Its steps are so short that they show what the
 plugin costs and not what it saves. `--shape` makes one of the size of a real one there
@@ -26,6 +27,7 @@ little more than vLLM has not all it takes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -34,18 +36,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from random_model import SHAPES
+from v2_engines import without_v2
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that are kept for what comes after the last phase, copying the results, and in each phase
 # for what comes after its last measurement.
 _RESERVE, _CLOSING = 15.0, 30.0
+_NEEDED = ("build", "model")  # nothing goes without them
 PHASES = ("build", "model", "rollouts", "v2", "tests")
 _TEST_PROCESSES = 14
+_LAST_WORDS = 10.0  # seconds, of _RESERVE
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Phase:
     name: str
     command: Callable[[float], list[str]]
     share: float
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def phases(args: argparse.Namespace) -> list[Phase]:
@@ -80,13 +86,15 @@ def phases(args: argparse.Namespace) -> list[Phase]:
         model, moved = folder / "model", folder / "moved"
         making = [python, "benchmarks/gpu/random_model.py", str(model), "--moved", str(moved)]
         making += ["--shape", args.shape, "--dtype", args.dtype]
-    serving += ["--contenders", "stock", "idle", "drafting", "coupled", "lenient"]
+    serving += ["--contenders", *args.contenders]
     serving += ["--batches", *map(str, args.batches), "--repeats", "3"]
     serving += ["--max-tokens", str(args.max_tokens), "--logs", str(args.out)]
     v2 += ["--max-tokens", str(args.max_tokens)]
+    for command in (v2, serving):
+        command += ["--dtype", args.dtype]
     if model:
         for command in (v2, serving):
-            command += ["--model", str(model), "--dtype", args.dtype]
+            command += ["--model", str(model)]
             command += ["--max-model-len", str(args.max_tokens + 512)]
             command += ["--data", str(args.data)] if args.data else []
         serving += ["--moved", str(moved)]
@@ -100,20 +108,26 @@ def phases(args: argparse.Namespace) -> list[Phase]:
     # The first notes the package's entry points beside it: vLLM's plugins are found by them.
     build = [python, "setup.py", "--quiet", "egg_info", "build_ext", "--inplace"]
     found = [
-        # Nothing goes without the first two, which are seldom as long as they may be.
+        # Seldom as long as they may be; more than these if need be.
         Phase("build", lambda _: build, 0.25),
         Phase("model", lambda _: making, 0.1),
         Phase("rollouts", within(serving), 0.35),
         Phase("v2", within(v2), 0.2),
-        Phase("tests", lambda _: tests, 0.1),
+        # Of each process, else all have as many threads as there are processors.
+        Phase("tests", lambda _: tests, 0.1, {"OMP_NUM_THREADS": "1"}),
     ]
-    if not making:
-        found = [phase for phase in found if phase.name != "model"]
-    return [phase for phase in found if phase.name in args.phases]
+    left_out = {"model"} if not making else set()
+    if why := without_v2():
+        print(f"v2 is left out: {why}", flush=True)
+        left_out.add("v2")
+    return [phase for phase in found if phase.name in args.phases and phase.name not in left_out]
 
 
 def limit_of(todo: Sequence[Phase], seconds_left: float) -> float:
-    """Seconds of the first phase: its share, among those still to come, of what is left."""
+    """Seconds of the first phase: its share, among those still to come, of what is left; all of it
+    where nothing would come of the others."""
+    if todo[0].name in _NEEDED:
+        return max(0.0, seconds_left)
     return max(0.0, seconds_left) * todo[0].share / sum(phase.share for phase in todo)
 
 
@@ -137,6 +151,7 @@ def run(phase: Phase, out: Path, limit: float) -> dict[str, object]:
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, path)),
                 "SPEC_ROLLOUT_CUDA": os.environ.get("SPEC_ROLLOUT_CUDA", "AUTO"),
+                **phase.environment,
             },
             # Its children end with it, and all of them with this script.
             process_group=0,
@@ -150,7 +165,12 @@ def run(phase: Phase, out: Path, limit: float) -> dict[str, object]:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            # pytest says which tests have failed before it goes.
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS)
+            with contextlib.suppress(ProcessLookupError):  # all are gone
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -171,6 +191,9 @@ def main() -> int:
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--batches", type=int, nargs="+", default=[256, 64, 16])
     options.add_argument("--max-tokens", type=int, default=384)
+    options.add_argument(
+        "--contenders", nargs="+", default=["stock", "idle", "drafting", "coupled", "lenient"]
+    )
     options.add_argument(
         "--seconds", type=float, help="of the whole session (default: 570, 1,500 of a dry run)"
     )
@@ -201,7 +224,7 @@ def main() -> int:
         limit = limit_of(todo[number:], end - time.monotonic())
         done.append(run(phase, args.out, limit))
         (args.out / "session.json").write_text(json.dumps(done, indent=1) + "\n")
-        if phase.name in ("build", "model") and done[-1]["status"] != 0:
+        if phase.name in _NEEDED and done[-1]["status"] != 0:
             return 1  # nothing else would be of this version, or has a model
     return 0 if all(one["status"] == 0 for one in done) else 1
 

@@ -358,13 +358,15 @@ def _row(
     return row
 
 
-def _without_v2() -> str | None:
+def without_v2() -> str | None:
     """Why the plugin does not run on V2 of the vLLM that is here; None if it does."""
     from spec_rollout.engines.vllm import compat
 
-    (package, *_) = packages_distributions()["vllm"]  # nothing is imported that sets up a GPU
+    packages = packages_distributions().get("vllm")  # nothing is imported that sets up a GPU
+    if not packages:
+        return "vLLM is not installed"
     try:
-        compat.check_v2(version(package))
+        compat.check_v2(version(packages[0]))
     except ImportError as error:
         return str(error)
     return None
@@ -377,7 +379,7 @@ def run(args: argparse.Namespace, results: Results) -> bool:
     stock_seconds: dict[int, float] = {}  # a token's
     with tempfile.TemporaryDirectory() as folder:
         for contender in args.contenders:
-            if contender.is_ours and contender.runner == "v2" and (why := _without_v2()):
+            if contender.is_ours and contender.runner == "v2" and (why := without_v2()):
                 print(f"{contender.name} is left out: {why}", flush=True)
                 continue
             left = began + args.budget - time.monotonic()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -15,6 +17,8 @@ from spec_rollout.extras import TRAIN, checkout_advice, install_command
 from spec_rollout.runs.environment import environment
 
 REBUILD = "pip install --force-reinstall --no-deps ."
+# As in build_tools/cuda_choice.py, which is not installed.
+_OLDEST, _TOOLKIT = 80, "/usr/local/cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +139,15 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
     if not native.get("cuda"):
         # A build finds the GPU that is here; without one it has to be told.
         fix = REBUILD if env["gpus"] else f"SPEC_ROLLOUT_CUDA=ON {REBUILD}"
-        if shutil.which("nvcc") is None:
+        if not _has_nvcc():
             fix = f"install the CUDA toolkit (nvcc on PATH), then: {fix}"
         missing.append(Missing("the extension has no CUDA objects", "GPU", fix))
     if env["packages"]["torch"] is not None:
-        import torch
-
+        try:
+            import torch
+        except (ImportError, OSError) as error:
+            what = f"torch cannot be imported: {error}"
+            return [*missing, Missing(what, "core", "reinstall torch")]
         if torch.version.cuda is None:
             what = f"torch {env['packages']['torch']} is a CPU build"
             missing.append(Missing(what, "GPU", "pip install a CUDA build of torch"))
@@ -148,15 +155,41 @@ def _missing_gpu(env: dict[str, Any], self_test: dict[str, str]) -> list[Missing
             what = "torch sees no CUDA device"
             missing.append(Missing(what, "GPU", "check the driver with: nvidia-smi"))
     if native.get("cuda"):
-        for gpu in env["gpus"]:
-            if not _covers(archs, gpu["arch"]):
-                what = f"{gpu['name']} is {gpu['arch']}; CUDA objects are for {', '.join(archs)}"
-                number = gpu["arch"].removeprefix("sm_")
-                fix = f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={number} {REBUILD}"
-                missing.append(Missing(what, "GPU", fix))
+        missing += _not_covered(env["gpus"], archs)
         if env["gpus"] and self_test.get("cuda") != "ok":
             what = f"the CUDA self-test fails: {self_test.get('cuda')}"
             missing.append(Missing(what, "GPU", _cuda_fix(native, self_test.get("cuda", ""))))
+    return missing
+
+
+def _has_nvcc() -> bool:
+    """Whether a build would find a CUDA compiler, as `build_tools.cuda_choice.find_nvcc` looks."""
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT]
+    places = [os.environ.get("PATH", "")]
+    places += [os.path.join(toolkit, "bin") for toolkit in toolkits if toolkit]
+    return (
+        shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(places)) is not None
+    )
+
+
+def _not_covered(gpus: list[dict[str, Any]], archs: list[str]) -> list[Missing]:
+    """GPUs that the CUDA objects do not run on; one build serves all that it can."""
+    missing, wanted = [], []
+    for gpu in gpus:
+        if _covers(archs, gpu["arch"]):
+            continue
+        what = f"{gpu['name']} is {gpu['arch']}; CUDA objects are for {', '.join(archs)}"
+        if int(gpu["arch"].removeprefix("sm_")) < _OLDEST:
+            what = f"{gpu['name']} is {gpu['arch']}: kernels need sm_{_OLDEST} or newer"
+            missing.append(Missing(what, "GPU", None))
+        else:
+            wanted.append(what)
+    if wanted:
+        numbers = {int(gpu["arch"].removeprefix("sm_")) for gpu in gpus}
+        every = ";".join(str(number) for number in sorted(numbers) if number >= _OLDEST)
+        defined = f"-DCMAKE_CUDA_ARCHITECTURES={every}"
+        fix = f"CMAKE_ARGS={shlex.quote(defined)} {REBUILD}"
+        missing += [Missing(what, "GPU", fix) for what in wanted]
     return missing
 
 

@@ -59,16 +59,22 @@ def num_cores() -> int:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Visible CUDA devices as torch sees them; empty without torch, its CUDA build, or a device."""
+    """Visible CUDA devices as torch sees them; empty without torch, its CUDA build, or a device.
+
+    Those that torch cannot open (another process has them for itself) are left out.
+    """
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # a library of torch's that is missing is the latter
         return []
     if not torch.cuda.is_available():
         return []
     found = []
     for index in range(torch.cuda.device_count()):
-        props = torch.cuda.get_device_properties(index)
+        try:
+            props = torch.cuda.get_device_properties(index)
+        except RuntimeError:
+            continue
         found.append(
             {
                 "name": props.name,

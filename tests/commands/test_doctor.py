@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import builtins
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from spec_rollout.commands import doctor
 from spec_rollout.commands.doctor import Diagnosis, Missing, _covers
 from spec_rollout.extras import install_command
+from spec_rollout.runs.environment import gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,6 +167,50 @@ def test_gpu_with_objects_of_another_architecture_is_told_what_to_build() -> Non
     assert missing[0].fix == f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=80 {doctor.REBUILD}"
 
 
+def test_one_build_serves_all_gpus_that_are_there() -> None:
+    """Built for the one that is missing alone, the next advice would be to build for the other."""
+    native = {"cuda": True, "cuda_archs": ["90-real"], "cuda_version": "13.0"}
+    gpus = [
+        {"name": n, "arch": f"sm_{a}"} for n, a in (("T", 75), ("A", 80), ("H", 90), ("B", 100))
+    ]
+    env = {"native": native, "packages": {"torch": None}, "gpus": gpus}
+    old, *others = doctor._missing_gpu(env, {"cuda": "ok"})
+    assert (old.what, old.fix) == ("T is sm_75: kernels need sm_80 or newer", None)
+    assert [item.what.partition(";")[0] for item in others] == ["A is sm_80", "B is sm_100"]
+    assert {item.fix for item in others} == {
+        f"CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=80;90;100' {doctor.REBUILD}"
+    }
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: x"), OSError("libmkl.so.2")])
+def test_a_torch_that_cannot_be_imported_is_diagnosed(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "torch":
+            raise error
+        return original(name, *args, **kwargs)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", broken)
+    env = {"native": {"cuda": True}, "packages": {"torch": "2.13.0"}, "gpus": gpus()}
+    assert env["gpus"] == []
+    (missing,) = doctor._missing_gpu(env, {"cuda": "ok"})
+    assert (missing.what, missing.needed_for) == (f"torch cannot be imported: {error}", "core")
+
+
+def test_a_gpu_that_another_process_holds_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def properties(index: int) -> Any:
+        if index == 0:
+            raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+        return SimpleNamespace(name="H", total_memory=2**37, major=9, minor=0)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    assert gpus() == [{"name": "H", "memory_gib": 128.0, "arch": "sm_90"}]
+
+
 @pytest.mark.parametrize(
     ("failure", "torch_cuda", "fix"),
     [
@@ -214,6 +262,9 @@ def test_without_cuda_kernels_the_fix_builds_them(
     compiler.chmod(0o755)
     env = {"native": {"cuda": False}, "packages": {"torch": None}, "gpus": gpus}
     monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "_TOOLKIT", str(tmp_path / "none"))
     assert doctor._missing_gpu(env, {})[0].fix == fix
     compiler.unlink()
     assert doctor._missing_gpu(env, {})[0].fix == (

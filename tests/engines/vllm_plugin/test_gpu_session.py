@@ -76,16 +76,24 @@ def test_phases_share_the_session_and_leave_what_they_do_not_need(
         **{"out": tmp_path, "policies": None, "model": None, "moved": None, "data": None},
         **{"shape": "1.7b", "dtype": "bfloat16", "batches": [64], "max_tokens": 384},
         **{"phases": session.PHASES, "dry_run": False, "seconds": 570.0},
+        contenders=["stock", "drafting"],
     )
+    monkeypatch.setattr(session, "without_v2", lambda: "too old")
+    assert [phase.name for phase in session.phases(args)] == ["build", "model", "rollouts", "tests"]
+    monkeypatch.setattr(session, "without_v2", lambda: None)
     todo = session.phases(args)
     assert [phase.name for phase in todo] == ["build", "model", "rollouts", "v2", "tests"]
     assert sum(phase.share for phase in todo) == pytest.approx(1.0)
     assert max(todo, key=lambda phase: phase.share).name == "rollouts"
-    limits, left = [], 555.0
-    for number in range(len(todo)):  # each takes all that it has
+    rollouts = todo[2].command(200.0)
+    assert rollouts[rollouts.index("--contenders") + 1 :][:3] == ["stock", "drafting", "--batches"]
+    # Build and model may have all the time: without them there is nothing to do in it.
+    assert [session.limit_of(todo[number:], 555.0) for number in (0, 1)] == [555.0, 555.0]
+    limits, left = [], 455.0
+    for number in (2, 3, 4):  # each takes all that it has
         limits.append(session.limit_of(todo[number:], left))
         left -= limits[-1]
-    assert limits == pytest.approx([555.0 * phase.share for phase in todo])
+    assert limits == pytest.approx([455.0 * phase.share / 0.65 for phase in todo[2:]])
     # What build and model leave is not for rollouts alone.
     assert session.limit_of(todo[2:], 455.0) == pytest.approx(245.0)
     assert session.limit_of(todo[4:], 100.0) == pytest.approx(100.0)
