@@ -76,8 +76,7 @@ def observed_pairs(
 RULES = [Lenient(0.0), Lenient(0.5), Lenient(-1.0), Coupled(), OneHot()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", [Lenient(0.5), Coupled()], ids=str)
 def test_law_of_two_tokens(policies, rule: AcceptanceRule) -> None:
     check(policies, rule, 6_000)
 
@@ -85,7 +84,7 @@ def test_law_of_two_tokens(policies, rule: AcceptanceRule) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_law_of_two_tokens_at_length(policies, rule: AcceptanceRule) -> None:
-    check(policies, rule, 200_000)
+    check(policies, rule, 100_000)
 
 
 def check(policies: tuple, rule: AcceptanceRule, batch: int) -> None:

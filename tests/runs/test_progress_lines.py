@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -115,11 +116,18 @@ def _stderr_of(shown: str, *, terminal: bool) -> str:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 100))
     try:
-        subprocess.run(argv, stderr=slave, check=True)
-        return os.read(master, 65536).decode()
+        try:
+            subprocess.run(argv, stderr=slave, check=True)
+        finally:
+            os.close(slave)
+        said = b""
+        # One read gives what has come through so far; behind the last there is an error.
+        with contextlib.suppress(OSError):
+            while part := os.read(master, 65536):
+                said += part
+        return said.decode()
     finally:
         os.close(master)
-        os.close(slave)
 
 
 def test_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
