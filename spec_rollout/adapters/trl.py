@@ -158,7 +158,7 @@ class SpecRollout:
         self._to_share: list[NamedRollouts] = []
         self._loaded_step = -1
         self._train_state: Any = None
-        plug_into_engines(num_speculative_tokens)
+        plug_into_engines(num_speculative_tokens, drafting=drafting)
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's `RolloutFunc`: a completion for each prompt, as they are repeated already."""

@@ -94,6 +94,13 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def broadcast_object(value: Any) -> Any:
+    """That of the main process, in every process. Collective."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value], from_process=0)[0]
+
+
 def is_server(trainer: Any) -> bool:
     return bool(trainer.use_vllm) and trainer.vllm_mode == "server"
 
@@ -162,8 +169,13 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError("vllm_structured_outputs_regex: expected None with SpecRollout, got one")
 
 
-def plug_into_engines(num_speculative_tokens: int) -> None:
-    """Engines that TRL builds from now on run the plugin; without vLLM there are none."""
+def plug_into_engines(num_speculative_tokens: int, *, drafting: bool) -> None:
+    """Engines that TRL builds from now on run the plugin; without vLLM there are none.
+
+    Args:
+        num_speculative_tokens: See `engine_args`.
+        drafting: They are to propose from a history.
+    """
     module = importlib.import_module(_ENGINE_MODULE)
     original = getattr(module, "LLM", None)
     if original is None:
@@ -172,8 +184,11 @@ def plug_into_engines(num_speculative_tokens: int) -> None:
 
     def plugged(*args: Any, **kwargs: Any) -> Any:
         from spec_rollout.engines.vllm import engine_args
+        from spec_rollout.engines.vllm.options import V2_METHOD
 
         plugin = engine_args(num_speculative_tokens, logprobs_mode=None)
+        if drafting and plugin["speculative_config"]["method"] == V2_METHOD:
+            plugin["async_scheduling"] = False  # a history wants it so, as in `VLLMEngine`
         return original(*args, **{**plugin, **kwargs})
 
     plugged.spec_rollout_original = original  # type: ignore[attr-defined]  # a function's own mark

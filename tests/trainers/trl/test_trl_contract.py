@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import warnings
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spec_rollout.acceptance import Coupled, Lenient, Schedule
@@ -223,16 +225,21 @@ class Client:
     def __init__(self, **section: Any) -> None:
         self.section = section
         self.asked: list[dict[str, Any]] = []
+        self.num_prompts: list[int] = []
 
     def get_server_info(self) -> dict[str, Any]:
         return {"additional_config": {"spec_rollout": self.section}}
 
     def generate(self, **request: Any) -> dict[str, Any]:
         self.asked.append(request["generation_kwargs"])
-        return {"completion_ids": [[7]], "logprobs": [[[-0.5]]]}
+        self.num_prompts.append(len(request["prompts"]))
+        return {
+            "completion_ids": [[7, *prompt] for prompt in request["prompts"]],
+            "logprobs": [[[-0.5]] * (1 + len(prompt)) for prompt in request["prompts"]],
+        }
 
 
-def with_server(client: Client) -> SimpleNamespace:
+def with_server(client: Client, **generation_kwargs: Any) -> SimpleNamespace:
     return trainer(
         use_vllm=True,
         vllm_mode="server",
@@ -240,7 +247,9 @@ def with_server(client: Client) -> SimpleNamespace:
         model=SimpleNamespace(training=True),
         state=SimpleNamespace(global_step=0, epoch=0.0),
         vllm_generation=SimpleNamespace(
-            vllm_client=client, generation_kwargs={"seed": 1}, structured_outputs_regex=None
+            vllm_client=client,
+            generation_kwargs=generation_kwargs,
+            structured_outputs_regex=None,
         ),
     )
 
@@ -250,11 +259,140 @@ def test_without_reuse_a_server_is_told_no_sample() -> None:
 
     for reuse in (True, False):
         client = Client(mode="coupled")
-        turn = SpecRollout(reuse=reuse).first_turn([[5, 6], [5, 6]], with_server(client))
-        assert turn.completion_ids == [[7], [7]]
+        turn = SpecRollout(reuse=reuse).first_turn([[5], [5]], with_server(client, seed=1))
+        assert turn.completion_ids == [[7, 5], [7, 5]]
         assert ["vllm_xargs" in asked for asked in client.asked] == [reuse] * 2
-        # vLLM gives samples that no name tells apart seeds of their own.
-        assert sorted(asked["seed"] for asked in client.asked) == ([1, 1] if reuse else [1, 2])
+        # vLLM gives samples that no name tells apart seeds of their own. Those that are named have
+        # noise of their own; where a seed decides, all of them would have drawn the same.
+        seeds = {asked["seed"] for asked in client.asked}
+        assert seeds == ({None} if reuse else {1, 2})
+
+
+def test_what_the_user_says_to_a_server_goes_with_what_we_say() -> None:
+    from spec_rollout.adapters.trl import SpecRollout
+
+    own = {"cache_salt": "s" * 128, "vllm_xargs": {"theirs": 1}, "ignore_eos": True}
+    client = Client(mode="coupled")
+    asked = with_server(client, **own)
+    spec = SpecRollout()
+    spec.first_turn([[5]], asked)
+    named = client.asked[-1]
+    assert named["vllm_xargs"] == {"theirs": 1, "spec_rollout": '{"sample": 0, "epoch": 0}'}
+    assert {**named, "vllm_xargs": own["vllm_xargs"], "seed": None} == {**own, "seed": None}
+
+    asked.model.training = False
+    salts = []
+    for salt in (own["cache_salt"], "another", None):
+        asked.vllm_generation.generation_kwargs = {**own, "cache_salt": salt}
+        spec.first_turn([[5]], asked)
+        assert client.asked[-1]["vllm_xargs"] == own["vllm_xargs"]
+        salts.append(client.asked[-1]["cache_salt"])
+    assert len({*salts, own["cache_salt"]}) == 4  # each apart from the others and from training
+    assert max(map(len, salts)) <= 128  # what vLLM takes
+
+
+def test_vllm_takes_a_request_as_trls_client_sends_it() -> None:
+    from trl.generation.vllm_client import VLLMClient
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    from spec_rollout.adapters.trl import SpecRollout
+
+    sent: list[dict[str, Any]] = []
+
+    class Unsent(VLLMClient):
+        def __init__(self) -> None:
+            self.base_url, self.model = "http://nowhere", "model"
+
+        def get_server_info(self) -> dict[str, Any]:
+            return {"additional_config": {"spec_rollout": {"mode": "coupled"}}}
+
+        def _post(self, url: str, **fields: Any) -> dict[str, Any]:
+            sent.append(fields["json"])
+            tokens = {"tokens": ["token_id:7"], "token_logprobs": [-0.5], "top_logprobs": [None]}
+            choice = {"prompt_token_ids": [5], "token_ids": [7], "logprobs": tokens}
+            return {"choices": [choice] * len(fields["json"]["prompt"])}
+
+    asked = with_server(Client(), seed=1, vllm_xargs={"theirs": 1}, cache_salt="s" * 128)
+    asked.vllm_generation.vllm_client = Unsent()
+    asked.temperature, asked.top_p, asked.top_k, asked.max_completion_length = 1.0, 1.0, 0, 4
+    spec = SpecRollout()
+    for training in (True, False):
+        asked.model.training = training
+        turn = spec.first_turn([[5], [6]], asked)
+        assert (turn.completion_ids, turn.logprobs) == ([[7], [7]], [[-0.5], [-0.5]])
+        request = CompletionRequest(**json.loads(json.dumps(sent.pop())))
+        assert request.prompt == [[5], [6]]
+        params = request.to_sampling_params(4, {})
+        assert params.seed == (None if training else 1)
+        assert set(params.extra_args) == {"theirs", *(["spec_rollout"] if training else [])}
+    assert not sent
+
+
+def test_all_rows_are_with_the_server_at_once() -> None:
+    """One request for each number of a sample, with the rows of all prompts in it."""
+    from spec_rollout.adapters.trl import SpecRollout
+
+    client, rows = Client(mode="coupled"), [[prompt] for prompt in range(300) for _ in range(3)]
+    turn = SpecRollout().first_turn(rows, with_server(client))
+    assert client.num_prompts == [300] * 3
+    names = [json.loads(asked["vllm_xargs"]["spec_rollout"])["sample"] for asked in client.asked]
+    assert sorted(names) == [0, 1, 2]
+    assert turn.completion_ids == [[7, *prompt] for prompt in rows]
+    assert turn.logprobs == [[-0.5, -0.5]] * 900
+
+
+def test_what_a_server_answers_goes_to_each_rank_once(monkeypatch: Any) -> None:
+    """Gathered from all ranks, it would take as many times the memory."""
+    from spec_rollout.adapters import trl_server
+
+    rows = [[[1], [2]], [], [[1], [3], [4]]]  # of the ranks
+    samples = [np.array([0, 0]), np.array([], np.int64), np.array([1, 0, 0])]
+    everyone = [
+        list(zip(*rank, strict=True))
+        for rank in zip(rows, map(np.ndarray.tolist, samples), strict=True)
+    ]
+    sent: list[Any] = []
+
+    def broadcast(value: Any) -> Any:
+        sent.append(value)
+        return sent[0]
+
+    monkeypatch.setattr(trl_server, "broadcast_object", broadcast)
+    client = Client(mode="coupled")
+    for rank in range(3):
+        gathered: list[Any] = []
+        asked = with_server(client)
+        asked.accelerator = SimpleNamespace(num_processes=3, is_main_process=rank == 0)
+
+        def gather(value: Any, gathered: list[Any] = gathered) -> list[Any]:
+            gathered.append(value)
+            return everyone
+
+        server = trl_server.Server(asked, gather, rank, reuse=True, refresh_epochs=None)
+        ids, logprobs = server.generate(rows[rank], samples[rank], is_eval=False)
+        assert ids == [[7, *prompt] for prompt in rows[rank]]
+        assert logprobs == [[-0.5, -0.5]] * len(ids)
+        assert gathered == [everyone[rank]]
+    assert client.num_prompts == [4, 1]  # asked by the first rank alone
+
+
+@pytest.mark.parametrize("runner", ["0", "1"])
+@pytest.mark.parametrize("drafting", [True, False])
+def test_an_engine_of_trls_schedules_so_that_a_history_can_be_used(
+    runner: str, drafting: bool, monkeypatch: Any
+) -> None:
+    """TRL lets no argument through, and vLLM's Model Runner V2 schedules asynchronously."""
+    from trl.generation import vllm_generation
+
+    from spec_rollout.adapters.trl import SpecRollout
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **given: given)
+    SpecRollout(drafting=drafting)
+    given: Any = vllm_generation.LLM(model="a")
+    assert given["model"] == "a"
+    told = {"async_scheduling": False} if runner == "1" and drafting else {}
+    assert {name: given[name] for name in given if name == "async_scheduling"} == told
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,8 @@ def trainer(address: str) -> Any:
         vllm_mode="server",
         vllm_generation=SimpleNamespace(
             vllm_client=VLLMClient(base_url=address),
-            generation_kwargs=None,
+            # Of all samples of a prompt; theirs decide.
+            generation_kwargs={"seed": 7, "vllm_xargs": {"theirs": 1}, "cache_salt": "theirs"},
             structured_outputs_regex=None,
         ),
     )
