@@ -13,7 +13,10 @@ from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient
 _CHOICES = {"drafts": ("engine", "actors"), "mode": ("coupled", "lenient")}
 _LEAST = {"refresh_steps": 0, "num_actors": 1, "max_bytes": 0, "timeout": 0.0}
 # What an engine that keeps the drafts is told by its own options.
-_OF_ACTORS = ("mode", "log_lenience", "seed", "folder", "behaviour_logprobs", "num_actors")
+_OF_ACTORS = (
+    *("mode", "log_lenience", "seed", "folder", "behaviour_logprobs"),
+    *("num_actors", "max_bytes", "timeout"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,11 @@ class ReuseSettings:
         seed: With `actors`: of the noise.
         refresh_steps: `coupled` draws new noise every so many training steps; 0 is never.
         num_actors: Number of `actors`; each has a part of the prompts.
-        max_bytes: Of all actors together; 0 is no bound.
+        max_bytes: With `actors`: of all of them together; 0 is no bound.
         folder: With `actors`: where drafts are written for a resumed run, when the step after one
             of the trainer's checkpoints begins; an absolute path, as each process has a folder of
             its own to start from. "" keeps them in memory only.
-        timeout: Seconds to wait for an actor; then rollouts are plain ones.
+        timeout: With `actors`: seconds to wait for one; then rollouts are plain ones.
         behaviour_logprobs: With `actors`: the log-probs that go back with reused tokens are those
             with which they were first drawn, for the trainer's own correction.
         shards: Names of the actors; not for users.

@@ -186,6 +186,9 @@ class _Server:
             params = dict(request["sampling_params"])  # a prompt's rollouts share theirs
             extra = self._reuse.extra_args(turn, list(request["prompt_ids"]))
             params["extra_args"] = {**(params.get("extra_args") or {}), **extra}
+            # With `full_determinism` verl gives a request without a seed its own, the same for all
+            # samples of a prompt, and Model Runner V2 draws by that before any name or key.
+            params.setdefault("seed", None)
             if isinstance(turn, KeyedTurn) and turn.store_as is not None:
                 params["logprobs"] = True
             request["sampling_params"] = params
@@ -276,6 +279,7 @@ class ReuseManager(AgentLoopManagerTQ):
         if (untested := untested_version()) is not None:
             logger.warning("spec_rollout: %s", untested)
         self._save_freq = int(config.trainer.get("save_freq", -1))
+        self._told_step = 1  # the first has none before it
         self._shards: list[Any] = []  # held on to: an actor goes with its maker's last handle
         if settings.drafts == "actors":
             names, self._shards = start_shards(
@@ -312,14 +316,20 @@ class ReuseManager(AgentLoopManagerTQ):
                 await worker.spec_rollout_repeat.remote(seed, number)
 
     def generate_sequences(self, prompts: Any) -> Any:
-        """verl's; with actors, it says before a training step what those before it gained."""
+        """verl's; with actors, it says before a training step what those before it gained.
+
+        verl calls it once for a step, and again to refill a step's groups and where it goes on
+        while it trains.
+        """
         is_validation = "validate" in prompts and bool(prompts["validate"])
         step = int(prompts["global_steps"])
-        if self._shards and not is_validation and step > 1:
+        if self._shards and not is_validation and step > self._told_step:
+            self._told_step = step
             counts = self.counters()
             logger.info("spec_rollout: before step %d: %s", step, counts)
             # verl says nothing to a manager when it has written a checkpoint, or has ended.
-            # Rollouts that begin meanwhile would wait behind it, and give up.
+            # Rollouts that begin meanwhile would wait behind it, and give up; an asynchronous
+            # trainer has some under way, which then do.
             if self._save_freq > 0 and (step - 1) % self._save_freq == 0:
                 for error in save_shards(self._shards):
                     logger.warning("spec_rollout: drafts not written: %s", error)

@@ -453,7 +453,12 @@ def test_verify_steps(accepted: int, length: int, most: int, expected: int) -> N
             {"drafts": "actors", "folder": "drafts"},
             "spec_rollout.folder: expected the absolute path of a folder, got 'drafts'",
         ),
-        ({"mode": "lenient"}, "spec_rollout.mode: expected it with spec_rollout.drafts=actors only"),
+        *(
+            ({name: value}, f"spec_rollout.{name}: expected it with spec_rollout.drafts=actors only")
+            for name, value in (
+                ("mode", "lenient"), ("num_actors", 2), ("max_bytes", 1 << 30), ("timeout", 5.0),
+            )
+        ),
         (
             {"drafts": "actors", "mode": "lenient", "log_lenience": float("nan")},
             "spec_rollout.log_lenience: expected",

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -187,19 +188,56 @@ def test_a_step_begins_when_the_drafts_are_written(
         verl.AgentLoopManagerTQ, "generate_sequences", lambda self, prompts: events.append("begun")
     )
     manager = object.__new__(verl.ReuseManager)
-    manager._save_freq = 2
+    manager._save_freq, manager._told_step = 2, 1
     manager._shards = [SimpleNamespace(save=Remote(lambda name=name: name)) for name in "ab"]
-    monkeypatch.setattr(manager, "counters", dict)
+    monkeypatch.setattr(manager, "counters", lambda: events.append("counted"))
     with caplog.at_level(logging.WARNING):
-        for step in (2, 3):
+        for step in (1, 2, 3, 3, 3):  # the third has groups that are filled again
             manager.generate_sequences({"global_steps": step})
-    assert events == ["begun", "written a", "written b", "begun"]
+        manager.generate_sequences({"global_steps": 4, "validate": True})
+    assert events == [
+        *["begun", "counted", "begun", "counted", "written a", "written b", "begun"],
+        *["begun"] * 3,
+    ]
     told = [
         record.message
         for record in caplog.records
         if record.message.startswith("spec_rollout: drafts not")
     ]
     assert told == ["spec_rollout: drafts not written: disk full"]
+
+
+@pytest.mark.parametrize("kind", ["named", "keyed"])
+def test_verls_own_seed_draws_no_named_request(kind: str) -> None:
+    """It is one for all samples of a prompt, and Model Runner V2 draws by it."""
+    import verl as installed
+
+    from spec_rollout.adapters import verl
+    from spec_rollout.adapters.settings import ReuseSettings
+    from spec_rollout.adapters.turns import NamedTurn, Reuse, fresh_turn
+
+    server = Path(installed.__file__).parent / "workers/rollout/vllm_rollout/vllm_async_server.py"
+    assert 'sampling_params.setdefault("seed", ' in server.read_text()
+
+    def generate(**request: Any) -> Any:
+        request["sampling_params"].setdefault("seed", 42)
+        return request["sampling_params"]["seed"]
+
+    asked = verl._Server(
+        SimpleNamespace(generate=Remote(generate)), Reuse(ReuseSettings(), max_chunk=31)
+    )
+
+    def drawn_by(turn: Any, **params: Any) -> Any:
+        token = verl._TURN.set(turn)
+        try:
+            return asked.generate.remote(prompt_ids=[5, 6], sampling_params=params)
+        finally:
+            verl._TURN.reset(token)
+
+    turn = NamedTurn({"sample": 3}) if kind == "named" else fresh_turn([5, 6])
+    assert drawn_by(turn) is None
+    assert drawn_by(turn, seed=7) == 7  # the user's own
+    assert drawn_by(None) == 42
 
 
 @pytest.mark.parametrize("is_on", [False, True])
