@@ -305,7 +305,7 @@ def run(args: argparse.Namespace, results: Results, weights: Path) -> None:
             share = (end - now) / (len(args.batches) - number)
             _run_batch(args, results, children, batch, now + share)
             results.write()
-            if not any(child.name == "stock" for child in children):
+            if started and not any(child.name == "stock" for child in children):
                 raise RuntimeError("stock has ended: there is nothing to compare with")
     finally:
         for child in started:
