@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
-from tiny_models import VOCAB, build
+from tiny_models import SAMPLING, VOCAB, build, random_requests
 
+from spec_rollout.acceptance import Coupled
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.engines.transformers.attention import batch_invariant_attention, span_mask
 from spec_rollout.engines.transformers.forward import ModelForward
@@ -209,3 +213,30 @@ def test_batch_invariance_error_sees_a_difference() -> None:
     """Rounding of the same model without the rules on shapes."""
     error = TransformersEngine(build("llama"), batch_invariant=False).batch_invariance_error()
     assert 0.0 < error < 1e-4
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_caches_are_gone_when_nobody_has_them(batch_invariant: bool, monkeypatch) -> None:
+    """Reference counts have to do: the collector of cycles does not know what a GPU's memory is."""
+    made: list[weakref.ref[SlotCache]] = []
+    new_cache = ModelForward.new_cache
+
+    def noted(*args: object) -> SlotCache:
+        cache = new_cache(*args)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(ModelForward, "new_cache", noted)
+    engine = TransformersEngine(build("llama"), num_slots=4, batch_invariant=batch_invariant)
+    gc.collect()
+    made.clear()
+    gc.disable()
+    try:
+        for longest in (4, 20):
+            engine.rollout(random_requests(12, longest=longest), SAMPLING, Coupled())
+        left = [cache() for cache in made if cache() is not None]
+    finally:
+        gc.enable()
+    assert len(made) == 4
+    # Those that a CPU keeps are the last call's, which had no room in the first one's.
+    assert len(left) == (2 if batch_invariant else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class SlotCache(Cache):
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer of a `SlotCache`."""
+    """One layer of a `SlotCache`, of use as long as that is there."""
 
     is_compileable = False
     is_sliding = False
@@ -108,7 +109,9 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()
-        self._cache = cache
+        # A cycle would keep keys and values until the collector of cycles runs, which knows nothing
+        # of a GPU's memory.
+        self._cache: SlotCache = weakref.proxy(cache)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def storage(like: torch.Tensor) -> torch.Tensor:
