@@ -86,13 +86,21 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def merged(
+    model: torch.nn.Module, device: torch.device | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that a model with its adapter amounts to, by the names it has without.
 
     Those of layers with an adapter are made anew; merging in place and back would change the
-    frozen ones by a rounding each time.
+    frozen ones by a rounding each time. The others are the model's own tensors.
+
+    Args:
+        model: See `add_adapter`.
+        device: Where the tensors go, one by one: for who keeps them all, beside the frozen ones.
+            One that has two names (tied weights) stays one. None leaves them with the model.
     """
     layers = dict(model.named_modules())
+    moved: dict[torch.Tensor, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if is_adapter(name):
             continue
@@ -100,6 +108,11 @@ def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         layer: Any = layers.get(stem)
         if leaf == "weight" and layer is not None:
             tensor = (tensor.float() + layer.get_delta_weight(_NAME).float()).to(tensor.dtype)
+            tensor = tensor if device is None else tensor.to(device)
+        elif device is not None:
+            if tensor not in moved:
+                moved[tensor] = tensor.to(device)
+            tensor = moved[tensor]
         yield merged_name(name), tensor.detach()
 
 

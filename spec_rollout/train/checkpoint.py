@@ -85,7 +85,9 @@ def save_checkpoint(
     try:
         with no_progress_bars():
             if has_adapter(model):
-                model.save_pretrained(part / MODEL, state_dict=dict(merged(model)))
+                # A GPU has no room for the weights a second time.
+                weights = merged(model, torch.device("cpu"))
+                model.save_pretrained(part / MODEL, state_dict=dict(weights))
                 save_adapter(part, model)
             else:
                 model.save_pretrained(part / MODEL)

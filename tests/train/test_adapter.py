@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_parts import Parts
+from safetensors.torch import load_file
 from tiny_models import build
 from tiny_runs import save_tiny_model
 from whole_runs import (
@@ -21,12 +23,13 @@ from whole_runs import (
     without_seconds,
 )
 
-from spec_rollout.config.sections import ConfigError, ModelConfig
-from spec_rollout.train import adapter
+from spec_rollout.config.sections import ConfigError, ModelConfig, TrainConfig
+from spec_rollout.train import adapter, checkpoint
 from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints
 from spec_rollout.train.interrupt import RunInterrupted
 from spec_rollout.train.manifest import write_manifest
 from spec_rollout.train.trainer import resume, run
+from spec_rollout.train.update import make_optimizer
 
 pytest.importorskip("peft")
 
@@ -81,6 +84,40 @@ def test_merged_weights_are_those_of_the_model_with_its_adapter(dtype):
     assert {p.dtype for p in lora} == {torch.float32}
 
 
+def test_merged_weights_go_where_they_are_kept():
+    """Beside the frozen ones a GPU may have no room for all of them."""
+    _, other = with_adapter()
+    other.set_input_embeddings(torch.nn.Embedding.from_pretrained(other.lm_head.weight))
+    other.lm_head.weight = other.get_input_embeddings().weight  # tied
+    stay = dict(adapter.merged(other))
+    own = {id(p) for p in other.parameters()}
+    for name, tensor in adapter.merged(other, torch.device("meta")):
+        assert tensor.is_meta, name
+        stay[name + " moved"] = tensor
+    assert {p.device.type for p in other.parameters()} == {"cpu"}
+    assert own == {id(p) for p in other.parameters()}
+    tied = (stay[f"{name}.weight moved"] for name in ("lm_head", "model.embed_tokens"))
+    assert torch._C._is_alias_of(*tied)
+    assert stay["lm_head.weight"].data_ptr() == other.lm_head.weight.data_ptr()
+
+
+def test_a_checkpoint_has_merged_weights_of_the_cpu(model_dir, tmp_path, monkeypatch):
+    asked = []
+    plain = checkpoint.merged
+
+    def merged(model, device=None):
+        asked.append(device)
+        return plain(model, device)
+
+    monkeypatch.setattr(checkpoint, "merged", merged)
+    parts = Parts(model_dir)
+    adapter.add_adapter(parts.model, LORA)
+    parts.optimizer = make_optimizer(parts.model, TrainConfig())
+    folder = parts.save(tmp_path)
+    assert asked == [torch.device("cpu")]
+    assert "lm_head.weight" not in load_file(folder / "model" / "model.safetensors")  # tied
+
+
 def test_targets_by_name():
     _, other = with_adapter(config=replace(LORA, lora_targets=("q_proj", "v_proj")))
     names = {
@@ -124,7 +161,6 @@ def lora_config(make_config, run_dir, **sections):
 
 @pytest.mark.slow
 def test_a_run_learns_and_its_checkpoint_is_a_whole_model(make_config, tmp_path, model_dir):
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     config = lora_config(make_config, tmp_path / "run", train={"epochs": 6})
