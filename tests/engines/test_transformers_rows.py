@@ -26,7 +26,7 @@ from spec_rollout.engines.transformers import TransformersEngine, row_check
 from spec_rollout.engines.transformers.attention import BATCH_INVARIANT_ATTENTION
 from spec_rollout.engines.transformers.forward import ModelForward
 from spec_rollout.engines.transformers.lengths import row_limit
-from spec_rollout.engines.transformers.row_check import RowGap, row_gap
+from spec_rollout.engines.transformers.row_check import RowGap, row_gap, tolerance_of
 from spec_rollout.types import Rollouts, SamplingParams
 
 SMALL = {
@@ -250,6 +250,47 @@ def test_a_model_is_tried_once_with_each_attention(monkeypatch: pytest.MonkeyPat
         model.set_attn_implementation(attention)
         TransformersEngine(model, batch_invariant=False)
     assert tried == ["sdpa", "eager"]
+
+
+def test_products_in_tf32_have_a_tolerance_of_their_own() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    exact = tolerance_of(torch.float32, cpu)
+    assert exact == tolerance_of(torch.float32, gpu) == tolerance_of(torch.float64, gpu)
+    matmul = torch.backends.cuda.matmul
+    try:
+        for allow in ("set_float32_matmul_precision", "allow_tf32", "fp32_precision"):
+            torch.set_float32_matmul_precision("highest")
+            if allow == "allow_tf32":
+                matmul.allow_tf32 = True
+            elif allow == "set_float32_matmul_precision":
+                torch.set_float32_matmul_precision("high")
+            elif hasattr(matmul, allow):
+                matmul.fp32_precision = "tf32"  # after this, the older ones raise
+            else:
+                continue
+            assert exact < tolerance_of(torch.float32, gpu) < tolerance_of(torch.bfloat16, gpu)
+            assert exact == tolerance_of(torch.float32, cpu) == tolerance_of(torch.float64, gpu)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert exact == tolerance_of(torch.float32, gpu)
+    assert not matmul.allow_tf32
+
+
+def test_a_model_is_tried_again_where_its_products_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(row_check, "_PROBLEMS", {})
+    tried = []
+
+    def gap(forward: ModelForward) -> RowGap:
+        tried.append(row_check.allows_tf32(forward.device))
+        return RowGap(0.0, 0.0, 0, 1.0)
+
+    monkeypatch.setattr(row_check, "row_gap", gap)
+    for allowed in (False, True, True, False):
+        monkeypatch.setattr(row_check, "allows_tf32", lambda _device, allowed=allowed: allowed)
+        TransformersEngine(build("llama"))
+    assert tried == [False, True]
 
 
 def llava() -> PreTrainedModel:
