@@ -107,6 +107,18 @@ def tensors(**values: Any) -> None:
             raise ValueError(f"{name}: expected a dense tensor with values, got a {kind} one")
 
 
+def cpu_tensors(**values: Any) -> None:
+    """`tensors`, on the CPU.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    tensors(**values)
+    for name, value in values.items():
+        if value.device.type != "cpu":
+            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {value.device}")
+
+
 def shown(value: object) -> str:
     """What came, in a few words: the value if it is short and its text says what it is."""
     kind = type(value).__name__

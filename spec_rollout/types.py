@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from spec_rollout.checks import integer, items, of_kind, real, tensors
+from spec_rollout.checks import cpu_tensors, integer, items, of_kind, real
 from spec_rollout.counters import RolloutStats
 from spec_rollout.packed import check_packed, cu_lens_from
 
@@ -28,7 +28,7 @@ def _check_per_token(
             values = getattr(record, name)
             if values is None:
                 continue
-            tensors(**{name: values})
+            cpu_tensors(**{name: values})
             if values.shape != token_ids.shape or values.dtype != dtype:
                 raise ValueError(
                     f"{name}: expected {str(dtype).removeprefix('torch.')} of shape "
@@ -116,7 +116,7 @@ class Drafts:
     ages: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors(token_ids=self.token_ids, cu_lens=self.cu_lens, finished=self.finished)
+        cpu_tensors(token_ids=self.token_ids, cu_lens=self.cu_lens, finished=self.finished)
         batch = self.finished.numel()
         if self.finished.shape != (batch,) or self.finished.dtype != torch.bool:
             raise ValueError(
@@ -151,7 +151,7 @@ class Drafts:
         Args:
             lens: [batch], integer, 0 <= lens <= the present lengths.
         """
-        tensors(lens=lens)
+        cpu_tensors(lens=lens)
         if lens.is_floating_point() or lens.is_complex():
             raise ValueError(f"lens: expected integers, got {lens.dtype}")
         lens = lens.to(torch.int64)
@@ -202,12 +202,12 @@ class History:
     logprobs: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors(token_ids=self.token_ids, cu_lens=self.cu_lens)
+        cpu_tensors(token_ids=self.token_ids, cu_lens=self.cu_lens)
         if self.logprobs is not None:
-            tensors(logprobs=self.logprobs)
+            cpu_tensors(logprobs=self.logprobs)
         for name in ("row_groups", "request_groups"):
             groups = getattr(self, name)
-            tensors(**{name: groups})
+            cpu_tensors(**{name: groups})
             if groups.dtype != torch.int64 or groups.ndim != 1:
                 raise ValueError(
                     f"{name}: expected int64 of one dimension, got {groups.dtype} "
@@ -246,7 +246,7 @@ class RolloutRequests:
     expected_lens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors(prompt_ids=self.prompt_ids, cu_prompt_lens=self.cu_prompt_lens, keys=self.keys)
+        cpu_tensors(prompt_ids=self.prompt_ids, cu_prompt_lens=self.cu_prompt_lens, keys=self.keys)
         of_kind("drafts", self.drafts, Drafts, "Drafts (Drafts.none(batch) for none)")
         if self.history is not None:
             of_kind("history", self.history, History, "a History or None")
@@ -273,7 +273,7 @@ class RolloutRequests:
             )
         lens = self.expected_lens
         if lens is not None:
-            tensors(expected_lens=lens)
+            cpu_tensors(expected_lens=lens)
             if lens.shape != (batch,) or lens.dtype != torch.int64 or bool((lens < 0).any()):
                 raise ValueError(
                     f"expected_lens: expected int64 >= 0 of shape [{batch}], got {lens.dtype} of "
@@ -345,9 +345,9 @@ class Rollouts:
             "prompt_ids", "cu_prompt_lens", "response_ids", "cu_response_lens", "logprobs",
             "accepted_lens", "finish_reasons",
         ):  # fmt: skip
-            tensors(**{name: getattr(self, name)})
+            cpu_tensors(**{name: getattr(self, name)})
         if self.running is not None:
-            tensors(running=self.running)
+            cpu_tensors(running=self.running)
             if self.running.ndim != 2 or self.running.shape[1] != 2:
                 raise ValueError(
                     f"running: expected shape [steps, 2], got {list(self.running.shape)}"

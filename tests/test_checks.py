@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from markov_engine import MarkovEngine
+from torch._subclasses import FakeTensorMode
 
 import spec_rollout as sr
 from spec_rollout.checks import integer, items, real, shown
@@ -170,6 +171,23 @@ def test_what_was_expected_and_what_came_is_said(made: Callable[[], Any], messag
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         made()
     assert str(caught.value).startswith(message)
+
+
+def test_a_tensor_of_a_gpu_is_refused_by_name() -> None:
+    with FakeTensorMode():  # no GPU is needed for these
+        elsewhere = torch.zeros(2, device="cuda")
+    for made, good, name in (
+        (sr.Drafts, _DRAFTS, "logprobs"),
+        (sr.Drafts, _DRAFTS, "token_ids"),
+        (sr.History, _HISTORY, "row_groups"),
+        (sr.RolloutRequests, _REQUESTS, "keys"),
+        (sr.Rollouts, _ROLLOUTS, "response_ids"),
+        (sr.Rollouts, _ROLLOUTS, "running"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected a tensor on the CPU, got one on cuda:0$"
+        ):
+            made(**{**good, name: elsewhere})
 
 
 def test_numbers_of_other_libraries_become_pythons_own() -> None:
