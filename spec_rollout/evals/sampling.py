@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spec_rollout.evals.estimates import estimate
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.rewards import Progress, Rewards, Sample
 from spec_rollout.rollout import RolloutSession
@@ -101,13 +102,24 @@ def score(
     )
 
 
+def judged_and_correct(rewards: torch.Tensor, correct_at: float) -> list[tuple[int, int]]:
+    """Of each prompt, how many responses were judged, and how many of them are correct.
+
+    Args:
+        rewards: NaN where a response was left out. [num_prompts, num_samples].
+        correct_at: A response is correct from this reward on.
+    """
+    judged, correct = ~torch.isnan(rewards), rewards >= correct_at
+    return list(zip(judged.sum(1).tolist(), correct.sum(1).tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class EvalResult:
     """Fresh plain samples of the current weights, judged.
 
     Attributes:
-        accuracy: Share of responses whose reward reaches the bound; skipped ones left out, 0 if all
-            are.
+        accuracy: pass@1, the mean over prompts of the share of responses whose reward reaches the
+            bound; skipped responses are left out, and prompts of which all are; 0 if all are.
         reward: Mean reward, skipped ones left out; 0 if all are.
         seconds: Wall time of sampling.
         means: Mean of each reward function (`Scores.means`).
@@ -148,10 +160,10 @@ def evaluate(
     )
     values = scores.total
     given = values[~torch.isnan(values)]
-    accuracy = float((given >= correct_at).double().mean()) if given.numel() else 0.0
+    found = estimate(judged_and_correct(values, correct_at))
     reward = float(given.mean()) if given.numel() else 0.0
     return EvalResult(
-        accuracy,
+        0.0 if found is None else found.value,
         reward,
         rollouts.stats.rollout_seconds,
         scores.means(),

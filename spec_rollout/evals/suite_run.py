@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from spec_rollout.evals.estimates import Estimate, estimate
-from spec_rollout.evals.sampling import decode_responses, score
+from spec_rollout.evals.sampling import decode_responses, judged_and_correct, score
 from spec_rollout.loading.data import PromptRow
-from spec_rollout.rewards import Rewards
+from spec_rollout.rewards import Progress, Rewards
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.types import FinishReason, Rollouts, RolloutStats, SamplingParams
 
@@ -24,7 +24,7 @@ class EvalSettings:
     Attributes:
         num_samples: Responses per problem.
         sampling: How their tokens are drawn.
-        step: Of the noise (`RolloutSession.evaluate`).
+        step: Of the noise (`RolloutSession.evaluate`), and what rewards are told as the run's.
         correct_at: A response counts as correct from this reward on.
         keep_special_tokens: See `RewardConfig`.
         drafting: See `RolloutSession.evaluate_rows`.
@@ -134,6 +134,7 @@ def run_suite(
             chosen,
             num_samples,
             keep_special_tokens=settings.keep_special_tokens,
+            progress=Progress(settings.step),
         )
         _add(result, rollouts, scores.total, settings)
         if on_response is not None:
@@ -149,10 +150,8 @@ def run_suite(
 def _add(
     result: SuiteResult, rollouts: Rollouts, rewards: torch.Tensor, settings: EvalSettings
 ) -> None:
-    judged = ~torch.isnan(rewards)
-    correct = rewards >= settings.correct_at
-    result.counts += zip(judged.sum(1).tolist(), correct.sum(1).tolist(), strict=True)
-    result.num_skipped += int((~judged).sum())
+    result.counts += judged_and_correct(rewards, settings.correct_at)
+    result.num_skipped += int(torch.isnan(rewards).sum())
     result.num_truncated += int((rollouts.finish_reasons == FinishReason.LENGTH).sum())
     result.stats += rollouts.stats
 
