@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from spec_rollout.config.sections import ConfigError, RunConfig
+from spec_rollout.config.sections import ConfigError, RunConfig, TrainConfig
 from spec_rollout.loading.policy import Policy
 from spec_rollout.train.algorithms.base import Algorithm
 from spec_rollout.train.finite import nonfinite
 from spec_rollout.train.forward import check_padded_rows
+from spec_rollout.train.memory import TrainingForward
 from spec_rollout.train.state import CheckpointError, TrainState
 
 
@@ -78,10 +79,13 @@ def check_finite(model: torch.nn.Module, path: str, key: str) -> None:
         raise ConfigError(f"{key}: expected finite weights, got {problem} of {path!r}")
 
 
-def check_forward(policy: Policy) -> None:
-    """Raises ConfigError if rows that are padded to each other depend on each other."""
+def check_forward(policy: Policy, config: TrainConfig) -> None:
+    """Raises ConfigError if rows that are padded to each other depend on each other, computed as
+    training does."""
+    forward_mode = TrainingForward(config)
     try:
-        check_padded_rows(policy.model, policy.max_length)
+        with torch.no_grad(), forward_mode.of(policy.model):
+            check_padded_rows(policy.model, policy.max_length, is_16_bit=forward_mode.is_16_bit)
     except ValueError as error:
         raise ConfigError(f"model.path: {str(error).removeprefix('model: ')}") from error
 

@@ -160,9 +160,9 @@ def build(
     if config.rollout.max_model_len is not None:
         policy = replace(policy, max_length=config.rollout.max_model_len)
     if config.rollout.check_model:
-        check_forward(policy)
+        check_forward(policy, config.train)
     if config.train.gradient_checkpointing:
-        check_recomputing(policy.model)
+        check_recomputing(policy.model, config.train)
     rendered = _render_data(config, sources, policy)
     data, eval_rows = rendered["train"], _eval_rows(config, rendered)
     heldout_fingerprint = rendered["heldout"].fingerprint if "heldout" in rendered else ""

@@ -66,12 +66,13 @@ def response_outputs(
     return logits[0], chosen[0][0]
 
 
-def padded_gap(model: PreTrainedModel, longest: int | None) -> RowGap:
+def padded_gap(model: PreTrainedModel, longest: int | None, *, is_16_bit: bool = False) -> RowGap:
     """How far `response_logits` of padded rows are from a plain forward of each row alone.
 
     Args:
         model: Hugging Face causal language model.
         longest: Most tokens of a row; None is no limit.
+        is_16_bit: Products are in such a type, whatever the weights are (autocast).
     """
     embeddings: Any = model.get_input_embeddings()
     device = embeddings.weight.device
@@ -84,16 +85,21 @@ def padded_gap(model: PreTrainedModel, longest: int | None) -> RowGap:
     )
     with torch.no_grad():
         logits = response_logits(model, padded, positions.to(device))
-    return compare(logits.split(lens), [plain_logits(model, row) for row in rows], rows)
+    alone = [plain_logits(model, row) for row in rows]
+    return compare(logits.split(lens), alone, rows, is_16_bit=is_16_bit)
 
 
-def check_padded_rows(model: PreTrainedModel, longest: int | None) -> None:
+def check_padded_rows(
+    model: PreTrainedModel, longest: int | None, *, is_16_bit: bool = False
+) -> None:
     """Refuses a model whose rows depend on what they are padded to.
+
+    Arguments as in `padded_gap`.
 
     Raises:
         ValueError: saying by how much.
     """
-    gap = padded_gap(model, longest)
+    gap = padded_gap(model, longest, is_16_bit=is_16_bit)
     if not gap.is_rounding:
         raise ValueError(
             "model: expected a forward in which no row depends on the others, "

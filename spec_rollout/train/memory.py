@@ -32,6 +32,11 @@ class TrainingForward:
         self._dtype = None if config.compute_dtype is None else torch.bfloat16
         self._recompute = config.gradient_checkpointing
 
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether products are in 16 bits, whatever the weights are."""
+        return self._dtype is not None
+
     @contextmanager
     def of(self, model: PreTrainedModel) -> Iterator[None]:
         """For a forward pass of a model; its backward pass may come later."""
@@ -44,8 +49,12 @@ class TrainingForward:
                 yield
 
 
-def check_recomputing(model: PreTrainedModel) -> None:
+def check_recomputing(model: PreTrainedModel, config: TrainConfig) -> None:
     """Refuses a model of which layers cannot be recomputed, or would not be the same again.
+
+    Args:
+        model: Hugging Face causal language model.
+        config: What training computes in.
 
     Raises:
         ConfigError: naming the setting.
@@ -60,7 +69,8 @@ def check_recomputing(model: PreTrainedModel) -> None:
     device = embeddings.weight.device
     row = random_rows(embeddings.weight.shape[0], [16], device)[0][None]
     positions = torch.arange(16, device=device)
-    with torch.no_grad():
+    # Without gradients nothing is recomputed but where this says so.
+    with torch.no_grad(), TrainingForward(config).of(model):
         plain = response_logits(model, row, positions)
         with _recomputing(model):
             other = response_logits(model, row, positions)

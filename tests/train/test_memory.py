@@ -12,8 +12,10 @@ from tiny_models import build
 from whole_runs import read_rows
 
 from spec_rollout.config.sections import ConfigError, TrainConfig
-from spec_rollout.train import algorithms, memory
+from spec_rollout.loading.policy import Policy
+from spec_rollout.train import algorithms, checks, memory
 from spec_rollout.train.algorithms.advantages import per_token
+from spec_rollout.train.forward import padded_gap
 from spec_rollout.train.trainer import run
 from spec_rollout.train.update import PolicyUpdater, make_optimizer
 
@@ -71,7 +73,7 @@ def test_dropout_stays_off_in_recomputed_layers():
     model = build(
         "gpt2", vocab_size=512, resid_pdrop=0.5, attn_pdrop=0.5
     )  # in modules of their own
-    memory.check_recomputing(model)
+    memory.check_recomputing(model, TrainConfig())
     plain = gradients(copy.deepcopy(model))
     other = gradients(model, gradient_checkpointing=True)
     for name, gradient in plain.items():
@@ -87,7 +89,7 @@ def test_a_layer_that_would_drop_out_by_itself_is_refused():
         max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.5, init_std=0.3,
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"gradient_checkpointing: expected false .* dropout"):
-        memory.check_recomputing(OPTForCausalLM(config).eval())
+        memory.check_recomputing(OPTForCausalLM(config).eval(), TrainConfig())
 
 
 def test_products_are_in_bfloat16_over_float32_weights():
@@ -101,6 +103,33 @@ def test_products_are_in_bfloat16_over_float32_weights():
         assert other[name].dtype == torch.float32
         gap = float((other[name] - gradient).norm() / gradient.norm())
         assert 0 < gap < 0.05, name
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_a_model_is_checked_in_what_training_computes_in(compute_dtype, dtype, monkeypatch):
+    """Flash attention takes nothing but 16 bits."""
+    told = []
+    plain = checks.check_padded_rows
+
+    def check_padded_rows(*args, is_16_bit):
+        told.append(is_16_bit)
+        plain(*args, is_16_bit=is_16_bit)
+
+    monkeypatch.setattr(checks, "check_padded_rows", check_padded_rows)
+    model = build("llama", vocab_size=512)
+    seen = seen_dtypes(model)
+    config = TrainConfig(compute_dtype=compute_dtype, gradient_checkpointing=True)
+    checks.check_forward(Policy(model, None, (), 512, 128), config)
+    assert seen == {dtype}
+    assert told == [compute_dtype is not None]
+    seen.clear()
+    memory.check_recomputing(model, config)
+    assert seen == {dtype}
+    assert not any(module.training for module in model.modules())
+    gaps = [padded_gap(model, 128, is_16_bit=is_16_bit).tolerance for is_16_bit in (False, True)]
+    assert gaps[0] < gaps[1]
 
 
 @pytest.mark.slow
