@@ -111,7 +111,7 @@ def subject_of_model(args: argparse.Namespace, suites: Sequence[str]) -> Subject
         )
     except ConfigError as error:
         raise options.named(error) from None
-    check_engine(config)
+    check_engine(config, args.attention)
     sources: dict[str, list[SourceRow]] = {}
     instruction = INSTRUCTION if args.instruction is None else args.instruction
     for name in suites:

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     rule = config.acceptance()
     cached_pass = None if args.cache_in is None else cache.load(args.cache_in)
     pass_index = _pass_index(args, cached_pass, rule)
-    check_engine(config)
+    check_engine(config, args.attention)
     # vLLM puts its own copy of the weights where it computes.
     device = "cpu" if config.engine == "vllm" else args.device
     model_config = ModelConfig(

@@ -12,6 +12,7 @@ import torch
 from spec_rollout.config.sections import ConfigError, ModelConfig, RolloutConfig, VLLMConfig
 from spec_rollout.engines import TransformersEngine
 from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.engines.transformers.forward import MASKED_ATTENTION
 from spec_rollout.extras import install_command
 from spec_rollout.loading.policy import Policy
 
@@ -27,8 +28,22 @@ _LARGEST_BLOCK = 128  # of vLLM's KV cache on a CPU, in tokens
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-def check_engine(config: RolloutConfig) -> None:
-    """Raises ConfigError, before anything is loaded, if the engine's library is not installed."""
+def check_engine(config: RolloutConfig, attention: str) -> None:
+    """Checks what can be checked before anything is loaded.
+
+    Args:
+        config: Which engine.
+        attention: `ModelConfig.attention`.
+
+    Raises:
+        ConfigError: if the engine's library is not installed, or it cannot work with the attention.
+    """
+    if config.engine == "transformers" and attention not in MASKED_ATTENTION:
+        named = " or ".join(f'"{name}"' for name in MASKED_ATTENTION)
+        raise ConfigError(
+            f'model.attention: expected {named} with rollout.engine "transformers" (rows of '
+            f'different lengths need a mask), got "{attention}"'
+        )
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine: expected vllm to be installed for the engine vllm "

@@ -148,11 +148,9 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
             )
         model, report = loaded
     except Exception as error:
-        if config.attention != "eager" and "does not support an attention impl" in str(error):
-            raise ConfigError(
-                f'model.attention: expected "eager" for {path!r}, whose class has no other, got '
-                f'"{config.attention}"'
-            ) from error
+        problem = _attention_problem(folder, config.attention)
+        if problem is not None:
+            raise ConfigError(f"model.attention: {problem}") from error
         raise ConfigError(f"{expected}, cannot load {path!r}: {_first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(map(str, report.get(problem) or ()))
@@ -163,6 +161,30 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
                 f"{key}: expected weights for every parameter, found {what} {some} in {path!r}"
             )
     return model.to(device).eval()
+
+
+def _attention_problem(folder: Path, attention: str) -> str | None:
+    """What is wrong with an attention implementation: a folder's model can be made with another,
+    without its weights, and not with this one. None if that is not so."""
+    import transformers
+
+    def tried(name: str) -> Exception | None:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            with torch.device("meta"):
+                transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
+        except Exception as error:  # whatever a model's own code raises
+            return error
+        return None
+
+    error = tried(attention)
+    others = [f'"{name}"' for name in ("sdpa", "eager") if error and tried(name) is None]
+    if error is None or not others:
+        return None
+    return (
+        f"expected {' or '.join(others)} for {str(folder)!r} (or another one that is installed and "
+        f'that its class has), got "{attention}" ({_first_line(error)})'
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -27,6 +27,18 @@ def check_group_size(config: RunConfig, algorithm: Algorithm) -> None:
         )
 
 
+def check_attention(config: RunConfig) -> None:
+    """Raises ConfigError if the attention cannot compute in the type that training does."""
+    attention, train = config.model.attention, config.train
+    in_float32 = config.model.dtype == "float32" and train.compute_dtype is None
+    if attention.startswith("flash_attention") and in_float32:
+        raise ConfigError(
+            "model.attention: expected another one with model.dtype = 'float32' and without "
+            "train.compute_dtype = 'bfloat16' (flash attention computes in 16 bits only), got "
+            f'"{attention}"'
+        )
+
+
 def order_settings(config: RunConfig) -> dict[str, int | bool]:
     """What says which rows a step sees, beside the data."""
     return {

@@ -36,6 +36,7 @@ from spec_rollout.runs.loggers import check_loggers
 from spec_rollout.train import adapter, algorithms
 from spec_rollout.train.checkpoint import CheckpointError, TrainState, load_state, load_tensors
 from spec_rollout.train.checks import (
+    check_attention,
     check_base,
     check_finite,
     check_forward,
@@ -118,7 +119,8 @@ def build(
             found.
     """
     config = config.settled()
-    check_engine(config.rollout)
+    check_engine(config.rollout, config.model.attention)
+    check_attention(config)
     check_loggers(config.log)
     adapter.check_peft(config.model)
     algorithm = algorithms.make(config.train)

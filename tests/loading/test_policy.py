@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -125,3 +126,24 @@ def test_the_longest_row_is_as_the_rotary_embedding_has_it(folder):
     config["rope_parameters"] = {**config["rope_parameters"], **rope}
     path.write_text(json.dumps(config))
     assert load(folder).max_length == 512
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        ("spda", "ValueError: Specified .*spda"),
+        ("flash_attention_2", "ImportError: .*[Ff]lash"),
+    ],
+)
+def test_an_attention_that_cannot_be_had_is_named(folder, attention, reason):
+    if attention.startswith("flash") and (find_spec("flash_attn") or find_spec("kernels")):
+        pytest.skip("it can be had")
+    with pytest.raises(
+        ConfigError,
+        match=rf'^model\.attention: expected "sdpa" or "eager" for .*, got "{attention}" \({reason}',
+    ):
+        load(folder, attention=attention)
+    # What is wrong whatever the attention is, is not blamed on it.
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"^model\.path: "):
+        load(folder, attention=attention)

@@ -14,6 +14,7 @@ from tiny_runs import save_tiny_model
 
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.train import components
+from spec_rollout.train.checks import check_attention
 from spec_rollout.train.components import build
 from spec_rollout.train.forward import check_padded_rows, padded_gap
 
@@ -35,6 +36,15 @@ def test_a_reference_with_another_vocabulary_is_refused(make_config, model_dir, 
     ):
         build(run)
     assert not Path(run.log.run_dir).exists()
+
+
+def test_flash_attention_is_not_for_float32(make_config) -> None:
+    flash = {"attention": "flash_attention_2"}
+    with pytest.raises(ConfigError, match=r'^model\.attention: expected another .*, got "flash_at'):
+        check_attention(make_config(model=flash))
+    check_attention(make_config(model=flash, train={"compute_dtype": "bfloat16"}))
+    check_attention(make_config(model={**flash, "dtype": "bfloat16"}))
+    check_attention(make_config())
 
 
 def test_an_engine_that_seeds_the_process_changes_no_random_state(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOGGER = logging.getLogger(__name__)
-_MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
+MASKED_ATTENTION = ("sdpa", "eager")  # these add a 4-D mask as it is given
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -358,9 +358,9 @@ def _mask_kinds(model: PreTrainedModel, config: Any) -> dict[str, int | None]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"model: expected a forward with position_ids, {name} has none")
     for attention in (model.config._attn_implementation, config._attn_implementation):
-        if attention not in _MASKED_ATTENTION:
+        if attention not in MASKED_ATTENTION:
             raise ValueError(
-                f"model: expected attention {' or '.join(_MASKED_ATTENTION)} (per-row lengths need "
+                f"model: expected attention {' or '.join(MASKED_ATTENTION)} (per-row lengths need "
                 f"a mask), got {attention!r}; load it with attn_implementation='sdpa'"
             )
     layer_types = set(getattr(config, "layer_types", None) or ())
