@@ -188,6 +188,8 @@ def subject_of_run(args: argparse.Namespace) -> Subject:
     config = load_config(args.run_dir / CONFIG, args.overrides)
     # Its folder may have been moved, with a store of rollouts in it.
     config = replace(config, log=replace(config.log, to=(), run_dir=str(args.run_dir)))
+    # Nothing is trained: the reference of a KL need not be there.
+    config = replace(config, train=replace(config.train, kl_coef=0.0))
     parts = build(config, point.checkpoint, whole_length=bool(args.tasks))
     if not parts.eval_rows:
         raise ValueError(

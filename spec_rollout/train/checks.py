@@ -84,6 +84,33 @@ def check_base(base: str, state: TrainState, config: RunConfig) -> tuple[str, ..
     return ()
 
 
+def check_reference_weights(
+    weights: str, state: TrainState, path: str, key: str
+) -> tuple[str, ...]:
+    """Raises CheckpointError if the run's KL was to other weights so far than those loaded.
+
+    Args:
+        weights: `adapter.fingerprint` of the reference.
+        state: Of the checkpoint.
+        path, key: Where the reference was loaded from, and the key that says so.
+
+    Returns:
+        Notes for the user.
+    """
+    if not state.reference_fingerprint:
+        return (
+            f"{key}: the checkpoint does not say which weights are the reference of the KL; those "
+            f"of {path!r} are taken",
+        )
+    if state.reference_fingerprint != weights:
+        raise CheckpointError(
+            f"{key}: expected the weights that are the reference of the run's KL, in the same "
+            f"model.dtype (fingerprint {state.reference_fingerprint}), got others in {path!r} "
+            f"({weights})"
+        )
+    return ()
+
+
 def check_finite(model: torch.nn.Module, path: str, key: str) -> None:
     """Raises ConfigError if a model was stored with weights that are no numbers."""
     problem = nonfinite(model.named_parameters())

@@ -43,6 +43,7 @@ from spec_rollout.train.checks import (
     check_group_size,
     check_order,
     check_reference,
+    check_reference_weights,
     order_settings,
 )
 from spec_rollout.train.continued import ContinuedEngine
@@ -203,6 +204,7 @@ def build(
         load_tensors(checkpoint, optimizer, cache, value_head)
         notes += without_logprobs(config, store)
     reference = None
+    reference_weights = "" if state is None else state.reference_fingerprint
     if algorithm.needs.reference:
         path, key = config.model.path, "model.path"
         if config.model.reference is not None:
@@ -211,6 +213,9 @@ def build(
         reference = load_model(path, config.model, device, key).requires_grad_(False)
         check_finite(reference, path, key)
         check_reference(reference, policy, key)
+        reference_weights = adapter.fingerprint(reference)
+        if state is not None:
+            notes += check_reference_weights(reference_weights, state, path, key)
     prompts = [row.prompt_ids for rows in (data.rows, *eval_rows.values()) for row in rows]
     # Rewards may draw from the process's generators; vLLM in this process seeds them.
     random_states = rng_state()
@@ -285,6 +290,7 @@ def build(
             {} if lenience is None else lenience.state(),
             base_fingerprint=base,
             noise_offset=noise_offset,
+            reference_fingerprint=reference_weights,
         ),
         total_steps=min(n for n in (by_epochs, train.max_steps) if n is not None),
         notes=notes,

@@ -12,15 +12,18 @@ from typing import Any
 
 from spec_rollout.rounding import Rounding
 
-FORMAT_VERSION = 7
-# Format 3 knows no budget of lenience, 4 no measured rounding, 5 no fingerprint of a base, 6 no
-# offset of the noise.
-_ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {
-    3: {"lenience": {}, "rounding": {}, "base_fingerprint": "", "noise_offset": 0},
-    4: {"rounding": {}, "base_fingerprint": "", "noise_offset": 0},
-    5: {"base_fingerprint": "", "noise_offset": 0},
+FORMAT_VERSION = 8
+# What the formats up to each of these do not know.
+_ADDED: Mapping[int, dict[str, Any]] = {
+    3: {"lenience": {}},
+    4: {"rounding": {}},
+    5: {"base_fingerprint": ""},
     6: {"noise_offset": 0},
-    FORMAT_VERSION: {},
+    7: {"reference_fingerprint": ""},
+}
+_ABSENT_BEFORE: Mapping[int, dict[str, Any]] = {
+    version: {k: v for last, new in _ADDED.items() if last >= version for k, v in new.items()}
+    for version in (*_ADDED, FORMAT_VERSION)
 }
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})(-unevaluated)?")
@@ -48,6 +51,8 @@ class TrainState:
         rounding: Of the engine, by what the engine is (`rounding_of`); empty until it is measured.
         base_fingerprint: Of the weights beneath an adapter (`adapter.fingerprint`), which the
             checkpoint does not hold; empty without an adapter.
+        reference_fingerprint: Of the weights that the KL is to, which the checkpoint does not hold;
+            empty if there was no KL so far.
         noise_offset: Of the session: what the run's first rollouts were (`RolloutCache.
             fingerprint`), 0 if it began with none. A resumed run keeps it.
     """
@@ -62,6 +67,7 @@ class TrainState:
     rounding: Mapping[str, Any] = field(default_factory=dict)
     base_fingerprint: str = ""
     noise_offset: int = 0
+    reference_fingerprint: str = ""
 
     def rounding_of(self, engine: str) -> Rounding | None:
         """What was measured of that engine; None if it was another, or nothing was.
@@ -124,8 +130,9 @@ def load_state(folder: Path) -> TrainState:
     step, row, order = content["step"], content["pending_row"], content["order"]
     in_range = type(step) is int and 0 <= step <= _LARGEST_STEP
     require(in_range, f"step: an integer from 0 to {_LARGEST_STEP}", step)
-    for name in ("data_fingerprint", "data_rendering", "heldout_fingerprint", "base_fingerprint"):
-        require(isinstance(content[name], str), f"{name}: a string", content[name])
+    for name in names:
+        if name.endswith("_fingerprint") or name == "data_rendering":
+            require(isinstance(content[name], str), f"{name}: a string", content[name])
     offset = content["noise_offset"]
     in_range = type(offset) is int and 0 <= offset < _END_OF_OFFSETS
     require(in_range, f"noise_offset: an integer from 0 to {_END_OF_OFFSETS - 1}", offset)

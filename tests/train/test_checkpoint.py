@@ -232,7 +232,8 @@ def test_another_version_is_refused(model_dir, tmp_path):
         path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99')
     )
     with pytest.raises(
-        CheckpointError, match=r"state\.json: expected format_version 3 or 4 or 5 or 6 or 7, got 99"
+        CheckpointError,
+        match=r"state\.json: expected format_version 3 or 4 or 5 or 6 or 7 or 8, got 99",
     ):
         load_state(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 from tiny_models import build as tiny_model
 from tiny_runs import save_tiny_model
 
+from spec_rollout import cli
 from spec_rollout.config.sections import ConfigError
 from spec_rollout.train import components
+from spec_rollout.train.checkpoint import CheckpointError, list_checkpoints, load_state
 from spec_rollout.train.checks import check_attention
 from spec_rollout.train.components import build
 from spec_rollout.train.forward import check_padded_rows, padded_gap
+from spec_rollout.train.trainer import run
 
 
 def test_a_reference_with_another_vocabulary_is_refused(make_config, model_dir, tmp_path) -> None:
@@ -36,6 +40,37 @@ def test_a_reference_with_another_vocabulary_is_refused(make_config, model_dir, 
     ):
         build(run)
     assert not Path(run.log.run_dir).exists()
+
+
+@pytest.mark.parametrize("key", ["path", "reference"])
+def test_a_resumed_run_has_the_reference_that_it_had(make_config, tmp_path, key: str) -> None:
+    weights = save_tiny_model(tmp_path / "weights")
+    config = make_config(model={key: str(weights)}, train={"kl_coef": 0.1, "max_steps": 1})
+    run(config)
+    folder = list_checkpoints(Path(config.log.run_dir) / "checkpoints")[-1]
+    parts = build(config, folder)
+    assert parts.notes == ()
+    assert len(parts.state.reference_fingerprint) == 32
+    assert parts.state.reference_fingerprint == load_state(folder).reference_fingerprint
+    without = replace(config, train=replace(config.train, kl_coef=0.0))
+    assert build(without, folder).state == parts.state  # it may come back
+
+    save_tiny_model(weights, seed=1)
+    build(without, folder)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^model\.{key}: expected the weights that are the reference of the run's KL, .*"
+        rf"\(fingerprint \w+\), got others in '.*weights'",
+    ):
+        build(config, folder)
+    assert cli.main(["eval", "--run", config.log.run_dir]) == 0  # trains nothing
+
+    path = folder / "state.json"
+    state = {**json.loads(path.read_text()), "format_version": 7}
+    del state["reference_fingerprint"]
+    path.write_text(json.dumps(state))
+    (note,) = build(config, folder).notes
+    assert f"model.{key}: the checkpoint does not say which weights are the reference" in note
 
 
 def test_flash_attention_is_not_for_float32(make_config) -> None:
