@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spec_rollout.engines.vllm.compat.identity import is_v2, mark_noise
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
+from spec_rollout.engines.vllm.compat.watching import log
 from spec_rollout.engines.vllm.options import SECTION, first_chunk
 from spec_rollout.engines.vllm.wire import EXTRA_ARG, ReuseRequest, parse
 
@@ -29,6 +30,7 @@ def checked_config(original: Callable) -> Callable:
         config = original(self, usage_context, *args, **kwargs)
         if is_v2(config):
             _check(config)
+            _fit_warm_up(config)
             mark_noise(config, usage_context)
             if config.scheduler_config.async_scheduling:
                 _set_scheduler(config.scheduler_config)
@@ -84,6 +86,28 @@ def _set_scheduler(scheduling: Any) -> None:
             f"got {scheduling.scheduler_cls}; derive it from {SCHEDULER}, or set "
             "async_scheduling=False"
         )
+
+
+def _fit_warm_up(config: Any) -> None:
+    """Leaves out vLLM's warm-up where its requests are longer than the engine's may be.
+
+    `gpu.warmup` makes them by the number of speculative tokens alone: a prompt of K + 2, and K + 1
+    more in each of five steps at most. Past the model's length it would write into memory of
+    others; with a prompt that is no step's there would be no request at all.
+    """
+    kernels = config.kernel_config
+    most = config.speculative_config.num_speculative_tokens
+    prompt, longest = most + 2, most + 2 + 5 * (most + 1)
+    room, budget = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
+    if not kernels.enable_jit_warmup or (longest <= room and prompt <= budget):
+        return
+    kernels.enable_jit_warmup = False
+    found = f"max_model_len is {room}" if longest > room else f"max_num_batched_tokens is {budget}"
+    log(
+        f"{SECTION}: vLLM's warm-up (kernel_config.enable_jit_warmup) is left out, the first "
+        f"requests compile kernels: with {most} speculative tokens its requests have a prompt of "
+        f"{prompt} tokens and grow to {longest}, and {found}"
+    )
 
 
 def _check(config: Any) -> None:

@@ -8,6 +8,8 @@
   prompt comes in pieces is another one with each of them.
 - `GPUModelRunner._remove_request`, `finish_requests`: who is gone for good, and who was preempted.
 - `GPUModelRunner.prepare_inputs`, `_set_active_loras`: adapters of the output head, row by row.
+- `GPUModelRunner._dummy_sampler_run`: the profile of memory sees steps that verify.
+- `compile_or_warm_up_model` of a worker (`start`): vLLM's warm-up is nobody's request.
 
 Each hands over to vLLM's own code unless the engine is set up for the plugin.
 """
@@ -30,6 +32,7 @@ from spec_rollout.engines.vllm.compat.v2.config import TABLE, table_of
 from spec_rollout.engines.vllm.compat.v2.handler import CountingHandler
 from spec_rollout.engines.vllm.compat.v2.sampler import samplers
 from spec_rollout.engines.vllm.compat.v2.speculator import ReuseSpeculator
+from spec_rollout.engines.vllm.compat.v2.warm_up import profiled_verification
 from spec_rollout.engines.vllm.compat.versions import replace
 from spec_rollout.engines.vllm.compat.watching import (
     attach_calls,
@@ -65,6 +68,7 @@ def install_worker() -> None:
     replace(runner, "finish_requests", _over)
     replace(runner, "prepare_inputs", counting_rows)
     replace(runner, "_set_active_loras", naming_each_row)
+    replace(runner, "_dummy_sampler_run", profiled_verification)
     if current_platform.is_cpu():
         cpu_wheels.fix()
     keep_cpu_weights()
@@ -173,6 +177,8 @@ def _arriving(original: Callable) -> Callable:
                 self._remove_request(request_id)
             if again:
                 table.over(again)
+        if table is not None and table.is_warming_up:
+            proposals = None
         if proposals is not None and proposals.live is not None:
             for new in scheduler_output.scheduled_new_reqs:
                 params = new.sampling_params

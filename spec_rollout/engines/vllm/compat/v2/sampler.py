@@ -54,7 +54,10 @@ class ReuseSampler(Sampler):
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """A request took a slot; see `Sampler.add_request`."""
         requests, params, table = self.req_states, sampling_params, self.table
-        request_id = requests.index_to_req_id[req_idx]
+        request_id = requests.index_to_req_id.get(req_idx)
+        if request_id is None:  # of 0.33's profile of memory, which fills slots without requests
+            super().add_request(req_idx, params)
+            return
         reuse = admit(request_id, params, on_v2=True)
         prompt_len = int(requests.prompt_len.np[req_idx])
         most, stops = response_limits(params, requests.max_model_len - prompt_len)

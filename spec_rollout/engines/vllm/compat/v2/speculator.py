@@ -56,7 +56,7 @@ class ReuseSpeculator(BaseSpeculator):
             shape = (input_batch.num_reqs, table.max_chunk)
             return torch.zeros(shape, dtype=torch.int64, device=table.device)
         proposals = table.proposals
-        if proposals is None:
+        if proposals is None and not table.is_warming_up:
             table.step(input_batch.num_tokens)
         proposed = kernels.propose(
             table,
@@ -66,7 +66,7 @@ class ReuseSpeculator(BaseSpeculator):
             prompt_lens=requests.prompt_len.gpu,
             last_sampled=last_sampled.view(-1),
         )
-        if proposals is None:
+        if proposals is None or table.is_warming_up:
             return proposed
         slots, scheduled = input_batch.idx_mapping_np, input_batch.num_draft_tokens_per_req
         step = StepState(

@@ -18,7 +18,9 @@ def hooked_worker(original: Callable) -> Callable:
         original(self, vllm_config, *args, **kwargs)
         if is_v2(vllm_config):
             from spec_rollout.engines.vllm.compat.v2.hooks import install_worker
+            from spec_rollout.engines.vllm.compat.v2.warm_up import serve_after_warm_up
 
             install_worker()
+            serve_after_warm_up(self)
 
     return __init__

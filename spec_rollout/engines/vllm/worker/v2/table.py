@@ -91,6 +91,8 @@ class DraftTable:
         numbers: See `Field`. [num_slots, fields], int64.
         counts: Draft tokens proposed last. [num_slots], int32.
         proposals: What is proposed from history; None where nothing is.
+        is_warming_up: Requests are vLLM's own, made to compile kernels: they are not served, and
+            nothing of them is counted.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class DraftTable:
         self._accepted: dict[int, int] = {}
         self.metrics = ReuseMetrics()
         self.proposals: Proposals | None = None
+        self.is_warming_up = False
         self._forget(0)
 
     def begin(
