@@ -134,6 +134,46 @@ def test_tests_of_a_group_that_is_spread_share_no_noise(
     assert len({key(offline), key(server), key(server)}) == 3
 
 
+@pytest.mark.parametrize("mode", ["drafting", "coupled", "lenient"])
+def test_a_samples_name_goes_before_a_seed(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """As on V1. A trainer that gives all samples of a prompt one seed would have one of them."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from spec_rollout.engines.vllm.compat.v2.hooks import _proposals
+    from spec_rollout.engines.vllm.wire import SampleName
+    from spec_rollout.engines.vllm.worker.engine_side import Arrival
+    from spec_rollout.engines.vllm.worker.v2.table import DraftTable
+
+    monkeypatch.setenv("SPEC_ROLLOUT", mode)
+    args = {k: v for k, v in LLM_ARGS.items() if k != "async_scheduling"}
+    config = EngineArgs(str(model_dir), **args).create_engine_config()
+    table = DraftTable(8, 128, first_chunk=8, max_chunk=8, device=torch.device("cpu"))
+    proposals = _proposals(config, table, 8)
+    assert proposals is not None
+
+    def seed(request_id: str, name: SampleName | None, seed: int | None = 7) -> int | None:
+        proposals.arrive(request_id, Arrival([5, 6], params(seed), "", name))
+        found = proposals.seed_of(request_id, max_response_len=9, stop_token_ids=frozenset())
+        row = proposals._row_of[request_id]
+        assert row is not None
+        return None if found is None else {row.key: found}[found]
+
+    assert seed("unnamed", None) is None  # its own
+    named = [seed("a", SampleName(0)), seed("b", SampleName(1)), seed("again", SampleName(1))]
+    if mode == "drafting":  # which knows no samples
+        assert named == [None, None, None]
+        return
+    assert len({*named, None}) == 4
+    # Of the name alone; where each draw is fresh, vLLM's own does for those without a seed.
+    first = seed("c", SampleName(2), 8)
+    assert proposals.live is not None
+    proposals.over(["c"])
+    proposals.live.side.weights_changed()
+    assert seed("d", SampleName(2), None) == (first if mode == "coupled" else None)
+
+
 def test_tokens_are_stocks_with_the_same_seeds(stock: Any, make: Callable[..., Any]) -> None:
     llm = make("drafting")
     steps = []

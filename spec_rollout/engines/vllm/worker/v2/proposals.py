@@ -136,7 +136,8 @@ class Proposals:
     def seed_of(
         self, request_id: str, *, max_response_len: int, stop_token_ids: frozenset[int]
     ) -> int | None:
-        """The seed that a request without a key is to be drawn with; None leaves it to vLLM.
+        """The seed that a request without a key is to be drawn with; None leaves it to vLLM, as it
+        is where the request has a seed and no name.
 
         Where the engine serves it, its state is made, when it comes for the first time.
         """
@@ -158,8 +159,12 @@ class Proposals:
                 self._drafts[request_id] = ReuseRequest(
                     row.key, row.rule, row.draft, row.draft_logprobs
                 )
-        seed = self.live.noise_key(request_id)
-        return seed if arrival.params.seed is None else None
+        if arrival.params.seed is None:
+            return self.live.noise_key(request_id)
+        row = self._row_of[request_id]
+        # A name goes first, as on V1: trainers give one seed to all samples of a prompt.
+        is_named = arrival.name is not None and self.live.side.samples is not None
+        return row.key if row is not None and is_named else None
 
     def announced(
         self,
