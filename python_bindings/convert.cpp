@@ -1,5 +1,7 @@
 #include "convert.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include "dlpack.h"
 #include "lazy_views.h"
 
@@ -68,9 +70,11 @@ struct Torch {
   }
 };
 
+// Torch gives up the interpreter's lock while it is looked up. C++'s own guard of a static would be
+// held meanwhile, and a thread that waits for it would hold the interpreter's lock for ever.
 const Torch& torch() {
-  static const Torch* instance = new Torch;
-  return *instance;
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<const Torch*> instance;
+  return *instance.call_once_and_store_result([] { return new Torch; }).get_stored();
 }
 
 py::object attr(py::handle object, PyObject* name) {

@@ -98,3 +98,37 @@ def test_forked_child_does_not_wait_for_threads_that_torch_alone_has_started() -
         capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+# Each child's first op is on two threads at once. What it looks up then gives up the interpreter's
+# lock on the way, and with the short interval the other thread is likely to begin in between.
+_FIRST_OPS = f"""
+import os, signal, sys, threading, torch
+from spec_rollout import ops
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+logits, ids = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm({TIMEOUT_SECONDS})
+        together, done = threading.Barrier(2), []
+        def first_op():
+            together.wait()
+            done.append(ops.token_logprobs(logits, ids))
+        threads = [threading.Thread(target=first_op) for _ in range(2)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        os._exit(0 if len(done) == 2 else 1)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit("a child hangs, or has failed")
+"""
+
+
+@pytest.mark.slow
+def test_two_threads_make_the_first_op_of_a_process_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_OPS],
+        capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
