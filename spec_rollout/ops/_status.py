@@ -38,7 +38,8 @@ def status_word(tensor: torch.Tensor, *, on_cpu: bool = False) -> torch.Tensor |
         with torch.inference_mode(False):
             # A copy rather than a kernel that fills it: compute-sanitizer's initcheck sees copies.
             word = torch.zeros(1, dtype=torch.int32).to(tensor.device)
-        _words[index] = word
+        # Another thread may have been faster, and kernels report in its word by now.
+        word = _words.setdefault(index, word)
     return word
 
 
@@ -46,7 +47,7 @@ def check_status(device: torch.device | str | None = None) -> None:
     """Raises what kernels have reported since the last check, and clears it.
 
     Args:
-        device: A CUDA device; None checks all that have run an op. Synchronises with it.
+        device: A CUDA device; None checks all that have run an op. Waits for all streams of it.
 
     Raises:
         ValueError: naming the argument; or if there is no such device.
@@ -63,25 +64,39 @@ def check_status(device: torch.device | str | None = None) -> None:
         else:
             indices = [torch.cuda.current_device() if given.index is None else given.index]
     for index in indices:
-        word = _words.get(index)
-        if word is None:
-            continue
-        bits = int(word.item())
-        if bits:
-            word.zero_()
-            raise ValueError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit))
+        if index in _words:
+            _wait_for_device(index)
+            _raise_reported(index)
+
+
+def _wait_for_device(index: int) -> None:
+    if index >= 0:
+        torch.cuda.synchronize(index)
+
+
+def _raise_reported(index: int) -> None:
+    """What kernels of the current stream have reported, and those of others as far as they are."""
+    word = _words.get(index)
+    bits = 0 if word is None else int(word.item())
+    if word is None or not bits:
+        return
+    # Only what was read, as kernels may report meanwhile; and before any kernel that comes later,
+    # on whatever stream.
+    word.bitwise_and_(~bits)
+    _wait_for_device(index)
+    raise ValueError("; ".join(text for bit, text in _MEANINGS.items() if bits & bit))
 
 
 def after_launch(tensor: torch.Tensor) -> None:
     """Called by every op after its launch: checks at once if SPEC_ROLLOUT_CHECK is set."""
     if _CHECK_EVERY_CALL and tensor.is_cuda:
-        check_status(tensor.device)
+        _raise_reported(tensor.get_device())
 
 
 def after_triton(tensor: torch.Tensor) -> None:
     """The same after a Triton kernel, whose interpreter reports through a status word on CPU, too:
     read at once there."""
     if not tensor.is_cuda:
-        check_status(tensor.device)
+        _raise_reported(tensor.get_device())
     else:
         after_launch(tensor)

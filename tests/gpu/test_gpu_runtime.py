@@ -91,3 +91,16 @@ def test_work_goes_to_the_current_stream(name) -> None:
     side.synchronize()
     assert not torch.cuda.default_stream().query()
     assert _same(got, expected)
+
+
+def test_a_check_sees_what_any_stream_reports() -> None:
+    logits = torch.zeros(1, 4, device="cuda")
+    ids = torch.tensor([4], device="cuda")
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        ops.token_logprobs(logits, ids)
+    with pytest.raises(ValueError, match="token_ids"):
+        ops.check_status()
+    ops.check_status()
