@@ -37,7 +37,7 @@ py::tuple online_logprobs(const Floats& logits, float inv_temperature, int num_t
   for (py::ssize_t i = 0; i < vocab; ++i) {
     logprobs.mutable_data()[i] = logprob_of(y[i], sums[0], slope);
   }
-  return py::make_tuple(logprobs, valid_sum(sums[0]));
+  return py::make_tuple(logprobs, valid_sum(sums[0], inv_temperature));
 }
 
 // Per token with random bits, whether its score may reach `bound`, as a block asks that holds terms

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, (kDrawBlocks<kThreads>))
           ? block_sum_and_draw<Draw::kArgmax, kThreads>(row, threshold, spec, shared.row)
           : block_sum_and_draw<Draw::kNoise, kThreads>(row, threshold, spec, shared.row);
   if (threadIdx.x == 0) {
-    const bool good = valid_sum(draw.total) && draw.best.id >= 0;
+    const bool good = valid_sum(draw.total, row.inv_temperature) && draw.best.id >= 0;
     if (!good) raise_status(args.status, kStatusBadLogits);
     args.token_ids[blockIdx.x] = good ? draw.best.id : 0;
     args.logprobs[blockIdx.x] =

@@ -30,9 +30,10 @@ __global__ void __launch_bounds__(kLogitsThreads)
       const int64_t token = args.token_ids[r];
       const bool known = token >= 0 && token < args.logits.vocab;
       if (!known) raise_status(args.status, kStatusBadTokenId);
-      if (!valid_sum(total)) raise_status(args.status, kStatusBadLogits);
+      const bool good = valid_sum(total, row.inv_temperature);
+      if (!good) raise_status(args.status, kStatusBadLogits);
       if (!valid_temperature(temperature)) raise_status(args.status, kStatusBadSampling);
-      args.logprobs[r] = known ? logprob_of(row.raw_at(token), total, slope) : NAN;
+      args.logprobs[r] = known && good ? logprob_of(row.raw_at(token), total, slope) : NAN;
     }
   }
 }

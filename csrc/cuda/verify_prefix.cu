@@ -170,7 +170,7 @@ __device__ void judge(const VerifyPrefixArgs& args, VerifyShared& shared, int32_
   const int64_t row_index = shared.draft.logits_begin + shared.step;
   const int32_t token = shared.token;
   const bool draws = kCoupled || shared.sampling.greedy;
-  const bool good = valid_sum(result.total);
+  const bool good = valid_sum(result.total, row.inv_temperature);
   const bool drawn = good && result.best.id >= 0;
   if (!good || (read != Read::kSum && !drawn)) raise_status(args.status, kStatusBadLogits);
   if (token >= 0 && good) {

@@ -66,6 +66,27 @@ def test_bad_logits_make_the_sum_invalid(bad, at) -> None:
     assert not _C.online_logprobs(np.full(9, -np.inf, np.float32), 1.0, 4)[1]
 
 
+@pytest.mark.parametrize(
+    ("logits", "temperature", "valid"),
+    [
+        ([5.0, 6.0, 1.0], 1e-38, False),  # two are +inf, and which is above the other?
+        ([-5.0, -6.0], 1e-38, False),  # nothing is finite
+        ([-1.0, -6.0], 1e-38, True),
+        ([1.0, -6.0], 1e-38, True),
+        ([5e3, 6e3], 1e-34, True),
+        ([1e30, 1.0], 1e-8, True),
+        ([1e30, 1.0], 1e-9, False),
+        ([3e38, -3e38], 1.0, True),
+        ([3e38, -3e38], 3e38, True),
+    ],
+)
+def test_the_score_of_the_likeliest_token_is_a_number(logits, temperature, valid) -> None:
+    inverse = float(np.float32(1) / np.float32(temperature))
+    row = np.full(100, -np.inf, np.float32)
+    row[7 : 7 + len(logits)] = logits
+    assert _C.online_logprobs(row, inverse, 8)[1] is valid
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("spread", [0.5, 3.0, 1000.0])
 @pytest.mark.parametrize("offset", [0.0, -200.0, 40_000.0])

@@ -272,6 +272,9 @@ def test_no_rows(device) -> None:
     [
         ({"logits": torch.tensor([[0.0, math.nan], [0.0, 0.0]])}, r"logits: .*nan at \[0, 1\]"),
         ({"logits": torch.full((2, 2), -math.inf)}, "logits: .*finite"),
+        # Too large divided by the temperature: +inf, and -inf.
+        ({"logits": torch.tensor([[5.0, 6.0]] * 2), "temperature": 1e-38}, "logits: .*finite"),
+        ({"logits": torch.tensor([[-5.0, -6.0]] * 2), "temperature": 1e-38}, "logits: .*finite"),
         ({"keys": torch.zeros(2, dtype=torch.int32)}, "keys"),
         ({"keys": torch.zeros(3, dtype=torch.int64)}, "keys"),
         ({"positions": torch.zeros(1, dtype=torch.int64)}, "positions"),

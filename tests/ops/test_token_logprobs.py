@@ -181,6 +181,9 @@ def test_nan_of_any_bit_pattern_is_found(device, token_logprobs, raises_value_er
     [
         ({"logits": torch.full((2, 4), math.inf)}, r"logits: .*below \+inf.*inf at \[0, 0\]"),
         ({"logits": torch.full((2, 4), -math.inf)}, "logits: .*finite.*row 0"),
+        # Too large divided by the temperature: +inf, and -inf.
+        ({"logits": torch.full((2, 4), 5.0), "temperature": 1e-38}, "logits: .*finite.*row 0"),
+        ({"logits": torch.full((2, 4), -5.0), "temperature": 1e-38}, "logits: .*finite.*row 0"),
         ({"logits": torch.zeros(2, 4).double()}, "logits: .*float"),
         ({"logits": torch.zeros(2, 4, 1)}, "logits"),
         ({"logits": torch.zeros(2, 0)}, "logits: .*at least one"),

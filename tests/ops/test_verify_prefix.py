@@ -482,6 +482,8 @@ def _tensor(*values):
         ({"logits": torch.zeros(5, 4)}, "logits: .*6 rows"),
         ({"logits": torch.zeros(6, 4, dtype=torch.float64)}, "logits"),
         ({"logits": torch.full((6, 4), math.nan)}, r"logits: .*nan at \[0, 0\]"),
+        # Too large divided by the temperature.
+        ({"logits": torch.full((6, 4), 5.0), "temperature": 1e-38}, "logits: .*finite.*row 0"),
         ({"draft_ids": _tensor(0, 1, 2, 4)}, "draft_ids: .*0 <= value < 4, got 4 at index 3"),
         ({"draft_ids": _tensor(0, -1, 2, 3)}, "draft_ids: .*got -1 at index 1"),
         ({"draft_ids": _tensor(0, 1, 2)}, "logits|draft_logprobs|cu_draft_lens"),

@@ -174,9 +174,11 @@ SR_HD OnlineSum merge_sums(const OnlineSum& a, const OnlineSum& b, float slope) 
   return merged;
 }
 
-// A good row has about 1, or more, of its ref in the sum.
-SR_HD bool valid_sum(const OnlineSum& total) {
-  return total.sum >= 0.25f && total.sum < INFINITY && total.ref < INFINITY;
+// A good row has about 1, or more, of its ref in the sum. And x of the ref is a number: the sum is
+// made of logits, and says nothing of scores that are all infinite, none above the other.
+SR_HD bool valid_sum(const OnlineSum& total, float inv_temperature) {
+  return total.sum >= 0.25f && total.sum < INFINITY &&
+         fabsf(exact_mul(total.ref, inv_temperature)) < INFINITY;
 }
 
 // Log-prob of y under total; not above 0 by the roundings of terms and c, and 0 where the sum is
