@@ -35,7 +35,10 @@ void Group::forget_oldest() {
 }
 
 int64_t Group::add_row(int64_t capacity) {
-  if (index.num_rows() == SuffixIndex::kMaxRows && num_kept > 0) forget_oldest();
+  if (index.num_rows() == SuffixIndex::kMaxRows && num_kept > 0) {
+    forget_oldest();
+    ++num_displaced;  // counted for all groups by one thread: several fill theirs at once
+  }
   return index.add_row(capacity);
 }
 
@@ -80,6 +83,7 @@ void GroupHistory::leave(Group* group, int64_t row, bool keep, int64_t tag) {
 }
 
 void GroupHistory::grown(Group* group) {
+  num_evicted_rows_ += std::exchange(group->num_displaced, 0);
   while (group->kept_bytes > max_group_bytes_) forget_oldest(group);
   count(group);
   if (group->num_live == 0 && group->num_kept == 0) {

@@ -41,7 +41,8 @@ struct Group {
   std::vector<Kept> kept;  // by row
   int32_t oldest = kNoRow, newest = kNoRow;
   int64_t num_kept = 0, kept_bytes = 0;
-  int64_t counted_bytes = 0;                             // of it in the total
+  int64_t num_displaced = 0;  // rows that made room for others since they were last counted
+  int64_t counted_bytes = 0;  // of it in the total
   Group *less_recent = nullptr, *more_recent = nullptr;  // of groups without live requests
 
   // A row that is not live, as the newest.

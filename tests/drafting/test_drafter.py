@@ -27,7 +27,8 @@ from drafting_samples import (
 )
 
 from spec_rollout import ops
-from spec_rollout.drafting import Drafter, HistoryDrafter
+from spec_rollout.drafting import NO_TAG, Drafter, HistoryDrafter, KeptRows
+from spec_rollout.drafting.history_file import packed
 from spec_rollout.keys import prompt_key
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import History
@@ -319,6 +320,22 @@ def test_of_one_prompt_the_newest_rollouts_that_fit_are_kept() -> None:
         assert drafter.info().num_evicted_sequences == evicted
         assert drafter.info().num_evicted_groups == 0
     assert evicted > 250
+
+
+def test_rollouts_that_make_room_for_others_of_their_prompt_are_counted() -> None:
+    """A prompt has 4,096, live ones among them, whatever room there is."""
+    drafter = Drafter(max_group_bytes=2**30, max_table_bytes=SMALL_TABLE)
+    num = 4096 + 100
+
+    row = (NO_TAG, np.array([A], np.int32).tobytes(), np.array([-0.5], np.float32).tobytes())
+    rows = KeptRows.of([(key, [row] * num) for key in (X, Y)])
+    drafter.import_bytes(packed(rows))  # each prompt may be filled by a thread of its own
+    info = drafter.info()
+    assert (info.num_sequences, info.num_evicted_sequences) == (2 * 4096, 2 * 100)
+    finish(drafter, X, [A])
+    assert drafter.info().num_evicted_sequences == 2 * 100 + 1
+    drafter.clear()
+    assert drafter.info().num_evicted_sequences == 2 * 100 + 1
 
 
 def test_least_recently_used_prompts_go_first_and_never_live_ones() -> None:
