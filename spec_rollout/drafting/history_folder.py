@@ -170,11 +170,18 @@ class HistoryFolder:
         return found
 
     def skip_oldest(self, max_bytes: int) -> None:
-        """Leaves the oldest segments unread, so that at most so many bytes of the others are."""
+        """Leaves the oldest segments unread, so that at most so many bytes of the others are.
+
+        What is appended to one of them later is read.
+
+        Raises:
+            OSError: if the folder cannot be read.
+        """
         for name, size in reversed(self._segments().items()):
             max_bytes -= size
             if max_bytes < 0:
-                self._progress[name] = _Progress(size, size)
+                with contextlib.suppress(FileNotFoundError):  # too old by now
+                    self._progress[name] = _Progress(_whole_bytes(self.path / name, size), size)
 
     def close(self) -> None:
         """No more is written by this process; what was stays."""
@@ -292,6 +299,19 @@ class HistoryFolder:
                 f"{self.path}: expected rollouts of {self._identity}, it holds those of {found}; "
                 "each model wants a folder of its own"
             )
+
+
+def _whole_bytes(path: Path, size: int) -> int:
+    """Of the first `size` bytes of a segment, those of records that are whole: its writer may be in
+    the midst of one."""
+    whole = 0
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            file.seek(whole)
+            length = history_file.num_bytes(file.read(history_file.HEADER_BYTES), 0)
+            if length is None or whole + length > size:
+                return whole
+            whole += length
 
 
 def _records(rows: KeptRows) -> Iterator[KeptRows]:

@@ -98,6 +98,35 @@ def test_the_oldest_goes_where_there_is_too_much(tmp_path: Path) -> None:
     assert reader.num_damaged == 0
 
 
+def test_what_is_left_unread_ends_with_a_whole_record(tmp_path: Path) -> None:
+    """Whose writer may be in the midst of the next one."""
+    one, late = folder(tmp_path), folder(tmp_path)
+    for text in ([1], [2, 3]):
+        one.append(rows_of((1, text)))
+    (segment,) = segments(tmp_path)
+    whole = segment.stat().st_size
+    one.append(rows_of((1, [4, 5, 6])))
+    data = segment.read_bytes()
+    for cut in range(whole, len(data)):
+        segment.write_bytes(data[:cut])
+        late.skip_oldest(0)
+        assert late.read() == []
+        segment.write_bytes(data)
+        assert texts(late.read()) == [[4, 5, 6]]
+    late.skip_oldest(0)
+    one.append(rows_of((1, [7])))
+    assert texts(late.read()) == [[7]]
+    assert late.num_damaged == 0
+    # Behind a damaged header nobody knows where a record begins.
+    segment.write_bytes(b"\0" * whole + data[whole:])
+    late.skip_oldest(0)
+    assert late.read() == []
+    with open(segment, "ab") as file:
+        file.write(data)
+    assert late.read() == []
+    assert late.num_damaged == 1
+
+
 def test_who_has_lost_a_file_goes_on_in_another(tmp_path: Path) -> None:
     one, reader = folder(tmp_path), folder(tmp_path)
     one.append(rows_of((1, [1])))
