@@ -333,7 +333,8 @@ def give_back(shared: Shared) -> None:
     with _open_lock:
         shared.users -= 1
         if shared.users == 0:
-            _open.pop(shared.path, None)
+            if _open.get(shared.path) is shared:  # a forked child may have one of its own by now
+                del _open[shared.path]
             shared.close()
 
 
@@ -344,12 +345,16 @@ def is_open(path: Path) -> bool:
 
 def _after_fork() -> None:
     # A forked child may use no LMDB environment of its parent, and must not keep the store locked.
-    # It opens the folder anew.
+    # It may close the stores that it inherited, which writes nothing there, and open the folder
+    # anew.
     global _open_lock
     _open_lock = threading.Lock()
     for lock in list(_held):
         with contextlib.suppress(OSError):
             lock.release()
+    for shared in _open.values():
+        shared.touched_lock = threading.Lock()
+        shared.touched.clear()
     _open.clear()
 
 

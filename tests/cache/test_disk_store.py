@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +46,21 @@ def in_another_process(code: str, folder: Path) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def in_a_forked_child(work: Callable[[], bool]) -> bool:
+    """What it returns there; False if it fails."""
+    child = os.fork()
+    if child == 0:
+        done = False
+        try:
+            signal.alarm(60)
+            done = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0 if done else 1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def test_content_and_order_outlive_the_store(tmp_path: Path) -> None:
@@ -82,6 +101,27 @@ def test_one_folder_opened_twice_is_one_store(tmp_path: Path) -> None:
         assert other.size().num_groups == 1
         with pytest.raises(ValueError, match="store: expected an open DiskStore"):
             one.size()
+
+
+def test_a_forked_child_closes_what_it_inherited_and_keeps_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    def in_child() -> bool:
+        shutil.rmtree(path)  # LMDB does not open a file twice
+        own = DiskStore(path)
+        inherited.close()
+        put(own, B, 0)
+        return [key for key, _ in DiskStore(path).iterate()] == [B] and disk_env.is_open(path)
+
+    with DiskStore(path) as inherited:
+        put(inherited, A, 0)
+        put(inherited, B, 0)
+        inherited.get_many([A], [0])
+        before = inherited._shared.env.info()["last_txnid"]
+        assert in_a_forked_child(in_child)
+        # The child wrote nothing with what is its parent's.
+        assert inherited._shared.env.info()["last_txnid"] == before
+        assert [key for key, _ in inherited.iterate()] == [B, A]
 
 
 def test_a_folder_that_does_not_write_to_the_device_is_not_opened_as_if_it_did(
