@@ -160,10 +160,12 @@ class DiskStore:
         Raises:
             ValueError: if there is no such mark; nothing is changed then.
         """
-        with self._shared.touched_lock:
-            self._shared.touched.clear()
-        with self._changing() as change:
+        shared = self._shared
+        with shared.writing() as txn:
+            change = Change(shared, txn)
             disk_marks.roll_back(change, mark)
+            change.finish()
+        _taken(shared)  # uses since then
 
     def keep_marks(self, marks: Sequence[int]) -> None:
         """Forgets all other marks, and what only they needed."""
