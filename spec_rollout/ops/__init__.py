@@ -4,7 +4,7 @@ their plain definitions."""
 from __future__ import annotations
 
 from spec_rollout._native import build_info
-from spec_rollout.ops._status import check_status
+from spec_rollout.ops._status import check_status, status_word
 from spec_rollout.ops.accept_prefix import accept_prefix
 from spec_rollout.ops.assemble import Assembled, assemble
 from spec_rollout.ops.sample_tokens import SampleResult, sample_tokens
@@ -22,6 +22,7 @@ __all__ = [
     "check_status",
     "sample_tokens",
     "splice_kv",
+    "status_word",
     "token_logprobs",
     "verify_prefix",
 ]

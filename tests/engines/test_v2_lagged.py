@@ -28,7 +28,7 @@ class Worker:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.waits = 0
         self.lines: list[tuple[int, int]] = []
-        patch.setattr(lagged, "_copying", self._copying)
+        patch.setattr(lagged, "copying", self._copying)
         metrics = ReuseMetrics()
         self.proposals = LaggedProposals(
             SLOTS,

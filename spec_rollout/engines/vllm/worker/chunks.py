@@ -181,8 +181,12 @@ class ChunkProposer:
 
         Returns:
             Per request; empty where there is nothing to propose.
+
+        Raises:
+            ValueError: if a kernel has met bad values in the step (CUDA).
         """
         sampler = self.sampler
+        sampler.record.arrive()
         batch, metrics = sampler.known, sampler.record.metrics
         drafts: list[list[int]] = [[] for _ in batch.rows]
         step = metrics.num_engine_steps

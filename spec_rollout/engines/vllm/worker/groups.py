@@ -9,6 +9,7 @@ import torch
 
 from spec_rollout.engines.vllm.worker.masks import BatchMasks
 from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class Known:
     def keys_on(self, device: torch.device) -> torch.Tensor:
         """The keys as a tensor, which stays on the device while the batch is the same."""
         if self.device_keys is None:
-            self.device_keys = torch.from_numpy(self.keys).to(device)
+            self.device_keys = to_device(self.keys, device)
         return self.device_keys
 
 

@@ -165,7 +165,7 @@ class HistoryProposals:
             batch: The requests.
             sampled: Tokens that each request was given in this step; none while its prefill is not
                 finished.
-            drawn: The same and their log-probs, on any device, if each was given one. [batch].
+            drawn: The same and their log-probs, on the host, if each was given one. [batch].
             logprobs: Of the tokens of any other step, NaN where not known; None: not known at all.
                 [batch, most tokens], float32.
             ends: Tokens of prompt and response so far. [at least batch].
@@ -184,7 +184,7 @@ class HistoryProposals:
             self._late.add(batch.history_ids, drawn.token_ids, drawn.logprobs)
             return
         if drawn is not None:
-            logprobs = drawn.logprobs.cpu().numpy()[:, None]
+            logprobs = drawn.logprobs.numpy()[:, None]
         given = np.fromiter(map(len, sampled), np.int64, len(sampled))
         where = np.flatnonzero((given > 0) & (batch.history_ids >= 0))
         if not where.size:

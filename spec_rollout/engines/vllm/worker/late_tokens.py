@@ -13,8 +13,7 @@ class LateTokens:
     """Keeps what requests were given in steps that gave one token to each.
 
     Telling the drafter takes most of what a step costs that proposes nothing, and most of that is
-    the call. So nothing is done in the step itself: tokens and log-probs stay on their device until
-    they are taken.
+    the call. So nothing is done in the step itself.
     """
 
     def __init__(self) -> None:
@@ -34,8 +33,8 @@ class LateTokens:
 
         Args:
             slots: Each once. [count], int64.
-            tokens: On any device. [count], int32.
-            logprobs: On the same device. [count], float32.
+            tokens: On the host. [count], int32.
+            logprobs: On the host. [count], float32.
         """
         self._steps.append((slots, tokens, logprobs))
 
@@ -55,6 +54,5 @@ class LateTokens:
         every = np.concatenate(slots)
         order = np.argsort(every, kind="stable")  # of each request in the order of the steps
         requests, lens = np.unique(every, return_counts=True)
-        # One transfer each for all steps.
-        ids, values = torch.cat(tokens).cpu().numpy(), torch.cat(logprobs).cpu().numpy()
+        ids, values = torch.cat(tokens).numpy(), torch.cat(logprobs).numpy()
         return requests, lens, ids[order], values[order]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from spec_rollout import ops
+from spec_rollout.engines.vllm.worker.transfer import to_device
 
 
 class SampledLogprobs:
@@ -141,7 +142,7 @@ class SampledLogprobs:
         if runs:
 
             def join(parts: list[np.ndarray]) -> torch.Tensor:
-                return torch.from_numpy(np.concatenate(parts)).to(device)
+                return to_device(np.concatenate(parts), device)
 
             where = join([r * width + np.arange(t.size) for r, _, t, _ in runs])
             requests = join([np.full(t.size, r) for r, _, t, _ in runs])
@@ -153,7 +154,7 @@ class SampledLogprobs:
                 logits, rows, requests, tokens, logprobs
             )
         if stock and stock_output.logprobs_tensors is not None:
-            from_ = torch.tensor(stock, device=device)
+            from_ = to_device(np.array(stock, np.int64), device)
             theirs = stock_output.logprobs_tensors
             at = from_ * width
             n = theirs.logprob_token_ids.shape[1]

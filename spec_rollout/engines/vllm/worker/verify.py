@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from spec_rollout import ops
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.vllm.worker.groups import Group
-from spec_rollout.engines.vllm.worker.transfer import to_device
+from spec_rollout.engines.vllm.worker.transfer import arriving, to_device
 
 
 def verify_group(
@@ -20,8 +21,12 @@ def verify_group(
     sampling: tuple[Any, Any, Any],
     draft_ids: np.ndarray,
     draft_logprobs: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`verify_prefix` on the rows of a group; its three outputs on the host."""
+) -> Callable[[], list[np.ndarray]]:
+    """`verify_prefix` on the rows of a group.
+
+    Returns:
+        Waits for it, and gives its three outputs (`transfer.arriving`).
+    """
     device = logits.device
     packed = to_device(group.numbers(), device)
     n = group.requests.size
@@ -38,19 +43,4 @@ def verify_group(
         top_k=sampling[1],
         top_p=sampling[2],
     )
-    return _to_host(result)
-
-
-def _to_host(result: ops.VerifyResult) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The three outputs with one synchronisation."""
-    accepted, drawn, logprobs = result
-    if not accepted.is_cuda:
-        return accepted.numpy(), drawn.numpy(), logprobs.numpy()
-    packed = torch.cat([accepted, drawn, logprobs.view(torch.int32)]).cpu()
-    ops.check_status(accepted.device)
-    n = accepted.numel()
-    return (
-        packed[:n].numpy(),
-        packed[n : 2 * n].numpy(),
-        packed[2 * n :].view(torch.float32).numpy(),
-    )
+    return arriving(logits, *result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from spec_rollout.engines.vllm.worker.request_state import Row
 from spec_rollout.engines.vllm.worker.sampling.base import SAMPLED, Runs, Sampled, Step
 from spec_rollout.engines.vllm.worker.sampling.record import Record
 from spec_rollout.engines.vllm.worker.sampling.segments import segments_by_rule
+from spec_rollout.engines.vllm.worker.transfer import copying, to_device
 from spec_rollout.engines.vllm.worker.verify import verify_group
 from spec_rollout.packed import ranges
 
@@ -46,14 +48,15 @@ class General:
         if stock:
             # Whatever drafts vLLM made up for them, their next token is sampled from the first row.
             self._record.metrics.num_placeholder_tokens += sum(counts[r] - 1 for r in stock)
-            rows_of = torch.from_numpy(first_rows[:-1]).to(step.logits.device)
+            rows_of = to_device(first_rows[:-1], step.logits.device)
             stock_output = step.sample_stock(step.logits[rows_of])
-            tokens[stock, 0] = stock_output.sampled_token_ids[:, 0].cpu().numpy()[stock]
+            stock_tokens = copying(stock_output.sampled_token_ids[:, 0])
 
         if len(stock) < batch:
             groups, plain = segments_by_rule(step, first_rows, self._record)
             default = next(iter(groups), SAMPLED)
             owns_all = len(groups) <= 1 and not stock
+            begun = []
             for rule in groups or [default]:
                 group = Group.of(
                     groups.get(rule, []),
@@ -62,42 +65,60 @@ class General:
                     known,
                     first_rows,
                 )
-                self._verify(step, rule, group, owns_all, tokens, emitted)
+                group = group if owns_all else group.read_only()
+                if group.requests.size:
+                    begun.append((group, *self._begin(step, rule, group, owns_all)))
+            # All are on their way before the first is waited for.
+            for group, draft_ids, tested in begun:
+                self._settle_all(step, group, draft_ids, tested(), tokens, emitted)
+        if stock:
+            tokens[stock, 0] = stock_tokens()[stock]
 
         output = torch.from_numpy(tokens)
         if logprobs is None:
             return output, None
         return output, logprobs.scatter(step.logits, tokens.shape, emitted, stock, stock_output)
 
-    def _verify(
-        self,
-        step: Step,
-        rule: AcceptanceRule,
-        group: Group,
-        owns_all: bool,
-        tokens: np.ndarray,
-        emitted: Runs,
-    ) -> None:
+    @staticmethod
+    def _begin(
+        step: Step, rule: AcceptanceRule, group: Group, owns_all: bool
+    ) -> tuple[np.ndarray, Callable[[], list[np.ndarray]]]:
+        """Begins the test of a group.
+
+        Args:
+            step, rule, group: What is tested, and how.
+            owns_all: All rows of the step are the group's.
+
+        Returns:
+            The tokens tested, and `verify_group`'s results.
+        """
         device = step.logits.device
         logits = step.logits
         if not owns_all:
-            group = group.read_only()
-            if not group.requests.size:
-                return
             wanted = np.repeat(group.first_rows, group.num_rows) + ranges(group.num_rows)
-            logits = logits[torch.from_numpy(wanted).to(device)]
+            logits = logits[to_device(wanted, device)]
         requests = group.requests
         sampling: tuple[Any, Any, Any] = (step.temperature, step.top_k, step.top_p)
         if requests.size != len(step.rows) or not bool((requests[1:] > requests[:-1]).all()):
-            where = torch.from_numpy(requests).to(device)
+            where = to_device(requests, device)
             temperature, top_k, top_p = (
                 value[where] if isinstance(value, torch.Tensor) else value for value in sampling
             )
             sampling = temperature, top_k, top_p
         draft_ids, draft_logprobs = group.drafts(rule.needs_draft_logprobs)
-        accepted, drawn, logprobs = verify_group(
-            rule, group, logits, sampling, draft_ids, draft_logprobs
-        )
+        return draft_ids, verify_group(rule, group, logits, sampling, draft_ids, draft_logprobs)
+
+    def _settle_all(
+        self,
+        step: Step,
+        group: Group,
+        draft_ids: np.ndarray,
+        tested: list[np.ndarray],
+        tokens: np.ndarray,
+        emitted: Runs,
+    ) -> None:
+        """Books the outcome of a group; arguments as in `Record.given`."""
+        accepted, drawn, logprobs = tested
         self._record.given(
             step, group, draft_ids, accepted.astype(np.int64), drawn, logprobs, tokens, emitted
         )

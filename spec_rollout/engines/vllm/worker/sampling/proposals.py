@@ -34,7 +34,7 @@ class ProposalsOnly:
         sampling = (step.temperature, step.top_k, step.top_p)
         accepted, drawn, logprobs = verify_group(
             SAMPLED, group, step.logits, sampling, proposed, None
-        )
+        )()
         accepted = accepted.astype(np.int64)
         emitted: Runs = []
         record.given(step, group, proposed, accepted, drawn, logprobs, tokens, emitted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -22,8 +24,9 @@ class Record:
         collector: Log-probs and reused tokens, for the engine to fetch.
         history: What is proposed from in this call, or None.
         standing_history: What is proposed from between calls, or None.
-        drawn: What each request was given in this step, still on the logits' device, where that was
-            one token for each and the history wants them; or None.
+        arriving: Of a step that gave one token to each request: what it gave, on its way to the
+            host (`transfer.arriving`), or nothing where no history wants it; None in other steps.
+        drawn: The same once it is there (`arrive`), or None.
         given_logprobs: Of the tokens given out in any other step, where somebody wants them.
             [batch, most tokens], float32, or None.
         num_kept: Tokens of proposals kept in this step.
@@ -42,6 +45,7 @@ class Record:
         self.collector = Collector()
         self._unclaimed = set(range(num_requests))
         self.history = self.standing_history if history is None else history
+        self.arriving: Callable[[], list[np.ndarray]] | None = None
         self.drawn: ops.SampleResult | None = None
         self.given_logprobs: np.ndarray | None = None
         self.num_kept = 0
@@ -60,7 +64,19 @@ class Record:
 
     def begin_step(self) -> None:
         """Nothing was given out yet."""
-        self.drawn = self.given_logprobs = None
+        self.arriving = self.drawn = self.given_logprobs = None
+
+    def arrive(self) -> None:
+        """The step's tokens are on the host.
+
+        Raises:
+            ValueError: if a kernel has met bad values in the step, or before (CUDA).
+        """
+        if self.arriving is None:
+            return
+        found, self.arriving = self.arriving(), None
+        if found:
+            self.drawn = ops.SampleResult(*map(torch.from_numpy, found))
 
     def expect_logprobs(self, shape: tuple[int, ...]) -> None:
         """`given` is to fill `given_logprobs` [batch, most tokens]."""

@@ -19,6 +19,7 @@ import torch
 from spec_rollout.drafting import Payoff
 from spec_rollout.engines.vllm.worker.groups import Known
 from spec_rollout.engines.vllm.worker.request_state import Row
+from spec_rollout.engines.vllm.worker.transfer import copying
 from spec_rollout.engines.vllm.worker.v2.proposals import NO_HISTORY, Proposals
 from spec_rollout.engines.vllm.worker.v2.step import (
     GivenTokens,
@@ -189,7 +190,7 @@ class LaggedProposals(Proposals):
             if guesses[:, 1].any():
                 proposed = continued(step, guesses, proposed, counts, self._num_planned)
             behind = counts[step.device_slots.long()][:, None].to(packed.dtype)
-            copy = _copying(torch.cat([packed, behind], dim=1))
+            copy = copying(torch.cat([packed, behind], dim=1))
             tested, going = self._proposed[step.slots], set(step.slots.tolist())
             self._late = _Late(rows, step.slots, step.num_scheduled, copy, tested, going)
         self._guesses = {}
@@ -258,19 +259,3 @@ class LaggedProposals(Proposals):
         accepted = np.minimum(np.maximum(given - 1, 0), tested)
         self.metrics.proposals_tested(int(tested.sum()), 0, int(accepted.sum()), 0)
         self.num_kept += int(accepted.sum())
-
-
-def _copying(packed: torch.Tensor) -> Callable[[], np.ndarray]:
-    """Begins the copy to the host; what is returned waits for it."""
-    if not packed.is_cuda:
-        return packed.numpy
-    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-    host.copy_(packed, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def copied() -> np.ndarray:
-        done.synchronize()
-        return host.numpy()
-
-    return copied
