@@ -52,6 +52,7 @@ class ReuseProposer(ChunkProposer):
             side = EngineSide(
                 engine_options,
                 logprobs_mode=vllm_config.model_config.logprobs_mode,
+                has_peers=compat.has_peers(vllm_config.parallel_config),
                 **compat.noise_source(vllm_config),
             )
             sharing = None

@@ -110,6 +110,19 @@ def test_the_engines_config_counts_before_the_variable(model_dir: Path) -> None:
     assert proposed({"mode": "off", "history_bytes": 1 << 24}) is None
 
 
+def test_a_worker_with_peers_knows_of_them(model_dir: Path, make_llm: MakeLLM) -> None:
+    from spec_rollout.engines.vllm.proposer import ReuseProposer
+
+    config = copy.copy(make_llm("drafting").llm_engine.vllm_config)
+    for ranks in (1, 2):
+        config.parallel_config = copy.copy(config.parallel_config)
+        config.parallel_config.tensor_parallel_size = ranks
+        config.parallel_config.world_size = ranks
+        live = ReuseProposer(config).live
+        assert live is not None
+        assert live.side.has_peers is (ranks > 1)
+
+
 def test_a_server_without_a_seed_has_noise_of_its_own(model_dir: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext

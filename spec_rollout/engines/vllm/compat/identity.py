@@ -48,6 +48,15 @@ def check_pipeline(parallel: Any) -> None:
         )
 
 
+def has_peers(parallel: Any) -> bool:
+    """Whether other workers serve the same requests, as tensor-parallel ranks do.
+
+    Args:
+        parallel: vLLM's `ParallelConfig`.
+    """
+    return bool(parallel.world_size > 1)
+
+
 def schedules_apart(parallel: Any) -> bool:
     """Whether tensor-parallel ranks have a scheduler each: all of them have to plan the same steps.
 

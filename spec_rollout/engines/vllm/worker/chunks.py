@@ -69,6 +69,7 @@ class ChunkProposer:
             max_proposal=self.sampler.max_chunk,
             token_budget=self.token_budget,
             sharing=sharing,
+            tells_late=not side.has_peers,
         )
         side.recall = history.recall
         self.live = LiveRequests(

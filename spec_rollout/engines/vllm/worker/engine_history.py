@@ -28,6 +28,8 @@ class EngineHistory(HistoryProposals):
         max_bytes: Bound of what is remembered.
         payoff, shares, max_proposal, token_budget: See `HistoryProposals`.
         sharing: With other engines; None: with none.
+        tells_late: False where other workers remember the same requests, and have to forget the
+            same ones: what is forgotten, and when, depends on when the drafter is told.
         noise: See `Drafter`.
     """
 
@@ -40,6 +42,7 @@ class EngineHistory(HistoryProposals):
         max_proposal: int,
         token_budget: int,
         sharing: HistorySharing | None = None,
+        tells_late: bool = True,
         noise: NoiseLaw = NoiseLaw.PHILOX,
     ) -> None:
         table = min(max(int(max_bytes * _TABLE_SHARE), _LEAST_TABLE), _MOST_TABLE)
@@ -50,7 +53,14 @@ class EngineHistory(HistoryProposals):
             shares=shares,
             noise=noise,
         )
-        super().__init__(drafter, 0, payoff, max_proposal=max_proposal, token_budget=token_budget)
+        super().__init__(
+            drafter,
+            0,
+            payoff,
+            max_proposal=max_proposal,
+            token_budget=token_budget,
+            tells_late=tells_late,
+        )
         self._handle_of = np.empty(0, np.int64)
         self._free: list[int] = []
         self._sharing = sharing

@@ -92,11 +92,13 @@ class EngineSide:
             drawn with the same noise several times.
         logprobs_mode: What log-probs vLLM is to return.
         on_v2: vLLM's Model Runner V2 draws, which can do more beside proposals.
+        has_peers: Other workers serve the same requests, and have to find the same drafts.
         recall: Group and tag -> the last rollout, as token ids [len], int32, and log-probs
             [len], float32; or None. Set before the first request.
 
     Attributes:
         counters: What has come.
+        has_peers: As given.
         samples: Which samples were asked for; None where the mode knows none.
         weights_version: Number of weight changes seen.
     """
@@ -110,10 +112,12 @@ class EngineSide:
         salt: int = 0,
         logprobs_mode: str = "raw_logprobs",
         on_v2: bool = False,
+        has_peers: bool = False,
         recall: Recall | None = None,
     ) -> None:
         self.options = options
         self.recall = recall
+        self.has_peers = has_peers
         self._seed = engine_seed
         self._replica = replica
         self._salt = salt

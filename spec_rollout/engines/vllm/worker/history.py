@@ -30,6 +30,8 @@ class HistoryProposals:
         max_proposal: Most tokens for one request.
         token_budget: Most tokens of one step; the longest proposals are cut to it, so that nobody
             waits for another's.
+        tells_late: The drafter may be told some steps later what requests were given. When, depends
+            on what steps took.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class HistoryProposals:
         *,
         max_proposal: int,
         token_budget: int,
+        tells_late: bool = True,
     ) -> None:
         self.num_requests = num_requests
         self._drafter = drafter
@@ -49,6 +52,7 @@ class HistoryProposals:
         self._outcomes: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_known = np.zeros(self.num_requests, np.int64)  # tokens that the drafter has
         self._late = LateTokens()
+        self._tells_late = tells_late
         self._has_proposed = False  # in the last step
         # The last proposals: by request, for which token of the response they start (-1: none), how
         # many tokens, how many of these are the request's draft's, where they stand in the flat
@@ -180,7 +184,8 @@ class HistoryProposals:
             self._payoff.tested(float(self._expected[history_ids].sum()), int(accepted.sum()))
         self._outcomes = []
         asks = self._payoff.pays(len(batch.rows))
-        if not asks and drawn is not None and batch.all_in_history and not self._late.is_full:
+        may_wait = self._tells_late and not self._late.is_full
+        if not asks and drawn is not None and batch.all_in_history and may_wait:
             self._late.add(batch.history_ids, drawn.token_ids, drawn.logprobs)
             return
         if drawn is not None:

@@ -24,7 +24,7 @@ from typing import Any
 from spec_rollout.drafting import NoiseLaw
 from spec_rollout.engines.vllm.admission import admit
 from spec_rollout.engines.vllm.compat.cpu_wheels import keep_cpu_weights
-from spec_rollout.engines.vllm.compat.identity import WORKER, is_v2, noise_source
+from spec_rollout.engines.vllm.compat.identity import WORKER, has_peers, is_v2, noise_source
 from spec_rollout.engines.vllm.compat.sampling import arrival
 from spec_rollout.engines.vllm.compat.switch_on import configured_options
 from spec_rollout.engines.vllm.compat.v2.adapters import counting_rows, naming_each_row
@@ -119,6 +119,7 @@ def _proposals(config: Any, table: DraftTable, num_slots: int) -> Proposals | No
             options,
             logprobs_mode=config.model_config.logprobs_mode,
             on_v2=True,
+            has_peers=has_peers(config.parallel_config),
             **noise_source(config),
         )
         proposals.serve_by_itself(side, table.first_chunk, log)

@@ -100,6 +100,7 @@ class Proposals:
             max_proposal=self._max_chunk,
             token_budget=self._token_budget,
             noise=self._noise,
+            tells_late=not side.has_peers,
         )
         side.recall = self._standing.recall
         self.live = LiveRequests(
