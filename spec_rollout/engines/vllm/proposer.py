@@ -25,8 +25,8 @@ class ReuseProposer(ChunkProposer):
 
     Raises:
         ValueError: if `first_chunk` is no positive integer, or a chunk does not fit into vLLM's
-            token budget, or the model keeps a recurrent state or is a pipeline, or the folder of
-            shared rollouts is another model's.
+            token budget, or the model keeps a recurrent state or is a pipeline, or scheduling is
+            asynchronous, or the folder of shared rollouts is another model's.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -34,6 +34,7 @@ class ReuseProposer(ChunkProposer):
         compat.attach_calls(ReuseWorker)
         compat.check_state(vllm_config.model_config)
         compat.check_pipeline(vllm_config.parallel_config)
+        compat.check_scheduling(vllm_config.scheduler_config)
         max_chunk = vllm_config.speculative_config.num_speculative_tokens
         first = first_chunk(vllm_config.additional_config)
         budget = vllm_config.scheduler_config.max_num_batched_tokens

@@ -1,4 +1,5 @@
-"""Models with a recurrent state, and pipelines, are refused before anything is loaded."""
+"""Models with a recurrent state, pipelines and asynchronous scheduling are refused before anything
+is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def _served(model: str, **args: Any) -> Any:
     return AsyncEngineArgs(model, **engine_args(), **args).create_engine_config()
 
 
-def _without_front_end(model: str, **args: Any) -> Any:
+def _without_front_end(model: str, is_async: bool = False, **args: Any) -> Any:
     """The worker's own check, where the caller's process has no plugin."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -51,6 +52,7 @@ def _without_front_end(model: str, **args: Any) -> Any:
 
     config = EngineArgs(model, skip_tokenizer_init=True, **args).create_engine_config()
     config.speculative_config = SimpleNamespace(**engine_args()["speculative_config"])
+    config.scheduler_config.async_scheduling = is_async
     return ReuseProposer(config)
 
 
@@ -77,6 +79,13 @@ def test_a_pipeline_is_refused(
     make_model(tmp_path)
     with pytest.raises(ValueError, match=r"pipeline_parallel_size: expected 1 .*, got 2"):
         make(str(tmp_path), pipeline_parallel_size=2)
+
+
+def test_asynchronous_scheduling_is_refused(vllm_installed: None, tmp_path: Path) -> None:
+    """Should a vLLM leave it on: those so far turn it off for a speculative method of ours."""
+    make_model(tmp_path)
+    with pytest.raises(ValueError, match=r"async_scheduling: expected False .*, got True"):
+        _without_front_end(str(tmp_path), is_async=True)
 
 
 def test_other_models_are_not(vllm_installed: None, tmp_path: Path) -> None:

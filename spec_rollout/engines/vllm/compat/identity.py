@@ -48,6 +48,25 @@ def check_pipeline(parallel: Any) -> None:
         )
 
 
+def check_scheduling(scheduling: Any) -> None:
+    """Refuses an engine with asynchronous scheduling, on Model Runner V1.
+
+    vLLM turns it off by itself for speculative methods that it does not know to go with it. With it
+    a step's tokens would not be known where the next ones are proposed.
+
+    Args:
+        scheduling: vLLM's `SchedulerConfig`.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if scheduling.async_scheduling:
+        raise ValueError(
+            "async_scheduling: expected False with the drafter of spec_rollout, got True; start "
+            "the engine with async_scheduling=False (--no-async-scheduling)"
+        )
+
+
 def has_peers(parallel: Any) -> bool:
     """Whether other workers serve the same requests, as tensor-parallel ranks do.
 
