@@ -9,6 +9,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,29 @@ def test_the_engines_config_counts_before_the_variable(model_dir: Path) -> None:
     assert proposed({"first_chunk": 8}) == 31  # the variable's
     assert proposed({"history_bytes": 1 << 24}) == 15  # of `drafting`
     assert proposed({"mode": "off", "history_bytes": 1 << 24}) is None
+
+
+def test_the_line_at_the_start_gives_the_engines_own_number(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import logger
+    from vllm.engine.arg_utils import EngineArgs
+
+    from spec_rollout.engines.vllm import engine_args
+
+    lines: list[str] = []
+    to_lines = SimpleNamespace(info=lambda text, *values: lines.append(text % values))
+    init = logger.init_logger
+    monkeypatch.setattr(
+        logger, "init_logger", lambda name: to_lines if "spec_rollout" in name else init(name)
+    )
+    monkeypatch.setenv("SPEC_ROLLOUT", '{"mode": "coupled", "num_speculative_tokens": 24}')
+    for args, expected in (({}, 24), (engine_args(8), 8)):
+        config = EngineArgs(
+            str(model_dir), **{**LLM_ARGS, "skip_tokenizer_init": True, **args}
+        ).create_engine_config()
+        assert config.speculative_config.num_speculative_tokens == expected
+        assert f"up to {expected} tokens a step" in lines[-1]
 
 
 def test_a_worker_with_peers_knows_of_them(model_dir: Path, make_llm: MakeLLM) -> None:

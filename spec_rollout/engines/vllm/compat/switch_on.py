@@ -154,7 +154,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         "%s: requests are proposed what this engine generated before, up to %d tokens a step, on "
         "Model Runner %s%s",
         asked,
-        options.max_proposal,
+        # The engine's own, where it has our config already.
+        engine_args.speculative_config.get("num_speculative_tokens", options.max_proposal),
         runner.upper(),
         "" if options.mode != "lenient" else " (lenient: not lossless)",
     )
