@@ -11,8 +11,9 @@
   reach a proposer, and vLLM's rejection sampler knows neither keyed noise nor stored log-probs.
 - `GPUModelRunner._calc_spec_decode_metadata`: prepares a rejection sampler's indices; our sampler
   needs one array of them.
-- `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts is
-  to cost what it costs without speculation.
+- `GPUModelRunner._prepare_inputs`, `GPUModelRunner.take_draft_token_ids`: a step without drafts
+  takes the host no more than without speculation. (CUDA graphs are another matter: vLLM's are sized
+  for steps in which every request has all the draft tokens it can have, docs/vllm.md.)
 - `GPUModelRunner._update_streaming_request`: a request whose prompt comes in pieces has other
   parameters with each of them.
 - `GPUModelRunner._update_states`, only where engines share rollouts: what a request generated is
