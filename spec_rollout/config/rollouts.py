@@ -60,7 +60,8 @@ class RolloutConfig:
             epoch to epoch. Not with the rule coupled, whose noise would draw the same again.
         max_age: A draft with a token drawn more epochs ago is not reused; None has no limit.
         refresh_epochs: Epochs after which the rule coupled draws new noise; None never does.
-        cache_max_bytes: Bound of the rollout cache; None is unbounded.
+        cache_max_bytes: Bound of the rollout cache; None is unbounded. Below the rollouts of an
+            epoch most drafts are evicted just before they are wanted.
         cache_path: Cache file of an earlier run to start from.
         cache_store: Where the cached rollouts are: "memory", with a copy in every checkpoint;
             "disk", in a folder to which checkpoints refer (docs/reliability.md; the extra `disk`);

@@ -156,3 +156,27 @@ def test_only_a_worker_without_peers_tells_the_drafter_late(has_peers: bool) -> 
     for live in (on_v1.live, on_v2.live):
         assert live is not None
         assert live.history._tells_late is not has_peers
+
+
+def test_the_log_says_what_was_forgotten_for_want_of_room() -> None:
+    history = narrow(Payoff())
+    side = EngineSide(EngineOptions(mode="drafting"), engine_seed=0, replica=0)
+    live = LiveRequests(
+        side, history, first_chunk=4, metrics=ReuseMetrics, write_log=lambda line: None
+    )
+
+    def finish(prompt: int) -> None:
+        slot = history.join(prompt_key([prompt]), [], None)
+        ids = np.arange(700, dtype=np.int32)
+        history._drafter.extend(history._handles(np.array([slot])), ids, np.array([ids.size]))
+        history.leave(slot)
+
+    finish(0)
+    assert live._summary().endswith("1 prompts, 0 MiB")
+    for prompt in range(1, 5):
+        finish(prompt)
+    gone = history.info()["num_evicted_groups"]
+    assert gone > 0
+    assert live._summary().endswith(
+        f"MiB, forgotten for want of room: {gone} prompts, {gone} rollouts"
+    )

@@ -82,7 +82,8 @@ class EngineOptions:
             k-th request for a prompt since the weights last changed is sample k.
         num_speculative_tokens: Most tokens proposed to a request in one step; 0 is the default of
             the mode (15, and 31 for `coupled` and `lenient`).
-        history_bytes: Bound of all that is remembered.
+        history_bytes: Bound of all that is remembered. Below the rollouts of an epoch most are
+            forgotten just before they are wanted (docs/vllm.md).
         log_lenience: Of `lenient` and `coupled`; 0 is the rule without bias for `coupled`.
         require_lossless: Refuse rules that change the distribution.
         seed: Of the noise of samples.

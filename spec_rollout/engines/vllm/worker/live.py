@@ -146,6 +146,12 @@ class LiveRequests:
             f"{counters.num_with_draft:,} with a rollout of their own; history: "
             f"{history['num_groups']:,} prompts, {history['num_bytes'] / 2**20:.0f} MiB"
             + (
+                f", forgotten for want of room: {history['num_evicted_groups']:,} prompts, "
+                f"{history['num_evicted_sequences']:,} rollouts"
+                if history["num_evicted_sequences"]
+                else ""
+            )
+            + (
                 f"; shared: {history['num_shared']:,} given, {history['num_received']:,} taken"
                 if "num_shared" in history
                 else ""
