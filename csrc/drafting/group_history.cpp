@@ -1,5 +1,6 @@
 #include "drafting/group_history.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "spec_rollout/check.h"
@@ -21,6 +22,7 @@ void Group::keep(int32_t row, int64_t tag) {
   (newest == kNoRow ? oldest : kept[newest].newer) = row;
   newest = row;
   ++num_kept;
+  ++num_visiting;
   index.shrink_row(row);
   kept_bytes += index.row_bytes(row);
 }
@@ -31,6 +33,7 @@ void Group::forget_oldest() {
   oldest = kept[row].newer;
   (oldest == kNoRow ? newest : kept[oldest].older) = kNoRow;
   --num_kept;
+  if (num_surplus > 0) --num_surplus;
   index.remove_row(row);
 }
 
@@ -89,6 +92,11 @@ void GroupHistory::grown(Group* group) {
   if (group->num_live == 0 && group->num_kept == 0) {
     erase(group);
     group = nullptr;
+  }
+  while (num_bytes_ > max_bytes_ && most_surplus_ != nullptr) {
+    Group* const rested = most_surplus_;
+    forget_oldest(rested);
+    count(rested);
   }
   while (num_bytes_ > max_bytes_ && least_recent_ != nullptr) {
     if (least_recent_ == group) group = nullptr;
@@ -149,12 +157,32 @@ void GroupHistory::use(Group* group) {
   (group->more_recent == nullptr ? most_recent_ : group->more_recent->less_recent) =
       group->less_recent;
   group->less_recent = group->more_recent = nullptr;
+  if (group->has_surplus) unlist_surplus(group);
 }
 
 void GroupHistory::rest(Group* group) {
   group->less_recent = most_recent_;
   (most_recent_ == nullptr ? least_recent_ : most_recent_->more_recent) = group;
   most_recent_ = group;
+  const int64_t num_older = std::max<int64_t>(0, group->num_kept - group->num_visiting);
+  group->num_surplus = std::min(group->num_surplus + group->num_visiting, num_older);
+  group->num_visiting = 0;
+  if (group->num_surplus > 0) list_surplus(group);
+}
+
+void GroupHistory::list_surplus(Group* group) {
+  group->less_surplus = most_surplus_;
+  if (most_surplus_ != nullptr) most_surplus_->more_surplus = group;
+  most_surplus_ = group;
+  group->has_surplus = true;
+}
+
+void GroupHistory::unlist_surplus(Group* group) {
+  (group->more_surplus == nullptr ? most_surplus_ : group->more_surplus->less_surplus) =
+      group->less_surplus;
+  if (group->less_surplus != nullptr) group->less_surplus->more_surplus = group->more_surplus;
+  group->less_surplus = group->more_surplus = nullptr;
+  group->has_surplus = false;
 }
 
 void GroupHistory::count(Group* group) {
@@ -174,6 +202,7 @@ void GroupHistory::erase(Group* group) {
 void GroupHistory::forget_oldest(Group* group) {
   group->forget_oldest();
   ++num_evicted_rows_;
+  if (group->has_surplus && group->num_surplus == 0) unlist_surplus(group);
 }
 
 }  // namespace spec_rollout

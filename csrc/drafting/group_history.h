@@ -42,8 +42,12 @@ struct Group {
   int32_t oldest = kNoRow, newest = kNoRow;
   int64_t num_kept = 0, kept_bytes = 0;
   int64_t num_displaced = 0;  // rows that made room for others since they were last counted
-  int64_t counted_bytes = 0;  // of it in the total
-  Group *less_recent = nullptr, *more_recent = nullptr;  // of groups without live requests
+  int64_t num_visiting = 0;   // rows kept since it last had no live requests
+  int64_t num_surplus = 0;  // kept rows, the oldest, which as many newer visits' rows have followed
+  int64_t counted_bytes = 0;                               // of it in the total
+  Group *less_recent = nullptr, *more_recent = nullptr;    // of groups without live requests
+  Group *less_surplus = nullptr, *more_surplus = nullptr;  // of those of them with surplus rows
+  bool has_surplus = false;                                // it is one of them
 
   // A row that is not live, as the newest.
   void keep(int32_t row, int64_t tag);
@@ -54,9 +58,10 @@ struct Group {
 };
 
 // All groups. Rollouts are forgotten when there are too many: a prompt's oldest when these take
-// more than `max_group_bytes`, whole prompts without live requests, the least recently used first,
-// when all take more than `max_bytes`. What is live is never forgotten, so it alone can exceed a
-// bound.
+// more than `max_group_bytes`; when all take more than `max_bytes`, of prompts without live
+// requests first those that a newer visit's have followed, and only then whole prompts, the least
+// recently used first: in training that is the one that comes next. What was used last gives first,
+// as it is the last to come again. What is live is never forgotten, so it alone can exceed a bound.
 class GroupHistory {
  public:
   GroupHistory(int32_t max_match, int64_t max_bytes, int64_t max_group_bytes);
@@ -93,6 +98,8 @@ class GroupHistory {
   void count(Group* group);
   void erase(Group* group);
   void forget_oldest(Group* group);
+  void list_surplus(Group* group);
+  void unlist_surplus(Group* group);
 
   int32_t max_match_;
   int64_t max_bytes_, max_group_bytes_;
@@ -100,6 +107,7 @@ class GroupHistory {
   int64_t erased_visits_ = 0;
   std::unordered_map<GroupKey, std::unique_ptr<Group>, GroupKeyHash> groups_;
   Group *least_recent_ = nullptr, *most_recent_ = nullptr;
+  Group* most_surplus_ = nullptr;  // the most recently used group with surplus rows
 };
 
 }  // namespace spec_rollout

@@ -87,9 +87,11 @@ class Drafter:
     A proposal changes no token: it is tested against the token that sampling gives anyway.
 
     Memory is bounded, whatever is served for however long. A prompt's oldest rollouts are forgotten
-    when its kept ones take more than `max_group_bytes` (or are more than 4,096). Whole prompts
-    without live requests are forgotten, the least recently used first, when all together take more
-    than `max_bytes`. If that is not enough, prompts with live requests lose their kept rollouts.
+    when its kept ones take more than `max_group_bytes` (or are more than 4,096). When all together
+    take more than `max_bytes`, prompts without live requests lose the rollouts that as many of a
+    newer visit (from the first of its requests to join to the last to leave) have followed, the
+    prompt used last first; then whole prompts are forgotten, the least recently used first; then
+    prompts with live requests lose their kept rollouts.
     What is live is never forgotten, so it alone can exceed a bound. Every call takes time in
     proportion to the tokens it adds, or forgets.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -338,13 +338,17 @@ def test_rollouts_that_make_room_for_others_of_their_prompt_are_counted() -> Non
     assert drafter.info().num_evicted_sequences == 2 * 100 + 1
 
 
-def test_least_recently_used_prompts_go_first_and_never_live_ones() -> None:
-    """Against an ordered dictionary."""
+def test_what_goes_first_and_that_nothing_live_goes() -> None:
+    """Against an ordered dictionary: rollouts that a newer visit's have followed, those of the prompt
+    used last first; then whole prompts, the least recently used first."""
     rng = random.Random(1)
     bound = 40_000
     drafter = Drafter(max_bytes=bound, max_table_bytes=SMALL_TABLE)
     keys = [prompt_key([k]) for k in range(60)]
     used: OrderedDict[bytes, list[list[int]]] = OrderedDict()  # the most recent last
+    visiting: Counter[bytes] = Counter()  # rollouts kept since the prompt was last idle
+    surplus: Counter[bytes] = Counter()
+    num_cut = 0
     live: dict[int, tuple[bytes, list[int]]] = {}
     for _ in range(3_000):
         if len(live) < 6 and rng.random() < 0.5:
@@ -363,20 +367,36 @@ def test_least_recently_used_prompts_go_first_and_never_live_ones() -> None:
                 del live[handle]
                 if keep:
                     used.setdefault(key, []).append(row)
+                    visiting[key] += 1
                 if key in used:
                     used.move_to_end(key)
+                    if all(key != other for other, _ in live.values()):
+                        older = len(used[key]) - visiting[key]
+                        surplus[key] = min(surplus[key] + visiting.pop(key, 0), older)
         busy = {key for key, _ in live.values()}
         found = kept(drafter)
-        # Idle groups that are left are the last ones used, whole; those in use are whole, too.
-        left = [key for key in used if key in found and key not in busy]
-        assert left == [key for key in found if key not in busy]
         idle = [key for key in used if key not in busy]
+        left = [key for key in idle if key in found]
+        assert left == [key for key in found if key not in busy]
         assert idle[len(idle) - len(left) :] == left
-        for key in list(used):
-            if key not in found:
-                assert key not in busy
-                del used[key]
-        assert dict(found) == dict(used)
+        for key in idle[: len(idle) - len(left)]:
+            del used[key], surplus[key]
+        cut = []
+        for key in left:
+            gone = len(used[key]) - len(found[key])
+            if gone:
+                assert used[key][gone:] == found[key]
+                assert gone <= surplus[key]
+                used[key] = found[key]
+                surplus[key] -= gone
+                cut.append(left.index(key))
+        with_surplus = [i for i, key in enumerate(left) if surplus[key] > 0]
+        if len(left) < len(idle):
+            assert not with_surplus
+        if cut and with_surplus:
+            assert max(with_surplus) <= min(cut)
+        num_cut += len(cut)
+        assert dict(found) == dict(used)  # those in use are whole
         info = drafter.info()
         assert info.history_bytes <= bound
         assert info.num_live == len(live)
@@ -385,7 +405,43 @@ def test_least_recently_used_prompts_go_first_and_never_live_ones() -> None:
             len(row) for _, row in live.values()
         )
     assert drafter.info().num_evicted_groups > 100
+    assert num_cut > 50
     assert drafter.info().history_bytes > 0.8 * bound
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_room_for_an_epoch_and_a_step_is_enough(in_order: bool) -> None:
+    """Every prompt that comes again still has its last rollouts, whatever the order."""
+    rng = random.Random(2)
+    keys = [prompt_key([k]) for k in range(40)]
+    samples, length, step = 4, 200, 5
+    one = Drafter(max_table_bytes=SMALL_TABLE)
+    for handle in [one.join(X) for _ in range(samples)]:
+        generate(one, handle, list(range(length)))
+    # What a prompt takes that comes again, of which as many rollouts are there already.
+    live_bytes = one.info().history_bytes + samples * (ROW_BYTES + TOKEN_BYTES * (length + 1))
+    # What a prompt once had for more rollouts is not given back whole.
+    room = int(1.1 * len(keys) * one.info().history_bytes) + step * live_bytes
+    drafter = Drafter(max_bytes=room, max_table_bytes=SMALL_TABLE)
+    last: dict[bytes, list[list[int]]] = {}
+    for _ in range(6):
+        order = keys if in_order else rng.sample(keys, len(keys))
+        for first in range(0, len(order), step):
+            found = kept(drafter)
+            live = []
+            for key in order[first : first + step]:
+                assert found.get(key, [])[-samples:] == last.get(key, [])
+                last[key] = []
+                live += [(drafter.join(key), key) for _ in range(samples)]
+            for handle, key in live:
+                row = [rng.randrange(1000) for _ in range(length)]
+                generate(drafter, handle, row)
+                last[key].append(row)
+            for handle, _ in live:
+                drafter.leave(handle, keep=True)
+    info = drafter.info()
+    assert info.num_evicted_groups == 0
+    assert info.num_evicted_sequences > 3 * samples * len(keys)
 
 
 def test_where_all_prompts_are_live_their_kept_rollouts_go() -> None:
