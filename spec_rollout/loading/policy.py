@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ def load_model(path: str, config: ModelConfig, device: torch.device, key: str) -
             raise ConfigError(
                 f"{key}: expected weights for every parameter, found {what} {some} in {path!r}"
             )
+    _mend_generation_config(model)
     return model.to(device).eval()
 
 
@@ -185,6 +187,33 @@ def _attention_problem(folder: Path, attention: str) -> str | None:
         f"expected {' or '.join(others)} for {str(folder)!r} (or another one that is installed and "
         f'that its class has), got "{attention}" ({_first_line(error)})'
     )
+
+
+def _mend_generation_config(model: Any) -> None:
+    """Makes of what a folder says of generation what may be written again, where little is wrong.
+
+    transformers loads more than it saves: `temperature` without `do_sample`, a padding token of -1.
+    No rollout reads any of these.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _is_valid(config):
+        return
+    mended = copy.deepcopy(config)
+    if mended.pad_token_id is not None and mended.pad_token_id < 0:
+        mended.pad_token_id = None
+    if not _is_valid(mended):
+        mended.do_sample = True
+    # Else it stays as it was: newer versions of transformers save what is as it was loaded.
+    if _is_valid(mended):
+        model.generation_config = mended
+
+
+def _is_valid(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,6 +117,22 @@ def check_finite(model: torch.nn.Module, path: str, key: str) -> None:
     problem = nonfinite(model.named_parameters())
     if problem is not None:
         raise ConfigError(f"{key}: expected finite weights, got {problem} of {path!r}")
+
+
+def check_saving(model: Any, path: str) -> None:
+    """Raises ConfigError if transformers would refuse to write the model's generation config, and
+    so every checkpoint."""
+    if not model.can_generate():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise ConfigError(
+                "model.path: expected a generation_config.json that transformers writes again (no "
+                f"checkpoint could be written), got one in {path!r} that it refuses: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
 
 def check_forward(policy: Policy, config: TrainConfig) -> None:

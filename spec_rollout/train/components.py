@@ -44,6 +44,7 @@ from spec_rollout.train.checks import (
     check_order,
     check_reference,
     check_reference_weights,
+    check_saving,
     order_settings,
 )
 from spec_rollout.train.continued import ContinuedEngine
@@ -160,6 +161,7 @@ def build(
         if checkpoint is not None:
             adapter.load_adapter(checkpoint, policy.model)
     check_finite(policy.model, model_config.path, "model.path")
+    check_saving(policy.model, model_config.path)
     if config.rollout.max_model_len is not None:
         policy = replace(policy, max_length=config.rollout.max_model_len)
     if config.rollout.check_model:

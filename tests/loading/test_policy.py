@@ -114,6 +114,35 @@ def test_an_end_of_sequence_that_is_no_id_of_the_vocabulary_is_refused(folder, v
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("given", "read_back"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, (0.6, 0.9, True, 0)),
+        ({"pad_token_id": -1}, (None, None, None, None)),
+        ({"top_p": 0.9, "pad_token_id": -1}, (None, 0.9, True, None)),
+    ],
+)
+def test_a_generation_config_that_transformers_would_not_write_is_mended(
+    folder, tmp_path, given, read_back
+):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **given}))
+    policy = load(folder)
+    policy.model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / path.name).read_text())
+    names = ("temperature", "top_p", "do_sample", "pad_token_id")
+    assert tuple(saved.get(name) for name in names) == read_back
+    assert saved["eos_token_id"] == policy.tokenizer.eos_token_id
+
+
+def test_a_generation_config_that_cannot_be_mended_is_left_as_it_was(folder):
+    path = folder / "generation_config.json"
+    given = {**json.loads(path.read_text()), "early_stopping": True, "top_p": 0.9}
+    path.write_text(json.dumps(given))
+    found = load(folder).model.generation_config
+    assert (found.early_stopping, found.top_p, found.do_sample) == (True, 0.9, None)
+
+
 def test_an_id_of_the_hub_comes_with_what_to_do():
     with pytest.raises(ConfigError, match=r"hf download no-body/no-model --local-dir DIR"):
         load("no-body/no-model")

@@ -82,6 +82,25 @@ def test_flash_attention_is_not_for_float32(make_config) -> None:
     check_attention(make_config())
 
 
+def test_a_model_of_which_no_checkpoint_could_be_written_is_refused(
+    make_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = components.load_policy
+
+    def load(config):
+        policy = plain(config)
+        policy.model.generation_config.early_stopping = True  # without beams
+        return policy
+
+    monkeypatch.setattr(components, "load_policy", load)
+    run = make_config()
+    with pytest.raises(
+        ConfigError, match=r"model\.path: expected a generation_config\.json .*early_stopping"
+    ):
+        build(run)
+    assert not Path(run.log.run_dir).exists()
+
+
 def test_an_engine_that_seeds_the_process_changes_no_random_state(
     make_config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
