@@ -7,8 +7,7 @@ row in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ class MarkovEngine:
 
     supports_history = False
     before_step: Callable[[], None] | None = None
-    last_counters: Mapping[str, float] = MappingProxyType({})
+    last_counters: None = None
 
     def __init__(self, logits: torch.Tensor, abort_after: int | None = None) -> None:
         self.logits = logits.double()

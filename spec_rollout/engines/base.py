@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
+
+
+class EngineCounters(Protocol):
+    """What only one engine counts, of one or more rollouts; beside `RolloutStats` in a log."""
+
+    def __add__(self, other: Self, /) -> Self:
+        """Of the rollouts of both."""
+        ...
+
+    def as_row(self) -> Mapping[str, float]:
+        """Keys begin with the engine's name (`vllm_num_wasted_tokens`).
+
+        Shares are of the sums, so they cannot be made of the rows of several rollouts.
+        """
+        ...
 
 
 @runtime_checkable
@@ -38,11 +53,8 @@ class RolloutEngine(Protocol):
         ...
 
     @property
-    def last_counters(self) -> Mapping[str, float]:
-        """What only this engine counts, of the last rollout; beside `RolloutStats` in a log.
-
-        Keys begin with the engine's name (`vllm_num_wasted_tokens`).
-        """
+    def last_counters(self) -> EngineCounters | None:
+        """What only this engine counts, of the last rollout; None if there is no such thing."""
         ...
 
     def rollout(

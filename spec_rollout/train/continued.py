@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from spec_rollout.acceptance import AcceptanceRule
-from spec_rollout.engines.base import RolloutEngine
+from spec_rollout.engines.base import EngineCounters, RolloutEngine
 from spec_rollout.types import RolloutRequests, Rollouts, SamplingParams
 
 
@@ -55,7 +55,7 @@ class ContinuedEngine:
         return getattr(self._engine, "eos_token_ids", ())
 
     @property
-    def last_counters(self) -> Mapping[str, float]:
+    def last_counters(self) -> EngineCounters | None:
         return self._engine.last_counters
 
     def rollout(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from spec_rollout.acceptance import Coupled, Lenient, Schedule
 from spec_rollout.config.sections import RunConfig
+from spec_rollout.engines.base import EngineCounters
 from spec_rollout.evals.sampling import evaluate
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.runs.environment import environment
@@ -140,6 +143,8 @@ class TrainingRun:
         if parts.lenience is not None:
             parts.session.schedule = Schedule(parts.lenience.rule)
 
+        counted: list[EngineCounters] = []  # one of each call
+
         def roll(rows: Sequence[PromptRow]) -> Rollouts:
             with stop.aborting(parts.engine):
                 rollouts = parts.session.rollout(
@@ -150,6 +155,8 @@ class TrainingRun:
                     epoch=epoch,
                     user_keys=[row.user_key for row in rows],
                 )
+            if parts.engine.last_counters is not None:
+                counted.append(parts.engine.last_counters)
             if self._on_rollouts is not None:
                 self._on_rollouts(self._step + 1, rollouts)
             return rollouts
@@ -196,7 +203,7 @@ class TrainingRun:
                 seen.scores,
                 trained,
                 update,
-                parts.engine.last_counters,
+                reduce(operator.add, counted).as_row() if counted else {},
             ),
             **seen.metrics,
             **self._lenience_row(seen.rollouts.stats),

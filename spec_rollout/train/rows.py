@@ -33,6 +33,7 @@ def step_row(
     Args:
         step: Updates done with this one.
         epoch: 0-based.
+        engine_counters: What only the engine counts (`EngineCounters.as_row`).
     """
     rewards = scores.total
     given = rewards[~torch.isnan(rewards)]

@@ -23,7 +23,7 @@ def test_it_is_a_rollout_engine_without_counters_of_its_own(engine: Transformers
     assert isinstance(engine, RolloutEngine)
     assert engine.supports_history
     engine.rollout(random_requests(2), SAMPLING, Coupled())
-    assert engine.last_counters == {}
+    assert engine.last_counters is None
 
 
 def test_before_step_is_called_before_each_step(engine: TransformersEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,9 @@ from test_batching import make_rollouts
 from whole_runs import assert_same_weights, final_weights, read_rows, without_seconds
 
 from spec_rollout.config.sections import ConfigError
+from spec_rollout.engines.transformers import TransformersEngine
+from spec_rollout.engines.vllm.metrics import ReuseMetrics
+from spec_rollout.train import components
 from spec_rollout.train.experience import differing
 from spec_rollout.train.merge import chosen, joined
 from spec_rollout.train.trainer import resume, run
@@ -147,6 +151,32 @@ def test_a_run_with_refills_is_resumed_exactly(make_config, tmp_path):
     rows = [without_seconds(read_rows(tmp_path / name)) for name in ("whole", "part")]
     assert rows[0] == rows[1]
     assert_same_weights(final_weights(tmp_path / "whole"), final_weights(tmp_path / "part"))
+
+
+def test_counters_of_the_engine_are_of_all_calls_of_a_step(make_config, tmp_path, monkeypatch):
+    """All that the first call tests passes, nothing of three times as much in each other one."""
+    sizes = []
+
+    class Counting(TransformersEngine):
+        def rollout(self, requests, sampling, acceptance):
+            sizes.append(requests.batch)
+            tested, accepted = (8, 8) if len(sizes) == 1 else (24, 0)
+            self.last_counters = ReuseMetrics(
+                num_tested_tokens=tested,
+                tested_at=np.full(1, tested),
+                accepted_at=np.full(1, accepted),
+            )
+            return super().rollout(requests, sampling, acceptance)
+
+    monkeypatch.setattr(
+        components, "make_engine", lambda _r, _v, _m, policy, **_: Counting(policy.model)
+    )
+    run(_dapo(make_config, tmp_path / "a", "never", max_steps=1, refill_rounds=2))
+    assert sizes == [8, 8, 8]
+    (row,) = [row for row in read_rows(tmp_path / "a") if row["step"] == 1]
+    assert row["num_rollouts"] == 24
+    assert row["vllm_num_tested_tokens"] == 8 + 24 + 24
+    assert row["vllm_acceptance_1_16"] == 8 / (8 + 24 + 24)
 
 
 def test_what_dapo_refuses_is_refused_before_anything_is_written(make_config, tmp_path):

@@ -134,9 +134,9 @@ class VLLMEngine:
         return self._no_history is None
 
     @property
-    def last_counters(self) -> Mapping[str, float]:
-        """Counters of the last rollout that only this engine has, as `vllm_*`."""
-        return self.last_metrics.as_row()
+    def last_counters(self) -> ReuseMetrics:
+        """Those of the last rollout; in a log they are `vllm_*`."""
+        return self.last_metrics
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
