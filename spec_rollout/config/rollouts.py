@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from spec_rollout.config.checks import ConfigError, at_least, require
@@ -15,6 +15,17 @@ if TYPE_CHECKING:  # torch comes with these; a command line is read without it
     from spec_rollout.types import SamplingParams
 
 _POOL = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)  # as `spec_rollout.cache.RayStore` wants it
+
+# Settings that only some rules have, and which.
+_RULES = {
+    "log_lenience": ("lenient", "coupled"),
+    "tolerance": ("lenient", "coupled"),
+    "scale": ("lenient",),
+    "min_target_prob": ("lenient",),
+    "reuse_prob": ("random_reuse",),
+}
+# Arguments of rules and schedules that are called otherwise here.
+_KEYS = {"prob": "reuse_prob", "num_steps": "schedule_steps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +145,7 @@ class RolloutConfig:
             "a positive number (greedy samples of a group are all equal)",
             self.temperature,
         )
-        if self.log_lenience is not None and self.rule not in ("lenient", "coupled"):
-            raise ConfigError(
-                f"rollout.log_lenience: expected to be left out with rule {self.rule!r} "
-                f"(only lenient and coupled have one), got {self.log_lenience!r}"
-            )
-        require(
-            self.tolerance == 0.0 or self.rule in ("lenient", "coupled"),
-            "rollout.tolerance",
-            f"0 with rule {self.rule!r} (only lenient and coupled have one)",
-            self.tolerance,
-        )
+        self._check_rule()
         require(
             self.engine != "vllm" or not self.batch_invariant,
             "rollout.batch_invariant",
@@ -157,7 +158,22 @@ class RolloutConfig:
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"rollout.{error}") from None
+            name, colon, rest = str(error).partition(":")
+            raise ConfigError(f"rollout.{_KEYS.get(name, name)}{colon}{rest}") from None
+
+    def _check_rule(self) -> None:
+        """What the rule does not have is not set."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for key, rules in _RULES.items():
+            value, default = getattr(self, key), defaults[key]
+            expected = "to be left out" if default is None else f"{default:g}"
+            have = "have" if len(rules) > 1 else "has"
+            require(
+                value == default or self.rule in rules,
+                f"rollout.{key}",
+                f"{expected} with rule {self.rule!r} (only {' and '.join(rules)} {have} one)",
+                value,
+            )
 
     def _check_store(self) -> None:
         store = self.cache_store

@@ -87,5 +87,9 @@ class RunConfig:
         """The same with the published values of its algorithm written out where they are meant."""
         rollout = self.rollout
         if rollout.rule == "lenient" and rollout.log_lenience is None:
-            rollout = replace(rollout, log_lenience=self.train.numbers().log_lenience)
+            start = self.train.numbers().log_lenience
+            if rollout.lenience_budget is not None:
+                low, high = rollout.lenience_range
+                start = max(low, min(high, start))
+            rollout = replace(rollout, log_lenience=start)
         return replace(self, train=self.train.settled(), rollout=rollout)

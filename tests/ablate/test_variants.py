@@ -27,6 +27,8 @@ def test_each_option_adds_its_runs(make_config) -> None:
         rollout={
             "rule": "lenient",
             "log_lenience": 2.0,
+            "scale": 2.0,
+            "min_target_prob": 0.1,
             "max_age": 3,
             "drafting": True,
             "tolerance": "auto",
@@ -51,6 +53,7 @@ def test_each_option_adds_its_runs(make_config) -> None:
     assert {name: r.max_age for name, r in rollouts.items() if r.max_age} == {"slow": 1}
     assert rollouts["fresh_share_0.5"].fresh_share == 0.5
     assert {name for name, r in rollouts.items() if r.tolerance} == {"rounded"}
+    assert {(r.scale, r.min_target_prob) for r in rollouts.values()} == {(1.0, 0.0)}
     assert changed(base, found["slow"]).train.lr == 1e-4
     assert changed(base, found["both"]).train.correction == "none"
 

@@ -127,6 +127,14 @@ def test_portions_change_nothing(prompts: Path) -> None:
         (["--num-samples", "0"], "--num-samples: expected at least 1, got 0"),
         (["--top-p", "0"], "--top-p: expected 0 < value <= 1, got 0.0"),
         (["--rule", "none", "--log-lenience", "1"], "--log-lenience: expected to be left out"),
+        (
+            ["--scale", "2"],
+            "--scale: expected 1 with rule 'coupled' (only lenient has one), got 2.0",
+        ),
+        (
+            ["--rule", "random_reuse", "--reuse-prob", "2"],
+            "--reuse-prob: expected 0 <= value <= 1, got 2.0",
+        ),
         (["--pass", "-1"], "--pass: expected >= 0, got -1"),
         (["--cache-in", "nowhere.bin"], "nowhere.bin: No such file"),
         (

@@ -133,6 +133,22 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             {"rollout": {"tolerance": 0.1, "rule": "one_hot"}},
             r"rollout\.tolerance: expected 0 with rule 'one_hot' .*got 0\.1",
         ),
+        *(
+            (
+                {"rollout": {"rule": rule, key: value}},
+                rf"rollout\.{key}: expected {default} with rule '{rule}' \(only {owner} has one\), got",
+            )
+            for key, value, default, owner in (
+                ("scale", 2.0, "1", "lenient"),
+                ("min_target_prob", 0.1, "0", "lenient"),
+                ("reuse_prob", 1.5, "0.5", "random_reuse"),
+            )
+            for rule in ("coupled", "one_hot", "none")
+        ),
+        (
+            {"rollout": {"rule": "random_reuse", "reuse_prob": 1.5}},
+            r"rollout\.reuse_prob: expected 0 <= value <= 1, got 1\.5",
+        ),
         (
             {"rollout": {"cache_ray": "jobs/one"}},
             r"rollout\.cache_ray: expected to be left out with cache_store = 'memory', got 'jobs/one'",
@@ -172,7 +188,7 @@ _BUDGET = {"lenience_budget": "kl_reused", "lenience_target": 0.01}
             r"train\.correction: expected 'none' with rollout\.top_k or .*got 'truncated'",
         ),
         ({"rollout": {"top_k": 5}}, r"rollout\.top_k: expected train\.recompute_logprobs = true"),
-        ({"rollout": {"start_log_lenience": 1.0}}, r"rollout\.num_steps|rollout\.schedule_steps"),
+        ({"rollout": {"start_log_lenience": 1.0}}, r"rollout\.schedule_steps: expected at l"),
         ({"rollout": {"engine": "sglang"}}, r"expected one of transformers, vllm, got 'sglang'"),
         (
             {"rollout": {"engine": "vllm", "batch_invariant": True}},
@@ -364,6 +380,14 @@ def test_what_is_left_out_is_published(algorithm, values):
     # Another algorithm has its own values, as long as they are not written out.
     changed = replace(config, train=replace(config.train, algorithm="dapo")).settled()
     assert changed.train.clip_high == 0.28
+
+
+@pytest.mark.parametrize(
+    ("limits", "start"), [([-1.0, 0.3], 0.3), ([1.0, 2.0], 1.0), ([-1.0, 2.0], 0.5)]
+)
+def test_a_budget_starts_within_its_range(limits, start):
+    config = config_with(rollout={**_BUDGET, "rule": "lenient", "lenience_range": limits})
+    assert config.settled().rollout.log_lenience == start
 
 
 def test_what_is_given_is_kept():
