@@ -274,6 +274,7 @@ def build(
             algorithm,
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
+            filtered=sampling.top_k != 0 or sampling.top_p != 1.0,
             reference=reference,
             value_head=value_head,
         ),

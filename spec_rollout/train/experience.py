@@ -86,12 +86,13 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
         num_missing = num_wanted - sum(differ) if len(calls) <= rounds else 0
         wanted, others = [parts.data.rows[i] for i in others[:num_missing]], others[num_missing:]
     everything, scores = joined(calls), _joined_scores(scored)
-    trained, rewards, metrics = everything, scores.total, {}
+    trained, rewards = everything, scores.total
+    metrics: dict[str, float] = {}
+    if size > 1:
+        num_judged = int((~torch.isnan(scores.total)).any(1).sum())
+        metrics["zero_variance_fraction"] = 1 - sum(differ) / max(1, num_judged)
     if rounds:
-        metrics = {
-            "num_refilled_prompts": len(rows) - num_wanted,
-            "zero_variance_fraction": 1 - sum(differ) / len(differ),
-        }
+        metrics["num_refilled_prompts"] = len(rows) - num_wanted
         if not any(differ):
             rewards = torch.full_like(scores.total, torch.nan)
         elif not all(differ):

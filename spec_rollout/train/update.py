@@ -89,6 +89,8 @@ class PolicyUpdater:
         algorithm: Gives the loss.
         temperature: Of the sampling distribution that the rollouts' log-probs are of.
         max_tokens: Longest response allowed.
+        filtered: Sampling has top-k or top-p: the rollouts' log-probs are of another distribution
+            than the trainer's.
         reference: Frozen model; None unless the algorithm needs one.
         value_head: Its parameters are the optimizer's, too; None unless the algorithm needs one.
 
@@ -109,6 +111,7 @@ class PolicyUpdater:
         *,
         temperature: float,
         max_tokens: int,
+        filtered: bool = False,
         reference: PreTrainedModel | None = None,
         value_head: ValueHead | None = None,
     ) -> None:
@@ -127,6 +130,7 @@ class PolicyUpdater:
         self._algorithm = algorithm
         self._temperature = temperature
         self._max_tokens = max_tokens
+        self._filtered = filtered
         self._reference = reference
         self._value_head = value_head
         policy = _trainable(model)
@@ -308,7 +312,7 @@ class PolicyUpdater:
             out.loss.backward()
             loss_sum += out.loss.detach()
             sums.add({"entropy": entropy.sum(), **out.sums}, logprobs.numel())
-            if first:
+            if first and not self._filtered:
                 engine = rollouts.logprobs[batch.token_index].to(self._device)
                 sums.add_gap(engine, logprobs.detach())
         return float(loss_sum)

@@ -15,13 +15,14 @@ class UpdateResult:
 
     Attributes:
         loss: Mean over the minibatches.
-        means: `entropy` of the sampling distribution, nats per token, and the algorithm's own sums
-            (`Algorithm.sum_names`) per token.
+        means: `entropy` of the policy after temperature and before top-k and top-p, nats per token,
+            and the algorithm's own sums (`Algorithm.sum_names`) per token.
         grad_norm: Of the policy before clipping, mean over the minibatches.
         lr: Learning rate.
         logprob_gap: Mean absolute difference of the engine's and the trainer's log-probs before the
-            first optimizer step: rounding, unless something is wrong. Tokens that the engine's
-            top-k or top-p leave out do not count. NaN if no token was compared.
+            first optimizer step: rounding, unless something is wrong. NaN where sampling is
+            filtered, as the engine's are then of another distribution, and if no token was
+            compared (those that had no probability are not).
         num_tokens: Tokens trained on.
         num_skipped_updates: Minibatches left out because their gradient was not finite.
     """

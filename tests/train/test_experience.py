@@ -86,6 +86,17 @@ def by_answer(prompt: str, response: str, answer: str) -> float:
     return float(len(response) % 2) if int(answer) < 2 else 1.0
 
 
+def half(prompts, responses, answers) -> list[float | None]:
+    """Of each prompt with an answer of 2 one response is right, of one with 3 none is judged."""
+    seen: set[str] = set()
+    rewards: list[float | None] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        first = prompt not in seen
+        seen.add(prompt)
+        rewards.append(None if answer == "3" else float(answer == "2" and first))
+    return rewards
+
+
 def never(prompt: str, response: str, answer: str) -> float:
     return 0.0
 
@@ -177,6 +188,23 @@ def test_counters_of_the_engine_are_of_all_calls_of_a_step(make_config, tmp_path
     assert row["num_rollouts"] == 24
     assert row["vllm_num_tested_tokens"] == 8 + 24 + 24
     assert row["vllm_acceptance_1_16"] == 8 / (8 + 24 + 24)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "ppo"])
+def test_every_algorithm_says_how_many_groups_teach_nothing(make_config, tmp_path, algorithm):
+    """Of the groups with a reward."""
+    config = make_config(
+        reward={"functions": [f"{__name__}:half"]},
+        train={"algorithm": algorithm, "prompts_per_step": 6, "epochs": 1, "refill_rounds": 0},
+        eval={"num_train_prompts": 0},
+        log={"run_dir": str(tmp_path / "a")},
+    )
+    run(config)
+    (row,) = [row for row in read_rows(tmp_path / "a") if row["step"] == 1]
+    assert row["num_skipped_rewards"] == 4
+    # Answers 0, 1, 1, 2, 2 and 3, the last one without a reward.
+    assert row["zero_variance_fraction"] == 3 / 5
+    assert "num_refilled_prompts" not in row
 
 
 def test_what_dapo_refuses_is_refused_before_anything_is_written(make_config, tmp_path):

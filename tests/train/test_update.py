@@ -92,7 +92,7 @@ def token_advantages(rollouts, advantages=ADVANTAGES):
     return algorithms.Advantages(per_token(advantages, rollouts.response_lens))
 
 
-def make_updater(model, optimizer, config, reference=None, value_head=None):
+def make_updater(model, optimizer, config, reference=None, value_head=None, filtered=False):
     return PolicyUpdater(
         model,
         optimizer,
@@ -102,6 +102,7 @@ def make_updater(model, optimizer, config, reference=None, value_head=None):
         max_tokens=9,
         reference=reference,
         value_head=value_head,
+        filtered=filtered,
     )
 
 
@@ -375,6 +376,19 @@ def test_tokens_that_a_filter_leaves_out_are_trained_on_with_recomputed_logprobs
     num = filtered.num_tokens
     expected = (whole.logprob_gap * num - first) / (num - 1)
     assert filtered.logprob_gap == pytest.approx(expected, rel=1e-4)
+    assert replace(filtered, logprob_gap=0.0) == replace(whole, logprob_gap=0.0)
+
+
+def test_logprobs_of_a_filtered_distribution_are_not_compared(policy, rollouts):
+    """What is between them and the trainer's is what the filter keeps, and no rounding."""
+    whole, filtered = (
+        make_updater(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), sgd_config(), filtered=filtered
+        ).update(rollouts, token_advantages(rollouts), GROUPS, step=0)
+        for filtered in (False, True)
+        for model in [copy.deepcopy(policy.model)]
+    )
+    assert math.isnan(filtered.logprob_gap)
     assert replace(filtered, logprob_gap=0.0) == replace(whole, logprob_gap=0.0)
 
 

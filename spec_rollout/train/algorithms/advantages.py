@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-
-
-class GroupAdvantages(NamedTuple):
-    """Advantages, and how many groups have none.
-
-    Attributes:
-        advantages: [num_groups, group_size], float32.
-        num_zero_variance: Groups whose rewards are all equal.
-        num_groups: Groups with a reward.
-    """
-
-    advantages: torch.Tensor
-    num_zero_variance: int
-    num_groups: int
 
 
 def group_advantages(
     rewards: torch.Tensor, *, normalize: bool = True, eps: float = 1e-4
-) -> GroupAdvantages:
+) -> torch.Tensor:
     """Reward minus the group's mean, over its standard deviation plus `eps`.
 
     Responses with reward NaN (skipped ones) get advantage 0 and do not count in mean and deviation.
@@ -33,6 +17,9 @@ def group_advantages(
         rewards: One row per prompt. [num_groups, group_size], floating point; NaN where skipped.
         normalize: Divide by the standard deviation (of the sample: n - 1).
         eps: Added to the standard deviation.
+
+    Returns:
+        [num_groups, group_size], float32.
 
     Raises:
         ValueError: if `rewards` is not a matrix of floats or holds an infinity, or float32 cannot
@@ -76,7 +63,7 @@ def group_advantages(
             "rewards: expected differences from the group's mean that float32 holds, got "
             f"{float(advantages[group].abs().max()):.3g} in group {group}"
         )
-    return GroupAdvantages(result, int((flat & (counts > 0)).sum()), int((counts > 0).sum()))
+    return result
 
 
 def per_token(values: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class DAPO:
         shaped = inputs.rewards + penalties.view_as(inputs.rewards)
         grouped = group_advantages(shaped, normalize=self._config.normalize_advantages)
         return Advantages(
-            per_token(grouped.advantages.flatten(), inputs.response_lens),
+            per_token(grouped.flatten(), inputs.response_lens),
             metrics={"overlong_penalty": float(penalties.mean()) if penalties.numel() else 0.0},
         )
 

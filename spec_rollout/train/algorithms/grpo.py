@@ -43,12 +43,7 @@ class GRPO:
 
     def advantages(self, inputs: AdvantageInputs) -> Advantages:
         grouped = group_advantages(inputs.rewards, normalize=self._config.normalize_advantages)
-        return Advantages(
-            per_token(grouped.advantages.flatten(), inputs.response_lens),
-            metrics={
-                "zero_variance_fraction": grouped.num_zero_variance / max(1, grouped.num_groups)
-            },
-        )
+        return Advantages(per_token(grouped.flatten(), inputs.response_lens))
 
     def token_weights(self, response_lens: torch.Tensor, max_tokens: int) -> torch.Tensor:
         return token_weights(response_lens, self._config.loss_aggregation, max_tokens)
