@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import select
 import subprocess
@@ -105,8 +106,10 @@ def problem_with_installation() -> str | None:
 
 
 def _text(answer: Any) -> str:
-    if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
+    if isinstance(answer, float) and math.isfinite(answer):
+        # The shortest digits that give it, without an exponent: to mathematics e is a number. With
+        # 0.0 added, -0 is 0.
+        answer = Decimal(repr(float(answer) + 0.0)).normalize()
     if isinstance(answer, Decimal):
         return f"{answer:f}"
     return str(answer)

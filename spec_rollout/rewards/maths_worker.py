@@ -40,7 +40,8 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 _DOLLAR = re.compile(r"\\\$")
 # "3 1/2" is not 31/2, while "10 000" and "10\,000" are 10000.
 _APART = re.compile(r"(?<=\d)(?:\s|\\[;: ])+(?=\d)(?!\d{3}(?!\d))")
-_SPACING = re.compile(r"\\left|\\right|\\[,!;: ]|[\s$]+")
+# The end of a row stays: the second backslash of "\\ " is no space.
+_SPACING = re.compile(r"(\\\\)|\\(?:left|right)(?![a-zA-Z])|\\[,!;: ]|[\s$]+")
 # "Answer" where no answer is stated: math-verify takes the first number that follows the word, be
 # it that of "to answer this, take her 9 eggs" or of "the answer is not 9 but 18".
 _NO_ANSWER = re.compile(
@@ -55,6 +56,8 @@ _NO_ANSWER = re.compile(
 # Words, and a number after them: prose rather than a formula and its unit.
 _PROSE = re.compile(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}.*\d")
 _INLINE = re.compile(r"\\\(.*?\\\)|\\\[.*?\\\]")
+# A matrix, say: one formula, over however many lines.
+_ENVIRONMENT = re.compile(r"\\begin\{(\w+\*?)\}.*?\\end\{\1\}", re.DOTALL)
 
 
 class OutOfTime(BaseException):
@@ -95,14 +98,14 @@ def stated(text: str) -> tuple[str, bool]:
 def plain(answer: str) -> str:
     """An answer without what makes no difference to it: equal ones need no mathematics."""
     answer = _TEXT.sub(r"\1", _DOLLAR.sub("", answer))
-    answer = _SPACING.sub("", _APART.sub("~", answer))
+    answer = _SPACING.sub(r"\1", _APART.sub("~", answer))
     return answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").rstrip(".")
 
 
 def is_worked(answer: str) -> bool:
     """Whether an answer column holds a solution that is to be looked through, in words, rather than
     an answer by itself."""
-    if "\n" in answer:
+    if "\n" in _ENVIRONMENT.sub("", answer.strip()):
         return True
     words = _INLINE.sub("0", _DOLLAR.sub("", answer))
     return "\\" not in words and _PROSE.search(words) is not None
@@ -118,8 +121,11 @@ def make_judge() -> Callable[[str, list[str]], bool]:
         text = _DOLLAR.sub("", text)
         if not is_answer:
             text = _NO_ANSWER.sub(" ", text)
-        elif "$" not in text:
-            text = f"${text}$"
+        else:
+            # What math-verify takes for inline mathematics has no line breaks.
+            text = " ".join(text.split())
+            if "$" not in text:
+                text = f"${text}$"
         return parse(text, targets, extraction_mode="first_match", parsing_timeout=None)
 
     @lru_cache(maxsize=4096)

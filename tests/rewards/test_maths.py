@@ -25,6 +25,10 @@ from spec_rollout.rewards.maths_worker import last_boxed, plain, stated
 # Python computes it in one call, in all the memory there is.
 ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
 
+MATRIX = "Thus \\[\\boxed{\n\\begin{pmatrix}\n1 & 2 \\\\\n3 & 4\n\\end{pmatrix}\n}\\]"
+CASES = "\\boxed{\\begin{cases}\nx & x > 0 \\\\\n-x & x \\le 0\n\\end{cases}}"
+ALIGNED = "\\boxed{\\begin{aligned}\nx &= 1 \\\\\ny &= 2\n\\end{aligned}}"
+
 
 @pytest.mark.parametrize(
     ("text", "boxed"),
@@ -65,6 +69,12 @@ def test_what_makes_no_difference():
     assert plain(r"\$32,\!348") == "32,348"
     assert plain(r"10\,000") == "10000"
     assert plain("3 1/2") == plain(r"3\;1/2") != plain("31/2")
+    # The end of a row is no space, and an arrow no bracket.
+    rows = r"\begin{pmatrix}1\\2\end{pmatrix}"
+    assert plain(r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}") == rows
+    assert plain(r"\begin{pmatrix}1 \\\, 2\end{pmatrix}") == rows
+    assert plain(r"a \leftarrow \left[ b \right]") == r"a\leftarrow[b]"
+    assert plain(r"a \rightarrow b") != plain(r"a \leftarrow b") != plain("a arrow b")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +132,39 @@ def test_what_makes_no_difference():
         (r"\boxed{3 1/2}", "31/2", False),
         (r"\boxed{1 2}", "12", False),
         (r"\boxed{10 000}", "10000", True),
+        # Over several lines.
+        ("\\boxed{\n5\n}", "5", True),
+        ("\\boxed{x = 7,\n y = 2}", "2", False),
+        (MATRIX, r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", True),
+        (MATRIX, r"\left( \begin{array}{cc} 1 & 4/2 \\ 3 & 4 \end{array} \right)", True),
+        (MATRIX, r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}", False),
+        (MATRIX, r"\begin{pmatrix} 9 & 2 \\ 3 & 4 \end{pmatrix}", False),
+        (MATRIX, "4", False),
+        (MATRIX, MATRIX, True),
+        (MATRIX, "\\begin{pmatrix}\n1 & 2 \\\\\n3 & \\frac{8}{2}\n\\end{pmatrix}\n", True),
+        (MATRIX, "\\begin{pmatrix}\n9 & 2 \\\\\n3 & 4\n\\end{pmatrix}\n", False),
+        (r"\boxed{4}", "\\begin{pmatrix}\n9 & 2 \\\\\n3 & 4\n\\end{pmatrix}\n", False),
+        (CASES, r"\begin{cases} x & x > 0 \\ -x & x \le 0 \end{cases}", True),
+        (CASES, r"\begin{cases} x & x > 0 \\ x & x \le 0 \end{cases}", False),
+        (CASES, "0", False),
+        (ALIGNED, r"\begin{aligned} x &= 1 \\ y &= 2 \end{aligned}", True),
+        (ALIGNED, r"\begin{aligned} x &= 3 \\ y &= 2 \end{aligned}", False),
+        (ALIGNED, "2", False),
+        (r"\boxed{a \leftarrow b}", r"a\leftarrow b", True),
+        (r"\boxed{a \leftarrow b}", r"a \rightarrow b", False),
+        (r"\boxed{a \rightarrow b}", r"a \leftarrow b", False),
+        # Floats, whose text may have an exponent.
+        (r"\boxed{0.00001}", 1e-05, True),
+        (r"\boxed{10^{-5}}", 1e-05, True),
+        (r"\boxed{0.00002}", 1e-05, False),
+        (r"\boxed{0.0000001}", 1e-07, True),
+        (r"\boxed{-0.0000001}", -1e-07, True),
+        (r"\boxed{10^{16}}", 1e16, True),
+        (r"\boxed{10^{23}}", 1e23, True),
+        (r"\boxed{123456789012345680}", 123456789012345680.0, True),
+        (r"\boxed{123456789012345681}", 123456789012345680.0, False),
+        (r"\boxed{100}", 100.0, True),
+        (r"\boxed{0}", -0.0, True),
     ],
 )
 def test_equal_answers(response, answer, correct):
