@@ -84,10 +84,11 @@ class Signature:
         batched: With lists, once for all responses.
         scores: The function is verl's and may return a table with a "score".
         positional: What it gets by position.
+        placed: Names of the parameters that get it, where they could be given by name, too.
         named: What it gets by name.
         columns: Columns that it takes by name.
         required: Of these, the ones without a default.
-        all_columns: It takes every column.
+        all_columns: It takes every column but those that have the name of what it gets.
         from_run: What it takes of `FROM_RUN`.
         answer_too: Among all columns, the answer: TRL knows no answers, only columns.
     """
@@ -95,6 +96,7 @@ class Signature:
     batched: bool = False
     scores: bool = False
     positional: tuple[Getter, ...] = ()
+    placed: frozenset[str] = frozenset()
     named: Mapping[str, Getter] = field(default_factory=dict)
     columns: frozenset[str] = frozenset()
     required: frozenset[str] = frozenset()
@@ -126,7 +128,8 @@ class Signature:
 
     def _taken(self, names: Collection[str]) -> list[str]:
         if self.all_columns:
-            return [name for name in names if name not in self.named]
+            # A column of that name would be given beside it.
+            return [name for name in names if name not in self.named and name not in self.placed]
         return [name for name in self.columns if name in names]
 
 
@@ -162,6 +165,7 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
     from_run: set[str] = set()
     by_place = not verl and _takes_places(parameters, known)
     positional: list[Getter] = []
+    placed: set[str] = set()
     named: dict[str, Getter] = {}
     taken: dict[str, bool] = {}  # whether it has no default
     all_columns = False
@@ -192,6 +196,8 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         if getter is not None:
             if in_order and parameter.kind is not parameter.KEYWORD_ONLY:
                 positional.append(getter)
+                if parameter.kind is not parameter.POSITIONAL_ONLY:
+                    placed.add(name)
             else:
                 named[name] = getter
             continue
@@ -209,6 +215,7 @@ def signature_of(function: Callable[..., Any], columns: Collection[str] | None) 
         batched,
         verl,
         tuple(positional),
+        frozenset(placed),
         named,
         frozenset(taken),
         frozenset(name for name, is_required in taken.items() if is_required),

@@ -133,6 +133,38 @@ def test_functions_for_trl():
     assert called(trl_short, SAMPLE)[1] == sorted([*of_run, *COLUMNS, "answer"])
 
 
+def test_a_column_with_the_name_of_what_is_given_by_position_is_left_out():
+    columns = dict.fromkeys(("answers", "completions", "response_ids", "level"), "?")
+    sample = Sample("P", "R", "A", columns, "d.jsonl:1", [1, 2])
+
+    def of_lists(prompts, responses, answers, **columns):
+        return prompts, responses, answers, sorted(columns)
+
+    def of_trl(prompts, completions, **kwargs):
+        return prompts, completions, kwargs["level"], kwargs["answers"], "completions" in kwargs
+
+    def of_one(response_ids, response, **columns):
+        return response_ids, response, sorted(columns)
+
+    def by_position_only(prompts, responses, answers, /, **columns):
+        return answers, columns["answers"]
+
+    assert called(of_lists, sample, columns=columns) == (
+        ["P"], ["R"], ["A"], ["completions", "level", "response_ids"],
+    )  # fmt: skip
+    assert called(of_trl, sample, columns=columns) == (["P"], ["R"], ["?"], ["?"], False)
+    assert called(of_one, sample, columns=columns) == (
+        [1, 2], "R", ["answers", "completions", "level"],
+    )  # fmt: skip
+    # No name could be given twice.
+    assert called(by_position_only, sample, columns=columns) == (["A"], ["?"])
+    # Which columns there are may not be known before the call.
+    signature = signature_of(by_keyword, None)
+    assert signature.call(by_keyword, [Sample("P", "R", "A", {"prompt": "?", "level": 3})])[3] == {
+        "level": 3
+    }
+
+
 def test_what_functions_for_trl_ask_of_the_trainer_and_tell_it():
     def asks(completions, trainer_state, log_metric, log_extra, answer):
         log_extra("lengths", [len(c) for c in completions])
