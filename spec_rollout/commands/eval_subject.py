@@ -205,6 +205,7 @@ def subject_of_run(args: argparse.Namespace) -> Subject:
         keep_special_tokens=config.reward.keep_special_tokens,
         drafting=args.drafting,
         portion=_portion(config.rollout),
+        progress=parts.progress(step),
     )
     return Subject(
         str(point.checkpoint),

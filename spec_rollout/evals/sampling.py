@@ -145,9 +145,14 @@ def evaluate(
     step: int,
     correct_at: float,
     keep_special_tokens: bool = False,
+    progress: Progress | None = None,
 ) -> EvalResult:
     """Samples every prompt afresh (no cache, noise of its own that changes with `step`) and scores
-    the responses."""
+    the responses.
+
+    Args:
+        progress: What rewards are told of the run; None knows no more of it than `step`.
+    """
     rollouts = session.evaluate([row.prompt_ids for row in rows], num_samples, sampling, step=step)
     scores = score(
         rewards,
@@ -156,7 +161,7 @@ def evaluate(
         rows,
         num_samples,
         keep_special_tokens=keep_special_tokens,
-        progress=Progress(step),
+        progress=progress or Progress(step),
     )
     values = scores.total
     given = values[~torch.isnan(values)]

@@ -24,12 +24,13 @@ class EvalSettings:
     Attributes:
         num_samples: Responses per problem.
         sampling: How their tokens are drawn.
-        step: Of the noise (`RolloutSession.evaluate`), and what rewards are told as the run's.
+        step: Of the noise (`RolloutSession.evaluate`).
         correct_at: A response counts as correct from this reward on.
         keep_special_tokens: See `RewardConfig`.
         drafting: See `RolloutSession.evaluate_rows`.
         portion: Responses sampled in one call: how often progress is told. Samples do not depend on
             it.
+        progress: What rewards are told of the run; None knows no more of it than `step`.
     """
 
     num_samples: int
@@ -39,6 +40,7 @@ class EvalSettings:
     keep_special_tokens: bool = False
     drafting: bool = False
     portion: int = 1024
+    progress: Progress | None = None
 
 
 @dataclass(slots=True)
@@ -134,7 +136,7 @@ def run_suite(
             chosen,
             num_samples,
             keep_special_tokens=settings.keep_special_tokens,
-            progress=Progress(settings.step),
+            progress=settings.progress or Progress(settings.step),
         )
         _add(result, rollouts, scores.total, settings)
         if on_response is not None:

@@ -31,6 +31,7 @@ from spec_rollout.loading.engines import check_engine, make_engine
 from spec_rollout.loading.policy import Policy, load_model, load_policy
 from spec_rollout.loading.prompts import PromptRenderer
 from spec_rollout.rewards.rewards import Rewards
+from spec_rollout.rewards.run_context import Progress
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.runs.loggers import check_loggers
 from spec_rollout.train import adapter, algorithms
@@ -96,6 +97,10 @@ class Components:
     state: TrainState
     total_steps: int
     notes: tuple[str, ...]
+
+    def progress(self, step: int) -> Progress:
+        """What rewards are told of the run after `step` updates."""
+        return Progress(step, self.total_steps, float(self.order.epoch_of(step)))
 
     def rounding_state(self) -> dict[str, Any]:
         """See `TrainState.rounding`."""

@@ -11,7 +11,6 @@ import torch
 
 from spec_rollout.evals.sampling import Scores, score
 from spec_rollout.loading.data import PromptRow
-from spec_rollout.rewards import Progress
 from spec_rollout.train.components import Components
 from spec_rollout.train.merge import chosen, joined
 from spec_rollout.types import Rollouts
@@ -76,7 +75,7 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
             wanted,
             size,
             keep_special_tokens=parts.config.reward.keep_special_tokens,
-            progress=Progress(step, parts.total_steps, float(parts.order.epoch_of(step))),
+            progress=parts.progress(step),
         )
         seconds += time.perf_counter() - start
         rows += wanted

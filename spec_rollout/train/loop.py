@@ -308,6 +308,7 @@ class TrainingRun:
                 step=self._step,
                 correct_at=config.correct_at,
                 keep_special_tokens=self._config.reward.keep_special_tokens,
+                progress=parts.progress(self._step),
             )
             row[f"accuracy_{name}"] = result.accuracy
             row[f"eval_reward_{name}"] = result.reward

@@ -37,6 +37,11 @@ def fails_sometimes(response):
     return 1.0
 
 
+def share_of_run(completions, trainer_state, **columns):
+    share = trainer_state.global_step / trainer_state.max_steps
+    return [trainer_state.epoch + share] * len(completions)
+
+
 def needs_level(prompt, response, answer, level):
     return float(level)
 
@@ -74,6 +79,22 @@ def test_a_reward_that_fails_is_told_and_counted_and_the_run_goes_on(make_config
     assert f"{rows[0]['num_failed_rewards']} responses are left out: reward {HERE}:" in said[0]
     assert "raised ValueError: odd (prompt of " in said[0]
     assert "train.jsonl:" in said[0]
+
+
+def test_rewards_are_told_how_far_the_run_is_in_its_evaluations_too(make_config):
+    config = make_config(
+        reward={"functions": [f"{HERE}:share_of_run"]},
+        train={"max_steps": 2},
+        eval={"num_train_prompts": 2, "every_steps": 1},
+    )
+    run(config)
+    rows = rows_of(config.log.run_dir)
+    assert [row.get("reward") for row in rows] == [None, 0.0, 0.5]
+    # After two steps an epoch is over.
+    assert [row["eval_reward_train"] for row in rows] == [0.0, 0.5, 2.0]
+    responses = Path(config.log.run_dir) / "responses.jsonl"
+    assert main(["eval", "--run", config.log.run_dir, "--responses", str(responses)]) == 0
+    assert {json.loads(line)["reward"] for line in responses.read_text().splitlines()} == {2.0}
 
 
 def test_a_reward_that_changes_the_folder_moves_no_files(make_config, tmp_path, monkeypatch):
