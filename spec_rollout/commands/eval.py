@@ -155,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        ValueError: naming the option or file, before anything is written.
+        ValueError: naming the option or file, before anything is written. Whatever lm-eval raises:
+            figures of the suites are written then.
     """
     suites, tasks = _names(args)
     pass_at = _pass_at(args)
@@ -163,13 +164,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--confidence: expected between 0 and 1, got {args.confidence}")
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"--max-rows: expected at least 1, got {args.max_rows}")
-    if tasks:
-        _check_harness()
+    manager = _checked_tasks(args, tasks) if tasks else None
     from spec_rollout.commands.eval_subject import subject_of_model, subject_of_run
     from spec_rollout.runs.outputs import check_outputs
 
-    prompts = None if args.prompts is None else Path(args.prompts)
-    check_outputs({"--out": args.out, "--responses": args.responses}, inputs={"--prompts": prompts})
+    check_outputs({"--out": args.out, "--responses": args.responses}, inputs=_inputs(args, suites))
     if args.run_dir is not None:
         subject = subject_of_run(args)
     else:
@@ -180,12 +179,21 @@ def run(args: argparse.Namespace) -> int:
             f"--pass-at: expected at most the {subject.settings.num_samples} samples of a problem "
             f"({option}), got {max(pass_at)}"
         )
+    if tasks:
+        _check_length(subject, args)
     results = _sampled(subject, args)
     if results:
         from spec_rollout.evals.suite_run import table
 
         print(table(results, pass_at, args.confidence), flush=True)
-    figures = _harness(subject, tasks, args) if tasks else {}
+    figures: dict[str, dict[str, float]] = {}
+    try:
+        if tasks:
+            figures = _harness(subject, tasks, manager, args)
+    except BaseException:
+        if results and args.out is not None:
+            _write(args, subject, results, pass_at, None)
+        raise
     for task, values in figures.items():
         for name, value in values.items():
             print(f"{task}  {name}  {value:.4f}")
@@ -288,7 +296,33 @@ def _pass_at(args: argparse.Namespace) -> list[int]:
     return sorted(set(values))
 
 
-def _check_harness() -> None:
+def _inputs(args: argparse.Namespace, suites: list[str]) -> dict[str, Path | None]:
+    """Files of problems, by what names them."""
+    from spec_rollout.evals.suites import SUITES, file_of
+    from spec_rollout.runs.files import CONFIG
+
+    inputs: dict[str, Path | None] = {}
+    if args.prompts is not None:
+        inputs["--prompts"] = Path(args.prompts)
+    if args.data_dir is not None:
+        for name in suites:
+            inputs[f"--suites {name}"] = file_of(SUITES[name], args.data_dir)
+    if args.run_dir is not None and (args.run_dir / CONFIG).is_file():
+        from spec_rollout.config.toml import load_config
+
+        config = load_config(args.run_dir / CONFIG, args.overrides)
+        inputs["--run"] = args.run_dir / CONFIG
+        inputs["data.path"] = Path(config.data.path)
+        inputs["eval.path"] = None if config.eval.path is None else Path(config.eval.path)
+    return inputs
+
+
+def _checked_tasks(args: argparse.Namespace, tasks: list[str]) -> Any:
+    """What knows the tasks of lm-eval.
+
+    Raises:
+        ValueError: if it is not installed, or does not have one.
+    """
     from importlib.util import find_spec
 
     from spec_rollout.extras import install_command
@@ -298,20 +332,27 @@ def _check_harness() -> None:
             "eval: expected lm-eval to be installed for MMLU-STEM, IFEval and --lm-eval "
             f"({install_command('lm_eval')}), found no module lm_eval"
         )
+    from spec_rollout.evals.harness import task_manager
+
+    return task_manager(tasks, args.lm_eval_path)
 
 
-def _harness(
-    subject: Subject, tasks: list[str], args: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    from spec_rollout.evals.harness import EngineLM, run_harness
-
-    policy = subject.policy
+def _check_length(subject: Subject, args: argparse.Namespace) -> None:
     if subject.max_length is None:
         option = _option(args, "max_model_len", "rollout")
         raise ValueError(
             f"{option}: expected a number for lm-eval, as the model does not say how many tokens "
             "it takes, got none"
         )
+
+
+def _harness(
+    subject: Subject, tasks: list[str], manager: Any, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    from spec_rollout.evals.harness import EngineLM, run_harness
+
+    policy = subject.policy
+    assert subject.max_length is not None  # by `_check_length`
     model = EngineLM(
         subject.session,
         policy.tokenizer,
@@ -322,7 +363,7 @@ def _harness(
     return run_harness(
         model,
         tasks,
-        include_path=args.lm_eval_path,
+        manager,
         limit=args.max_rows,
         chat_template=not args.raw_prompts and policy.tokenizer.chat_template is not None,
         system_prompt=args.system_prompt,
@@ -339,8 +380,9 @@ def _write(
     subject: Subject,
     results: list[SuiteResult],
     pass_at: list[int],
-    figures: dict[str, dict[str, float]],
+    figures: dict[str, dict[str, float]] | None,
 ) -> None:
+    """Writes `--out`; `figures` are lm-eval's, None if it did not come to them."""
     from spec_rollout.evals.suite_run import mean_of
     from spec_rollout.runs.environment import environment
     from spec_rollout.runs.outputs import write_text

@@ -255,26 +255,12 @@ def _grouped(lengths: Iterable[int]) -> list[tuple[int, list[int]]]:
     return sorted(groups.items())
 
 
-def run_harness(
-    model: EngineLM,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    chat_template: bool = False,
-    system_prompt: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Runs tasks of lm-eval.
+def task_manager(tasks: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """What knows the tasks of lm-eval; nothing of a model is needed.
 
     Args:
         tasks: Names of tasks or groups (`lm-eval ls tasks` prints them).
         include_path: Folder with further task files.
-        limit: Take only the first documents of each task.
-        chat_template: Put prompts through the tokenizer's chat template.
-        system_prompt: First message of each chat, or the beginning of each text.
-
-    Returns:
-        Figures by metric ("acc,none") of each task and group.
 
     Raises:
         ValueError: naming tasks that lm-eval does not have.
@@ -283,6 +269,30 @@ def run_harness(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise ValueError(f"--lm-eval: expected tasks of lm-eval, got {', '.join(unknown)}")
+    return manager
+
+
+def run_harness(
+    model: EngineLM,
+    tasks: Sequence[str],
+    manager: TaskManager,
+    *,
+    limit: int | None = None,
+    chat_template: bool = False,
+    system_prompt: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Runs tasks of lm-eval.
+
+    Args:
+        tasks: As for `task_manager`.
+        manager: From `task_manager`.
+        limit: Take only the first documents of each task.
+        chat_template: Put prompts through the tokenizer's chat template.
+        system_prompt: First message of each chat, or the beginning of each text.
+
+    Returns:
+        Figures by metric ("acc,none") of each task and group.
+    """
     results = simple_evaluate(
         model=model,
         tasks=list(tasks),

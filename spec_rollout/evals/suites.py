@@ -108,7 +108,7 @@ def load_suite(
     Raises:
         DataError: naming folder or data set, or the row that lacks a column.
     """
-    path = suite.hub if folder is None else _file_of(suite, Path(folder))
+    path = suite.hub if folder is None else file_of(suite, Path(folder))
     rows: list[SourceRow] = []
     for source, record in read_records(path, max_rows):
         problem = _first(record, suite.problem, source)
@@ -137,7 +137,12 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...], source: str) -> An
     raise DataError(f"{source}: expected a column {' or '.join(map(repr, names))}, got {have}")
 
 
-def _file_of(suite: Suite, folder: Path) -> Path:
+def file_of(suite: Suite, folder: Path) -> Path:
+    """The file of a suite in a user's folder.
+
+    Raises:
+        DataError: naming folder or file.
+    """
     if not folder.is_dir():
         raise DataError(f"--data-dir: expected a folder, got {str(folder)!r}")
     wanted = [f"{name}{ending}" for name in suite.files for ending in (".jsonl", ".parquet")]

@@ -6,6 +6,7 @@ import argparse
 import json
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,60 @@ def test_mistakes_with_a_run(
     assert message in capsys.readouterr().err
 
 
+def gsm8k(folder: Path) -> list[str]:
+    (folder / "gsm8k.jsonl").write_text('{"question": "7 7 =?", "answer": "14"}\n')
+    argv = ["eval", "--model", str(model_dir()), "--suites", "GSM8K", "--reward", "exact_match"]
+    return [*argv, "--data-dir", str(folder), "--instruction", "", "--max-tokens", "3"]
+
+
+def test_a_benchmark_is_not_replaced_by_its_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = gsm8k(tmp_path)
+    file = tmp_path / "gsm8k.jsonl"
+    kept = file.read_bytes()
+    for name in ("--out", "--responses"):
+        assert cli.main([*argv, name, str(file)]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: expected a file of its own" in error
+        assert "which --suites GSM8K reads" in error
+    assert file.read_bytes() == kept
+
+
+def test_figures_of_suites_are_written_if_lm_eval_fails_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such file")
+
+    out = tmp_path / "out.json"
+    argv = [*gsm8k(tmp_path), "--lm-eval", "t", "--out", str(out)]
+    monkeypatch.setattr(command, "_checked_tasks", lambda *_: None)
+    monkeypatch.setattr(command, "_harness", fails)
+    with pytest.raises(RuntimeError, match="no such file"):
+        command.run(parsed(argv))
+    content = json.loads(out.read_text())
+    assert [suite["suite"] for suite in content["suites"]] == ["GSM8K"]
+    assert content["lm_eval"] is None
+
+
+def test_what_lm_eval_needs_is_checked_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = SimpleNamespace(parts={}, max_length=None)
+    monkeypatch.setattr(command, "_checked_tasks", lambda *_: None)
+    monkeypatch.setattr(eval_subject, "subject_of_model", lambda *_: subject)
+    monkeypatch.setattr(command, "_sampled", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="--max-model-len: expected a number for lm-eval"):
+        command.run(parsed([*gsm8k(tmp_path), "--lm-eval", "t"]))
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    return parser.parse_args(argv[1:])
+
+
 def test_every_option_of_a_model_is_refused_with_a_run() -> None:
     parser = argparse.ArgumentParser()
     command.add_options(parser)
@@ -271,7 +326,7 @@ def test_a_run_that_was_moved_with_its_store_and_room_for_tasks(
     monkeypatch.setattr(components, "make_engine", make_engine)
     assert cli.main(["eval", "--run", str(moved)]) == 0
     # What is for lm-eval goes there.
-    monkeypatch.setattr(command, "_check_harness", lambda: None)
+    monkeypatch.setattr(command, "_checked_tasks", lambda *_: None)
     monkeypatch.setattr(command, "_harness", lambda *_: {})
     tasks = ["--lm-eval", "t", "--max-rows", "3", "--system-prompt", "S", "--raw-prompts"]
     assert cli.main(["eval", "--run", str(moved), *tasks]) == 0

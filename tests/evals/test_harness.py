@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval")
 from spec_rollout.acceptance import NoReuse
 from spec_rollout.demo import model_dir
 from spec_rollout.engines import TransformersEngine
+from spec_rollout.evals import harness
 from spec_rollout.evals.harness import EngineLM
 from spec_rollout.rollout import RolloutSession
 
@@ -99,6 +100,16 @@ def test_responses_are_cut_at_stop_strings_and_bounded(model) -> None:
         model.generate_until(instances((prompt, {"until": [], "num_beams": 4})))
     with pytest.raises(ValueError, match=r"less than 64 tokens .*, got 64"):
         model.generate_until(instances((prompt, {"until": [], "max_gen_toks": 64})))
+
+
+def test_a_task_that_there_is_not_is_named_before_anything_is_loaded(monkeypatch, capsys) -> None:
+    from spec_rollout.cli import main
+
+    known = SimpleNamespace(match_tasks=lambda names: [n for n in names if n == "arc_easy"])
+    monkeypatch.setattr(harness, "TaskManager", lambda include_path: known)
+    asked = ["--suites", "AMC23", "--data-dir", "nowhere", "--lm-eval", "arc_easy,arc_eazy"]
+    assert main(["eval", "--model", "nowhere", *asked]) == 2
+    assert "error: --lm-eval: expected tasks of lm-eval, got arc_eazy" in capsys.readouterr().err
 
 
 @pytest.mark.slow
