@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from spec_rollout.runs.load import number
 from spec_rollout.runs.progress import Ticker, clock_time
 
 Row = Mapping[str, Any]
@@ -15,12 +16,9 @@ Row = Mapping[str, Any]
 def _before(row: Row) -> str:
     """The evaluation before training, in words."""
     names = {"train": "training prompts", "heldout": "held-out prompts"}
-    found = [
-        f"{row[f'accuracy_{part}']:.1%} on {name}"
-        for part, name in names.items()
-        if f"accuracy_{part}" in row
-    ]
-    return f"accuracy before training: {', '.join(found)}"
+    values = {name: number(row.get(f"accuracy_{part}")) for part, name in names.items()}
+    found = [f"{value:.1%} on {name}" for name, value in values.items() if value is not None]
+    return f"accuracy before training: {', '.join(found) or 'no response was judged'}"
 
 
 class Progress(Ticker):

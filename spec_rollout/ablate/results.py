@@ -80,7 +80,8 @@ def results(study: Study, runs: Mapping[tuple[int, str], Run]) -> dict[str, Any]
     found["plain_accuracy"] = target
     for name, changes in study.variants.items():
         each = [
-            _facts(study, runs, seed, name, plain, before[seed], curves) for seed in study.seeds
+            _facts(study, runs, seed, name, plain, before[seed], curves, found["split"])
+            for seed in study.seeds
         ]
         known = published_run(changes)
         found["variants"][name] = {
@@ -127,7 +128,8 @@ def _short(value: float) -> float:
 
 def _before(run: Run) -> dict[str, float]:
     first = next((row for row in run.metrics if row["step"] == 0), {})
-    return {s: first[f"accuracy_{s}"] for s in ("train", "heldout") if f"accuracy_{s}" in first}
+    values = {split: number(first.get(f"accuracy_{split}")) for split in ("train", "heldout")}
+    return {split: value for split, value in values.items() if value is not None}
 
 
 def _split(runs: Any) -> str:
@@ -143,6 +145,7 @@ def _facts(
     plain: str,
     before: Mapping[str, float],
     curves: Curves,
+    split: str,
 ) -> dict[str, Any]:
     """Of one run."""
     own = summary_of(runs[seed, name], study.config(seed, name), before)
@@ -155,7 +158,11 @@ def _facts(
     rows = [row for row in runs[seed, name].metrics if row["step"] > 0 and row["epoch"] > 0]
     facts.update({f"later_{key}": _mean_of(rows, key) for key in EPOCH_KEYS})
     curve = curves[seed, name]
+    key = f"accuracy_{split}"
+    last_evaluated = max((r["step"] for r in runs[seed, name].metrics if key in r), default=0)
     facts["accuracy"] = curve[-1].accuracy if curve else None
+    if curve and curve[-1].step < last_evaluated:
+        facts["accuracy"] = None  # no response was judged the last time
     return {k: _short(v) if isinstance(v, float) else v for k, v in facts.items()}
 
 
@@ -191,10 +198,11 @@ def mean_runs(study: Study, runs: Mapping[tuple[int, str], Run]) -> list[Run]:
     """A run per variant whose rows are the means over the seeds, step by step; samples are those of
     the first seed."""
     plain = next(iter(study.variants))
-    start = _before(runs[study.seeds[0], plain])
+    starts = [_before(runs[seed, plain]) for seed in study.seeds]
     before = {
-        split: statistics.fmean(_before(runs[seed, plain])[split] for seed in study.seeds)
-        for split in start
+        split: statistics.fmean(start[split] for start in starts)
+        for split in starts[0]
+        if all(split in start for start in starts)
     }
     found = []
     for name in study.variants:

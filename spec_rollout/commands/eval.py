@@ -186,6 +186,12 @@ def run(args: argparse.Namespace) -> int:
         from spec_rollout.evals.suite_run import table
 
         print(table(results, pass_at, args.confidence), flush=True)
+    for result in results:
+        if result.num_failed:
+            from spec_rollout.rewards.rewards import failures_note
+
+            note = failures_note(result.num_failed, result.failures)
+            print(f"note: {result.name}: {note}", file=sys.stderr, flush=True)
     figures: dict[str, dict[str, float]] = {}
     try:
         if tasks:

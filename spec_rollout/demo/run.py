@@ -36,6 +36,7 @@ from spec_rollout.report import Run, load_run, write_report
 from spec_rollout.report.accuracy import curve_of
 from spec_rollout.rollout import RolloutSession
 from spec_rollout.runs.environment import environment, num_cores
+from spec_rollout.runs.load import number
 from spec_rollout.types import SamplingParams
 
 _WORTH_A_THREAD = 0.8  # of the time with one
@@ -111,9 +112,9 @@ def _judge_equals(runs: Sequence[Run], content: Mapping[str, Any], names: Runs) 
         return
     accuracies = {
         split: {
-            row["step"]: row[f"accuracy_{split}"]
+            row["step"]: accuracy
             for row in found[judged].metrics
-            if f"accuracy_{split}" in row
+            if (accuracy := number(row.get(f"accuracy_{split}"))) is not None
         }
         for split in ("train", "heldout")
     }

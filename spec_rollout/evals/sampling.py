@@ -119,8 +119,8 @@ class EvalResult:
 
     Attributes:
         accuracy: pass@1, the mean over prompts of the share of responses whose reward reaches the
-            bound; skipped responses are left out, and prompts of which all are; 0 if all are.
-        reward: Mean reward, skipped ones left out; 0 if all are.
+            bound; skipped responses are left out, and prompts of which all are; NaN if all are.
+        reward: Mean reward, skipped ones left out; NaN if all are.
         seconds: Wall time of sampling.
         means: Mean of each reward function (`Scores.means`).
         num_failed, failures: See `Judgement`.
@@ -166,10 +166,9 @@ def evaluate(
     values = scores.total
     given = values[~torch.isnan(values)]
     found = estimate(judged_and_correct(values, correct_at))
-    reward = float(given.mean()) if given.numel() else 0.0
     return EvalResult(
-        0.0 if found is None else found.value,
-        reward,
+        math.nan if found is None else found.value,
+        float(given.mean()),
         rollouts.stats.rollout_seconds,
         scores.means(),
         scores.num_failed,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from spec_rollout.evals.estimates import Estimate, estimate
-from spec_rollout.evals.sampling import decode_responses, judged_and_correct, score
+from spec_rollout.evals.sampling import Scores, decode_responses, judged_and_correct, score
 from spec_rollout.loading.data import PromptRow
 from spec_rollout.rewards import Progress, Rewards
 from spec_rollout.rollout import RolloutSession
@@ -52,6 +52,8 @@ class SuiteResult:
         counts: (judged samples, correct ones) of each problem; a response that no reward function
             judged is left out.
         num_skipped: Such responses.
+        num_failed: Of these, responses for which a function failed.
+        failures: What failed, with function and row, a line each.
         num_truncated: Responses that reached `max_tokens`.
         stats: Of sampling.
     """
@@ -59,6 +61,8 @@ class SuiteResult:
     name: str
     counts: list[tuple[int, int]] = field(default_factory=list)
     num_skipped: int = 0
+    num_failed: int = 0
+    failures: list[str] = field(default_factory=list)
     num_truncated: int = 0
     stats: RolloutStats = field(default_factory=RolloutStats)
 
@@ -73,12 +77,14 @@ class SuiteResult:
             found = self.pass_at(k, confidence)
             figures[f"pass@{k}"] = None if found is None else found.value
             figures[f"pass@{k}_interval"] = None if found is None else [found.low, found.high]
+            figures[f"pass@{k}_num_problems"] = sum(judged >= k for judged, _ in self.counts)
         stats = self.stats
         num_responses = max(1, stats.num_rollouts)
         return {
             **figures,
             "num_responses": stats.num_rollouts,
             "num_skipped": self.num_skipped,
+            "num_failed_rewards": self.num_failed,
             "response_len": stats.num_response_tokens / num_responses,
             "truncated_fraction": self.num_truncated / num_responses,
             "num_response_tokens": stats.num_response_tokens,
@@ -138,7 +144,7 @@ def run_suite(
             keep_special_tokens=settings.keep_special_tokens,
             progress=settings.progress or Progress(settings.step),
         )
-        _add(result, rollouts, scores.total, settings)
+        _add(result, rollouts, scores, settings)
         if on_response is not None:
             texts = decode_responses(
                 tokenizer, rollouts, keep_special_tokens=settings.keep_special_tokens
@@ -149,11 +155,11 @@ def run_suite(
     return result
 
 
-def _add(
-    result: SuiteResult, rollouts: Rollouts, rewards: torch.Tensor, settings: EvalSettings
-) -> None:
-    result.counts += judged_and_correct(rewards, settings.correct_at)
-    result.num_skipped += int(torch.isnan(rewards).sum())
+def _add(result: SuiteResult, rollouts: Rollouts, scores: Scores, settings: EvalSettings) -> None:
+    result.counts += judged_and_correct(scores.total, settings.correct_at)
+    result.num_skipped += int(torch.isnan(scores.total).sum())
+    result.num_failed += scores.num_failed
+    result.failures += scores.failures
     result.num_truncated += int((rollouts.finish_reasons == FinishReason.LENGTH).sum())
     result.stats += rollouts.stats
 
@@ -200,24 +206,27 @@ def mean_of(results: Sequence[SuiteResult], k: int) -> float | None:
 
 
 def table(results: Sequence[SuiteResult], pass_at: Sequence[int], confidence: float) -> str:
-    """The results as text for a terminal."""
-    head = ["suite", "problems", "samples"]
+    """The results as text for a terminal.
+
+    Where responses were left out, with how many, and with how many problems a pass@k is of if it is
+    not of all.
+    """
+    left_out = any(result.num_skipped for result in results)
+    head = ["suite", "problems", "samples", *(["left out"] if left_out else [])]
+    empty = [""] * (len(head) - 1)
     head += [f"pass@{k} ({confidence:.0%} interval)" for k in pass_at]
     lines = [[*head, "tokens", "cut off", "seconds"]]
     for result in results:
         figures = result.figures(pass_at, confidence)
         cells = [result.name, str(len(result.counts)), str(figures["num_responses"])]
-        for k in pass_at:
-            value, interval = figures[f"pass@{k}"], figures[f"pass@{k}_interval"]
-            cells.append(
-                "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-            )
+        cells += [str(result.num_skipped)] if left_out else []
+        cells += [_pass_at_cell(figures, k) for k in pass_at]
         cells += [f"{figures['response_len']:.0f}", f"{figures['truncated_fraction']:.0%}"]
         lines.append([*cells, f"{figures['sampling_seconds']:.1f}"])
     if len(results) > 1:
         means = [mean_of(results, k) for k in pass_at]
         cells = ["-" if mean is None else f"{mean:.3f}" for mean in means]
-        lines.append(["mean", "", "", *cells, "", "", ""])
+        lines.append(["mean", *empty, *cells, "", "", ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -226,3 +235,12 @@ def table(results: Sequence[SuiteResult], pass_at: Sequence[int], confidence: fl
         ).rstrip()
         for line in lines
     )
+
+
+def _pass_at_cell(figures: Mapping[str, Any], k: int) -> str:
+    value, interval = figures[f"pass@{k}"], figures[f"pass@{k}_interval"]
+    if value is None:
+        return "-"
+    text = f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+    num_problems = figures[f"pass@{k}_num_problems"]
+    return text if num_problems == figures["num_problems"] else f"{text} of {num_problems} problems"

@@ -23,6 +23,8 @@ from spec_rollout.rewards.signature import Sample, Signature, SignatureError, si
 
 # Losses are sums in float32, which goes to 3e38.
 _LARGEST = 1e30
+# Failures that are told in full.
+_MOST_FAILURES = 3
 
 
 class RewardError(RuntimeError):
@@ -144,6 +146,13 @@ class Rewards:
     def _num_out_of_time(self) -> int | None:
         judges = [e.function for e in self._entries if isinstance(e.function, MathVerify)]
         return sum(judge.num_out_of_time for judge in judges) if judges else None
+
+
+def failures_note(num_failed: int, failures: Sequence[str]) -> str:
+    """What `Judgement` says of failures, in a line: the first ones in full."""
+    more = len(failures) - _MOST_FAILURES
+    said = "; ".join(failures[:_MOST_FAILURES]) + (f"; and {more} more" if more > 0 else "")
+    return f"{num_failed} responses are left out: {said}"
 
 
 # What a function gives a response: a number, nothing, or why it failed.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spec_rollout.counters import RolloutStats
+from spec_rollout.runs.load import number
 
 Row = Mapping[str, Any]
 
@@ -52,9 +53,11 @@ class RunSummary:
         totals: Over all steps.
         after_first_epoch: Over the steps of the second epoch and later ones, where there are
             drafts.
-        reward_last: Mean reward of the last step's rollouts, reused ones included.
+        reward_last: Mean reward of the last step's rollouts, reused ones included; None if none was
+            judged.
         accuracy_before, accuracy_after: {"train": ..., "heldout": ...} by fresh plain sampling
-            before the first and after the last update; what was not evaluated is left out.
+            before the first and after the last update; what was not evaluated is left out, and
+            where no response was judged.
         eval_reward_before, eval_reward_after: The same for the mean reward.
         eval_seconds: Sampling time of all evaluations.
         environment: Machine and versions.
@@ -103,7 +106,7 @@ def summarize(rows: Sequence[Row], **facts: Any) -> RunSummary:
         epochs=steps[-1]["epoch"] + 1 if steps else 0,
         totals=Totals.of(steps),
         after_first_epoch=Totals.of([row for row in steps if row["epoch"] > 0]),
-        reward_last=steps[-1]["reward"] if steps else None,
+        reward_last=number(steps[-1]["reward"]) if steps else None,
         accuracy_before=_parts(first, "accuracy_"),
         accuracy_after=_parts(last, "accuracy_"),
         eval_reward_before=_parts(first, "eval_reward_"),
@@ -114,4 +117,5 @@ def summarize(rows: Sequence[Row], **facts: Any) -> RunSummary:
 
 
 def _parts(row: Row, prefix: str) -> dict[str, float]:
-    return {part: row[prefix + part] for part in ("train", "heldout") if prefix + part in row}
+    parts = {part: number(row.get(prefix + part)) for part in ("train", "heldout")}
+    return {part: value for part, value in parts.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -41,8 +42,9 @@ def step_row(
     return {
         "step": step,
         "epoch": epoch,
-        "reward": float(given.mean()) if given.numel() else 0.0,
-        "reward_std": float(given.std(correction=0)) if given.numel() else 0.0,
+        # NaN, which is null in the file, if no response was judged.
+        "reward": float(given.mean()),
+        "reward_std": float(given.std(correction=0)) if given.numel() else math.nan,
         **scores.means(),
         "num_skipped_rewards": rewards.numel() - given.numel(),
         **reward_row(scores),

@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from spec_rollout.rewards.rewards import failures_note
+
 _MOST_IDLE = 20
-# Failures of a step that are told in full.
-_MOST_FAILURES = 3
 # More than this share of the different responses were in the cache already.
 _MOST_REPEATED = 0.5
 
@@ -48,9 +48,7 @@ class TrainingWatch:
             failures: A line each.
         """
         if num_failed:
-            more = len(failures) - _MOST_FAILURES
-            said = "; ".join(failures[:_MOST_FAILURES]) + (f"; and {more} more" if more > 0 else "")
-            self._say(f"{when}: {num_failed} responses are left out: {said}")
+            self._say(f"{when}: {failures_note(num_failed, failures)}")
 
     def repeated(self, row: Mapping[str, Any]) -> None:
         """Says so after an epoch of which most responses were those of the epoch before.

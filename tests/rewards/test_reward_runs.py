@@ -37,6 +37,10 @@ def fails_sometimes(response):
     return 1.0
 
 
+def nothing(response):
+    return None
+
+
 def share_of_run(completions, trainer_state, **columns):
     share = trainer_state.global_step / trainer_state.max_steps
     return [trainer_state.epoch + share] * len(completions)
@@ -81,6 +85,28 @@ def test_a_reward_that_fails_is_told_and_counted_and_the_run_goes_on(make_config
     assert "train.jsonl:" in said[0]
 
 
+def test_an_evaluation_says_what_failed_and_replaces_no_data(make_config, capsys):
+    config = make_config(
+        reward={"functions": [f"{HERE}:fails_sometimes"], "on_error": "skip"},
+        train={"max_steps": 1},
+        eval={"num_train_prompts": 4, "num_samples": 3},
+    )
+    run(config)
+    out = Path(config.log.run_dir) / "eval.json"
+    argv = ["eval", "--run", config.log.run_dir, "--pass-at", "1,3", "--out", str(out)]
+    capsys.readouterr()
+    assert main(argv) == 0
+    (figures,) = json.loads(out.read_text())["suites"]
+    assert 0 < figures["num_failed_rewards"] == figures["num_skipped"] < 12
+    assert figures["pass@3_num_problems"] < figures["num_problems"] == 4
+    said = capsys.readouterr()
+    note = f"note: train: {figures['num_failed_rewards']} responses are left out: reward {HERE}:"
+    assert note in said.err
+    assert "left out" in said.out.splitlines()[0]
+    assert main([*argv[:3], "--responses", config.data.path]) == 2
+    assert "--responses: expected a file of its own, got" in capsys.readouterr().err
+
+
 def test_rewards_are_told_how_far_the_run_is_in_its_evaluations_too(make_config):
     config = make_config(
         reward={"functions": [f"{HERE}:share_of_run"]},
@@ -95,6 +121,25 @@ def test_rewards_are_told_how_far_the_run_is_in_its_evaluations_too(make_config)
     responses = Path(config.log.run_dir) / "responses.jsonl"
     assert main(["eval", "--run", config.log.run_dir, "--responses", str(responses)]) == 0
     assert {json.loads(line)["reward"] for line in responses.read_text().splitlines()} == {2.0}
+
+
+def test_where_no_response_was_judged_there_is_no_reward_and_no_accuracy(make_config):
+    config = make_config(
+        reward={"functions": [f"{HERE}:nothing"]},
+        train={"max_steps": 1},
+        eval={"num_train_prompts": 2},
+    )
+    summary = run(config)
+    start, row = rows_of(config.log.run_dir)
+    for key in ("reward", "reward_std", "reward_nothing", "accuracy_train", "eval_reward_train"):
+        assert row[key] is None
+    assert start["accuracy_train"] is start["eval_reward_train"] is None
+    assert row["num_skipped_rewards"] == row["num_rollouts"]
+    assert summary.reward_last is None
+    assert summary.accuracy_before == summary.accuracy_after == {}
+    text = (Path(config.log.run_dir) / "summary.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["eval_reward_after"] == {}
 
 
 def test_a_reward_that_changes_the_folder_moves_no_files(make_config, tmp_path, monkeypatch):
