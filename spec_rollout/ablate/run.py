@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
+from spec_rollout.ablate.inputs import inputs_of
 from spec_rollout.ablate.page import ablation_page
 from spec_rollout.ablate.results import load_runs, mean_runs, results
-from spec_rollout.ablate.study import Study, begin
+from spec_rollout.ablate.study import DEFINITION, Study, begin, check_inputs
 from spec_rollout.ablate.table import variants_table
 from spec_rollout.ablate.variants import Variants
 from spec_rollout.ablate.workers import is_finished, train_all
 from spec_rollout.config.sections import RunConfig
-from spec_rollout.loading.data import read_rows
+from spec_rollout.loading.policy import load_policy
 from spec_rollout.runs.environment import environment
-from spec_rollout.runs.files import write_atomically
+from spec_rollout.runs.files import CONFIG, SUMMARY, write_atomically
 from spec_rollout.runs.outputs import check_outputs
 from spec_rollout.runs.progress import clock_time
+from spec_rollout.train.components import limited, read_data, render_data
 
 JSON, PAGE = "ablation.json", "report.html"
 # Of the first seed; the others of them would only make the page large.
@@ -72,13 +74,11 @@ class Ablation:
         if copies is not None:
             copies.mkdir(parents=True, exist_ok=True)
             check_outputs({f"--results ({name})": copies / name for name in (JSON, PAGE)})
-        every = study.base.eval.every_steps or _steps_per_epoch(study.base)
-        configs = [
-            replace(config, eval=replace(config.eval, every_steps=every))
-            for config in (study.config(*run) for run in study.runs())
-        ]
-        begun = time.monotonic()
+        configs = [study.config(*run) for run in study.runs()]
         left = sum(not is_finished(Path(config.log.run_dir)) for config in configs)
+        if left:
+            configs = _ready_to_train(study, configs)
+        begun = time.monotonic()
         done = 0
 
         def tell(config: RunConfig) -> None:
@@ -119,15 +119,62 @@ class Ablation:
         return {**content, "text": variants_table(content)}
 
 
-def _steps_per_epoch(config: RunConfig) -> int:
-    data = config.data
-    rows = read_rows(
-        data.path,
-        prompt_column=data.prompt_column,
-        answer_column=data.answer_column,
-        max_rows=data.max_rows,
-    )
-    return -(-len(rows) // config.train.prompts_per_step)
+def _ready_to_train(study: Study, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """The configs, judged after every epoch where they do not say; checks that the runs read what
+    the ones before them did.
+
+    Raises:
+        DataError, ValueError: naming data or model.
+    """
+    counts: dict[str, int] = {}
+    found = []
+    for config in configs:
+        key = repr((config.data, config.model, config.rollout.max_model_len, _room(config)))
+        if key not in counts:
+            counts[key] = _num_prompts(config)
+        _check_num_prompts(config, counts[key])
+        if config.eval.every_steps is None:
+            every = -(-counts[key] // config.train.prompts_per_step)
+            config = replace(config, eval=replace(config.eval, every_steps=every))
+        found.append(config)
+    is_noted = check_inputs(study, inputs_of(configs))
+    if not is_noted and any((Path(c.log.run_dir) / CONFIG).is_file() for c in configs):
+        print(
+            f"note: {study.out / DEFINITION} does not say which rows and weights the runs so far "
+            "had, as an older version began it; from now on it names those of today",
+            file=sys.stderr,
+            flush=True,
+        )
+    return found
+
+
+def _room(config: RunConfig) -> int | None:
+    """What decides which prompts are too long, beside the model and section `data`."""
+    return config.rollout.max_tokens if config.data.long_prompts == "drop" else None
+
+
+def _num_prompts(config: RunConfig) -> int:
+    """Rows that a run trains on."""
+    rows = read_data(config)
+    if config.data.long_prompts != "drop":
+        return len(rows["train"])
+    # Which ones are too long, model and tokenizer say.
+    model = replace(config.model, device="cpu", attention="eager")
+    policy = limited(load_policy(model), config)
+    return len(render_data(config, {"train": rows["train"]}, policy)["train"])
+
+
+def _check_num_prompts(config: RunConfig, num_prompts: int) -> None:
+    """ValueError if the run is there, and was trained on fewer or more."""
+    folder = Path(config.log.run_dir)
+    if not (folder / SUMMARY).is_file():
+        return
+    before = json.loads((folder / SUMMARY).read_text(encoding="utf-8")).get("num_prompts")
+    if before not in (None, num_prompts):
+        raise ValueError(
+            f"--out: expected the data that {folder} was trained on, {before} prompts, got "
+            f"{num_prompts} in {config.data.path!r}; another grid needs another folder"
+        )
 
 
 def _keep_few_samples(runs: Sequence[Any]) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from spec_rollout.ablate.grid import Changes, changed
+from spec_rollout.ablate.inputs import MODEL, ROWS, Inputs
 from spec_rollout.config.sections import ConfigError, RolloutConfig, RunConfig
 from spec_rollout.config.toml import to_dict
 from spec_rollout.runs.files import write_atomically
 
 DEFINITION = "grid.toml"
+_INPUTS = "inputs"  # table of the definition
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,38 @@ def begin(study: Study) -> bool:
     return False
 
 
+def check_inputs(study: Study, inputs: Inputs) -> bool:
+    """Notes in the definition what the runs read, or checks that it is what was noted.
+
+    Args:
+        inputs: From `inputs_of`.
+
+    Returns:
+        Whether anything had been noted. Definitions of older versions lack it.
+
+    Raises:
+        ValueError: naming the data or the model that is another now.
+    """
+    import tomli_w
+
+    path = study.out / DEFINITION
+    definition = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = definition.get(_INPUTS, {})
+    for kind, what in ((ROWS, "the rows"), (MODEL, "the model")):
+        for name, fingerprint in inputs[kind].items():
+            before = known.get(kind, {}).get(name, fingerprint)
+            if before != fingerprint:
+                raise ValueError(
+                    f"--out: expected {what} that the grid in {study.out} was begun with in "
+                    f"{name!r} (fingerprint {before}), got {fingerprint}; another grid needs "
+                    "another folder"
+                )
+    noted = {kind: {**known.get(kind, {}), **inputs[kind]} for kind in inputs}
+    if noted != known:
+        write_atomically(path, tomli_w.dumps({**definition, _INPUTS: noted}))
+    return bool(known)
+
+
 def _check_own_store(rollout: RolloutConfig, stores: set[str]) -> None:
     """ConfigError if a run before this one has its store; a run begins with an empty one."""
     if rollout.cache_store == "ray":
@@ -127,6 +161,7 @@ def _check_own_store(rollout: RolloutConfig, stores: set[str]) -> None:
 
 
 def _check_same(known: Mapping[str, Any], study: Study) -> None:
+    known = {key: value for key, value in known.items() if key != _INPUTS}
     old, new = _flat(known), _flat(study.definition())
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):

@@ -63,7 +63,7 @@ def _accuracy(run: Facts, split: str) -> str:
 
 
 def _speedup(run: Facts, key: str = "effective_speedup") -> str:
-    return "-" if run[key] is None else f"{run[key]:.2f}x"
+    return "-" if run.get(key) is None else f"{run[key]:.2f}x"
 
 
 _LINES: Sequence[tuple[str, Callable[[Facts], str]]] = (
@@ -122,8 +122,8 @@ def variants_table(content: Mapping[str, Any]) -> str:
             [
                 name,
                 f"{mean['token_share']:.0%}",
-                f"{mean.get('effective_speedup', 1.0):.2f}x",
-                f"{mean.get('step_speedup', 1.0):.2f}x",
+                _speedup(mean),
+                _speedup(mean, "step_speedup"),
                 f"{mean['accuracy']:.1%}{spread}" if "accuracy" in mean else "-",
                 _until(variant, "rollout_seconds", ".1f"),
                 f"{mean['later_reused_fraction']:.0%}" if "later_reused_fraction" in mean else "-",

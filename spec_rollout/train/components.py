@@ -137,7 +137,7 @@ def build(
     if state is not None:
         check_order(settings, state)
     # Before the model, which takes longer: a mistake in data or rewards shows at once.
-    sources = _read_data(config)
+    sources = read_data(config)
     rewards = Rewards(config.reward, sources["train"][0].columns)
     for rows in sources.values():
         check_rows(rows, rewards)
@@ -167,13 +167,12 @@ def build(
             adapter.load_adapter(checkpoint, policy.model)
     check_finite(policy.model, model_config.path, "model.path")
     check_saving(policy.model, model_config.path)
-    if config.rollout.max_model_len is not None:
-        policy = replace(policy, max_length=config.rollout.max_model_len)
+    policy = limited(policy, config)
     if config.rollout.check_model:
         check_forward(policy, config.train)
     if config.train.gradient_checkpointing:
         check_recomputing(policy.model, config.train)
-    rendered = _render_data(config, sources, policy)
+    rendered = render_data(config, sources, policy)
     data, eval_rows = rendered["train"], _eval_rows(config, rendered)
     heldout_fingerprint = rendered["heldout"].fingerprint if "heldout" in rendered else ""
     notes = base_notes + data.notes
@@ -323,7 +322,14 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
-def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
+def limited(policy: Policy, config: RunConfig) -> Policy:
+    """The policy with the length of rows that the config sets, if it does."""
+    if config.rollout.max_model_len is None:
+        return policy
+    return replace(policy, max_length=config.rollout.max_model_len)
+
+
+def read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
     """Rows for training and, where there are some, for evaluation only ("train", "heldout")."""
     data = config.data
     columns: dict[str, Any] = {
@@ -338,10 +344,10 @@ def _read_data(config: RunConfig) -> dict[str, list[SourceRow]]:
     return sources
 
 
-def _render_data(
+def render_data(
     config: RunConfig, sources: Mapping[str, Sequence[SourceRow]], policy: Policy
 ) -> dict[str, PromptData]:
-    """Prompts of what `_read_data` read, under the same names."""
+    """Prompts of what `read_data` read, under the same names."""
     at = config.data.template_time
     now = None if at is None else datetime.fromisoformat(at)
     length = None

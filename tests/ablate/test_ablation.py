@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spec_rollout import cli
+from spec_rollout.ablate import run as ablate_run
 from spec_rollout.ablate import workers
+from spec_rollout.ablate.page import ablation_page
+from spec_rollout.ablate.progress import _before
+from spec_rollout.ablate.results import mean_runs, results
 from spec_rollout.ablate.run import Ablation
+from spec_rollout.ablate.study import Study
+from spec_rollout.ablate.table import variants_table
 from spec_rollout.ablate.variants import variants
 from spec_rollout.config.sections import ConfigError, RunConfig
 from spec_rollout.config.toml import dump_config
-from spec_rollout.runs.load import load_run
+from spec_rollout.runs.load import Run, load_run
 
 VARIANTS = variants("0.5,inf", also=["both: rule=coupled, drafting=true"])
 
@@ -162,6 +169,119 @@ def test_the_command_trains_as_many_at_once_as_it_is_told(
     argv = ["ablate", str(path), "--lenience", "0", "--out", str(tmp_path / "grid")]
     assert cli.main(argv) == cli.main([*argv, "--jobs", "3"]) == 0
     assert told == [1, 3]
+
+
+class Stopped(Exception):
+    """Before anything is trained."""
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Those that would have been trained last."""
+    found: list[RunConfig] = []
+
+    def train_all(configs: list[RunConfig], *_: object) -> None:
+        found[:] = configs
+        raise Stopped
+
+    monkeypatch.setattr(ablate_run, "train_all", train_all)
+    return found
+
+
+def test_a_grid_goes_on_with_the_rows_and_the_weights_that_it_was_begun_with(
+    make_config, model_dir: Path, tmp_path: Path, write_rows, configs: list[RunConfig]
+) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    config, out = make_config(model={"path": str(model)}), tmp_path / "grid"
+
+    def goes_on() -> None:
+        with pytest.raises(Stopped):
+            finish(grid(config, out))
+
+    goes_on()
+    goes_on()
+    rows = Path(config.data.path).read_text()
+    Path(config.data.path).write_text(rows.replace('"answer": "3"', '"answer": "4"'))
+    with pytest.raises(ValueError, match=r"expected the rows that the grid in .*train\.jsonl'"):
+        finish(grid(config, out))
+    Path(config.data.path).write_text(rows)
+    weights = model / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"expected the model that the grid in .*model' \(finger"):
+        finish(grid(config, out))
+    weights.write_bytes(kept)
+    (model / "README.md").write_text("of no weight")
+    goes_on()
+
+
+def test_a_grid_that_does_not_say_what_its_runs_read_goes_on_with_a_note(
+    make_config, tmp_path: Path, configs: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = make_config(), tmp_path / "grid"
+    ablation = grid(config, out)
+    ablation.begin()  # as an older version left it
+    plain = out / "seed-7" / "plain"
+    plain.mkdir(parents=True)
+    (plain / "config.toml").write_text(dump_config(config))
+    (plain / "summary.json").write_text('{"num_prompts": 5}')
+    expected = r"expected the data that .*plain was .*, 5 prompts, got 6"
+    with pytest.raises(ValueError, match=expected):
+        finish(ablation)
+    (plain / "summary.json").write_text('{"num_prompts": 6}')
+    for num_notes in (1, 0):
+        with pytest.raises(Stopped):
+            finish(ablation)
+        note = "grid.toml does not say which rows and weights the runs so far"
+        assert capsys.readouterr().err.count(note) == num_notes
+
+
+def test_runs_are_judged_after_each_epoch_of_the_prompts_that_are_left(
+    make_config, tmp_path: Path, write_rows, configs: list[RunConfig]
+) -> None:
+    rows = [{"prompt": f"{i} 1 =?\n", "answer": str(i + 1)} for i in range(6)]
+    rows += [{"prompt": f"{i} +1" * 5 + " =?\n", "answer": "1"} for i in range(2)]
+    config = make_config(data={"max_prompt_tokens": 12, "long_prompts": "drop"})
+    write_rows(rows, "train.jsonl")
+    found = variants("0.5", also=["small: train.prompts_per_step=2", "often: eval.every_steps=1"])
+    with pytest.raises(Stopped):
+        finish(grid(config, tmp_path / "grid", found, seeds=1))
+    assert [config.eval.every_steps for config in configs] == [2, 2, 3, 1]
+
+
+def rows_without_a_judgement(name: str) -> list[dict[str, Any]]:
+    """One epoch; nothing was judged in its last evaluation."""
+    step = {"epoch": 0, "reward": None, "rollout_seconds": 1.0, "step_seconds": 2.0}
+    rows = [{"step": i, **step, "num_generated_tokens": 10, "num_new_responses": 4} for i in (1, 2)]
+    rows[0]["accuracy_train"], rows[1]["accuracy_train"] = 0.5, None
+    return [*([{"step": 0, "epoch": 0, "accuracy_train": None}] if name == "plain" else []), *rows]
+
+
+def test_a_grid_without_a_second_epoch_and_without_judgements(make_config, tmp_path: Path) -> None:
+    study = Study(make_config(), variants("0.5"), [7, 8], tmp_path)
+    runs = {
+        run: Run(run[1], rows_without_a_judgement(run[1]), {"num_prompts": 4})
+        for run in study.runs()
+    }
+    # Of one seed the responses before training were judged.
+    runs[8, "plain"].metrics[0]["accuracy_train"] = 0.25
+    content = results(study, runs)
+    for variant in content["variants"].values():
+        assert "accuracy" not in variant["mean"]
+        assert [point[0] for point in variant["curve"]] == [1]
+    assert content["variants"]["plain"]["runs"][1]["accuracy_before"] == {"train": 0.25}
+    means = mean_runs(study, runs)
+    assert means[0].summary["accuracy_before"] == {}
+    content["text"] = variants_table(content)
+    head, *lines = content["text"].splitlines()
+    assert head.split()[:4] == ["tokens", "speed-up", "step", "accuracy"]
+    assert [line.split()[:5] for line in lines] == [
+        ["plain", "100%", "-", "-", "-"],
+        ["lenient_0.5", "100%", "-", "-", "-"],
+    ]
+    assert "not shown" not in ablation_page(content, means, "a grid")
+    nothing = _before({"step": 0, "accuracy_train": math.nan})
+    assert nothing == "accuracy before training: no response was judged"
 
 
 def test_runs_that_would_share_a_store_are_refused_before_one_is_trained(
