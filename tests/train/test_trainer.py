@@ -592,7 +592,7 @@ def truncated_cache(tmp_path):
             r"model\.reference: ",
         ),
         ({"model": {"device": "cuda:77"}}, ConfigError, r"model\.device: expected a device"),
-        ({"model": {"attention": "flex"}}, ConfigError, r"model\.path: .*flex"),
+        ({"model": {"attention": "flex"}}, ConfigError, r"model\.attention: .*flex"),
         (
             {"data": {"path": "absent.jsonl"}},
             DataError,
