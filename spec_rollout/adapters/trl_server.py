@@ -14,6 +14,7 @@ import numpy as np
 from spec_rollout.acceptance import AcceptanceRule, Coupled, Lenient
 from spec_rollout.adapters.rows import Gather
 from spec_rollout.adapters.trl_contract import broadcast_object
+from spec_rollout.engines.vllm.options import section_of
 
 _MODES = ("coupled", "lenient")  # those that know samples
 _MAX_CONNECTIONS = 64  # that TRL's session keeps open
@@ -146,7 +147,7 @@ def _evaluation_salt(given: str | None) -> str:
 def server_section(trainer: Any) -> dict[str, Any]:
     """What the server was told of this package."""
     info = trainer.vllm_generation.vllm_client.get_server_info()
-    return (info.get("additional_config") or {}).get("spec_rollout") or {}
+    return section_of(info.get("additional_config"))
 
 
 def check_section(section: dict[str, Any]) -> None:

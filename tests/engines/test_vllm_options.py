@@ -13,7 +13,7 @@ import pytest
 from spec_rollout.acceptance import Coupled, Lenient
 from spec_rollout.cli import main
 from spec_rollout.engines.vllm.compat import configured_options
-from spec_rollout.engines.vllm.options import EngineOptions
+from spec_rollout.engines.vllm.options import EngineOptions, first_chunk, section_of
 from spec_rollout.engines.vllm.wire import ReuseRequest, SampleName, encode, parse
 from spec_rollout.engines.vllm.worker.engine_side import Arrival, EngineSide
 from spec_rollout.engines.vllm.worker.live import LiveRequests
@@ -80,6 +80,39 @@ def test_options_in_the_engines_config_mean_what_they_mean_in_the_variable() -> 
     assert of({}) is configured_options(None) is None
     with pytest.raises(ValueError, match=r"^additional_config\.spec_rollout: lenience: expected"):
         of({"lenience": 1})
+
+
+def test_text_in_the_engines_config_is_read_as_in_the_variable() -> None:
+    def of(section: Any) -> EngineOptions | None:
+        return configured_options({"spec_rollout": section, "other": 1})
+
+    assert of("coupled") == EngineOptions("coupled")
+    assert of('{"seed": 3}') == EngineOptions("drafting", seed=3)
+    assert of("off") == EngineOptions("off")
+    assert of(" ") is None  # nothing is said: the variable counts
+    assert first_chunk({"spec_rollout": "drafting"}) == 16
+    with pytest.raises(
+        ValueError, match=r"^additional_config\.spec_rollout: mode: expected one of"
+    ):
+        of("draughting")
+
+
+@pytest.mark.parametrize("section", [None, 7, ["drafting"], True])
+def test_a_section_that_is_no_mapping_is_named(section: Any) -> None:
+    for read in (configured_options, first_chunk):
+        with pytest.raises(
+            ValueError, match=r"^additional_config\.spec_rollout: expected a mapping"
+        ):
+            read({"spec_rollout": section})
+
+
+def test_what_has_no_section() -> None:
+    assert section_of(None) == section_of({}) == section_of(SimpleNamespace()) == {}
+    with pytest.raises(ValueError, match=r"^additional_config: expected a mapping, got 'drafting'"):
+        section_of("drafting")
+    section = {"seed": 3}
+    section_of({"spec_rollout": section})["seed"] = 4
+    assert section == {"seed": 3}
 
 
 @pytest.mark.parametrize(

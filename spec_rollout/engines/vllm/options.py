@@ -47,13 +47,38 @@ def chosen_runner(environment: Mapping[str, str] | None = None) -> str:
     return "v1" if values.get("VLLM_USE_V2_MODEL_RUNNER", "") in ("", "0") else "v2"
 
 
-def first_chunk(additional_config: Mapping[str, Any] | None) -> int:
+def section_of(additional_config: Any) -> dict[str, Any]:
+    """A copy of our section of vLLM's `additional_config`; {} where it has none.
+
+    A string is read as the variable's text is, but that nothing in it says nothing, as {} does.
+
+    Raises:
+        ValueError: if the section is neither a mapping nor a string, or the string is wrong.
+    """
+    if isinstance(additional_config, str):
+        raise ValueError(f"additional_config: expected a mapping, got {additional_config!r:.80}")
+    # vLLM takes objects of its platforms, too: they have no section of ours.
+    if not isinstance(additional_config, Mapping) or SECTION not in additional_config:
+        return {}
+    section, source = additional_config[SECTION], f"additional_config.{SECTION}"
+    if isinstance(section, str):
+        options = EngineOptions.from_text(section, source=source)
+        return options.as_dict() if section.strip() else {}
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            f"{source}: expected a mapping, a mode ({', '.join(MODES)}) or a JSON object, got "
+            f"{section!r:.80}"
+        )
+    return dict(section)
+
+
+def first_chunk(additional_config: Any) -> int:
     """Draft tokens of a request's first chunk, of vLLM's `additional_config`.
 
     Raises:
-        ValueError: if `first_chunk` is no positive integer.
+        ValueError: if `first_chunk` is no positive integer, or as `section_of`.
     """
-    value = (additional_config or {}).get(SECTION, {}).get(FIRST_CHUNK, DEFAULT_FIRST_CHUNK)
+    value = section_of(additional_config).get(FIRST_CHUNK, DEFAULT_FIRST_CHUNK)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"first_chunk: expected a positive integer, got {value!r}")
     return value

@@ -647,6 +647,21 @@ def test_wrong_names_fail_alone(make_llm: MakeLLM) -> None:
             "expected a weight transfer that goes with speculation, got verl_delta_ipc .*delta_sh",
         ),
         ("draughting", {}, "SPEC_ROLLOUT: mode: expected one of off, drafting"),
+        (
+            "drafting",
+            {"spec_tokens": 7},
+            "SPEC_ROLLOUT=drafting: .* got num_speculative_tokens 7; .* option of that name",
+        ),
+        (
+            "drafting",
+            {"spec_method": "ngram", "spec_tokens": 7},
+            "SPEC_ROLLOUT=drafting: expected an engine without speculative_config, got .* ngram",
+        ),
+        (
+            "drafting",
+            {"additional_config": {"spec_rollout": None}},
+            "additional_config.spec_rollout: expected a mapping, a mode .* got None",
+        ),
     ],
 )
 def test_engines_in_which_it_cannot_work_are_refused(
@@ -661,6 +676,36 @@ def test_engines_in_which_it_cannot_work_are_refused(
     monkeypatch.setenv("SPEC_ROLLOUT", variable)
     with pytest.raises(ValueError, match=message):
         EngineArgs(str(model_dir), **llm_args).create_engine_config()
+
+
+def test_vllms_short_forms_of_our_proposer_are_the_engines_own(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from spec_rollout.engines.vllm.compat.switch_on import switch_on
+    from spec_rollout.engines.vllm.options import PROPOSER
+
+    monkeypatch.setenv("SPEC_ROLLOUT", "drafting")
+    given = {"spec_method": "custom_class", "spec_model": PROPOSER, "spec_tokens": 7}
+    config = EngineArgs(str(model_dir), **given).create_engine_config()
+    assert config.speculative_config.model == PROPOSER
+    assert config.speculative_config.num_speculative_tokens == 7
+    assert config.additional_config["spec_rollout"] == {"mode": "drafting"}
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    args = EngineArgs(str(model_dir), **given)
+    switch_on(args, None)
+    assert args.speculative_config == {"method": "ngram_gpu", "num_speculative_tokens": 7}
+    assert args.spec_method is args.spec_model is args.spec_tokens is None
+
+
+def test_the_engines_config_may_be_the_variables_text(model_dir: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(str(model_dir), additional_config={"spec_rollout": "coupled", "other": 1})
+    config = args.create_engine_config()
+    assert config.additional_config == {"spec_rollout": {"mode": "coupled"}, "other": 1}
+    assert config.speculative_config.num_speculative_tokens == 31
 
 
 def test_the_log_says_what_it_gains(make_llm: MakeLLM, even_steps: None) -> None:

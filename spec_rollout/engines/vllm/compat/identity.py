@@ -6,7 +6,7 @@ import importlib
 import secrets
 from typing import Any
 
-from spec_rollout.engines.vllm.options import MODEL_RUNNER, PROPOSER, SECTION, V2_METHOD
+from spec_rollout.engines.vllm.options import MODEL_RUNNER, PROPOSER, V2_METHOD, section_of
 
 _SALT = "_spec_rollout_salt"
 WORKER = "spec_rollout.engines.vllm.worker.ReuseWorker"
@@ -24,11 +24,10 @@ def is_ours(speculative_config: Any) -> bool:
 def is_v2(vllm_config: Any) -> bool:
     """Whether an engine was set up to run the plugin on vLLM's Model Runner V2."""
     speculative = vllm_config.speculative_config
-    section = (vllm_config.additional_config or {}).get(SECTION, {})
     return (
         speculative is not None
         and speculative.method == V2_METHOD
-        and section.get(MODEL_RUNNER) == "v2"
+        and section_of(vllm_config.additional_config).get(MODEL_RUNNER) == "v2"
     )
 
 

@@ -7,7 +7,7 @@ no engine arguments through are reached there, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spec_rollout.engines.vllm.compat.identity import schedules_apart
@@ -21,10 +21,17 @@ from spec_rollout.engines.vllm.options import (
     VARIABLE,
     EngineOptions,
     chosen_runner,
+    section_of,
 )
 
 # Keys of that section that are no `EngineOptions`.
 _OTHER_KEYS = (FIRST_CHUNK, MODEL_RUNNER)
+# vLLM's own short forms of keys of `speculative_config`, which it refuses beside these.
+_SHORT_FORMS = {
+    "method": "spec_method",
+    "model": "spec_model",
+    "num_speculative_tokens": "spec_tokens",
+}
 # Backends of vLLM's weight transfer that refuse engines with any speculation, but only when the
 # first weights are sent; and who sets them. verl/workers/rollout/vllm_rollout/delta_weight_transfer
 _WITHOUT_SPECULATION = {"verl_delta_ipc": "verl's checkpoint_engine.backend=delta_sharded"}
@@ -38,7 +45,7 @@ def configured_options(additional_config: Any) -> EngineOptions | None:
     Raises:
         ValueError: naming the option.
     """
-    section = dict((additional_config or {}).get(SECTION, {}))
+    section = section_of(additional_config)
     for key in _OTHER_KEYS:
         section.pop(key, None)
     if not section:
@@ -68,7 +75,8 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         ValueError: where the engine has another speculative method, a pipeline, asynchronous
             scheduling, a weight transfer that goes with no speculation, or shares rollouts between
             tensor parallel ranks or on Model Runner V2, or is to propose late on V1 or there has a
-            scheduler for each tensor parallel rank, or an option is wrong.
+            scheduler for each tensor parallel rank, or an `additional_config` that is no mapping,
+            or an option is wrong.
     """
     options = configured_options(engine_args.additional_config)
     source = f"additional_config.{SECTION}"
@@ -115,12 +123,22 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
             f"({_WITHOUT_SPECULATION[backend]}), which refuses it when the first weights are sent: "
             "choose another, or leave out the variable"
         )
-    given = dict(engine_args.speculative_config or {})
-    method = given.get("method") or getattr(engine_args, "spec_method", None)
-    model = given.get("model") or getattr(engine_args, "spec_model", None)
-    section = dict((engine_args.additional_config or {}).get(SECTION, {}))
+    additional = engine_args.additional_config or {}
+    if not isinstance(additional, Mapping):
+        raise ValueError(
+            f"{asked}: additional_config: expected a mapping, got {type(additional).__name__}"
+        )
+    section = section_of(additional)
+    given = _folded(engine_args)
+    method, model = given.get("method"), given.get("model")
     is_for_v2 = method == V2_METHOD and section.get(MODEL_RUNNER) == "v2"
-    if (given or method or model) and model != PROPOSER and not is_for_v2:
+    if given.keys() == {"num_speculative_tokens"}:
+        raise ValueError(
+            f"{asked}: expected an engine without speculative_config, got num_speculative_tokens "
+            f"{given['num_speculative_tokens']}; leave it out, and say it beside the mode, by the "
+            "option of that name"
+        )
+    if given and model != PROPOSER and not is_for_v2:
         raise ValueError(
             f"{asked}: expected an engine without speculative_config, got one with method "
             f"{method or model}; leave out one of the two"
@@ -140,12 +158,12 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         )
     args = options.vllm_arguments(runner)
     if given and not is_for_v2 and runner == "v2":
-        args["speculative_config"]["num_speculative_tokens"] = given["num_speculative_tokens"]
+        key = "num_speculative_tokens"
+        args["speculative_config"][key] = given.get(key, options.max_proposal)
         given = {}
-    if not given:
-        engine_args.speculative_config = args["speculative_config"]
+    engine_args.speculative_config = given or args["speculative_config"]
     engine_args.additional_config = {
-        **(engine_args.additional_config or {}),
+        **additional,
         SECTION: {**section, **args["additional_config"][SECTION]},
     }
     if runner == "v2":
@@ -159,3 +177,18 @@ def switch_on(engine_args: Any, model_config: Any) -> None:
         runner.upper(),
         "" if options.mode != "lenient" else " (lenient: not lossless)",
     )
+
+
+def _folded(engine_args: Any) -> dict[str, Any]:
+    """The `speculative_config` of `EngineArgs` with vLLM's short forms, which are taken away.
+
+    One that is given in both forms stays, and is vLLM's to refuse.
+    """
+    given = engine_args.speculative_config or {}
+    folded = {name.replace("-", "_"): value for name, value in given.items()}
+    for key, name in _SHORT_FORMS.items():
+        value = getattr(engine_args, name, None)
+        if value is not None and key not in folded:
+            folded[key] = value
+            setattr(engine_args, name, None)
+    return folded
