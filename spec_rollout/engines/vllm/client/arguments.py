@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from spec_rollout.checks import integer, of_kind
@@ -11,6 +12,7 @@ from spec_rollout.engines.vllm.options import (
     MODEL_RUNNERS,
     SECTION,
     chosen_runner,
+    section_of,
     speculative_config,
 )
 
@@ -76,3 +78,19 @@ def engine_args(
     if section:
         args["additional_config"] = {SECTION: section}
     return args
+
+
+def merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an engine: `theirs` before `ours`, and their sections `spec_rollout` as one.
+
+    Raises:
+        ValueError: naming the argument of `theirs`.
+    """
+    name = "additional_config"
+    section = section_of(ours.get(name))
+    if not section:
+        return {**ours, **theirs}
+    given = theirs.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name}: expected a mapping, got {type(given).__name__}")
+    return {**ours, **theirs, name: {**given, SECTION: {**section, **section_of(given)}}}

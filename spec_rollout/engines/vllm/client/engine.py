@@ -12,7 +12,7 @@ import torch
 from spec_rollout.acceptance import AcceptanceRule
 from spec_rollout.engines.eos import eos_token_ids
 from spec_rollout.engines.vllm import compat
-from spec_rollout.engines.vllm.client.arguments import ModelRunner, engine_args
+from spec_rollout.engines.vllm.client.arguments import ModelRunner, engine_args, merged
 from spec_rollout.engines.vllm.client.requests import Job, Responses, check_requests
 from spec_rollout.engines.vllm.client.two_pass import check_two_pass, two_pass
 from spec_rollout.engines.vllm.client.weights import Weights
@@ -44,8 +44,9 @@ class VLLMEngine:
         strategy: See above.
         num_speculative_tokens, first_chunk, model_runner: See `engine_args`.
         llm_args: Further arguments of `vllm.LLM`, as `{"max_model_len": 4096}`; they take
-            precedence. On Model Runner V2 `{"async_scheduling": True}` schedules as vLLM does by
-            itself, and proposes nothing from a history.
+            precedence, and their `additional_config` is joined with the plugin's. On Model Runner
+            V2 `{"async_scheduling": True}` schedules as vLLM does by itself, and proposes nothing
+            from a history.
 
     Attributes:
         llm: The `LLM`.
@@ -79,8 +80,13 @@ class VLLMEngine:
         }
         if plugin["speculative_config"]["method"] == V2_METHOD:
             defaults["async_scheduling"] = False  # a history wants it so
-        llm = compat.new_llm(model, {**defaults, **plugin, **(llm_args or {})})
-        self._take_over(llm, strategy, owns_llm=True)
+        llm = compat.new_llm(model, merged({**defaults, **plugin}, llm_args or {}))
+        try:
+            compat.check_plugged(llm)  # which `llm_args` may have undone
+            self._take_over(llm, strategy, owns_llm=True)
+        except BaseException:
+            compat.shut_down(llm)
+            raise
 
     @classmethod
     def wrap(cls, llm: Any, *, strategy: Strategy = "inflight") -> VLLMEngine:
