@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,3 +62,15 @@ def test_updated_engine_is_an_engine_with_those_weights(engine_and_models: Any) 
 
     engine.update_weights(old.named_parameters())
     assert rows_of(engine.rollout(requests, SAMPLING, Coupled())) == rows_of(before)
+
+
+def test_tensors_are_handed_over_within_a_process_only(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [("a", torch.arange(6.0).view(2, 3)[:, 1:])]
+    assert next(engine._buckets(weights))[0][1] is weights[0][1]
+    core = engine.llm.llm_engine.engine_core.engine_core
+    monkeypatch.setattr(core, "model_executor", SimpleNamespace())  # with workers elsewhere
+    (_, (dtype, shape, data)) = next(engine._buckets(weights))[0]
+    assert (dtype, shape) == ("float32", [2, 2])
+    assert torch.frombuffer(bytearray(data), dtype=torch.float32).tolist() == [1.0, 2.0, 4.0, 5.0]

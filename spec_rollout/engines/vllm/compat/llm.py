@@ -63,8 +63,14 @@ def why_no_history(llm: Any) -> str | None:
 
 
 def is_in_process(llm: Any) -> bool:
-    """Whether the engine core runs in this process, so that tensors need not be copied to it."""
-    return hasattr(llm.llm_engine.engine_core, "engine_core")
+    """Whether the worker that an `LLM` calls runs in this process: tensors need not travel to it.
+
+    An engine core of this process may have its workers in others.
+    """
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return isinstance(getattr(core, "model_executor", None), UniProcExecutor)
 
 
 def sampling_params(
