@@ -144,6 +144,19 @@ def test_what_it_does_not_have(engine: Any, reuse: Any, make_llm: Any) -> None:
         VLLMEngine.wrap(reuse, strategy="two_pass")
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logits"])
+def test_log_probs_of_another_distribution_are_refused(
+    reuse: Any, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    from spec_rollout.engines.vllm import VLLMEngine
+
+    monkeypatch.setattr(reuse.llm_engine.vllm_config.model_config, "logprobs_mode", mode)
+    with pytest.raises(
+        ValueError, match=f"logprobs_mode: expected processed_logprobs .* got {mode}"
+    ):
+        VLLMEngine.wrap(reuse)
+
+
 @pytest.mark.parametrize(
     ("kw", "message"),
     [

@@ -121,6 +121,13 @@ class VLLMEngine:
             raise ValueError(
                 f"strategy: expected inflight on vLLM's Model Runner V2, got {strategy}"
             )
+        mode = compat.logprobs_mode(llm)
+        if self._on_v2 and mode != "processed_logprobs":
+            raise ValueError(
+                "logprobs_mode: expected processed_logprobs on vLLM's Model Runner V2, got "
+                f"{mode}: log-probs of rollouts are vLLM's own there, and those would not be of "
+                "the distribution that is sampled from"
+            )
         self.max_model_len, self.vocab_size = compat.model_limits(llm)
         self.metrics = ReuseMetrics()
         self.last_metrics = ReuseMetrics()

@@ -46,6 +46,7 @@ from spec_rollout.engines.vllm.compat.install import (
 from spec_rollout.engines.vllm.compat.llm import (
     generate,
     is_in_process,
+    logprobs_mode,
     model_limits,
     named_eos,
     new_llm,
@@ -107,6 +108,7 @@ __all__ = [
     "keep_cpu_weights",
     "live_requests",
     "log",
+    "logprobs_mode",
     "model_limits",
     "named_eos",
     "new_llm",

@@ -73,6 +73,11 @@ def is_in_process(llm: Any) -> bool:
     return isinstance(getattr(core, "model_executor", None), UniProcExecutor)
 
 
+def logprobs_mode(llm: Any) -> str:
+    """Of which distribution vLLM's own log-probs are."""
+    return str(llm.llm_engine.vllm_config.model_config.logprobs_mode)
+
+
 def sampling_params(
     sampling: SamplingParams,
     *,
