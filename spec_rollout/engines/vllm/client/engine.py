@@ -135,6 +135,7 @@ class VLLMEngine:
         self._policy_version = 0
         self._weights: Weights | None = None
         self._half_updated: set[str] = set()  # weights of an update that failed on its way
+        self._keeps_old_prompts = False  # the prefix cache, of weights that are gone
 
     @property
     def policy_version(self) -> int:
@@ -167,6 +168,8 @@ class VLLMEngine:
 
         Raises:
             ValueError: naming the argument, before anything is computed.
+            RuntimeError: if the `LLM` has unfinished requests of others, or the last weights did
+                not arrive whole, or the prefix cache still has what older ones computed.
             vllm.v1.engine.exceptions.EngineDeadError: if the engine's process dies meanwhile.
         """
         limits = [sampling.max_tokens] * requests.batch
@@ -252,7 +255,8 @@ class VLLMEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies new weights into the workers' model in place and resets the prefix cache.
 
-        The first call tries the checkpoint's names on vLLM's model, which writes nothing.
+        What a KV connector offloads (`kv_offloading_size`) is reset with it. The first call tries
+        the checkpoint's names on vLLM's model, which writes nothing.
 
         Args:
             named_tensors: Names and shapes of the model's state dict in transformers, or of the
@@ -262,19 +266,23 @@ class VLLMEngine:
 
         Raises:
             ValueError: naming the first weight that is unknown, repeated or of another shape, an
-                adapter's, one that vLLM has no place for, or a layer given in part; nothing is
-                written then.
-            RuntimeError: if the prefix cache cannot be reset because requests are running.
+                adapter's, one that vLLM has no place for, or a layer given in part; or a KV
+                connector that cannot be reset. Nothing is written then.
+            RuntimeError: if the prefix cache cannot be reset because requests are running: before
+                anything is written, unless they came meanwhile.
         """
+        compat.check_connector(self.llm)
         if self._weights is None:
             config, trusted = compat.transformers_config(self.llm)
             self._weights = Weights(
                 config, trust_remote_code=trusted, destinations=self._destinations
             )
         update = self._weights.ready(named_tensors)
+        self._empty_prefix_cache()
         names = {name for name, _ in update}
         failed_before = self._half_updated
         self._half_updated = failed_before | names  # until the last call below
+        self._keeps_old_prompts = True
         self.llm.collective_rpc("spec_rollout_start_update")
         try:
             for bucket in self._buckets(update):
@@ -286,10 +294,15 @@ class VLLMEngine:
             raise
         self._half_updated = set() if names >= failed_before else failed_before
         self._policy_version += 1
-        if not self.llm.reset_prefix_cache():
+        self._empty_prefix_cache()
+
+    def _empty_prefix_cache(self) -> None:
+        if not compat.empty_prefix_cache(self.llm):
             raise RuntimeError(
-                "prefix cache: expected no running requests at a weight update, got some"
+                "prefix cache: expected no running requests at a weight update (nor transfers of "
+                "a KV connector), got some"
             )
+        self._keeps_old_prompts = False
 
     def _destinations(self, weights: list[compat.Described]) -> dict[str, Any]:
         answers = self.llm.collective_rpc("spec_rollout_destinations", args=(weights,))
@@ -336,11 +349,19 @@ class VLLMEngine:
         )
 
     def _begin(self, requests: RolloutRequests, sampling: SamplingParams) -> None:
+        if others := compat.num_unfinished(self.llm):  # their outputs would come among ours
+            raise RuntimeError(
+                f"llm: expected no unfinished requests at a rollout, got {others}, as of an "
+                "enqueue() or of a generate() that was interrupted; let them finish "
+                "(llm.wait_for_completion()) or abort them"
+            )
         if self._half_updated:
             raise RuntimeError(
                 "weights: expected a whole update after one that failed on its way, got none that "
                 f"has {min(self._half_updated)!r} and the {len(self._half_updated) - 1} others"
             )
+        if self._keeps_old_prompts:
+            self._empty_prefix_cache()
         history = None if requests.history is None else pack_history(requests.history)
         stops = list(sampling.stop_token_ids)
         keyed = sampling.temperature > 0  # greedy decoding knows no noise

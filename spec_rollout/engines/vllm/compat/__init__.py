@@ -15,6 +15,7 @@ our proposer.
 - `workers`: a worker's proposer, and its model's weights.
 - `shared_rollouts`: of which model an engine's rollouts are.
 - `recurrent`: models that are refused.
+- `prefix_cache`: what is computed of prompts, emptied when weights change.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `shared_classes`: transformers' models beside an engine stay as they are.
 - `llm`: an offline `LLM`, as the caller's process uses it.
@@ -50,6 +51,7 @@ from spec_rollout.engines.vllm.compat.llm import (
     model_limits,
     named_eos,
     new_llm,
+    num_unfinished,
     packed_logprobs,
     runs_on_v2,
     sampling_params,
@@ -59,6 +61,7 @@ from spec_rollout.engines.vllm.compat.llm import (
     transformers_config,
     why_no_history,
 )
+from spec_rollout.engines.vllm.compat.prefix_cache import check_connector, empty_prefix_cache
 from spec_rollout.engines.vllm.compat.recurrent import check_state
 from spec_rollout.engines.vllm.compat.rehearsal import Described, destinations
 from spec_rollout.engines.vllm.compat.shared_rollouts import history_identity
@@ -88,6 +91,7 @@ __all__ = [
     "Described",
     "attach_calls",
     "call_of",
+    "check_connector",
     "check_pipeline",
     "check_plugged",
     "check_scheduling",
@@ -96,6 +100,7 @@ __all__ = [
     "check_version",
     "configured_options",
     "destinations",
+    "empty_prefix_cache",
     "finish_update",
     "generate",
     "has_peers",
@@ -114,6 +119,7 @@ __all__ = [
     "new_llm",
     "noise_salt",
     "noise_source",
+    "num_unfinished",
     "packed_logprobs",
     "plugin",
     "proposer_of",

@@ -73,6 +73,11 @@ def is_in_process(llm: Any) -> bool:
     return isinstance(getattr(core, "model_executor", None), UniProcExecutor)
 
 
+def num_unfinished(llm: Any) -> int:
+    """Requests that an `LLM` has been given and not finished, whoever gave them."""
+    return int(llm.llm_engine.get_num_unfinished_requests())
+
+
 def logprobs_mode(llm: Any) -> str:
     """Of which distribution vLLM's own log-probs are."""
     return str(llm.llm_engine.vllm_config.model_config.logprobs_mode)

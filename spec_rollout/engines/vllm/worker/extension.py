@@ -110,6 +110,8 @@ class ReuseWorker:
     def spec_rollout_weights_loaded(self) -> None:
         """After weights that others loaded, as a trainer's own transfer does.
 
-        They count as changed since the last request, if they did not already.
+        They count as changed since the last request, if they did not already. The prefix cache is
+        not a worker's: whoever loads weights resets it (`LLM.reset_prefix_cache`), and where there
+        is a KV connector what that has offloaded (`reset_connector=True`).
         """
         compat.weights_loaded(self)
