@@ -31,6 +31,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,10 +39,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from random_model import SHAPES
-from v2_engines import without_v2
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that are kept for what comes after the last phase, copying the results, and in each phase
@@ -51,6 +52,7 @@ _NEEDED = ("build", "model")  # nothing goes without them
 PHASES = ("build", "model", "rollouts", "v2", "tests")
 _TEST_PROCESSES = 14
 _LAST_WORDS = 10.0  # seconds, of _RESERVE
+_OLDEST_V2 = (0, 32)  # as in spec_rollout.engines.vllm.compat.versions
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ class Phase:
     command: Callable[[float], list[str]]
     share: float
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def without_v2() -> str | None:
+    """Why the plugin does not run on V2 of the vLLM that is here; None if it does.
+
+    Without the package: it is not built yet, nor on the path.
+    """
+    packages = packages_distributions().get("vllm")
+    if not packages:
+        return "vLLM is not installed"
+    found = version(packages[0])
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < _OLDEST_V2:
+        return f"vLLM {found} is older than {'.'.join(map(str, _OLDEST_V2))}"
+    return None
 
 
 def phases(args: argparse.Namespace) -> list[Phase]:

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 answers: list[bool] = []  # of `reset_cache`, the next one first
+flushing: list[str] = []  # set by it until the next step, as OffloadingConnector's
 
 
 class Offloading(KVConnectorBase_V1, SupportsHMA):
@@ -18,7 +19,11 @@ class Offloading(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
 
     def reset_cache(self) -> bool:
-        return answers.pop(0)
+        assert not flushing
+        answer = answers.pop(0)
+        if answer:
+            flushing.append("all")
+        return answer
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -39,6 +44,7 @@ class Offloading(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        flushing.clear()
         return KVConnectorMetadata()
 
     def request_finished_all_groups(self, *args: Any) -> tuple[bool, None]:

@@ -78,6 +78,8 @@ def test_phases_share_the_session_and_leave_what_they_do_not_need(
         **{"phases": session.PHASES, "dry_run": False, "seconds": 570.0},
         contenders=["stock", "drafting"],
     )
+    monkeypatch.setattr(session, "version", lambda _: "0.31.2")
+    assert session.without_v2() == "vLLM 0.31.2 is older than 0.32"
     monkeypatch.setattr(session, "without_v2", lambda: "too old")
     assert [phase.name for phase in session.phases(args)] == ["build", "model", "rollouts", "tests"]
     monkeypatch.setattr(session, "without_v2", lambda: None)
@@ -98,6 +100,13 @@ def test_phases_share_the_session_and_leave_what_they_do_not_need(
     assert session.limit_of(todo[2:], 455.0) == pytest.approx(245.0)
     assert session.limit_of(todo[4:], 100.0) == pytest.approx(100.0)
     assert session.limit_of(todo[4:], -1.0) == 0.0
+
+
+def test_it_needs_nothing_of_ours_before_it_has_built_it() -> None:
+    code = "import sys, session; assert 'spec_rollout' not in sys.modules; session.without_v2()"
+    code += "; assert 'spec_rollout' not in sys.modules"
+    folder = str(ROOT / "benchmarks" / "gpu")
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
 
 
 def test_each_batch_size_has_its_part_of_the_time(

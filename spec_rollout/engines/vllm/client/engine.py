@@ -278,7 +278,9 @@ class VLLMEngine:
                 config, trust_remote_code=trusted, destinations=self._destinations
             )
         update = self._weights.ready(named_tensors)
-        self._empty_prefix_cache()
+        # Tells whether requests run. A connector is emptied once: twice between two steps is too
+        # much for vLLM's own.
+        self._empty_prefix_cache(connector=False)
         names = {name for name, _ in update}
         failed_before = self._half_updated
         self._half_updated = failed_before | names  # until the last call below
@@ -296,13 +298,14 @@ class VLLMEngine:
         self._policy_version += 1
         self._empty_prefix_cache()
 
-    def _empty_prefix_cache(self) -> None:
-        if not compat.empty_prefix_cache(self.llm):
+    def _empty_prefix_cache(self, *, connector: bool = True) -> None:
+        if not compat.empty_prefix_cache(self.llm, connector=connector):
             raise RuntimeError(
                 "prefix cache: expected no running requests at a weight update (nor transfers of "
                 "a KV connector), got some"
             )
-        self._keeps_old_prompts = False
+        if connector:
+            self._keeps_old_prompts = False
 
     def _destinations(self, weights: list[compat.Described]) -> dict[str, Any]:
         answers = self.llm.collective_rpc("spec_rollout_destinations", args=(weights,))

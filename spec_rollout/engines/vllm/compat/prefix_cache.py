@@ -13,16 +13,24 @@ from typing import Any
 _SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 
 
-def empty_prefix_cache(llm: Any) -> bool:
-    """Empties an `LLM`'s prefix cache, also behind its KV connector.
+def empty_prefix_cache(llm: Any, *, connector: bool = True) -> bool:
+    """Empties an `LLM`'s prefix cache.
+
+    Args:
+        connector: Also what is behind its KV connector.
 
     Returns:
         Whether that is empty now. It cannot be while requests run, or transfers of a connector.
     """
     # Where there is no connector, older versions answer False if they are asked for it.
-    if llm.llm_engine.vllm_config.kv_transfer_config is None:
+    if not connector or llm.llm_engine.vllm_config.kv_transfer_config is None:
         return bool(llm.reset_prefix_cache())
-    return bool(llm.reset_prefix_cache(reset_connector=True))
+    try:
+        return bool(llm.reset_prefix_cache(reset_connector=True))
+    except AssertionError:
+        # OffloadingConnector's own: it has been emptied, and no step has been since that could have
+        # put anything there.
+        return bool(llm.reset_prefix_cache())
 
 
 def check_connector(llm: Any) -> None:
