@@ -129,6 +129,10 @@ def _ready_to_train(study: Study, configs: Sequence[RunConfig]) -> list[RunConfi
     counts: dict[str, int] = {}
     found = []
     for config in configs:
+        is_over = (Path(config.log.run_dir) / SUMMARY).is_file()
+        if config.eval.every_steps is not None and not is_over:
+            found.append(config)  # nothing to count for
+            continue
         key = repr((config.data, config.model, config.rollout.max_model_len, _room(config)))
         if key not in counts:
             counts[key] = _num_prompts(config)

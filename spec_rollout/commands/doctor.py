@@ -11,12 +11,16 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from spec_rollout.extras import TRAIN, checkout_advice, install_command
 from spec_rollout.runs.environment import environment
 
-REBUILD = "pip install --force-reinstall --no-deps ."
+# A checkout that is installed in place (`pip install -e .`) stays so: another copy of the package
+# would be found beside it, with another extension.
+_IN_PLACE = (Path(__file__).resolve().parents[2] / "CMakeLists.txt").is_file()
+REBUILD = f"pip install --force-reinstall --no-deps {'-e ' if _IN_PLACE else ''}."
 # As in build_tools/cuda_choice.py, which is not installed.
 _OLDEST, _TOOLKIT = 80, "/usr/local/cuda"
 

@@ -189,6 +189,9 @@ def _attention_problem(folder: Path, attention: str) -> str | None:
     )
 
 
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+
+
 def _mend_generation_config(model: Any) -> None:
     """Makes of what a folder says of generation what may be written again, where little is wrong.
 
@@ -202,7 +205,11 @@ def _mend_generation_config(model: Any) -> None:
     if mended.pad_token_id is not None and mended.pad_token_id < 0:
         mended.pad_token_id = None
     if not _is_valid(mended):
-        mended.do_sample = True
+        if mended.do_sample is False or mended.temperature == 0:  # it says greedy: so it stays
+            for name in _SAMPLING_KEYS:
+                setattr(mended, name, None)
+        else:
+            mended.do_sample = True  # its numbers are vLLM's defaults
     # Else it stays as it was: newer versions of transformers save what is as it was loaded.
     if _is_valid(mended):
         model.generation_config = mended

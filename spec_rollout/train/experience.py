@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,8 @@ def gather(parts: Components, step: int, roll: Roll) -> Experience:
     metrics: dict[str, float] = {}
     if size > 1:
         num_judged = int((~torch.isnan(scores.total)).any(1).sum())
-        metrics["zero_variance_fraction"] = 1 - sum(differ) / max(1, num_judged)
+        share = sum(differ) / num_judged if num_judged else math.nan
+        metrics["zero_variance_fraction"] = 1 - share
     if rounds:
         metrics["num_refilled_prompts"] = len(rows) - num_wanted
         if not any(differ):

@@ -120,6 +120,8 @@ def test_an_end_of_sequence_that_is_no_id_of_the_vocabulary_is_refused(folder, v
         ({"temperature": 0.6, "top_p": 0.9}, (0.6, 0.9, True, 0)),
         ({"pad_token_id": -1}, (None, None, None, None)),
         ({"top_p": 0.9, "pad_token_id": -1}, (None, 0.9, True, None)),
+        ({"temperature": 0.0}, (None, None, None, 0)),
+        ({"do_sample": False, "temperature": 0.6}, (None, None, False, 0)),
     ],
 )
 def test_a_generation_config_that_transformers_would_not_write_is_mended(
