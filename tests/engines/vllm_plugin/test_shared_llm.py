@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,17 @@ def test_a_cache_that_is_not_empty_after_an_update_is_emptied_before_the_next_ro
     assert not answers
 
 
+@pytest.fixture
+def no_connector_after() -> Iterator[None]:
+    """A connector is the process's, not an engine's: the engines of other tests have none."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+    yield
+    ensure_kv_transfer_shutdown()
+
+
 def test_what_a_connector_keeps_is_emptied_too(
-    model_dir: Path, hf_model: Any, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, hf_model: Any, monkeypatch: pytest.MonkeyPatch, no_connector_after: None
 ) -> None:
     import offloading
 
