@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from spec_rollout.checks import as_array, integer, items
+from spec_rollout.checks import integer, items, sample_indices
 from spec_rollout.keys import TokenIds, prompt_key
 from spec_rollout.packed import cu_lens_from
 from spec_rollout.types import Drafts, History, RolloutRequests
@@ -87,14 +87,7 @@ class Batch:
     ) -> Batch:
         """Rows as they come."""
         prompts = items("prompts", prompts)
-        samples = as_array("sample_ids", sample_ids)
-        if samples.shape != (len(prompts),) or (samples.size and samples.dtype.kind not in "iu"):
-            raise ValueError(
-                f"sample_ids: expected {len(prompts)} integers, one per row of prompts, "
-                f"got {samples.dtype} of shape {list(samples.shape)}"
-            )
-        if samples.size and int(samples.min()) < 0:
-            raise ValueError(f"sample_ids: expected >= 0, got {int(samples.min())}")
+        samples = sample_indices(sample_ids, len(prompts), "row of prompts")
         arrays, keys = _identify(prompts, user_keys)
         first_row: dict[tuple[bytes, int], int] = {}
         for row, identity in enumerate(zip(keys, samples.tolist(), strict=True)):
@@ -108,7 +101,7 @@ class Batch:
             prompt_ids=torch.from_numpy(np.concatenate(arrays)),
             cu_prompt_lens=cu_lens_from(torch.tensor([array.size for array in arrays])),
             keys=keys,
-            sample_ids=samples.astype(np.int64),
+            sample_ids=samples,
         )
 
 

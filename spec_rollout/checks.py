@@ -77,6 +77,23 @@ def as_array(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name}: expected numbers, got {shown(values)} ({reason})") from None
 
 
+def sample_indices(values: Any, count: int, of: str) -> np.ndarray:
+    """Sample indices, one for each of what they are of. [count], int64.
+
+    Raises:
+        ValueError: naming `sample_ids`; also of one that is negative or takes more than 63 bits.
+    """
+    ids = as_array("sample_ids", values)
+    if ids.shape != (count,) or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"sample_ids: expected {count} integers, one per {of}, "
+            f"got {ids.dtype} of shape {list(ids.shape)}"
+        )
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**63):
+        raise ValueError(f"sample_ids: expected 0 <= value < 2**63, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int64)
+
+
 def items(name: str, values: Iterable[_Kind]) -> Sequence[_Kind]:
     """`values` as a sequence; a text is none.
 

@@ -102,7 +102,8 @@ def test_user_keys_keep_equal_prompts_apart() -> None:
     [
         ([[1], [1]], [0], r"sample_ids: expected 2 integers, one per row of prompts, got int64"),
         ([[1], [1]], [0.0, 1.0], r"sample_ids: expected 2 integers.*got float64 of shape \[2\]"),
-        ([[1], [1]], [0, -1], r"sample_ids: expected >= 0, got -1"),
+        ([[1], [1]], [0, -1], r"sample_ids: expected 0 <= .*-1"),
+        ([[1]], [2**63], r"sample_ids: expected 0 <= "),
         ([[1], [2], [1]], [4, 4, 4], r"sample_ids: expected another one .*got 4 in rows 0 and 2"),
         ([], [], r"prompts: expected at least one, got none"),
         ([[1], []], [0, 1], r"prompts\[1\]: expected at least one token, got none"),

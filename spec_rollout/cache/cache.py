@@ -20,7 +20,7 @@ from spec_rollout.cache.memory import MemoryStore
 from spec_rollout.cache.parted import PartedStore
 from spec_rollout.cache.store import Groups, Store
 from spec_rollout.cache.writer import Staging, Writer
-from spec_rollout.checks import as_array, integer, items, of_kind, shown, tensors, whole
+from spec_rollout.checks import integer, items, of_kind, sample_indices, shown, tensors, whole
 from spec_rollout.types import Drafts, Rollouts
 
 # Of an entry, for `RolloutCache.fingerprint`: sample id, checksum.
@@ -350,14 +350,7 @@ def _check_rows(
     prompt_keys: Sequence[bytes], sample_ids: Sequence[int] | np.ndarray | torch.Tensor
 ) -> list[int]:
     prompt_keys = items("prompt_keys", prompt_keys)
-    ids = as_array("sample_ids", sample_ids)
-    if ids.shape != (len(prompt_keys),) or (ids.size and ids.dtype.kind not in "iu"):
-        raise ValueError(
-            f"sample_ids: expected {len(prompt_keys)} integers, one per prompt key, "
-            f"got {ids.dtype} of shape {list(ids.shape)}"
-        )
-    if ids.size and (ids.min() < 0 or ids.max() >= 2**63):
-        raise ValueError(f"sample_ids: expected 0 <= value < 2**63, got {ids.min()} to {ids.max()}")
+    ids = sample_indices(sample_ids, len(prompt_keys), "prompt key")
     for row, key in enumerate(prompt_keys):
         if not isinstance(key, bytes) or not key:
             raise ValueError(f"prompt_keys: expected non-empty bytes, row {row} is {shown(key)}")
