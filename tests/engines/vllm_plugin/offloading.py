@@ -1,4 +1,7 @@
-"""A KV connector that keeps nothing, and answers as it is told: `kv_connector_module_path`."""
+"""A KV connector that keeps nothing, and answers as it is told: `kv_connector_module_path`.
+
+By the name of the one of vLLM's that cannot be emptied twice between two steps.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ answers: list[bool] = []  # of `reset_cache`, the next one first
 flushing: list[str] = []  # set by it until the next step, as OffloadingConnector's
 
 
-class Offloading(KVConnectorBase_V1, SupportsHMA):
+class OffloadingConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
 

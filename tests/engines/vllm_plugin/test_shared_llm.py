@@ -93,7 +93,7 @@ def test_what_a_connector_keeps_is_emptied_too(
     from spec_rollout.engines.vllm import VLLMEngine
 
     transfer = {
-        "kv_connector": "Offloading",
+        "kv_connector": "OffloadingConnector",
         "kv_connector_module_path": offloading.__name__,
         "kv_role": "kv_both",
     }

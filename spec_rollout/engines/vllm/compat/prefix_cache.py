@@ -23,13 +23,17 @@ def empty_prefix_cache(llm: Any, *, connector: bool = True) -> bool:
         Whether that is empty now. It cannot be while requests run, or transfers of a connector.
     """
     # Where there is no connector, older versions answer False if they are asked for it.
-    if not connector or llm.llm_engine.vllm_config.kv_transfer_config is None:
+    transfer = llm.llm_engine.vllm_config.kv_transfer_config
+    if not connector or transfer is None:
         return bool(llm.reset_prefix_cache())
     try:
         return bool(llm.reset_prefix_cache(reset_connector=True))
     except AssertionError:
-        # OffloadingConnector's own: it has been emptied, and no step has been since that could have
-        # put anything there.
+        if transfer.kv_connector != "OffloadingConnector":
+            raise
+        # Its own, between two steps: it has been emptied, and no step has been since that could
+        # have put anything there. (In a process of its own the core has no such error: such an
+        # update fails.)
         return bool(llm.reset_prefix_cache())
 
 
