@@ -45,7 +45,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ import numpy as np
 import torch
 from _common import RESULTS_DIR, Results, Timing, counted_steps, vllm_environment
 from bench_serving import GROUP, prompts_of_task
+from session import without_v2
 
 # Those come first that say most: minutes may be all there are.
 USUAL = (
@@ -356,20 +356,6 @@ def _row(
                 row.get("logprob_gap", 0.0), *(c["logprob_gap"] for c in compared)
             )
     return row
-
-
-def without_v2() -> str | None:
-    """Why the plugin does not run on V2 of the vLLM that is here; None if it does."""
-    from spec_rollout.engines.vllm import compat
-
-    packages = packages_distributions().get("vllm")  # nothing is imported that sets up a GPU
-    if not packages:
-        return "vLLM is not installed"
-    try:
-        compat.check_v2(version(packages[0]))
-    except ImportError as error:
-        return str(error)
-    return None
 
 
 def run(args: argparse.Namespace, results: Results) -> bool:

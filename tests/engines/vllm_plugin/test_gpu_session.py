@@ -148,17 +148,21 @@ def test_contenders_on_v2_are_left_out_where_the_plugin_does_not_run_on_it(
     vllm_installed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import session
     import v2_engines
 
+    from spec_rollout.engines.vllm.compat.versions import OLDEST_V2
+
+    assert session._OLDEST_V2 == OLDEST_V2
     names = ("v2-async-16", "drafting-v2")
     args = argparse.Namespace(contenders=list(map(v2_engines.Contender.named, names)), budget=0.0)
     assert not v2_engines.run(args, None)  # there was no time
     assert capsys.readouterr().out == "no time left for v2-async-16\n"
-    monkeypatch.setattr(v2_engines, "version", lambda _: "0.31.2")
+    monkeypatch.setattr(session, "version", lambda _: "0.31.2")
     assert v2_engines.run(args, None)
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == [f"{n} is left out" for n in names]
-    assert "0.31.2 is too old for spec_rollout on Model Runner V2, which needs 0.32" in said[0]
+    assert "vLLM 0.31.2 is older than 0.32" in said[0]
 
 
 def test_a_session_that_is_ended_ends_what_it_runs(
