@@ -110,3 +110,21 @@ def test_tests_that_run_beside_others_end_with_them(folder: Path, shell: str, ta
             if runs(pid):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def test_what_python_compiles_is_kept(tmp_path: Path) -> None:
+    """In a container that says otherwise, every process of the tests would compile torch anew."""
+    (tmp_path / "Makefile").write_text(
+        (ROOT / "Makefile").read_text() + "\nshow:\n\t@env\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        ["make", "--no-print-directory", "show"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "KEPT": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    names = {line.partition("=")[0] for line in done.stdout.splitlines()}
+    assert "KEPT" in names
+    assert "PYTHONDONTWRITEBYTECODE" not in names

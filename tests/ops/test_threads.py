@@ -74,6 +74,13 @@ def test_forked_child_does_not_wait_for_its_parents_threads(threads) -> None:
         os.waitpid(child, 0)
 
 
+def _by_itself(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+
+
 # In a process of its own, in which no kernel of ours has run. The alarm ends a child that hangs.
 _FORKED_BEFORE = f"""
 import os, signal, sys, torch
@@ -93,10 +100,7 @@ print(os.waitpid(child, 0)[1])
 
 @pytest.mark.slow
 def test_forked_child_does_not_wait_for_threads_that_torch_alone_has_started() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKED_BEFORE],
-        capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
-    )  # fmt: skip
+    done = _by_itself(_FORKED_BEFORE)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
@@ -127,8 +131,5 @@ for _ in range(20):
 
 @pytest.mark.slow
 def test_two_threads_make_the_first_op_of_a_process_at_once() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _FIRST_OPS],
-        capture_output=True, text=True, timeout=3 * TIMEOUT_SECONDS, check=False,
-    )  # fmt: skip
+    done = _by_itself(_FIRST_OPS)
     assert done.returncode == 0, done.stderr
