@@ -19,6 +19,7 @@ our proposer.
 - `rehearsal`, `reload`: which weights a model takes; new weights for a model in use.
 - `shared_classes`: transformers' models beside an engine stay as they are.
 - `llm`: an offline `LLM`, as the caller's process uses it.
+- `death`: who waits for an engine that dies is told.
 - `v2`: the plugin on vLLM's Model Runner V2, whose own sampler draws.
 - `cpu_wheels`: defects of vLLM's builds for CPUs.
 
